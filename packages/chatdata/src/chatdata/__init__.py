@@ -1,0 +1,49 @@
+"""chatdata: chat conversations rendered once, offline, to memory-mapped token shards with a parallel mask.
+
+import chatdata
+build = chatdata.open_build("out/demo-mid")
+document = build["train"][0]          # .tokens, .mask: views; shows itself coloured in a notebook
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chatdata.document import Document
+    from chatdata.render import render_conversation, render_for_completion
+    from chatdata.shards import Build, Split, open_build
+    from chatdata.tokenizer import Tokenizer, load_tokenizer
+
+__version__ = version("chatdata")
+__all__ = [
+    "Build",
+    "Document",
+    "Split",
+    "Tokenizer",
+    "load_tokenizer",
+    "open_build",
+    "render_conversation",
+    "render_for_completion",
+]
+
+_HOMES = {
+    "Build": "shards",
+    "Document": "document",
+    "Split": "shards",
+    "Tokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer",
+    "open_build": "shards",
+    "render_conversation": "render",
+    "render_for_completion": "render",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # numpy and tiktoken are imported when first needed, so that `chatdata --help` answers at once
+    from importlib import import_module
+
+    if name in _HOMES:
+        return getattr(import_module(f"chatdata.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'chatdata' has no attribute {name!r}")

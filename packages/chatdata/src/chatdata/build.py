@@ -1,0 +1,363 @@
+"""`chatdata build`: recipe → plan → rendered rows → shards in mixture order → manifest, published by one rename.
+
+Rows are rendered once each, in source order, into a store beside OUT; the mixture then only gathers from it. So a row that
+stands in two entries is rendered once, and memory holds counts, not text. OUT appears when everything is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chatdata import shards
+from chatdata.errors import BuildError, ChatdataError, MissingSource, RecipeError
+from chatdata.mixture import mixture_order, permutation, select
+from chatdata.recipe import Entry, Recipe
+from chatdata.sources import Locations, Source, resolve
+from chatdata.store import DROP_REASONS, RenderedStore, render_source
+from chatdata.tasks import Task
+from chatdata.tokenizer import Tokenizer
+from chatdata.tokenizer_files import save_tokenizer
+
+GATHER_TOKENS = 1 << 22  # gathered at a time: 8 MB of tokens, 32 MB of places
+MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
+
+
+@dataclass(frozen=True)
+class PlannedEntry:
+    entry: Entry
+    task: Task
+    source: Source
+    positions: range
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build will do, before any row is read."""
+
+    recipe: Recipe
+    tokenizer: Tokenizer
+    splits: dict[str, list[PlannedEntry]]
+
+    @property
+    def sources(self) -> list[Source]:
+        """Distinct sources, in the order the recipe names them."""
+        found = {id(planned.source): planned.source for entries in self.splits.values() for planned in entries}
+        return list(found.values())
+
+
+# called with (source name, rows done, rows in all) while rendering, and with ("write", tokens done, tokens in all)
+Progress = Callable[[str, int, int], None]
+
+
+def make_plan(
+    recipe: Recipe, tasks: dict[str, Task], tokenizer: Tokenizer, locations: Locations, limit: int | None = None
+) -> Plan:
+    """Find every source and choose every entry's positions.
+
+    Raises MissingSource naming all missing sources at once, SourceError for an empty one, RecipeError for rows that
+    are not there.
+    """
+    sources: dict[Any, Source] = {}
+    missing: list[str] = []
+    for entry in (entry for entries in recipe.splits.values() for entry in entries):
+        key = _source_key(entry)
+        if key in sources:
+            continue
+        try:
+            sources[key] = resolve(entry, tasks[entry.task], locations)
+        except MissingSource as error:
+            if str(error) not in missing:
+                missing.append(str(error))
+    if len(missing) == 1:
+        raise MissingSource(missing[0])
+    if missing:
+        listed = "; ".join(f"({i}) {message}" for i, message in enumerate(missing, start=1))
+        raise MissingSource(f"{len(missing)} sources are missing: {listed}")
+    splits = {
+        split: [_plan_entry(entry, tasks[entry.task], sources[_source_key(entry)], limit) for entry in entries]
+        for split, entries in recipe.splits.items()
+    }
+    return Plan(recipe, tokenizer, splits)
+
+
+def _source_key(entry: Entry) -> Any:
+    """Entries that differ only in which positions they take share a source."""
+    bare = replace(entry, start=None, stop=None, rows=None, options={})
+    return (repr(bare), repr(sorted(entry.options.items())))
+
+
+def _plan_entry(entry: Entry, task: Task, source: Source, limit: int | None) -> PlannedEntry:
+    num_rows = source.num_rows
+    if task.generate is not None:
+        num_rows = entry.stop if entry.stop is not None else (entry.start or 0) + (entry.rows or 0)
+    try:
+        positions = select(num_rows, entry.start, entry.stop, entry.rows, limit)
+    except RecipeError as error:
+        raise error.at(f"{entry.label} ({source.name})") from None
+    return PlannedEntry(entry, task, source, positions)
+
+
+def build(plan: Plan, out: Path, *, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Build `plan` into the folder `out` and return its manifest.
+
+    `out` is untouched until the end, and stays so after any error or interruption. Raises BuildError if it exists
+    (with `force`: if it is not a build), if another build writes there, or if the disk is full.
+    """
+    check_out(out, force)
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+    try:
+        with _partial_folder(out) as partial:
+            store = RenderedStore(partial / "rendered", plan.tokenizer)
+            documents = _render(plan, store, progress)
+            store.finish()
+            seconds["render"] = time.perf_counter() - started
+            manifest = _write_splits(plan, store, documents, partial, progress)
+            store.delete()
+            save_tokenizer(plan.tokenizer, partial / "tokenizer")
+            manifest = _complete_manifest(plan, manifest, partial)
+            seconds["total"] = time.perf_counter() - started
+            shards.write_json(partial / "report.json", _report(seconds, manifest))
+            shards.write_json(partial / "manifest.json", manifest)
+            check_out(out, force)
+            _publish(partial, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BuildError(f"{out}: no space left on the disk; nothing was written there") from None
+        raise
+    return manifest
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Raise BuildError if `out` may not be written: it exists and is not empty, or with `force` is not a build."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise BuildError(f"{out}: already exists; choose another --out, or --force to replace a build")
+    if not out.is_dir():
+        raise BuildError(f"{out}: not a folder; --force replaces only a build")
+    try:
+        shards.read_manifest(out)
+    except ChatdataError:
+        raise BuildError(f"{out}: not a build (no readable manifest.json); --force replaces only a build") from None
+
+
+@contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """The folder beside `out` where the build grows: locked against a second build, removed on any failure."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    while True:
+        partial.mkdir(exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise BuildError(f"{out}: another build is writing there") from None
+        # the folder may have been published or removed by its owner between opening and locking
+        if partial.exists() and os.stat(partial).st_ino == os.fstat(handle).st_ino:
+            break
+        os.close(handle)
+    try:
+        for leftover in partial.iterdir():  # of a build that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield partial
+    finally:
+        if partial.exists() and os.stat(partial).st_ino == os.fstat(handle).st_ino:
+            shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
+
+
+def _publish(partial: Path, out: Path) -> None:
+    _sync_folder(partial)
+    old = out.parent / f".{out.name}.old"
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    _sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _render(plan: Plan, store: RenderedStore, progress: Progress | None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Render every needed row once. Per source: position → row, and row → document of the store (-1: not rendered)."""
+    found = {}
+    for source in plan.sources:
+        ranges = [e.positions for entries in plan.splits.values() for e in entries if e.source is source]
+        num_rows = max(r.stop for r in ranges) if source.make_row else source.num_rows
+        row_at = permutation(num_rows) if source.task.permuted else np.arange(num_rows)
+        wanted = np.zeros(num_rows, dtype=bool)
+        for positions in ranges:
+            wanted[row_at[positions.start : positions.stop]] = True
+        document_of_row = np.full(num_rows, -1, dtype=np.int64)
+        document_of_row[wanted] = np.arange(wanted.sum()) + store.num_documents
+        render_source(source, wanted, plan.recipe, store, progress)
+        found[id(source)] = row_at, document_of_row
+    return found
+
+
+def _write_splits(
+    plan: Plan,
+    store: RenderedStore,
+    found: dict[int, tuple[np.ndarray, np.ndarray]],
+    partial: Path,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    splits = {}
+    for split, entries in plan.splits.items():
+        rows, documents, numbers, positions = [], [], [], []
+        for number, planned in enumerate(entries):
+            row_at, document_of_row = found[id(planned.source)]
+            taken = np.arange(planned.positions.start, planned.positions.stop)
+            rows.append(row_at[taken])
+            documents.append(document_of_row[rows[-1]])
+            numbers.append(np.full(len(taken), number))
+            positions.append(taken)
+        order = mixture_order([len(part) for part in rows], plan.recipe.seed, plan.recipe.shuffle[split])
+        chosen = np.concatenate(documents)[order]
+        table = {
+            "row": np.concatenate(rows)[order],
+            "position": np.concatenate(positions)[order],
+            "entry": np.concatenate(numbers)[order],
+        }
+        ledger = _ledger(entries, store, table["entry"], chosen)
+        kept = store.drop_reason[chosen] == 0  # documents removed by a policy are removed after the shuffle
+        if not kept.any():
+            raise BuildError(f"{split}: the recipe's policies drop all {len(kept):,} documents; nothing to write")
+        table = {key: values[kept] for key, values in table.items()}
+        (partial / split).mkdir()
+        written = _write_shards(plan, store, chosen[kept], table, entries, partial / split, progress)
+        splits[split] = {"documents": int(kept.sum()), "entries": ledger, "shards": written}
+        splits[split] |= {key: sum(shard[key] for shard in written) for key in ("tokens", "supervised")}
+    return splits
+
+
+def _write_shards(
+    plan: Plan,
+    store: RenderedStore,
+    chosen: np.ndarray,
+    table: dict[str, np.ndarray],
+    entries: list[PlannedEntry],
+    folder: Path,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    lengths = store.num_tokens[chosen].astype(np.int64)
+    total, records = int(lengths.sum()), []
+    names = [planned.entry.task for planned in entries]
+    for number, (first, last) in enumerate(shards.shard_bounds(lengths)):
+        part = slice(first, last)
+        columns = {key: values[part] for key, values in table.items()}
+        index = store.index_table(chosen[part], first, columns, names)
+        chunks = _gather(store, chosen[part], progress, int(lengths[:first].sum()), total)
+        dtype, vocab_size = plan.tokenizer.dtype, plan.tokenizer.vocab_size
+        records.append(shards.write_shard(folder, number, chunks, lengths[part], index, dtype, vocab_size))
+    return records
+
+
+def _gather(
+    store: RenderedStore, chosen: np.ndarray, progress: Progress | None, done: int, total: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time."""
+    lengths = store.num_tokens[chosen].astype(np.int64)
+    for first, last in shards.shard_bounds(lengths, GATHER_TOKENS):
+        part = lengths[first:last]
+        ends = np.cumsum(part)
+        # place of every token in the store: its document's start, plus how far into the document it is
+        places = np.arange(ends[-1]) + np.repeat(store.starts[chosen[first:last]] - (ends - part), part)
+        yield store.tokens[places], store.mask[places]
+        done += int(ends[-1])
+        if progress:
+            progress("write", done, total)
+
+
+def _ledger(
+    entries: list[PlannedEntry], store: RenderedStore, numbers: np.ndarray, chosen: np.ndarray
+) -> list[dict[str, Any]]:
+    """Per entry: rows read, documents, tokens, supervised, truncated, tokens lost, dropped by reason."""
+    ledger = []
+    for number, planned in enumerate(entries):
+        documents = chosen[numbers == number]
+        reasons = store.drop_reason[documents]
+        kept = documents[reasons == 0]
+        tokens, original = (values[kept].sum(dtype=np.int64) for values in (store.num_tokens, store.original_tokens))
+        ledger.append(
+            {
+                "entry": number,
+                "task": planned.entry.task,
+                "subset": planned.entry.subset,
+                "split": planned.entry.split,
+                "source": planned.source.name,
+                "rows": len(documents),
+                "documents": len(kept),
+                "tokens": int(tokens),
+                "supervised": int(store.num_supervised[kept].sum(dtype=np.int64)),
+                "truncated": int(store.truncated[kept].sum()),
+                "tokens_lost": int(original - tokens),
+                "dropped": {reason: int((reasons == i).sum()) for i, reason in enumerate(DROP_REASONS) if i},
+            }
+        )
+    return ledger
+
+
+def _complete_manifest(plan: Plan, splits: dict[str, Any], partial: Path) -> dict[str, Any]:
+    tokenizer = plan.tokenizer
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    files = {name: shards.file_sha256(partial / "tokenizer" / name) for name in names}
+    manifest = {
+        "format": shards.FORMAT,
+        "version": shards.VERSION,
+        "stage": plan.recipe.stage,
+        "recipe": plan.recipe.resolved(),
+        "sources": [source.describe() for source in plan.sources],
+        "tokenizer": {
+            "files": files,
+            "canary_sha256": tokenizer.canary_sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "special_ids": tokenizer.special_ids,
+        },
+        "dtype": tokenizer.dtype.str,
+        "mask": MASK_MEANING,
+        "splits": splits,
+    }
+    return {**manifest, "build_id": shards.build_id_of(manifest)}
+
+
+def _report(seconds: dict[str, float], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Everything that may differ between two runs of the same build."""
+    tokens = sum(split["tokens"] for split in manifest["splits"].values())
+    tools = ("chatdata", "numpy", "pyarrow", "tiktoken", "huggingface_hub")
+    return {
+        "build_id": manifest["build_id"],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "duration_s": {key: round(value, 3) for key, value in seconds.items()},
+        "tokens_per_s": round(tokens / seconds["total"]),
+        "host": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
+        "versions": {tool: version(tool) for tool in tools},
+    }

@@ -1,0 +1,344 @@
+"""The command line. Heavy imports stand inside the functions that need them: `--help` answers in under half a second."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from chatdata.errors import ChatdataError, UsageError
+
+if TYPE_CHECKING:
+    from chatdata.build import Plan
+    from chatdata.tokenizer import Tokenizer
+
+FILE = click.Path(path_type=Path)
+
+
+def main() -> None:
+    """Run the command line: errors a user can cause become one line, exit codes are those of DESIGN 12."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    # a polite kill cleans up like Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        code = cli.main(arguments, prog_name="chatdata", standalone_mode=False)
+    except click.exceptions.Abort:
+        _stop("interrupted; nothing was written", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (ChatdataError, OSError) as error:
+        if debug:
+            raise
+        _stop(str(error), getattr(error, "exit_code", 1))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+def examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="chatdata")
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def cli(debug: bool) -> None:
+    """Render chat conversations once, offline, to token shards with a parallel loss mask."""
+
+
+@cli.command(
+    epilog=examples(
+        "chatdata build --stage mid --demo --out out/demo-mid",
+        "chatdata build --stage mid --data-dir hub --tokenizer tokenizer.pkl --identity me.jsonl --out out/mid",
+        "chatdata build --stage sft --recipe my.toml --tokenizer out/mid --out out/sft",
+    )
+)
+@click.option(
+    "--stage", type=click.Choice(["mid", "sft", "base"]), help="Which stage to build (default: the recipe's)."
+)
+@click.option("--recipe", metavar="NAME|FILE", help="A named recipe or a TOML file (default: the stage's own).")
+@click.option("--demo", is_flag=True, help="Everything generated or shipped: no download, own small tokenizer.")
+@click.option("--data-dir", type=FILE, help="Folder of Hub clones: DIR/<owner>/<name>/….")
+@click.option("--tokenizer", type=FILE, help="tokenizer.json, tokenizer.pkl, .tiktoken, a tokenizer folder or a build.")
+@click.option("--identity", type=FILE, help="JSONL of conversations for the recipe's identity entries.")
+@click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file defining a TASK of your own.")
+@click.option("--out", type=FILE, help="Output folder (default: out/<recipe>).")
+@click.option("--limit", type=click.IntRange(min=1), help="At most this many rows per entry.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Length rule in place of the recipe's.")
+@click.option(
+    "--overflow", type=click.Choice(["keep", "truncate", "drop", "error"]), help="What happens to longer ones."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def build(
+    stage: str | None,
+    recipe: str | None,
+    demo: bool,
+    data_dir: Path | None,
+    tokenizer: Path | None,
+    identity: Path | None,
+    words: str | None,
+    task_files: tuple[Path, ...],
+    out: Path | None,
+    limit: int | None,
+    max_tokens: int | None,
+    overflow: str | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Render a recipe to token and mask shards."""
+    from chatdata import show
+    from chatdata.build import build as run_build
+    from chatdata.build import check_out, make_plan
+    from chatdata.recipe import load_recipe, override
+    from chatdata.sources import Locations
+    from chatdata.tasks import load_tasks
+
+    tasks = load_tasks(task_files)
+    loaded = load_recipe(_recipe_name(stage, recipe, demo), tasks)
+    if stage and loaded.stage != stage:
+        raise UsageError(f'--stage {stage}, but the recipe "{loaded.name}" is for stage {loaded.stage}')
+    loaded = override(loaded, max_tokens=max_tokens, overflow=overflow)
+    used = {entry.task for entries in loaded.splits.values() for entry in entries}
+    if identity and "identity" not in used:
+        raise UsageError(f'--identity is given, but the recipe "{loaded.name}" has no identity entry')
+    if words and not any("words" in tasks[name].options for name in used):
+        raise UsageError(f'--words is given, but the recipe "{loaded.name}" has no task with a word list')
+    out = out or Path("out") / loaded.name
+    if not dry_run:
+        check_out(out, force)
+    locations = Locations(loaded.folder, data_dir, identity, words)
+    plan = make_plan(loaded, tasks, _load_tokenizer(tokenizer, demo), locations, limit)
+    if not as_json:
+        show.plan(plan, out)
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps(_plan_json(plan, out)))
+        return
+    with show.build_progress(quiet=as_json) as progress:
+        manifest = run_build(plan, out, force=force, progress=progress)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]}))
+    else:
+        show.build_result(manifest, out)
+
+
+def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
+    if recipe:
+        return recipe
+    if stage is None:
+        raise UsageError("give --stage mid|sft|base, or --recipe NAME|FILE")
+    if demo and stage == "base":
+        raise UsageError("--demo has the stages mid and sft, not base")
+    return f"demo-{stage}" if demo else stage
+
+
+def _load_tokenizer(path: Path | None, demo: bool) -> Tokenizer:
+    from chatdata.tokenizer import load_tokenizer
+
+    if path is not None:
+        return load_tokenizer(path)
+    if demo:
+        from chatdata.demo import demo_tokenizer
+
+        return demo_tokenizer()
+    raise UsageError(
+        "no tokenizer given: pass --tokenizer with a tokenizer.json, nanochat's tokenizer.pkl, a .tiktoken file or a build; "
+        "make one with `chatdata tokenizer train`; or use --demo, which trains its own"
+    )
+
+
+def _plan_json(plan: Plan, out: Path) -> dict[str, Any]:
+    splits = {
+        split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.positions)} for e in entries]
+        for split, entries in plan.splits.items()
+    }
+    return {"out": str(out), "recipe": plan.recipe.name, "stage": plan.recipe.stage, "splits": splits}
+
+
+@cli.command(
+    epilog=examples(
+        "chatdata inspect out/demo-mid --doc 7",
+        "chatdata inspect out/demo-mid --task demo_math",
+        "chatdata inspect --conversation chat.json --tokenizer out/demo-mid --stage mid --stage sft",
+    )
+)
+@click.argument("path", metavar="[BUILD]", required=False, type=FILE)
+@click.option("--split", default="train", show_default=True)
+@click.option("--doc", type=int, help="Number of the document in its split.")
+@click.option("--task", help="The first documents of this task.")
+@click.option(
+    "--conversation", type=click.Path(allow_dash=True, path_type=Path), help="One JSON conversation, - for stdin."
+)
+@click.option("--tokenizer", type=FILE, help="Tokenizer for --conversation.")
+@click.option("--stage", "stages", type=click.Choice(["mid", "sft"]), multiple=True, help="Also inputs and targets.")
+@click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
+def inspect(
+    path: Path | None,
+    split: str,
+    doc: int | None,
+    task: str | None,
+    conversation: Path | None,
+    tokenizer: Path | None,
+    stages: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Look at a document of a build, or at any one conversation: token, id, mask; inputs and targets per stage."""
+    from chatdata import inspect as look
+
+    if conversation is not None:
+        if path is not None or tokenizer is None:
+            raise UsageError("--conversation takes --tokenizer and no BUILD")
+        document = look.document_of_file(conversation, _load_tokenizer(tokenizer, demo=False))
+        look.show_tokens(document, stages, as_json)
+        return
+    if path is None:
+        raise UsageError("give a BUILD, or --conversation FILE --tokenizer T")
+    look.show_documents(path, split, doc, task, stages, as_json)
+
+
+@cli.command(epilog=examples("chatdata stats out/demo-mid", "chatdata stats out/demo-mid --json"))
+@click.argument("path", metavar="BUILD", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def stats(path: Path, as_json: bool) -> None:
+    """Documents, tokens, supervised share and lengths per task."""
+    from chatdata import open_build, show
+    from chatdata.stats import build_stats
+
+    numbers = build_stats(open_build(path))
+    click.echo(json.dumps(numbers)) if as_json else show.stats(numbers)
+
+
+@cli.command(epilog=examples("chatdata verify out/demo-mid"))
+@click.argument("path", metavar="BUILD", type=FILE)
+@click.option("--level", type=click.Choice(["quick"]), default="quick", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def verify(path: Path, level: str, as_json: bool) -> int:
+    """Check a build on disk. Exit code 3 if damage is found.
+
+    quick: manifest, file sizes and headers, offsets, counts of documents, tokens and index rows.
+    """
+    from chatdata.verify import verify_quick
+
+    problems = verify_quick(path)
+    if as_json:
+        click.echo(json.dumps({"build": str(path), "level": level, "problems": problems}))
+    else:
+        for problem in problems:
+            click.echo(problem, err=True)
+        click.echo(f"{path}: {f'{len(problems)} problems' if problems else 'no damage found'} ({level})")
+    return 3 if problems else 0
+
+
+@cli.command(name="tasks", epilog=examples("chatdata tasks", "chatdata tasks --task-file my_task.py"))
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file defining a TASK of your own.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
+    """List the tasks: source, splits, rows, licence."""
+    from chatdata import show
+    from chatdata.tasks import load_tasks
+
+    listed = [
+        {
+            "task": task.name,
+            "source": task.hub
+            or ("generated" if task.generate else "path or repo" if task.name != "identity" else "path"),
+            "splits": {subset: dict(splits) for subset, splits in task.splits.items()},
+            "licence": task.licence,
+            "summary": task.summary,
+        }
+        for task in load_tasks(task_files).values()
+    ]
+    click.echo(json.dumps(listed)) if as_json else show.tasks(listed)
+
+
+@cli.group()
+def tokenizer() -> None:
+    """Train, import and look at tokenizers."""
+
+
+@tokenizer.command(
+    epilog=examples("chatdata tokenizer train texts.jsonl more.parquet --vocab-size 65536 --out tokenizer")
+)
+@click.argument("files", nargs=-1, required=True, type=FILE)
+@click.option("--vocab-size", type=int, default=65_536, show_default=True, help="Entries, the nine specials included.")
+@click.option("--pattern", help="Split pattern (default: nanochat's).")
+@click.option("--out", type=FILE, required=True, help="Folder to write.")
+def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Path) -> None:
+    """Train byte-level BPE on text, JSONL or Parquet files (conversations, or a text column). Deterministic."""
+    from chatdata.tokenizer import SPLIT_PATTERN, train_tokenizer
+    from chatdata.training_texts import read_texts
+
+    _save(train_tokenizer(read_texts(files), vocab_size, pattern or SPLIT_PATTERN), out)
+
+
+@tokenizer.command(
+    name="import",
+    epilog=examples(
+        "chatdata tokenizer import tokenizer.pkl --out tokenizer",
+        "chatdata tokenizer import vocab.tiktoken --pattern '\\S+|\\s+' --out tokenizer",
+    ),
+)
+@click.argument("file", type=FILE)
+@click.option("--pattern", help="Split pattern of a .tiktoken file.")
+@click.option("--out", type=FILE, required=True, help="Folder to write.")
+def import_(file: Path, pattern: str | None, out: Path) -> None:
+    """Convert tokenizer.pkl, tokenizer.json or .tiktoken to a tokenizer folder, checked."""
+    from chatdata.tokenizer_files import read_tiktoken
+
+    if pattern is not None and file.suffix != ".tiktoken":
+        raise UsageError("--pattern goes with a .tiktoken file; others hold their own")
+    if pattern is not None and file.is_file():
+        _save(read_tiktoken(file, pattern), out)
+    else:
+        _save(_load_tokenizer(file, demo=False), out)
+
+
+@tokenizer.command(epilog=examples("chatdata tokenizer show tokenizer", "chatdata tokenizer show out/mid --text 'Hi!'"))
+@click.argument("path", type=FILE)
+@click.option("--text", help="Show how this text is cut into tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def show(path: Path, text: str | None, as_json: bool) -> None:
+    """Entries, special tokens, split pattern, shard dtype; how a text is cut."""
+    loaded = _load_tokenizer(path, demo=False)
+    facts: dict[str, Any] = {
+        "vocab_size": loaded.vocab_size,
+        "shards": "uint16" if loaded.dtype.itemsize == 2 else "uint32 (over 65,536 entries)",
+        "pattern": loaded.pattern,
+        "special_ids": loaded.special_ids,
+        "canary_sha256": loaded.canary_sha256,
+    }
+    if text is not None:
+        facts["tokens"] = [[i, loaded.decode_token(i)] for i in loaded.encode_ordinary(text)]
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    for key, value in facts.items():
+        if key == "tokens":
+            value = " ".join(f"{piece!r}:{i}" for i, piece in value)
+        elif isinstance(value, dict):
+            value = "  ".join(f"{name} {i}" for name, i in value.items())
+        click.echo(f"{key:14} {value}")
+
+
+def _save(loaded: Tokenizer, out: Path) -> None:
+    from chatdata.errors import BuildError
+    from chatdata.tokenizer_files import save_tokenizer
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BuildError(f"{out}: already exists; choose another --out")
+    save_tokenizer(loaded, out)
+    width = "uint16" if loaded.dtype.itemsize == 2 else "uint32, because it exceeds 65,536 entries"
+    click.echo(f"{out}: {loaded.vocab_size:,} entries (shards will be {width})")

@@ -1,0 +1,165 @@
+"""Conversations: the common form, and the forms accepted from files.
+
+The common form is plain data:
+
+    {"messages": [{"role": "system",    "content": "Be brief."},          # optional, first only
+                  {"role": "user",      "content": "How much is 2+3?"},
+                  {"role": "assistant", "content": [{"type": "text", "text": "It is "},
+                                                    {"type": "python", "text": "2+3"},
+                                                    {"type": "python_output", "text": "5"}]}]}
+
+`parse_conversation` turns every accepted form into it and refuses the rest (docs/conversations.md is the table).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+from chatdata.errors import ConversationError, nearest
+
+Role = Literal["system", "user", "assistant"]
+PART_TYPES = ("text", "python", "python_output")
+_ROLES = ("system", "user", "assistant")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+
+
+class Part(TypedDict):
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
+class Message(TypedDict):
+    role: Role
+    content: str | list[Part]
+
+
+class Conversation(TypedDict):
+    messages: list[Message]
+
+
+def parse_conversation(record: Any) -> Conversation:
+    """The common form of `record`: a list of messages, an object with `messages`, or ShareGPT's `conversations`.
+
+    Nothing is modified: the result shares strings with `record` but no containers. User and system content given as
+    a list of text parts is joined with "".
+
+    Raises ConversationError naming the message (counted from 0) and the key.
+    """
+    raw = _messages_of(record)
+    messages = [_parse_message(message, turn) for turn, message in enumerate(raw)]
+    _check_order(messages)
+    return {"messages": messages}
+
+
+def _messages_of(record: Any) -> list[Any]:
+    if isinstance(record, list):
+        messages, key = record, "messages"
+    elif not isinstance(record, dict):
+        raise ConversationError(f"a conversation is a list of messages or an object with messages, not {_kind(record)}")
+    elif record.get("messages") is not None:
+        messages, key = record["messages"], "messages"
+    elif record.get("conversations") is not None:
+        messages, key = record["conversations"], "conversations"
+    else:
+        raise ConversationError('no messages: expected the key "messages" (or ShareGPT\'s "conversations")')
+    if not isinstance(messages, list):
+        raise ConversationError(f'"{key}" must be a list of messages, not {_kind(messages)}')
+    if not messages:
+        raise ConversationError(f'"{key}" is empty: a conversation needs at least one user message')
+    return messages
+
+
+def _parse_message(message: Any, turn: int) -> Message:
+    if not isinstance(message, dict):
+        raise ConversationError(f"message {turn}: must be an object with role and content, not {_kind(message)}")
+    role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
+    for key in (role_key, content_key):
+        if key not in message:
+            raise ConversationError(f'message {turn}: no key "{key}"')
+    # null extras come from columnar files; anything else (tool_calls, weight, …) would change what is trained on
+    extra = [key for key, value in message.items() if key not in (role_key, content_key) and value not in (None, [])]
+    if extra:
+        raise ConversationError(
+            f'message {turn}, key "{extra[0]}": not understood; a message has only {role_key} and {content_key}'
+        )
+    role = message[role_key]
+    if role_key == "from":
+        if role not in _SHAREGPT_ROLES:
+            raise ConversationError(
+                f'message {turn}, key "from": unknown role {role!r}; valid: {", ".join(_SHAREGPT_ROLES)}'
+            )
+        role = _SHAREGPT_ROLES[role]
+    elif role not in _ROLES:
+        raise ConversationError(f'message {turn}, key "role": unknown role {role!r}; valid: {", ".join(_ROLES)}')
+    return {"role": role, "content": _parse_content(message[content_key], role, turn, content_key)}
+
+
+def _parse_content(content: Any, role: Role, turn: int, key: str) -> str | list[Part]:
+    if isinstance(content, str):
+        return _checked_text(content, turn, key)
+    if not isinstance(content, list):
+        raise ConversationError(
+            f'message {turn}, key "{key}": must be a string or a list of parts, not {_kind(content)}'
+        )
+    parts = [_parse_part(part, f'message {turn}, key "{key}", part {i}') for i, part in enumerate(content)]
+    if role == "assistant":
+        return parts
+    for i, part in enumerate(parts):
+        if part["type"] != "text":
+            raise ConversationError(
+                f'message {turn}, key "{key}", part {i}: only the assistant has {part["type"]} parts, not the {role}'
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def _parse_part(part: Any, where: str) -> Part:
+    if not isinstance(part, dict) or "type" not in part or "text" not in part:
+        raise ConversationError(f'{where}: must be an object with "type" and "text"')
+    if part["type"] not in PART_TYPES:
+        raise ConversationError(f"{where}: unknown part type {part['type']!r}{nearest(str(part['type']), PART_TYPES)}")
+    if not isinstance(part["text"], str):
+        raise ConversationError(f'{where}: "text" must be a string, not {_kind(part["text"])}')
+    return {"type": part["type"], "text": _check_surrogates(part["text"], where)}
+
+
+def _checked_text(text: str, turn: int, key: str) -> str:
+    # the place is only spelled out when something is wrong: this runs for every message of a build
+    if text.isascii():
+        return text
+    return _check_surrogates(text, f'message {turn}, key "{key}"')
+
+
+def _check_surrogates(text: str, where: str) -> str:
+    """Refuse lone surrogates (JSON's \\ud800): they are not text, and tiktoken would silently replace them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConversationError(
+            f"{where}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; not valid Unicode text"
+        ) from None
+    return text
+
+
+def _check_order(messages: list[Message]) -> None:
+    expected = ("user", "assistant")
+    first = 1 if messages[0]["role"] == "system" else 0
+    if first == len(messages):
+        raise ConversationError("message 0: a system message must be followed by a user message")
+    for turn, message in enumerate(messages[first:], start=first):
+        want = expected[(turn - first) % 2]
+        if message["role"] != want:
+            raise ConversationError(
+                f'message {turn}, key "role": {message["role"]} where {want} must come; after an optional system '
+                "message roles alternate user, assistant, starting with user"
+            )
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value)) or {dict: "an object", list: "a list"}.get(type(value), type(value).__name__)

@@ -1,0 +1,77 @@
+"""One rendered conversation: tokens, mask, and ways to look at it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# what a span's role number means, in the index and in Document.spans
+SPAN_ROLES = ("user", "text", "python", "output")
+
+
+class Span(NamedTuple):
+    """A run of tokens of one role: user, python and output with their delimiters, text without any."""
+
+    role: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """Tokens [n] (uint16 or uint32), mask [n] (uint8: 1 = supervised), aligned, not shifted.
+
+    Both are views where the document comes from a build: slicing and reading copy nothing. `spans` is filled by the
+    renderer; for a document of a build the spans stand in its split's index.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    spans: tuple[Span, ...] = ()
+    tokenizer: Any = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_supervised(self) -> int:
+        return int(np.count_nonzero(self.mask))
+
+    def text(self) -> str:
+        """The whole document as text, special tokens spelled out."""
+        return self._tokenizer().decode(self.tokens.tolist())
+
+    def conversation_markup(self) -> str:
+        """Text in which a person sees the mask without colour: supervised runs between ⟦ and ⟧, a line per message."""
+        lines = "".join(f"⟦{text}⟧" if supervised else text for supervised, text in self.runs())
+        for name in ("<|bos|>", "<|user_end|>", "<|assistant_end|>⟧"):
+            lines = lines.replace(name, name + "\n")
+        return lines.rstrip("\n")
+
+    def runs(self) -> Iterator[tuple[bool, str]]:
+        """(supervised, text) for each longest run of equal mask."""
+        tokenizer = self._tokenizer()
+        cuts = np.flatnonzero(np.diff(self.mask)) + 1
+        for part, mask in zip(np.split(self.tokens, cuts), np.split(self.mask, cuts), strict=True):
+            if len(part):
+                yield bool(mask[0]), tokenizer.decode(part.tolist())
+
+    def _repr_html_(self) -> str:
+        pieces = []
+        for supervised, text in self.runs():
+            style = "background:#c8ecc8;color:#0b3d0b" if supervised else "color:#666"
+            pieces.append(f'<span style="{style}">{html.escape(text)}</span>')
+        note = f"{len(self)} tokens, {self.num_supervised} supervised (green)"
+        return (
+            f'<div style="border:1px solid #ccc;padding:6px;margin:4px 0"><small>{note}</small>'
+            f'<pre style="white-space:pre-wrap;margin:4px 0 0">{"".join(pieces)}</pre></div>'
+        )
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise TypeError("this Document was made without a tokenizer, so its text cannot be shown")
+        return self.tokenizer

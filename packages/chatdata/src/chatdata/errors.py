@@ -1,0 +1,70 @@
+"""Everything a user can cause, as one tree of named errors.
+
+    ChatdataError (a ValueError; exit code 1)
+    ├── UsageError          the command line asks for something that cannot be (exit code 2)
+    ├── ConversationError   a conversation is not in an accepted form
+    ├── TaskError           a row does not fit its task, or a task file does not define a task
+    ├── RecipeError         a recipe file is wrong: unknown key, wrong type, unknown task
+    ├── SourceError         data is empty or unreadable; MissingSource: not at hand
+    ├── TokenizerError      a tokenizer cannot be read or is unusable
+    ├── BuildError          a build cannot be written where it was asked for
+    └── FormatError         a build on disk is damaged or of an unknown version
+
+Each message is one line: what was wrong, where (file, row, key), what would be right.
+"""
+
+from __future__ import annotations
+
+
+class ChatdataError(ValueError):
+    """Base of all errors a user can cause. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+    def at(self, where: str) -> ChatdataError:
+        """The same error with the place it happened in front, e.g. `data.jsonl line 3: …`."""
+        return type(self)(f"{where}: {self}")
+
+
+class UsageError(ChatdataError):
+    exit_code = 2
+
+
+class ConversationError(ChatdataError):
+    pass
+
+
+class TaskError(ChatdataError):
+    pass
+
+
+class RecipeError(ChatdataError):
+    pass
+
+
+class SourceError(ChatdataError):
+    pass
+
+
+class MissingSource(SourceError):
+    """A source that is not at hand; the message ends with what fetches it."""
+
+
+class TokenizerError(ChatdataError):
+    pass
+
+
+class BuildError(ChatdataError):
+    pass
+
+
+class FormatError(ChatdataError):
+    pass
+
+
+def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:
+    """`; did you mean "x"?` for the closest valid name, else the list of all valid names."""
+    import difflib
+
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else f"; valid: {', '.join(valid)}"

@@ -1,0 +1,242 @@
+"""Recipes: what goes into a stage, as TOML. Named ones are package data in recipes/; `--recipe` takes a name or a file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from chatdata.errors import RecipeError, nearest
+from chatdata.tasks import Task
+
+STAGES = ("base", "mid", "sft")
+OVERFLOW = ("keep", "truncate", "drop", "error")
+ZERO_SUPERVISED = ("keep", "drop", "error")
+RECIPE_FOLDER = Path(__file__).with_name("recipes")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the expanded recipe: a task, a split, and the positions taken from it."""
+
+    task: str
+    split: str
+    subset: str
+    start: int | None = None
+    stop: int | None = None
+    rows: int | None = None
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return " ".join(part for part in (self.task, self.subset, self.split) if part)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    stage: str
+    seed: int
+    max_tokens: int | None
+    overflow: str
+    zero_supervised: str
+    shuffle: Mapping[str, bool]
+    splits: Mapping[str, tuple[Entry, ...]]  # "train", and "val" if the recipe has one
+    folder: Path  # relative paths start here
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain data for the manifest: defaults filled in, epochs expanded, file names without folders."""
+        return {
+            "stage": self.stage,
+            "seed": self.seed,
+            "max_tokens": self.max_tokens,
+            "overflow": self.overflow,
+            "zero_supervised": self.zero_supervised,
+            "shuffle": {split: self.shuffle[split] for split in self.splits},
+            **{split: [_resolved_entry(entry) for entry in entries] for split, entries in self.splits.items()},
+        }
+
+
+def _resolved_entry(entry: Entry) -> dict[str, Any]:
+    values = {
+        key: getattr(entry, key) for key in ("task", "split", "subset", "start", "stop", "rows", "repo", "revision")
+    }
+    path = {"path": Path(entry.path).name} if entry.path else {}
+    options = {
+        key: Path(value).name if isinstance(value, str) and "://" not in value else value
+        for key, value in entry.options.items()
+    }
+    return {**values, **path, **options}
+
+
+_TOP_KEYS: dict[str, Any] = {
+    "stage": str,
+    "seed": int,
+    "max_tokens": int,
+    "overflow": str,
+    "zero_supervised": str,
+    "shuffle": dict,
+    "train": list,
+    "val": list,
+}
+_ENTRY_KEYS: dict[str, Any] = {
+    "task": str,
+    "split": str,
+    "subset": str,
+    "rows": int,
+    "start": int,
+    "stop": int,
+    "epochs": int,
+    "path": str,
+    "repo": str,
+    "revision": str,
+}
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
+
+
+def load_recipe(name_or_path: str, tasks: Mapping[str, Task]) -> Recipe:
+    """Load a named recipe or a file.
+
+    Raises RecipeError naming file, key and the nearest valid name for anything unknown or of the wrong type.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = RECIPE_FOLDER / f"{name_or_path}.toml"
+        if not path.is_file():
+            raise RecipeError(
+                f'no recipe "{name_or_path}" (neither a file nor a name){nearest(name_or_path, recipe_names())}'
+            )
+    shown = path.name if path.parent == RECIPE_FOLDER else str(path)
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{shown}: not valid TOML: {error}") from None
+    return _parse_recipe(table, shown, path, tasks)
+
+
+def override(recipe: Recipe, *, max_tokens: int | None, overflow: str | None) -> Recipe:
+    """The recipe with the command line's `--max-tokens` and `--overflow` in place of its own."""
+    if overflow == "keep" and max_tokens is None:
+        return replace(recipe, max_tokens=None, overflow="keep")
+    changed = replace(recipe, max_tokens=max_tokens or recipe.max_tokens, overflow=overflow or recipe.overflow)
+    _check_overflow(changed.overflow, changed.max_tokens, "command line")
+    return changed
+
+
+def _parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[str, Task]) -> Recipe:
+    _check_keys(table, _TOP_KEYS, shown)
+    if "stage" not in table:
+        raise RecipeError(f'{shown}: no key "stage"; one of {", ".join(STAGES)}')
+    for key, valid in (("stage", STAGES), ("overflow", OVERFLOW), ("zero_supervised", ZERO_SUPERVISED)):
+        if key in table and table[key] not in valid:
+            raise RecipeError(f'{shown}, key "{key}": {table[key]!r}{nearest(str(table[key]), valid)}')
+    if "max_tokens" in table and table["max_tokens"] < 2:
+        raise RecipeError(f'{shown}, key "max_tokens": {table["max_tokens"]}; a document has at least 2 tokens')
+    overflow = table.get("overflow", "keep")
+    _check_overflow(overflow, table.get("max_tokens"), shown)
+    if not table.get("train"):
+        raise RecipeError(f"{shown}: no [[train]] entry")
+    splits = {
+        split: _parse_entries(table[split], f"{shown}, [[{split}]]", tasks)
+        for split in ("train", "val")
+        if split in table
+    }
+    for split, entries in splits.items():
+        for entry in entries:
+            _check_stage(entry, table["stage"], tasks, f"{shown}, [[{split}]]")
+    shuffle = table.get("shuffle", {})
+    _check_keys(shuffle, dict.fromkeys(splits, bool), f"{shown}, [shuffle]")
+    return Recipe(
+        name=path.stem,
+        stage=table["stage"],
+        seed=table.get("seed", 42),
+        max_tokens=table.get("max_tokens"),
+        overflow=overflow,
+        zero_supervised=table.get("zero_supervised", "keep"),
+        shuffle={"train": True, "val": True, **shuffle},
+        splits=splits,
+        folder=path.parent,
+    )
+
+
+def _parse_entries(tables: list[Any], where: str, tasks: Mapping[str, Task]) -> tuple[Entry, ...]:
+    entries: list[Entry] = []
+    for number, table in enumerate(tables, start=1):
+        here = f"{where} entry {number}"
+        if not isinstance(table, dict) or "task" not in table:
+            raise RecipeError(f'{here}: no key "task"')
+        if table["task"] not in tasks:
+            raise RecipeError(
+                f'{here}, key "task": unknown task "{table["task"]}"{nearest(str(table["task"]), list(tasks))}'
+            )
+        task = tasks[table["task"]]
+        _check_keys(table, _ENTRY_KEYS | {key: option.type for key, option in task.options.items()}, here)
+        entry = _parse_entry(table, task, here)
+        epochs = table.get("epochs", 1)
+        if epochs < 1:
+            raise RecipeError(f'{here}, key "epochs": {epochs}; at least 1')
+        entries.extend([entry] * epochs)
+    return tuple(entries)
+
+
+def _parse_entry(table: dict[str, Any], task: Task, here: str) -> Entry:
+    if task.scored_only:
+        raise RecipeError(f'{here}: "{task.name}" is only for scoring, never in a build')
+    if task.splits and "path" not in table:
+        subset = table.get("subset", next(iter(task.splits)))
+        if subset not in task.splits:
+            raise RecipeError(f'{here}, key "subset": "{subset}"{nearest(subset, list(task.splits))}')
+        split = table.get("split", "train")
+        if split not in task.splits[subset]:
+            raise RecipeError(f'{here}, key "split": "{split}"{nearest(split, list(task.splits[subset]))}')
+    else:
+        subset, split = table.get("subset", ""), table.get("split", "train")
+    for key in ("rows", "start", "stop"):
+        if task.generate and key != "rows" and table.get(key, 0) < 0:
+            raise RecipeError(f'{here}, key "{key}": {table[key]}; a generated task has no end to count from')
+    if table.get("rows", 1) < 1:
+        raise RecipeError(f'{here}, key "rows": {table["rows"]}; at least 1')
+    if task.generate and "rows" not in table and "stop" not in table:
+        raise RecipeError(f'{here}: "{task.name}" is generated and needs the key "rows"')
+    for key, option in task.options.items():
+        if option.required and key not in table:
+            raise RecipeError(f'{here}: "{task.name}" needs the key "{key}"')
+    options = {key: table.get(key, option.default) for key, option in task.options.items()}
+    common = {key: table.get(key) for key in ("start", "stop", "rows", "path", "repo", "revision")}
+    return Entry(task=task.name, split=split, subset=subset, options=options, **common)
+
+
+def _check_keys(table: dict[str, Any], types: Mapping[str, Any], where: str) -> None:
+    for key, value in table.items():
+        if key not in types:
+            raise RecipeError(f'{where}: unknown key "{key}"{nearest(key, list(types))}')
+        expected = get_args(types[key]) or (types[key],)
+        # bool is an int in Python, but `rows = true` is a mistake
+        if type(value) not in expected:
+            names = " or ".join(kind.__name__ for kind in expected)
+            raise RecipeError(f'{where}, key "{key}": must be {names}, not {type(value).__name__} {value!r}')
+
+
+def _check_overflow(overflow: str, max_tokens: int | None, where: str) -> None:
+    if overflow != "keep" and max_tokens is None:
+        raise RecipeError(f'{where}: overflow = "{overflow}" needs max_tokens')
+    if overflow == "keep" and max_tokens is not None:
+        raise RecipeError(
+            f'{where}: max_tokens = {max_tokens} does nothing with overflow = "keep"; choose truncate, drop or error'
+        )
+
+
+def _check_stage(entry: Entry, stage: str, tasks: Mapping[str, Task], where: str) -> None:
+    kind = tasks[entry.task].kind
+    if (kind == "text") != (stage == "base"):
+        right = "plain text" if stage == "base" else "conversations"
+        raise RecipeError(f'{where}: task "{entry.task}" is {kind}, but stage {stage} is made of {right}')

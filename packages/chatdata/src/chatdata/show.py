@@ -1,0 +1,184 @@
+"""What the commands print for people: plans, tables, progress. Numbers come from elsewhere; nothing is computed here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from chatdata.build import Plan
+
+PLAIN_LINE_EVERY = 0.25  # without a terminal: a progress line per quarter of a source, not per row
+
+
+def console() -> Console:
+    """Standard output; off a terminal wide enough that no row of a table is folded."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], total: Sequence[Any] = ()) -> None:
+    """Print a table: first column left, the others right; integers with thousands separators."""
+    grid = Table(
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", show_footer=bool(total)
+    )
+    for i, column in enumerate(columns):
+        footer = _cell(total[i]) if total else ""
+        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=True, footer=footer)
+    for row in rows:
+        grid.add_row(*(_cell(value) for value in row))
+    console().print(grid)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "–"
+
+
+def plan(plan: Plan, out: Path) -> None:
+    recipe, tokenizer = plan.recipe, plan.tokenizer
+    width = "uint16" if tokenizer.dtype.itemsize == 2 else "uint32, because the vocabulary exceeds 65,536 entries"
+    length = "whole documents" if recipe.max_tokens is None else f"{recipe.overflow} at {recipe.max_tokens:,} tokens"
+    console().print(
+        f"{recipe.name} (stage {recipe.stage}) → {escape(str(out))}\n"
+        f"tokenizer: {tokenizer.vocab_size:,} entries, shards {width} · length: {length} · "
+        f"without supervision: {recipe.zero_supervised} · seed {recipe.seed}"
+    )
+    rows = []
+    for split, entries in plan.splits.items():
+        for planned in entries:
+            source = planned.source
+            revision = f"@{source.revision[:12]}" if source.revision else ""
+            rows.append((split, planned.entry.label, len(planned.positions), source.name + revision))
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("split", "left"), ("entry", "left"), ("rows", "right"), ("source", "left")):
+        grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for row in rows:
+        grid.add_row(*(_cell(value) for value in row))
+    console().print(grid)
+
+
+@contextmanager
+def build_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress callback: bars on a terminal, plain lines otherwise, None when quiet."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bars() as update:
+            yield update
+    else:
+        printed: dict[str, float] = {}
+
+        def plain(name: str, done: int, total: int) -> None:
+            if done == total or done / total - printed.get(name, 0.0) >= PLAIN_LINE_EVERY:
+                printed[name] = done / total
+                unit = "tokens" if name == "write" else "rows"
+                print(f"{name}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
+
+        yield plain
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bars: dict[str, Any] = {}
+
+        def update(name: str, done: int, total: int) -> None:
+            if name not in bars or done < progress.tasks[bars[name]].completed:  # a second split is written
+                bars[name] = progress.add_task(escape(name), total=total)
+            progress.update(bars[name], completed=done)
+
+        yield update
+
+
+def build_result(manifest: dict[str, Any], out: Path) -> None:
+    for split, contents in manifest["splits"].items():
+        rows = [
+            (
+                " ".join(part for part in (entry["task"], entry["subset"]) if part),
+                entry["documents"],
+                entry["tokens"],
+                entry["supervised"],
+                share(entry["supervised"], entry["tokens"]),
+                entry["truncated"],
+                entry["tokens_lost"],
+                sum(entry["dropped"].values()),
+            )
+            for entry in contents["entries"]
+        ]
+        totals = [sum(row[i] for row in rows) for i in (1, 2, 3, 5, 6, 7)]  # type: ignore[misc]
+        total = ("all", *totals[:3], share(totals[2], totals[1]), *totals[3:])
+        columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
+        table(f"\n{split}", columns, rows, total)
+    console().print(f"\n{escape(str(out))}: build {manifest['build_id'][:12]} is complete")
+
+
+def stats(numbers: dict[str, Any]) -> None:
+    columns = (
+        "task",
+        "documents",
+        "tokens",
+        "supervised",
+        "share",
+        "turns",
+        "tool calls",
+        "shortest",
+        "median",
+        "99%",
+        "longest",
+    )
+    for split, rows in numbers["splits"].items():
+        listed = [
+            (
+                row["task"],
+                row["documents"],
+                row["tokens"],
+                row["supervised"],
+                share(row["supervised"], row["tokens"]),
+                row["turns"],
+                row["tool_calls"],
+                *(row["length"][key] for key in ("min", "median", "p99", "max")),
+            )
+            for row in rows
+        ]
+        table(f"\n{split}", columns, listed)
+    console().print(f"\nstage {numbers['stage']}, build {numbers['build_id'][:12]}")
+
+
+def tasks(listed: list[dict[str, Any]]) -> None:
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("task", "source", "subset", "splits (rows)", "licence", "what"):
+        grid.add_column(name, no_wrap=name != "what")
+    for task in listed:
+        lines = task["splits"].items() or [("", {})]
+        for i, (subset, splits) in enumerate(lines):
+            shown = ", ".join(f"{split} {rows:,}" if rows else split for split, rows in splits.items())
+            first = (task["task"], task["source"]) if i == 0 else ("", "")
+            last = (task["licence"], task["summary"]) if i == 0 else ("", "")
+            grid.add_row(*(escape(cell) for cell in (*first, subset, shown, *last)))
+    console().print(grid)

@@ -1,0 +1,99 @@
+"""Tasks: one file each. A task says where its rows are and how one row becomes a conversation.
+
+A task file defines `TASK = Task(...)`. Rows come from a source (Hub dataset, `--data-dir`, a path) or are generated;
+`to_conversation(row)` turns one into the common form of conversation.py. docs/add_a_task.md builds one in 30 lines.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from chatdata.errors import TaskError, nearest
+
+
+@dataclass(frozen=True)
+class Option:
+    """One recipe key a task adds: its type, its default, and whether it names a file (resolved like a path)."""
+
+    type: type
+    default: Any = None
+    is_file: bool = False
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the recipe key `task = "name"` stands for.
+
+    to_conversation: raw row → conversation in the common form (for kind "text": row → str). It raises TaskError
+        naming the key when a row does not fit.
+    hub: dataset on the Hub, `owner/name`; None if rows are generated or come from a path.
+    splits: subset → split → rows in the full dataset on the Hub (0 where it varies). The subset "" is the folder
+        `data/`. With no subset in the recipe, the first one is meant.
+    generate: (split, options) → (position → raw row), for tasks that make their rows.
+    permuted: rows are put in the order of `numpy.random.default_rng(42).permutation(n)` before anything is selected.
+    scored_only: the scorer uses it; a build refuses it.
+    """
+
+    name: str
+    summary: str
+    licence: str
+    to_conversation: Callable[[Any], Any]
+    splits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    hub: str | None = None
+    generate: Callable[[str, Mapping[str, Any]], Callable[[int], Any]] | None = None
+    permuted: bool = False
+    scored_only: bool = False
+    kind: str = "conversation"
+    options: Mapping[str, Option] = field(default_factory=dict)
+    code_sha256: str | None = None  # set for a user's own task file: its content is part of the build
+
+
+def load_tasks(task_files: tuple[Path, ...] = ()) -> dict[str, Task]:
+    """All shipped tasks by name, in alphabetical order, then those of the user's files.
+
+    Raises TaskError if a file does not define TASK, cannot be imported, or repeats a name.
+    """
+    tasks = {}
+    for module in pkgutil.iter_modules(__path__):
+        task = getattr(import_module(f"{__name__}.{module.name}"), "TASK", None)
+        if task is not None:
+            tasks[task.name] = task
+    for path in task_files:
+        task = _load_task_file(path)
+        if task.name in tasks:
+            raise TaskError(f'{path}: the task name "{task.name}" is taken; choose another')
+        tasks[task.name] = task
+    return tasks
+
+
+def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
+    if name not in tasks:
+        raise TaskError(f'unknown task "{name}"{nearest(name, list(tasks))}')
+    return tasks[name]
+
+
+def _load_task_file(path: Path) -> Task:
+    import hashlib
+    from dataclasses import replace
+
+    if not path.is_file():
+        raise TaskError(f"{path}: no such task file")
+    spec = importlib.util.spec_from_file_location(f"chatdata_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path}: a task file is a Python file ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise TaskError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    task = getattr(module, "TASK", None)
+    if not isinstance(task, Task):
+        raise TaskError(f"{path}: defines no TASK = chatdata.tasks.Task(...)")
+    return replace(task, code_sha256=hashlib.sha256(path.read_bytes()).hexdigest())

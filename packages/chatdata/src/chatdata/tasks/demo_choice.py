@@ -1,0 +1,42 @@
+"""Demo multiple choice: simple facts of our own, the choices in a new order in every row.
+
+A row: {"question": "What colour is a ripe banana?", "choices": ["blue", "yellow", "black", "red"], "answer": 1}
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from chatdata.tasks import Task
+from chatdata.tasks.mmlu import to_conversation
+from chatdata.tasks.words import TEST_SEED_OFFSET
+
+FACTS = Path(__file__).parent.parent / "texts" / "choice_facts.jsonl"
+
+
+def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str, Any]]:
+    facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
+    offset = TEST_SEED_OFFSET if split == "test" else 0
+
+    def make_row(position: int) -> dict[str, Any]:
+        draw = random.Random(offset + position)
+        fact = draw.choice(facts)
+        choices = [fact["correct"], *fact["wrong"]]
+        draw.shuffle(choices)
+        return {"question": fact["question"], "choices": choices, "answer": choices.index(fact["correct"])}
+
+    return make_row
+
+
+TASK = Task(
+    name="demo_choice",
+    summary="demo: multiple choice over simple facts (generated)",
+    licence="MIT",
+    splits={"": {"train": 0, "test": 0}},
+    generate=generate,
+    to_conversation=to_conversation,
+)

@@ -1,0 +1,53 @@
+"""GSM8K: grade-school word problems whose answers carry calculator calls, rendered as tool parts.
+
+https://huggingface.co/datasets/openai/gsm8k (MIT). A row:
+
+    {"question": "A pen costs 3 dollars. How much do 4 pens cost?",
+     "answer": "They cost 3*4=<<3*4=12>>12 dollars.\\n#### 12"}
+
+The annotation `<<3*4=12>>` becomes a `python` part "3*4" and a `python_output` part "12"; all other text stays verbatim,
+empty strings included. Rule: karpathy/nanochat@790f3be:tasks/gsm8k.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from chatdata.tasks import Task
+
+_ANNOTATION = re.compile(r"<<([^>]+)>>")
+
+
+def to_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": answer_parts(row["answer"])},
+        ]
+    }
+
+
+def answer_parts(answer: str) -> list[dict[str, str]]:
+    """Parts of an annotated answer: text at even places, what stood inside `<<…>>` at odd ones."""
+    parts = []
+    for i, piece in enumerate(_ANNOTATION.split(answer)):
+        if i % 2 == 0:
+            parts.append({"type": "text", "text": piece})
+            continue
+        # at the last "=", because an expression may itself hold one; without any the output is empty
+        expression, _, result = piece.rpartition("=") if "=" in piece else (piece, "", "")
+        parts.append({"type": "python", "text": expression})
+        parts.append({"type": "python_output", "text": result})
+    return parts
+
+
+TASK = Task(
+    name="gsm8k",
+    summary="word problems with calculator calls",
+    licence="MIT",
+    hub="openai/gsm8k",
+    splits={"main": {"train": 7_473, "test": 1_319}, "socratic": {"train": 7_473, "test": 1_319}},
+    permuted=True,
+    to_conversation=to_conversation,
+)

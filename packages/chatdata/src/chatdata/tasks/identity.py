@@ -1,0 +1,18 @@
+"""Who the assistant is: a JSONL file of conversations, given with `--identity FILE` or `path` in the recipe.
+
+Same forms as the task `conversations`. A line:
+
+    [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pebble, a tiny chat model."}]
+"""
+
+from __future__ import annotations
+
+from chatdata.tasks import Task
+from chatdata.tasks.conversations import to_conversation
+
+TASK = Task(
+    name="identity",
+    summary="who the assistant is: --identity FILE or path",
+    licence="yours",
+    to_conversation=to_conversation,
+)

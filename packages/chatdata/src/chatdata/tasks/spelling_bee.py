@@ -1,0 +1,78 @@
+"""SpellingBee: how many of letter x are in word y; counted by hand, checked with the calculator tool.
+
+A row: {"word": "banana", "letter": "a", "question": "How many times is a in banana?"}
+
+Word and letter are drawn as in karpathy/nanochat@790f3be:tasks/spellingbee.py (the list unshuffled; nine times in ten a
+letter of the word, else any letter); phrasings and the answer's wording are our own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from chatdata.errors import SourceError
+from chatdata.tasks import Option, Task
+from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, read_words, split_words
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+PHRASINGS = Path(__file__).parent.parent / "texts" / "spelling_phrasings.txt"
+_QUOTES = ("", "'", '"')
+
+
+def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str, str]]:
+    words = split_words(read_words(options["words"]), split, options["holdout"])
+    phrasings = read_phrasings(options["phrasings"])
+    offset = TEST_SEED_OFFSET if split == "test" else 0
+
+    def make_row(position: int) -> dict[str, str]:
+        draw = random.Random(offset + position)
+        word = draw.choice(words)
+        letter = draw.choice(word) if draw.random() < 0.9 else draw.choice(ALPHABET)
+        phrasing = draw.choice(phrasings)
+        letter_quote, word_quote = draw.choice(_QUOTES), draw.choice(_QUOTES)
+        question = phrasing.replace("{letter}", f"{letter_quote}{letter}{letter_quote}")
+        question = question.replace("{word}", f"{word_quote}{word}{word_quote}")
+        return {"word": word, "letter": letter, "question": question}
+
+    return make_row
+
+
+def read_phrasings(path: Path) -> list[str]:
+    """Phrasings, one a line, each with {letter} and {word} once. Raises SourceError naming the line that is not."""
+    phrasings = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(phrasings, start=1):
+        if line.count("{letter}") != 1 or line.count("{word}") != 1:
+            raise SourceError(f"{path.name} line {number}: a phrasing has {{letter}} once and {{word}} once")
+    if not phrasings:
+        raise SourceError(f"{path.name}: no phrasings")
+    return phrasings
+
+
+def to_conversation(row: dict[str, str]) -> dict[str, Any]:
+    word, letter = row["word"], row["letter"]
+    lines, count = [], 0
+    for i, char in enumerate(word, start=1):
+        count += char == letter
+        lines.append(f"{i}. {char} → {count}" if char == letter else f"{i}. {char}")
+    by_hand = f"{word}:{','.join(word)}\nCounting {letter}:\n" + "\n".join(lines) + f"\nBy hand: {count}. Check: "
+    parts = [
+        {"type": "text", "text": by_hand},
+        {"type": "python", "text": f"'{word}'.count('{letter}')"},
+        {"type": "python_output", "text": str(count)},
+        {"type": "text", "text": f"\nBoth agree.\n#### {count}"},
+    ]
+    return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}]}
+
+
+TASK = Task(
+    name="spelling_bee",
+    summary="count a letter in a word, with a tool call (generated from a word list)",
+    licence="Unlicense",
+    splits={"": {"train": 0, "test": 0}},
+    generate=generate,
+    options={**WORD_OPTIONS, "phrasings": Option(str, str(PHRASINGS), is_file=True)},
+    to_conversation=to_conversation,
+)

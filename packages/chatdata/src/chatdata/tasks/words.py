@@ -1,0 +1,45 @@
+"""The word list behind both spelling tasks: reading it, and which words are kept for scoring."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from chatdata.errors import SourceError
+from chatdata.tasks import Option
+
+# dwyl/english-words (Unlicense), the list nanochat spells from
+WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt"
+TEST_SEED_OFFSET = 10_000_000  # test rows draw from seeds no training row reaches
+
+WORD_OPTIONS = {
+    "words": Option(str, WORDS_URL, is_file=True),
+    "words_sha256": Option(str),
+    "holdout": Option(bool, False),
+}
+
+
+def read_words(path: Path) -> list[str]:
+    """Words of a file, one a line, stripped. Raises SourceError for an empty line or an empty file."""
+    words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if not words:
+        raise SourceError(f"{path.name}: the word list is empty")
+    if "" in words:
+        raise SourceError(f"{path.name} line {words.index('') + 1}: an empty line in the word list")
+    return words
+
+
+def is_test_word(word: str) -> bool:
+    """A word is kept for scoring when the 8-byte BLAKE2b of its UTF-8, little-endian, is 0 modulo 10."""
+    digest = hashlib.blake2b(word.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 10 == 0
+
+
+def split_words(words: list[str], split: str, holdout: bool) -> list[str]:
+    """The words a split draws from: all of them, or with `holdout` only train's or only test's."""
+    if not holdout:
+        return words
+    kept = [word for word in words if is_test_word(word) == (split == "test")]
+    if not kept:
+        raise SourceError(f"the word list has no {split} word: with holdout = true one word in ten is a test word")
+    return kept

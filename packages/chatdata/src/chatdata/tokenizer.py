@@ -1,0 +1,170 @@
+"""The tokenizer: tiktoken underneath, nine special tokens directly after the merges, plain JSON on disk.
+
+`load_tokenizer` takes a build, a tokenizer folder, a `tokenizer.json`, nanochat's `tokenizer.pkl` or a `.tiktoken` file.
+Reading and writing those formats is in tokenizer_files.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from chatdata.errors import TokenizerError
+
+# karpathy/nanochat@790f3be:nanochat/tokenizer.py fixes names and order; the order fixes the ids
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+
+# GPT-4's split pattern with digits in runs of at most 2 instead of 3 (nanochat: fewer number tokens for a 64K vocabulary)
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+# Texts whose ids stand for the tokenizer's behaviour: two tokenizers with equal files but different code, or equal
+# sizes but different merges, differ here. Never change one: the hash of their ids is in every manifest.
+CANARY_TEXTS = (
+    "Hello, world! It's 2026-01-31 and we'll spell s,t,r,a,w,b,e,r,r,y.",
+    "def f(x):\n    return x**2 + 10.5\n\n\n\tprint(f(1234567890))  \r\n",
+    "#### 1,234 = 5/6 * 7 - 8.90 % (A) <|bos|> <|assistant_end|>",
+    "Größe, naïve, año, İstanbul, Ελληνικά, Русский, עברית, العربية, हिन्दी",
+    "汉字与标点，日本語のテキスト、한국어 문장. ٣٤ ५६ ⅷ ½ 🤖👩‍👩‍👧 \u200b\u2028e\u0301",
+    "  leading and trailing   \n \n\x00\x1f~",
+)
+
+MAX_UINT16_VOCAB = 65_536
+
+
+class Tokenizer:
+    """Byte-level BPE: `ranks` (token bytes → id), a split pattern, and special tokens (name → id).
+
+    Raises TokenizerError if the nine special tokens are not all there, ids collide, or the pattern does not compile.
+    """
+
+    def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_ids: Mapping[str, int], name: str) -> None:
+        import tiktoken
+
+        _check_vocabulary(ranks, special_ids, name)
+        self.name = name
+        self.ranks = dict(ranks)
+        self.pattern = pattern
+        self.special_ids = dict(special_ids)
+        self.vocab_size = max(max(ranks.values()), max(special_ids.values())) + 1
+        try:
+            self.encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
+            )
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise TokenizerError(f"{name}: the split pattern does not compile: {reason}") from None
+        self.encode_ordinary = self.encoding.encode_ordinary
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Little-endian uint16, or uint32 if the vocabulary (special tokens included) exceeds 65,536 entries."""
+        return np.dtype("<u2") if self.vocab_size <= MAX_UINT16_VOCAB else np.dtype("<u4")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode(list(ids), errors="replace")
+
+    def decode_token(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    @cached_property
+    def token_bytes(self) -> dict[int, bytes]:
+        """id → the bytes it stands for, from the merges themselves; special tokens stand for none."""
+        return {rank: token for token, rank in self.ranks.items()}
+
+    @cached_property
+    def canary_sha256(self) -> str:
+        """SHA-256 over the ids of CANARY_TEXTS: per text its count, then its ids, all `<u4`."""
+        digest = hashlib.sha256()
+        for text in CANARY_TEXTS:
+            ids = self.encode_ordinary(text)
+            digest.update(np.array([len(ids), *ids], dtype="<u4").tobytes())
+        return digest.hexdigest()
+
+
+def append_special_tokens(ranks: Mapping[bytes, int]) -> dict[str, int]:
+    """The nine special tokens' ids, directly after the highest rank."""
+    first = max(ranks.values(), default=-1) + 1
+    return {name: first + i for i, name in enumerate(SPECIAL_TOKENS)}
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a build, a tokenizer folder, or a tokenizer.json, tokenizer.pkl or .tiktoken file.
+
+    Raises TokenizerError if there is none or it cannot be used.
+    """
+    from chatdata import tokenizer_files
+
+    path = Path(path)
+    if path.is_dir():
+        candidates = [path / "tokenizer.json", path / "tokenizer" / "tokenizer.json", path / "tokenizer.pkl"]
+        found = [candidate for candidate in candidates if candidate.is_file()]
+        if not found:
+            raise TokenizerError(f"{path}: no tokenizer.json, tokenizer/tokenizer.json or tokenizer.pkl in this folder")
+        path = found[0]
+    if not path.is_file():
+        raise TokenizerError(f"{path}: no such tokenizer file or folder")
+    if path.suffix == ".pkl":
+        return tokenizer_files.read_pickle(path)
+    if path.suffix == ".tiktoken":
+        return tokenizer_files.read_tiktoken(path)
+    if path.suffix == ".json":
+        return tokenizer_files.read_json(path)
+    raise TokenizerError(f"{path}: not a tokenizer; expected tokenizer.json, tokenizer.pkl or a .tiktoken file")
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> Tokenizer:
+    """Train byte-level BPE with rustbpe to `vocab_size` entries, the nine special tokens included.
+
+    Deterministic: ties between pairs are broken by the pair, so thread count does not matter.
+    Raises TokenizerError if the texts do not yield enough merges.
+    """
+    import rustbpe
+
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise TokenizerError(f"--vocab-size {vocab_size} is too small: 256 bytes and 9 special tokens need {smallest}")
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) < vocab_size - len(SPECIAL_TOKENS):
+        raise TokenizerError(
+            f"the training text yields only {len(ranks)} of the {vocab_size - len(SPECIAL_TOKENS)} entries asked for; "
+            "give more text or a smaller --vocab-size"
+        )
+    return Tokenizer(ranks, pattern, append_special_tokens(ranks), "trained")
+
+
+def _check_vocabulary(ranks: Mapping[bytes, int], special_ids: Mapping[str, int], name: str) -> None:
+    missing = [token for token in SPECIAL_TOKENS if token not in special_ids]
+    if missing:
+        raise TokenizerError(
+            f"{name}: special tokens missing: {', '.join(missing)}; all nine must be in the tokenizer "
+            "(import a .tiktoken file, or train one, to have them appended)"
+        )
+    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if absent:
+        raise TokenizerError(f"{name}: {len(absent)} of the 256 single bytes have no entry (first: 0x{absent[0]:02x})")
+    ids = np.fromiter([*ranks.values(), *special_ids.values()], dtype=np.int64)
+    if ids.min() < 0 or ids.max() >= 2**32:
+        bad = int(ids.min() if ids.min() < 0 else ids.max())
+        raise TokenizerError(f"{name}: id {bad} does not fit uint32 shards; ids must lie in 0 … {2**32 - 1}")
+    if len(np.unique(ids)) != len(ids):
+        values, counts = np.unique(ids, return_counts=True)
+        raise TokenizerError(f"{name}: id {int(values[counts > 1][0])} is used twice")
