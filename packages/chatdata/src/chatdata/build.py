@@ -1,19 +1,16 @@
 """`chatdata build`: recipe → plan → rendered rows → shards in mixture order → manifest, published by one rename.
 
-Rows are rendered once each, in source order, into a store beside OUT; the mixture then only gathers from it. So a row that
-stands in two entries is rendered once, and memory holds counts, not text. OUT appears when everything is written.
+Rows are rendered once each, in source order, into a store beside OUT; the mixture then only gathers from it. So a row
+that stands in two entries is rendered once, and memory holds counts, not text. OUT appears when everything is written.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from chatdata import shards
-from chatdata.errors import BuildError, ChatdataError, MissingSource, RecipeError
+from chatdata.errors import BuildError, MissingSource, RecipeError
 from chatdata.mixture import mixture_order, permutation, select
+from chatdata.publish import check_out, partial_folder, publish
 from chatdata.recipe import Entry, Recipe
 from chatdata.sources import Locations, Source, resolve
 from chatdata.store import DROP_REASONS, RenderedStore, render_source
@@ -120,7 +118,7 @@ def build(plan: Plan, out: Path, *, force: bool = False, progress: Progress | No
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     try:
-        with _partial_folder(out) as partial:
+        with partial_folder(out) as partial:
             store = RenderedStore(partial / "rendered", plan.tokenizer)
             documents = _render(plan, store, progress)
             store.finish()
@@ -133,77 +131,12 @@ def build(plan: Plan, out: Path, *, force: bool = False, progress: Progress | No
             shards.write_json(partial / "report.json", _report(seconds, manifest))
             shards.write_json(partial / "manifest.json", manifest)
             check_out(out, force)
-            _publish(partial, out)
+            publish(partial, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"{out}: no space left on the disk; nothing was written there") from None
         raise
     return manifest
-
-
-def check_out(out: Path, force: bool) -> None:
-    """Raise BuildError if `out` may not be written: it exists and is not empty, or with `force` is not a build."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not force:
-        raise BuildError(f"{out}: already exists; choose another --out, or --force to replace a build")
-    if not out.is_dir():
-        raise BuildError(f"{out}: not a folder; --force replaces only a build")
-    try:
-        shards.read_manifest(out)
-    except ChatdataError:
-        raise BuildError(f"{out}: not a build (no readable manifest.json); --force replaces only a build") from None
-
-
-@contextmanager
-def _partial_folder(out: Path) -> Iterator[Path]:
-    """The folder beside `out` where the build grows: locked against a second build, removed on any failure."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
-    while True:
-        partial.mkdir(exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise BuildError(f"{out}: another build is writing there") from None
-        # the folder may have been published or removed by its owner between opening and locking
-        if partial.exists() and os.stat(partial).st_ino == os.fstat(handle).st_ino:
-            break
-        os.close(handle)
-    try:
-        for leftover in partial.iterdir():  # of a build that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield partial
-    finally:
-        if partial.exists() and os.stat(partial).st_ino == os.fstat(handle).st_ino:
-            shutil.rmtree(partial, ignore_errors=True)
-        os.close(handle)
-
-
-def _publish(partial: Path, out: Path) -> None:
-    _sync_folder(partial)
-    old = out.parent / f".{out.name}.old"
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    try:
-        partial.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    _sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _render(plan: Plan, store: RenderedStore, progress: Progress | None) -> dict[int, tuple[np.ndarray, np.ndarray]]:

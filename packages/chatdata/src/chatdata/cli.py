@@ -1,4 +1,4 @@
-"""The command line. Heavy imports stand inside the functions that need them: `--help` answers in under half a second."""
+"""The command line. Heavy imports stand inside the functions that need them: `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from chatdata.cli_tokenizer import examples, tokenizer, tokenizer_of
 from chatdata.errors import ChatdataError, UsageError
 
 if TYPE_CHECKING:
     from chatdata.build import Plan
-    from chatdata.tokenizer import Tokenizer
 
 FILE = click.Path(path_type=Path)
 
@@ -44,15 +44,14 @@ def _stop(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="chatdata")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 def cli(debug: bool) -> None:
     """Render chat conversations once, offline, to token shards with a parallel loss mask."""
+
+
+cli.add_command(tokenizer)
 
 
 @cli.command(
@@ -120,7 +119,7 @@ def build(
     if not dry_run:
         check_out(out, force)
     locations = Locations(loaded.folder, data_dir, identity, words)
-    plan = make_plan(loaded, tasks, _load_tokenizer(tokenizer, demo), locations, limit)
+    plan = make_plan(loaded, tasks, tokenizer_of(tokenizer, demo), locations, limit)
     if not as_json:
         show.plan(plan, out)
     if dry_run:
@@ -143,21 +142,6 @@ def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
     if demo and stage == "base":
         raise UsageError("--demo has the stages mid and sft, not base")
     return f"demo-{stage}" if demo else stage
-
-
-def _load_tokenizer(path: Path | None, demo: bool) -> Tokenizer:
-    from chatdata.tokenizer import load_tokenizer
-
-    if path is not None:
-        return load_tokenizer(path)
-    if demo:
-        from chatdata.demo import demo_tokenizer
-
-        return demo_tokenizer()
-    raise UsageError(
-        "no tokenizer given: pass --tokenizer with a tokenizer.json, nanochat's tokenizer.pkl, a .tiktoken file or a build; "
-        "make one with `chatdata tokenizer train`; or use --demo, which trains its own"
-    )
 
 
 def _plan_json(plan: Plan, out: Path) -> dict[str, Any]:
@@ -201,7 +185,7 @@ def inspect(
     if conversation is not None:
         if path is not None or tokenizer is None:
             raise UsageError("--conversation takes --tokenizer and no BUILD")
-        document = look.document_of_file(conversation, _load_tokenizer(tokenizer, demo=False))
+        document = look.document_of_file(conversation, tokenizer_of(tokenizer, demo=False))
         look.show_tokens(document, stages, as_json)
         return
     if path is None:
@@ -262,83 +246,3 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
         for task in load_tasks(task_files).values()
     ]
     click.echo(json.dumps(listed)) if as_json else show.tasks(listed)
-
-
-@cli.group()
-def tokenizer() -> None:
-    """Train, import and look at tokenizers."""
-
-
-@tokenizer.command(
-    epilog=examples("chatdata tokenizer train texts.jsonl more.parquet --vocab-size 65536 --out tokenizer")
-)
-@click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option("--vocab-size", type=int, default=65_536, show_default=True, help="Entries, the nine specials included.")
-@click.option("--pattern", help="Split pattern (default: nanochat's).")
-@click.option("--out", type=FILE, required=True, help="Folder to write.")
-def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Path) -> None:
-    """Train byte-level BPE on text, JSONL or Parquet files (conversations, or a text column). Deterministic."""
-    from chatdata.tokenizer import SPLIT_PATTERN, train_tokenizer
-    from chatdata.training_texts import read_texts
-
-    _save(train_tokenizer(read_texts(files), vocab_size, pattern or SPLIT_PATTERN), out)
-
-
-@tokenizer.command(
-    name="import",
-    epilog=examples(
-        "chatdata tokenizer import tokenizer.pkl --out tokenizer",
-        "chatdata tokenizer import vocab.tiktoken --pattern '\\S+|\\s+' --out tokenizer",
-    ),
-)
-@click.argument("file", type=FILE)
-@click.option("--pattern", help="Split pattern of a .tiktoken file.")
-@click.option("--out", type=FILE, required=True, help="Folder to write.")
-def import_(file: Path, pattern: str | None, out: Path) -> None:
-    """Convert tokenizer.pkl, tokenizer.json or .tiktoken to a tokenizer folder, checked."""
-    from chatdata.tokenizer_files import read_tiktoken
-
-    if pattern is not None and file.suffix != ".tiktoken":
-        raise UsageError("--pattern goes with a .tiktoken file; others hold their own")
-    if pattern is not None and file.is_file():
-        _save(read_tiktoken(file, pattern), out)
-    else:
-        _save(_load_tokenizer(file, demo=False), out)
-
-
-@tokenizer.command(epilog=examples("chatdata tokenizer show tokenizer", "chatdata tokenizer show out/mid --text 'Hi!'"))
-@click.argument("path", type=FILE)
-@click.option("--text", help="Show how this text is cut into tokens.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def show(path: Path, text: str | None, as_json: bool) -> None:
-    """Entries, special tokens, split pattern, shard dtype; how a text is cut."""
-    loaded = _load_tokenizer(path, demo=False)
-    facts: dict[str, Any] = {
-        "vocab_size": loaded.vocab_size,
-        "shards": "uint16" if loaded.dtype.itemsize == 2 else "uint32 (over 65,536 entries)",
-        "pattern": loaded.pattern,
-        "special_ids": loaded.special_ids,
-        "canary_sha256": loaded.canary_sha256,
-    }
-    if text is not None:
-        facts["tokens"] = [[i, loaded.decode_token(i)] for i in loaded.encode_ordinary(text)]
-    if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False))
-        return
-    for key, value in facts.items():
-        if key == "tokens":
-            value = " ".join(f"{piece!r}:{i}" for i, piece in value)
-        elif isinstance(value, dict):
-            value = "  ".join(f"{name} {i}" for name, i in value.items())
-        click.echo(f"{key:14} {value}")
-
-
-def _save(loaded: Tokenizer, out: Path) -> None:
-    from chatdata.errors import BuildError
-    from chatdata.tokenizer_files import save_tokenizer
-
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BuildError(f"{out}: already exists; choose another --out")
-    save_tokenizer(loaded, out)
-    width = "uint16" if loaded.dtype.itemsize == 2 else "uint32, because it exceeds 65,536 entries"
-    click.echo(f"{out}: {loaded.vocab_size:,} entries (shards will be {width})")

@@ -90,7 +90,7 @@ def _parse_message(message: Any, turn: int) -> Message:
         )
     role = message[role_key]
     if role_key == "from":
-        if role not in _SHAREGPT_ROLES:
+        if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
             raise ConversationError(
                 f'message {turn}, key "from": unknown role {role!r}; valid: {", ".join(_SHAREGPT_ROLES)}'
             )

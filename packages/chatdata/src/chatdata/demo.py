@@ -1,4 +1,4 @@
-"""`chatdata build --demo`: the tokenizer trained as its first step. Its texts are in texts/, its recipes demo-*.toml."""
+"""`chatdata build --demo`: the tokenizer trained as its first step. Texts are in texts/, recipes are demo-*.toml."""
 
 from __future__ import annotations
 

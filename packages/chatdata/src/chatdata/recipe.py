@@ -1,4 +1,4 @@
-"""Recipes: what goes into a stage, as TOML. Named ones are package data in recipes/; `--recipe` takes a name or a file."""
+"""Recipes: what goes into a stage, as TOML. Named ones are package data; `--recipe` takes a name or a file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Recipe:
     folder: Path  # relative paths start here
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as plain data for the manifest: defaults filled in, epochs expanded, file names without folders."""
+        """The recipe as plain data for the manifest: defaults filled in, epochs expanded, files without folders."""
         return {
             "stage": self.stage,
             "seed": self.seed,

@@ -38,7 +38,7 @@ class Encoder(Protocol):
 
 
 def render_conversation(tokenizer: Encoder, conversation: Any) -> Document:
-    """Render one conversation (any accepted form) to tokens [n] (`tokenizer.dtype`) and mask [n] (uint8, 1 = supervised).
+    """Render one conversation in any accepted form: tokens [n] (`tokenizer.dtype`), mask [n] (uint8, 1 = supervised).
 
     Never cuts. Raises ConversationError if the conversation is not in an accepted form.
     """

@@ -1,4 +1,4 @@
-"""What the commands print for people: plans, tables, progress. Numbers come from elsewhere; nothing is computed here."""
+"""What the commands print for people: plans, tables, progress. Numbers come from elsewhere."""
 
 from __future__ import annotations
 
@@ -53,17 +53,19 @@ def plan(plan: Plan, out: Path) -> None:
         f"tokenizer: {tokenizer.vocab_size:,} entries, shards {width} · length: {length} · "
         f"without supervision: {recipe.zero_supervised} · seed {recipe.seed}"
     )
-    rows = []
+    rows: dict[tuple[str, str, int, str], int] = {}
     for split, entries in plan.splits.items():
         for planned in entries:
             source = planned.source
             revision = f"@{source.revision[:12]}" if source.revision else ""
-            rows.append((split, planned.entry.label, len(planned.positions), source.name + revision))
+            row = (split, planned.entry.label, len(planned.positions), source.name + revision)
+            rows[row] = rows.get(row, 0) + 1
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (("split", "left"), ("entry", "left"), ("rows", "right"), ("source", "left")):
         grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for row in rows:
-        grid.add_row(*(_cell(value) for value in row))
+    for (split, label, num_rows, source_name), times in rows.items():
+        shown = f"{num_rows:,}" + (f" ×{times}" if times > 1 else "")
+        grid.add_row(split, escape(label), shown, escape(source_name))
     console().print(grid)
 
 
@@ -118,24 +120,29 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def build_result(manifest: dict[str, Any], out: Path) -> None:
     for split, contents in manifest["splits"].items():
-        rows = [
-            (
-                " ".join(part for part in (entry["task"], entry["subset"]) if part),
-                entry["documents"],
-                entry["tokens"],
-                entry["supervised"],
-                share(entry["supervised"], entry["tokens"]),
-                entry["truncated"],
-                entry["tokens_lost"],
-                sum(entry["dropped"].values()),
-            )
-            for entry in contents["entries"]
-        ]
+        rows = [_ledger_row(entries) for entries in _copies(contents["entries"], ("task", "subset", "split", "source"))]
         totals = [sum(row[i] for row in rows) for i in (1, 2, 3, 5, 6, 7)]  # type: ignore[misc]
         total = ("all", *totals[:3], share(totals[2], totals[1]), *totals[3:])
         columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
         table(f"\n{split}", columns, rows, total)
     console().print(f"\n{escape(str(out))}: build {manifest['build_id'][:12]} is complete")
+
+
+def _copies(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Entries that differ only in their number (epochs) together, in recipe order."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(tuple(entry[key] for key in keys), []).append(entry)
+    return list(groups.values())
+
+
+def _ledger_row(entries: list[dict[str, Any]]) -> tuple[Any, ...]:
+    times = f" ×{len(entries)}" if len(entries) > 1 else ""
+    name = " ".join(part for part in (entries[0]["task"], entries[0]["subset"]) if part) + times
+    keys = ("documents", "tokens", "supervised", "truncated", "tokens_lost")
+    documents, tokens, supervised, truncated, lost = (sum(entry[key] for entry in entries) for key in keys)
+    dropped = sum(sum(entry["dropped"].values()) for entry in entries)
+    return name, documents, tokens, supervised, share(supervised, tokens), truncated, lost, dropped
 
 
 def stats(numbers: dict[str, Any]) -> None:

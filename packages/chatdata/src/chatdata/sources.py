@@ -1,7 +1,7 @@
 """Where rows come from: a path in the recipe, `--data-dir` (a folder of Hub clones), then the Hub.
 
-`resolve` finds the files of one recipe entry, or raises MissingSource with the command that fetches them; no row is read
-before every source of a build is found. `Source.read` then streams the wanted rows in file order.
+`resolve` finds the files of one recipe entry, or raises MissingSource with the command that fetches them; no row is
+read before every source of a build is found. `Source.read` then streams the wanted rows in file order.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def resolve(entry: Entry, task: Task, locations: Locations) -> Source:
         return Source(entry.label, task, make_row=make_row, option_files=option_files)
     source = _resolve_files(entry, task, locations)
     if source.num_rows == 0:
-        raise SourceError(f"{source.name}: no rows in {', '.join(file.name for file in source.files)}")
+        raise SourceError(f"{entry.label}: {source.name} has no rows")
     return source
 
 

@@ -133,15 +133,14 @@ def render_source(
     source: Source, wanted: np.ndarray, recipe: Recipe, store: RenderedStore, progress: Any = None
 ) -> None:
     """Render the wanted rows of a source into the store, in source order. Errors name file and row (or line)."""
-    total, done = int(wanted.sum()), 0
-    for row, raw in source.read(wanted):
+    total = int(wanted.sum())
+    for done, (row, raw) in enumerate(source.read(wanted), start=1):
         try:
             original = _render_row(source.task, raw, store.tokenizer)
             document, drop_reason = apply_policies(original, recipe)
         except ChatdataError as error:
             raise error.at(source.where(row)) from None
         store.add(document, original, drop_reason)
-        done += 1
         if progress and (done % PROGRESS_ROWS == 0 or done == total):
             progress(source.name, done, total)
 
@@ -149,7 +148,9 @@ def render_source(
 def _render_row(task: Task, raw: Any, tokenizer: Tokenizer) -> Document:
     try:
         converted = task.to_conversation(raw)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise TaskError(f'the row does not fit task "{task.name}": no key "{error.args[0]}"') from error
+    except (IndexError, TypeError, AttributeError) as error:
         raise TaskError(f'the row does not fit task "{task.name}": {type(error).__name__} {error}') from error
     if task.kind == "text":
         return render_text(tokenizer, converted)

@@ -1,7 +1,7 @@
 """The tokenizer: tiktoken underneath, nine special tokens directly after the merges, plain JSON on disk.
 
-`load_tokenizer` takes a build, a tokenizer folder, a `tokenizer.json`, nanochat's `tokenizer.pkl` or a `.tiktoken` file.
-Reading and writing those formats is in tokenizer_files.py.
+`load_tokenizer` takes a build, a tokenizer folder, a `tokenizer.json`, nanochat's `tokenizer.pkl` or a `.tiktoken`
+file. Reading and writing those formats is in tokenizer_files.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 
-# GPT-4's split pattern with digits in runs of at most 2 instead of 3 (nanochat: fewer number tokens for a 64K vocabulary)
+# GPT-4's split pattern with digits in runs of at most 2 instead of 3, nanochat's choice for a 64K vocabulary
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -158,9 +158,6 @@ def _check_vocabulary(ranks: Mapping[bytes, int], special_ids: Mapping[str, int]
             f"{name}: special tokens missing: {', '.join(missing)}; all nine must be in the tokenizer "
             "(import a .tiktoken file, or train one, to have them appended)"
         )
-    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if absent:
-        raise TokenizerError(f"{name}: {len(absent)} of the 256 single bytes have no entry (first: 0x{absent[0]:02x})")
     ids = np.fromiter([*ranks.values(), *special_ids.values()], dtype=np.int64)
     if ids.min() < 0 or ids.max() >= 2**32:
         bad = int(ids.min() if ids.min() < 0 else ids.max())
@@ -168,3 +165,6 @@ def _check_vocabulary(ranks: Mapping[bytes, int], special_ids: Mapping[str, int]
     if len(np.unique(ids)) != len(ids):
         values, counts = np.unique(ids, return_counts=True)
         raise TokenizerError(f"{name}: id {int(values[counts > 1][0])} is used twice")
+    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if absent:
+        raise TokenizerError(f"{name}: {len(absent)} of the 256 single bytes have no entry (first: 0x{absent[0]:02x})")

@@ -5,8 +5,8 @@ https://huggingface.co/datasets/openai/gsm8k (MIT). A row:
     {"question": "A pen costs 3 dollars. How much do 4 pens cost?",
      "answer": "They cost 3*4=<<3*4=12>>12 dollars.\\n#### 12"}
 
-The annotation `<<3*4=12>>` becomes a `python` part "3*4" and a `python_output` part "12"; all other text stays verbatim,
-empty strings included. Rule: karpathy/nanochat@790f3be:tasks/gsm8k.py.
+The annotation `<<3*4=12>>` becomes a `python` part "3*4" and a `python_output` part "12"; all other text stays
+verbatim, empty strings included. Rule: karpathy/nanochat@790f3be:tasks/gsm8k.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatdata.conversation import parse_conversation
+from chatdata.errors import ConversationError
+
+DOCS = Path(__file__).parents[2] / "docs"
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def test_accepted_forms_are_one() -> None:
+    common = {"messages": HI}
+    sharegpt = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "id": 7}
+    parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, HI[1]], "source": "x"}
+    nulls = {"messages": [{**HI[0], "tool_calls": None}, {**HI[1], "name": None}], "conversations": None}
+    for record in (HI, common, sharegpt, parts, nulls):
+        assert parse_conversation(record) == common
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ("Hi", "a conversation is a list of messages or an object with messages, not a string"),
+    ({}, 'no messages: expected the key "messages" (or ShareGPT\'s "conversations")'),
+    ({"messages": []}, '"messages" is empty: a conversation needs at least one user message'),
+    ({"messages": "Hi"}, '"messages" must be a list of messages, not a string'),
+    (["Hi"], "message 0: must be an object with role and content, not a string"),
+    ([{"role": "user"}], 'message 0: no key "content"'),
+    ([{"content": "Hi"}], 'message 0: no key "role"'),
+    ([{"from": "human"}], 'message 0: no key "value"'),
+    (
+        [{"role": "tool", "content": "x"}],
+        "message 0, key \"role\": unknown role 'tool'; valid: system, user, assistant",
+    ),
+    (
+        [{"from": "bot", "value": "x"}],
+        "message 0, key \"from\": unknown role 'bot'; valid: system, human, user, gpt, assistant",
+    ),
+    ([{"role": "user", "content": 5}], 'message 0, key "content": must be a string or a list of parts, not a number'),
+    ([{"role": "user", "content": None}], 'message 0, key "content": must be a string or a list of parts, not null'),
+    (
+        [HI[0], {"role": "assistant", "content": [{"type": "image", "text": "x"}]}],
+        "message 1, key \"content\", part 0: unknown part type 'image'; valid: text, python, python_output",
+    ),
+    (
+        [HI[0], {"role": "assistant", "content": [{"type": "pyton", "text": "x"}]}],
+        'message 1, key "content", part 0: unknown part type \'pyton\'; did you mean "python"?',
+    ),
+    (
+        [HI[0], {"role": "assistant", "content": [{"type": "text", "text": 5}]}],
+        'message 1, key "content", part 0: "text" must be a string, not a number',
+    ),
+    (
+        [HI[0], {"role": "assistant", "content": [{"type": "text"}]}],
+        'message 1, key "content", part 0: must be an object with "type" and "text"',
+    ),
+    (
+        [{"role": "user", "content": [{"type": "python", "text": "1+1"}]}],
+        'message 0, key "content", part 0: only the assistant has python parts, not the user',
+    ),
+    (
+        [HI[0], {**HI[1], "tool_calls": [{"id": 1}]}],
+        'message 1, key "tool_calls": not understood; a message has only role and content',
+    ),
+    (
+        [HI[0], HI[0]],
+        'message 1, key "role": user where assistant must come; after an optional system message roles alternate '
+        "user, assistant, starting with user",
+    ),
+    (
+        [HI[1]],
+        'message 0, key "role": assistant where user must come; after an optional system message roles alternate '
+        "user, assistant, starting with user",
+    ),
+    (
+        [*HI, {"role": "system", "content": "x"}],
+        'message 2, key "role": system where user must come; after an optional system message roles alternate '
+        "user, assistant, starting with user",
+    ),
+    ([{"role": "system", "content": "x"}], "message 0: a system message must be followed by a user message"),
+    (
+        json.loads('[{"role": "user", "content": "a\\ud800"}]'),
+        'message 0, key "content": lone surrogate U+D800 at character 1; not valid Unicode text',
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), REFUSED)
+def test_refused(record: Any, message: str) -> None:
+    with pytest.raises(ConversationError) as caught:
+        parse_conversation(record)
+    assert str(caught.value) == message
+
+
+def test_the_table_in_the_docs_is_true() -> None:
+    """Each row of docs/conversations.md is a JSON record and what becomes of it."""
+    rows = re.findall(r"^\| `(.+)` \| (accepted|refused)(?:: (.+))? \|$", (DOCS / "conversations.md").read_text(), re.M)
+    assert len(rows) >= 15
+    for record, verdict, message in rows:
+        try:
+            parse_conversation(json.loads(record))
+            assert verdict == "accepted", record
+        except ConversationError as error:
+            assert (verdict, str(error)) == ("refused", message.strip("`")), record

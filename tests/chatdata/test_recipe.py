@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chatdata.errors import RecipeError
+from chatdata.mixture import mixture_order, permutation, select
+from chatdata.recipe import load_recipe, override, recipe_names
+from chatdata.tasks import load_tasks
+
+TASKS = load_tasks()
+
+
+def write(tmp_path: Path, text: str) -> str:
+    (tmp_path / "r.toml").write_text(text)
+    return str(tmp_path / "r.toml")
+
+
+def test_all_named_recipes_load() -> None:
+    assert recipe_names() == [
+        "base",
+        "demo-mid",
+        "demo-sft",
+        "mid",
+        "nanochat-2025-12-mid",
+        "nanochat-2025-12-sft",
+        "sft",
+    ]
+    for name in recipe_names():
+        recipe = load_recipe(name, TASKS)
+        assert recipe.stage in name
+        scored = {("mmlu", "test"), ("arc", "test"), ("gsm8k", "test"), ("humaneval", "test")}
+        assert not scored & {(entry.task, entry.split) for entries in recipe.splits.values() for entry in entries}
+
+
+def test_mid_recipe_expanded() -> None:
+    recipe = load_recipe("mid", TASKS)
+    train = [(e.task, e.subset, e.split, e.start, e.stop, e.rows) for e in recipe.splits["train"]]
+    assert train == [
+        ("smoltalk", "", "train", None, None, None),
+        ("mmlu", "auxiliary_train", "train", None, None, None),
+        ("gsm8k", "main", "train", None, -420, None),
+        ("identity", "", "train", None, None, None),
+        ("identity", "", "train", None, None, None),
+        ("simple_spelling", "", "train", None, None, 200_000),
+        ("spelling_bee", "", "train", None, None, 80_000),
+    ]
+    assert all(e.options["holdout"] for e in recipe.splits["train"][-2:])
+    assert (recipe.max_tokens, recipe.overflow, recipe.zero_supervised, recipe.seed) == (None, "keep", "keep", 42)
+    sft = load_recipe("sft", TASKS)
+    assert (sft.max_tokens, sft.overflow, sft.zero_supervised) == (2048, "truncate", "drop")
+    for stage in ("mid", "sft"):
+        parity = load_recipe(f"nanochat-2025-12-{stage}", TASKS)
+        assert (parity.max_tokens, parity.overflow, parity.zero_supervised) == (2048, "truncate", "keep")
+        assert parity.shuffle == {"train": True, "val": False} and len(parity.splits["val"]) == 1
+        assert not any(e.options.get("holdout") for e in parity.splits["train"])
+
+
+ENTRY = '\n[[train]]\ntask = "gsm8k"\n'
+BAD = [
+    ('stage = "mid"\nsed = 1' + ENTRY, 'unknown key "sed"; did you mean "seed"?'),
+    ('stage = "mid"\nseed = "1"' + ENTRY, "key \"seed\": must be int, not str '1'"),
+    ('stage = "mid"\nseed = true' + ENTRY, 'key "seed": must be int, not bool True'),
+    ('stage = "midd"' + ENTRY, 'key "stage": \'midd\'; did you mean "mid"?'),
+    ("seed = 1" + ENTRY, 'no key "stage"; one of base, mid, sft'),
+    ('stage = "mid"', "no [[train]] entry"),
+    ('stage = "mid"\noverflow = "cut"' + ENTRY, "key \"overflow\": 'cut'; valid: keep, truncate, drop, error"),
+    ('stage = "mid"\noverflow = "drop"' + ENTRY, 'overflow = "drop" needs max_tokens'),
+    (
+        'stage = "mid"\nmax_tokens = 9' + ENTRY,
+        'max_tokens = 9 does nothing with overflow = "keep"; choose truncate, drop or error',
+    ),
+    ('stage = "mid"\nmax_tokens = 1\noverflow = "drop"' + ENTRY, 'key "max_tokens": 1; a document has at least 2'),
+    ('stage = "mid"\nshuffle = {test = true}' + ENTRY, '[shuffle]: unknown key "test"; valid: train'),
+    ('stage = "mid"\n[[train]]\nrows = 5', '[[train]] entry 1: no key "task"'),
+    ('stage = "mid"\n[[train]]\ntask = "gsm8"', 'entry 1, key "task": unknown task "gsm8"; did you mean "gsm8k"?'),
+    ('stage = "mid"' + ENTRY + "row = 5", '[[train]] entry 1: unknown key "row"; did you mean "rows"?'),
+    ('stage = "mid"' + ENTRY + 'rows = "5"', "entry 1, key \"rows\": must be int, not str '5'"),
+    ('stage = "mid"' + ENTRY + "rows = 0", 'entry 1, key "rows": 0; at least 1'),
+    ('stage = "mid"' + ENTRY + "epochs = 0", 'entry 1, key "epochs": 0; at least 1'),
+    ('stage = "mid"' + ENTRY + "holdout = true", 'entry 1: unknown key "holdout"; valid: task'),
+    ('stage = "mid"' + ENTRY + 'split = "tests"', 'key "split": "tests"; did you mean "test"?'),
+    ('stage = "mid"' + ENTRY + 'subset = "mian"', 'key "subset": "mian"; did you mean "main"?'),
+    ('stage = "mid"' + ENTRY + ENTRY.replace("gsm8k", "humaneval"), 'entry 2: "humaneval" is only for scoring'),
+    ('stage = "mid"' + ENTRY.replace("gsm8k", "simple_spelling"), 'is generated and needs the key "rows"'),
+    ('stage = "mid"' + ENTRY.replace("gsm8k", "text"), 'task "text" is text, but stage mid is made of conversations'),
+    ('stage = "base"' + ENTRY, 'task "gsm8k" is conversation, but stage base is made of plain text'),
+    ("stage = mid", "not valid TOML: "),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD)
+def test_strict(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, text), TASKS)
+    assert message in str(caught.value) and str(caught.value).startswith(f"{tmp_path}/r.toml")
+
+
+def test_unknown_recipe_name() -> None:
+    with pytest.raises(RecipeError, match=r'^no recipe "midd" \(neither a file nor a name\); did you mean "mid"\?$'):
+        load_recipe("midd", TASKS)
+
+
+def test_override() -> None:
+    sft = load_recipe("sft", TASKS)
+    assert override(sft, max_tokens=512, overflow=None).max_tokens == 512
+    assert override(sft, max_tokens=None, overflow="keep").max_tokens is None
+    with pytest.raises(RecipeError, match="command line: max_tokens = 512 does nothing"):
+        override(load_recipe("mid", TASKS), max_tokens=512, overflow=None)
+
+
+def test_permutation_is_that_of_datasets() -> None:
+    assert permutation(10).tolist() == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]
+
+
+def test_mixture_order_is_that_of_nanochat() -> None:
+    pairs = [(0, i) for i in range(3)] + [(1, i) for i in range(5)]
+    order = [pairs[i] for i in mixture_order([3, 5], 42, True)]
+    assert order == [(1, 0), (1, 1), (1, 3), (1, 4), (0, 2), (1, 2), (0, 0), (0, 1)]
+    assert mixture_order([3, 5], 42, False).tolist() == list(range(8))
+    lengths = [460_341, 99_842, 7_473, 1_000, 1_000, 200_000, 80_000]
+    first = mixture_order(lengths, 42, True)[:5]
+    ends = np.cumsum(lengths)
+    entries = np.searchsorted(ends, first, side="right")
+    positions = first - np.concatenate([[0], ends])[entries]
+    found = list(zip(entries.tolist(), positions.tolist(), strict=True))
+    assert found == [(0, 164_777), (5, 44_243), (5, 72_171), (0, 139_373), (0, 238_077)]
+
+
+def test_select() -> None:
+    assert select(10, None, None, None, None) == range(10)
+    assert select(10, None, -4, None, None) == range(6)
+    assert select(10, -4, None, None, 2) == range(6, 8)
+    assert select(10, 2, 8, 3, None) == range(2, 5)
+    assert select(10, None, None, 5, 99) == range(5)
+    for arguments, message in [
+        ((10, None, 11, None, None), "stop = 11 is outside the source's 10 rows"),
+        ((10, -11, None, None, None), "start = -11 is outside the source's 10 rows"),
+        ((10, 5, 5, None, None), "start = 5, stop = 5 selects no rows of 10"),
+        ((10, 5, None, 6, None), "rows = 6, but only 5 are there"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            select(*arguments)
