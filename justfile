@@ -1,0 +1,19 @@
+# `just` alone: tests, then lint
+
+default: test lint
+
+test *arguments:
+    uv run pytest {{arguments}}
+
+lint:
+    uv run ruff check .
+    uv run ruff format --check .
+
+format:
+    uv run ruff check --fix .
+    uv run ruff format .
+
+# both stages of the demo, no download
+demo-data:
+    uv run --package chatdata chatdata build --stage mid --demo --out out/demo-mid
+    uv run --package chatdata chatdata build --stage sft --demo --out out/demo-sft
