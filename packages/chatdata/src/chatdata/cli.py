@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.cli_tokenizer import examples, tokenizer, tokenizer_of
-from chatdata.errors import ChatdataError, UsageError
+from chatdata.cli_tokenizer import tokenizer, tokenizer_of
+from chatdata.command import examples, run_command
+from chatdata.errors import UsageError
 
 if TYPE_CHECKING:
     from chatdata.build import Plan
@@ -20,28 +19,7 @@ FILE = click.Path(path_type=Path)
 
 
 def main() -> None:
-    """Run the command line: errors a user can cause become one line, exit codes are those of DESIGN 12."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    # a polite kill cleans up like Ctrl-C
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        code = cli.main(arguments, prog_name="chatdata", standalone_mode=False)
-    except click.exceptions.Abort:
-        _stop("interrupted; nothing was written", 130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (ChatdataError, OSError) as error:
-        if debug:
-            raise
-        _stop(str(error), getattr(error, "exit_code", 1))
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _stop(message: str, code: int) -> None:
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(code)
+    run_command(cli, "chatdata")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from chatdata.command import examples
 from chatdata.errors import UsageError
 
 if TYPE_CHECKING:
     from chatdata.tokenizer import Tokenizer
 
 FILE = click.Path(path_type=Path)
-
-
-def examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def tokenizer_of(path: Path | None, demo: bool) -> Tokenizer:
