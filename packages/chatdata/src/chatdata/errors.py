@@ -8,7 +8,8 @@
     ├── SourceError         data is empty or unreadable; MissingSource: not at hand
     ├── TokenizerError      a tokenizer cannot be read or is unusable
     ├── BuildError          a build cannot be written where it was asked for
-    └── FormatError         a build on disk is damaged or of an unknown version
+    ├── FormatError         a build on disk is damaged or of an unknown version
+    └── PackingError        documents do not make sequences as asked: one is too long, or an argument is out of range
 
 Each message is one line: what was wrong, where (file, row, key), what would be right.
 """
@@ -59,6 +60,10 @@ class BuildError(ChatdataError):
 
 
 class FormatError(ChatdataError):
+    pass
+
+
+class PackingError(ChatdataError):
     pass
 
 
