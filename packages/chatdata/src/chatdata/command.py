@@ -11,8 +11,8 @@ import click
 def run_command(cli: click.Group, name: str) -> None:
     """Run `cli`; errors a user can cause become one line. Exit codes are those of DESIGN 12.
 
-    0 done · 1 anything wrong with data or a run · 2 usage · 3 verify found damage · 130 interrupted. An error a user
-    can cause is an OSError or has an `exit_code` (ChatdataError and its like); `--debug`, anywhere, shows its traceback.
+    0 done · 1 anything wrong with data or a run · 2 usage · 3 verify found damage · 130 interrupted. What a user can
+    cause is an OSError or has an `exit_code` (ChatdataError and its like); `--debug`, anywhere, shows its traceback.
     """
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]

@@ -1,0 +1,1 @@
+"""The thin trainer of chatdata's builds: nanochat's model, its loss, optimizers, schedules, import and export."""

@@ -1,0 +1,118 @@
+"""Causal attention in its two situations: over whole rows, and inside each of several documents packed into a row.
+
+Shapes: B rows, T positions a row, H query heads, K key/value heads (H a multiple of K), D head size.
+
+    row of T = 8      a a a b b c c c        lengths of the row: 3, 2, 3
+    positions         0 1 2 0 1 0 1 2        rotary positions restart
+    attention         a sees a, b sees b, c sees c, each only backwards
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chattrain.errors import AttentionError, ConfigError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+AttentionForm = Literal["split", "flex"]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of packed rows begin and end. Made by `pack_documents`.
+
+    lengths: of every document in row order, over all B·T positions; what a row leaves free is a document of its own.
+    positions: [B, T] int64, counting from 0 in each document.
+    attention: the form that was asked for: (q, k, v, these documents) → as q.
+    block_mask: what the flex form knows of the documents.
+    """
+
+    lengths: tuple[int, ...]
+    positions: Tensor
+    attention: Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
+    block_mask: BlockMask | None = None
+
+
+def pack_documents(
+    rows: Sequence[Sequence[int]], sequence_len: int, device: torch.device | str = "cpu", form: AttentionForm = "split"
+) -> Documents:
+    """The `documents` argument of `GPT.forward` for rows given as document lengths in positions. Not to be compiled.
+
+    rows: per row the lengths of its documents, in order; their sum is at most `sequence_len`.
+    form: "split" runs one SDPA per document (any device, made for CPU: no mask, nothing computed across documents);
+        "flex" is FlexAttention with a block mask (made for GPU; on CPU it has no backward, and the forward says so).
+    Raises ConfigError for lengths that are not positive or do not fit, AttentionError for an unknown form.
+    """
+    lengths: list[int] = []
+    for number, row in enumerate(rows):
+        room = sequence_len - sum(row)
+        if room < 0 or any(length < 1 for length in row):
+            raise ConfigError(f"row {number}: document lengths {list(row)} must be positive and fit {sequence_len}")
+        lengths.extend([*row, room] if room else row)
+    attention = _form(form, torch.device(device).type)
+    # counted on the CPU, where the lengths are, then sent over once
+    counts = torch.tensor(lengths)
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    positions = (torch.arange(len(starts)) - starts).view(len(rows), sequence_len).to(device)
+    block_mask = _block_mask(starts.view(len(rows), sequence_len).to(device)) if form == "flex" else None
+    return Documents(tuple(lengths), positions, attention, block_mask)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of T positions to S: q [B, T, H, D], k and v [B, S, K, D] → as q.
+
+    mask: [B or 1, 1, T, S], True = seen; None: causal, for T = S.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped).transpose(1, 2)
+
+
+@cache
+def _form(form: str, device_type: str) -> Callable[[Tensor, Tensor, Tensor, Documents], Tensor]:
+    """Chosen outside compiled code. Only packed rows bring in torch's compiler: 6 s of importing on 2 busy cores."""
+    if form == "split":
+        # the lengths differ in every batch: compiled, each batch would be a new graph
+        return torch.compiler.disable(_split_attention)
+    if form == "flex":
+        from torch.nn.attention.flex_attention import flex_attention
+
+        # a kernel only when compiled; on CPU it serves for checks, where compiling costs more
+        return partial(_flex_attention, torch.compile(flex_attention) if device_type == "cuda" else flex_attention)
+    raise AttentionError(f"unknown attention form {form!r}: must be 'split' (CPU) or 'flex' (GPU)")
+
+
+def _split_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """One call per document over views of the flattened rows: 3-4 times a dense T × T mask's speed on CPU."""
+    pieces = (x.reshape(1, -1, *x.shape[2:]).split(documents.lengths, dim=1) for x in (q, k, v))
+    return torch.cat([sdpa(*piece) for piece in zip(*pieces, strict=True)], dim=1).view(q.shape)
+
+
+def _flex_attention(flex: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        raise AttentionError("attention form 'flex' has no backward on CPU: train with 'split' there, or on a GPU")
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return flex(q, k, v, block_mask=documents.block_mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def _block_mask(starts: Tensor) -> BlockMask:
+    """starts: [B, T], where the document of each position starts, which names it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def same_document_backwards(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (starts[b, i] == starts[b, j])
+
+    batch, length = starts.shape
+    # compiled, the B × T × T mask is never stored: 134 MB of booleans at 32 × 2048 otherwise
+    return create_block_mask(
+        same_document_backwards, batch, None, length, length, device=starts.device, _compile=starts.is_cuda
+    )

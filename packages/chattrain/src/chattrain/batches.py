@@ -1,0 +1,268 @@
+"""From the plan to tensors. This is the only place that shifts: a target is the token after its input.
+
+Shapes: T = seq_len positions · G = step_sequences of a step · R ranks · B = device_batch_size · W positions of a row:
+T for stream and pack; for pad what the longest document of the step needs (of the micro-batch in order nanochat).
+
+    tokens      bos  user_start  u  user_end  assistant_start  a  assistant_end        n = 7
+    mask         0       0       0     0             0         1        1
+    inputs      bos  user_start  u  user_end  assistant_start  a                       n − 1 positions
+    targets, mask ignored   user_start  u  user_end  assistant_start  a  assistant_end
+    targets, mask applied      -100  -100      -100             -100  a  assistant_end
+
+Rows of pack and pad that a document does not fill have assistant_end as input and -100 as target; that is decided by
+position, never by value. Tokens come as slices and gathers of the memory maps, without Python per token, one step ahead
+of the model in one thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chattrain.errors import PlanError
+from chattrain.plan import BatchPlan, check_cut
+from chattrain.spans import documents_of_sequences
+
+if TYPE_CHECKING:
+    from chatdata.shards import Split
+
+IGNORED = -100  # torch's own value for "no loss here"
+
+
+@dataclass(frozen=True, eq=False)
+class RowArrays:
+    """Some sequences of a plan, one a row."""
+
+    inputs: np.ndarray  # int64 [rows, W]
+    targets: np.ndarray  # int64 [rows, W], IGNORED where there is none
+    lengths: tuple[tuple[int, ...], ...] | None  # pack: positions of each document of each row, in order
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch of one rank."""
+
+    inputs: Tensor  # int64 [B, W]
+    targets: Tensor  # int64 [B, W], IGNORED where there is none
+    lengths: (
+        tuple[tuple[int, ...], ...] | None
+    )  # pack: as attention.pack_documents takes them; None: causal over the row
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one rank feeds the model in one step of the optimizer."""
+
+    number: int
+    batches: tuple[Batch, ...]
+    num_tokens: int  # of the plan: over all ranks and micro-batches, padding not counted
+    num_targets: int  # of the plan: over all ranks and micro-batches
+    digest: int  # int64 of this rank's sequences; their sum over the ranks is the step's (`digest_text`)
+
+
+def read_step(
+    plan: BatchPlan,
+    step: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    device_batch_size: int | None = None,
+    pin: bool = False,
+) -> Step:
+    """Rank `rank`'s share of step 0, 1, … of the run (epochs follow one another), cut into micro-batches of B.
+
+    device_batch_size: B, by default the whole share. pin: page-locked memory, for copies to a GPU beside its work.
+    Raises PlanError when the step cannot be cut so, and in order nanochat beyond the first epoch.
+    """
+    check_cut(plan, num_ranks, device_batch_size or plan.device_batch_size or 1)
+    share = plan.step_sequences // num_ranks
+    device_batch_size = device_batch_size or share
+    if plan.order == "nanochat" and step >= plan.num_steps:
+        raise PlanError(f"order nanochat has {plan.num_steps} steps, its first epoch: there is no step {step}")
+    position = step % plan.num_steps
+    first = position * plan.step_sequences + rank * share
+    rows = read_rows(plan, first, first + share, _step_width(plan, position, first, share))
+    inputs, targets = torch.from_numpy(rows.inputs), torch.from_numpy(rows.targets)
+    if pin:
+        inputs, targets = inputs.pin_memory(), targets.pin_memory()
+    batches = (
+        Batch(inputs[a:b], targets[a:b], None if rows.lengths is None else rows.lengths[a:b])
+        for a, b in ((a, a + device_batch_size) for a in range(0, share, device_batch_size))
+    )
+    num_tokens, num_targets = int(plan.tokens_per_step[position]), int(plan.targets_per_step[position])
+    return Step(step, tuple(batches), num_tokens, num_targets, _digest(rows, rank * share))
+
+
+def read_ahead(
+    plan: BatchPlan,
+    steps: Iterable[int],
+    rank: int = 0,
+    num_ranks: int = 1,
+    device_batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Step]:
+    """Yield `read_step` of each of `steps`, read in a thread while the caller works on the one before.
+
+    Errors of the thread are raised here. The thread ends with the iterator: when it is exhausted, closed or dropped.
+    """
+    device = torch.device(device)
+    pin = device.type == "cuda"
+
+    def read(step: int) -> Step:
+        if pin:
+            torch.cuda.set_device(device)  # it is set per thread: without, every rank would open a context on GPU 0
+        return read_step(plan, step, rank, num_ranks, device_batch_size, pin)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        ahead = None
+        for step in steps:
+            following = thread.submit(read, step)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+def read_rows(plan: BatchPlan, first: int, last: int, width: int | None = None) -> RowArrays:
+    """Sequences [first, last) of the plan, whatever step they belong to: for an evaluation also those left over.
+
+    width: W for pad, by default what the longest document of these sequences needs.
+    """
+    if plan.rows == "stream":
+        return _stream_rows(plan, first, last)
+    return _document_rows(plan, first, last, width)
+
+
+def target_documents(plan: BatchPlan, first: int, last: int) -> np.ndarray:
+    """The document each target of sequences [first, last) belongs to, -1 on free positions: int64 [rows, W].
+
+    For losses per task. W as in `read_rows`.
+    """
+    spans = documents_of_sequences(plan, first, last)
+    if plan.rows == "stream":
+        return np.repeat(spans.document, spans.stop - spans.start).reshape(last - first, -1)[:, 1:]
+    place = _places(plan, first, last, None)
+    documents = np.full((last - first, place.width), -1)
+    documents.reshape(-1)[place.position] = np.repeat(spans.document, spans.stop - 1)
+    return documents
+
+
+def digest_text(total: int) -> str:
+    """A step's hash as logged, from the sum of its ranks' digests (which may wrap around in 64 bits)."""
+    return f"{total % 2**64:016x}"
+
+
+def _stream_rows(plan: BatchPlan, first: int, last: int) -> RowArrays:
+    """T + 1 tokens a row: all but the last are inputs, all but the first targets."""
+    split, shape = plan.split, (last - first, plan.seq_len)
+    if plan.order == "nanochat":
+        spans = documents_of_sequences(plan, first, last)
+        starts, counts = split.offsets[spans.document] + spans.start, spans.stop - spans.start
+        rows = _take(split, "tokens", _ranges(starts, counts), starts).reshape(shape[0], -1)
+        return RowArrays(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), None)
+    start, stop = first * plan.seq_len, last * plan.seq_len
+    line = split.tokens(start, stop + 1)  # a row's last target is the next one's first input
+    inputs, targets = line[:-1].astype(np.int64), line[1:].astype(np.int64)
+    if plan.mask == "apply":
+        targets[split.mask(start + 1, stop + 1) == 0] = IGNORED
+    return RowArrays(inputs.reshape(shape), targets.reshape(shape), None)
+
+
+def _document_rows(plan: BatchPlan, first: int, last: int, width: int | None) -> RowArrays:
+    """Whole documents: each has a position for every token but its last, so no target crosses a document."""
+    assert plan.packing is not None
+    split, place = plan.split, _places(plan, first, last, width)
+    padding = split.build.manifest["tokenizer"]["special_ids"]["<|assistant_end|>"]
+    inputs = np.full((last - first, place.width), padding)
+    targets = np.full_like(inputs, IGNORED)
+    inputs.reshape(-1)[place.position] = _take(split, "tokens", place.token, place.starts)
+    following = _take(split, "tokens", place.token + 0, place.starts).astype(np.int64)
+    if plan.mask == "apply":
+        following[_take(split, "mask", place.token + 1, place.starts) == 0] = IGNORED
+    targets.reshape(-1)[place.position] = following
+    lengths = None
+    if plan.rows == "pack":
+        bounds = plan.packing.bounds[first : last + 1]
+        positions = (plan.packing.lengths[bounds[0] : bounds[-1]] - 1).tolist()
+        cuts = (bounds - bounds[0]).tolist()
+        lengths = tuple(tuple(positions[a:b]) for a, b in pairwise(cuts))
+    return RowArrays(inputs, targets, lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where the input tokens of rows of documents come from and go to."""
+
+    token: np.ndarray  # int64 [input tokens], of the split
+    position: np.ndarray  # int64 [input tokens], row · W + column
+    starts: np.ndarray  # int64 [documents], first token of each, of the split
+    width: int
+
+
+def _places(plan: BatchPlan, first: int, last: int, width: int | None) -> _Places:
+    assert plan.packing is not None
+    bounds = plan.packing.bounds[first : last + 1]
+    placed = slice(bounds[0], bounds[-1])
+    starts = plan.split.offsets[plan.packing.documents[placed]]
+    counts = plan.packing.lengths[placed] - 1  # positions of each document
+    width = plan.seq_len if plan.rows == "pack" else width or int(counts.max(initial=0))
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    row_ends = ends[bounds - bounds[0]]
+    position = _ranges(np.arange(last - first) * width, np.diff(row_ends))
+    return _Places(_ranges(starts, counts), position, starts, width)
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start, start + 1, … for `count` numbers, one range after another: int64 [counts.sum()]."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+
+
+def _take(split: Split, kind: Literal["tokens", "mask"], index: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Tokens or mask of the split at `index`; starts: where the documents begin that `index` lies in."""
+    if len(split.shards) == 1:
+        return split.map(kind, 0).take(index)
+    bounds = np.cumsum([0, *(shard["tokens"] for shard in split.shards)])
+    values = np.empty(len(index), split.map(kind, 0).dtype)
+    for number in np.unique(np.searchsorted(bounds, starts, side="right") - 1):  # documents never cross shards
+        inside = (index >= bounds[number]) & (index < bounds[number + 1])
+        values[inside] = split.map(kind, number)[index[inside] - bounds[number]]
+    return values
+
+
+def _step_width(plan: BatchPlan, position: int, first: int, share: int) -> int | None:
+    """W of pad: the same for every rank and micro-batch, however the step is cut; nanochat's own per micro-batch."""
+    if plan.rows != "pad" or plan.order == "nanochat":
+        return None
+    assert plan.packing is not None
+    step = slice(position * plan.step_sequences, (position + 1) * plan.step_sequences)
+    return int(plan.packing.lengths[step].max()) - 1  # pad has one document a sequence
+
+
+def _digest(rows: RowArrays, first: int) -> int:
+    """Sum of the hashes of the rows, each with its place in the step, wrapped to int64.
+
+    A sum does not ask which rank hashed which rows, so each hashes what it really feeds and no more, and the sums ride
+    along when the loss is reduced. 64 bits tell batches apart; they are no defence against someone making two alike.
+    """
+    width = rows.inputs.shape[1]
+    # int32 holds every id and -100: half the bytes, and SHA-256 takes 0.4 ms of 65,536 positions on a processor
+    # with instructions for it (reading them: 0.15 ms; BLAKE2b of int64: 1.7 ms)
+    words = np.empty((len(rows.inputs), 1 + 2 * width), "<i4")
+    words[:, 0] = np.arange(first, first + len(words))
+    words[:, 1 : 1 + width], words[:, 1 + width :] = rows.inputs, rows.targets
+    total = 0
+    for row, row_words in enumerate(words):
+        digest = hashlib.sha256(row_words)
+        if rows.lengths is not None:
+            digest.update(np.array(rows.lengths[row], "<i4"))
+        total += int.from_bytes(digest.digest()[:8], "little")
+    return (total + 2**63) % 2**64 - 2**63

@@ -1,0 +1,94 @@
+"""Ranks: one process each under torchrun, DDP with gloo on CPU and nccl on GPU; a single process without torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from chattrain.errors import DeviceError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `num_ranks`, on `device`."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks, on every rank."""
+        if self.num_ranks > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.cpu()
+
+    def wait(self) -> None:
+        if self.num_ranks > 1:
+            dist.barrier()
+
+
+def find_device(asked: str | None) -> torch.device:
+    """The device asked for ("cpu", "cuda", "mps"), by default cuda where there is one. Raises DeviceError."""
+    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name not in available:
+        raise DeviceError(f"device {name!r}: must be one of {', '.join(available)}")
+    if not available[name]:
+        raise DeviceError(f"device {name!r} was asked for, but torch {torch.__version__} finds none here")
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+@contextmanager
+def join_ranks(device: str | None) -> Iterator[Ranks]:
+    """Join the process group that torchrun's environment describes, if there is one, and leave it at the end."""
+    found = find_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks == 1:
+        yield Ranks(0, 1, found)
+        return
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), num_ranks, found)
+    finally:
+        dist.destroy_process_group()
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT: the run saves and ends well at the next safe place. A second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked = True
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked: the same answer on all of them."""
+        return bool(ranks.sum(torch.tensor(int(self.asked))).item())

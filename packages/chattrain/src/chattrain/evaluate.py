@@ -1,0 +1,87 @@
+"""Validation: bits per byte, in total and per task.
+
+Bits per byte = nats over the targets ÷ (ln 2 · bytes the targets stand for), so it does not depend on the vocabulary.
+Special tokens stand for no bytes and are left out on both sides (karpathy/nanochat@790f3be:nanochat/loss_eval.py). A
+target's bytes come from the merges themselves: decoding single tokens to text miscounts those that are part of a
+character (193 of 32,768 in nanochat, 2ce972a).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from chattrain.batches import read_rows, target_documents
+from chattrain.distributed import Ranks, StopRequest
+from chattrain.loss import position_losses
+from chattrain.model import GPT
+from chattrain.plan import BatchPlan
+
+if TYPE_CHECKING:
+    from chatdata.tokenizer import Tokenizer
+
+# (inputs [B, W], document lengths or None) → hidden [B, W, C]: the model with its device, dtype and attention chosen
+Forward = Callable[[torch.Tensor, Any], torch.Tensor]
+
+
+def token_byte_counts(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes each id stands for, int64 [vocab_size]; 0 for special tokens."""
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for token, rank in tokenizer.ranks.items():
+        counts[rank] = len(token)
+    return counts
+
+
+def bits_per_byte(
+    model: GPT,
+    forward: Forward,
+    plan: BatchPlan,
+    byte_counts: np.ndarray,
+    ranks: Ranks,
+    device_batch_size: int,
+    stop: StopRequest,
+) -> dict[str, Any] | None:
+    """Bits per byte over all sequences of the plan: {"total", "tasks": {name: …}, "bytes"}; None if asked to stop.
+
+    Ranks take sequences in turn; the sums are reduced once, at the end.
+    """
+    tasks, task_of_document = _tasks(plan)
+    # what does not fill a step is evaluated too
+    num_sequences = plan.num_steps * plan.step_sequences + plan.left_out.sequences
+    nats, num_bytes = np.zeros(len(tasks)), np.zeros(len(tasks))
+    at_once = device_batch_size * ranks.num_ranks
+    for start in range(0, num_sequences, at_once):
+        if stop.agreed(ranks):
+            return None
+        first = min(start + ranks.rank * device_batch_size, num_sequences)
+        last = min(first + device_batch_size, num_sequences)
+        if first == last:
+            continue
+        rows = read_rows(plan, first, last)
+        targets = torch.from_numpy(rows.targets).to(ranks.device)
+        with torch.no_grad():
+            hidden = forward(torch.from_numpy(rows.inputs), rows.lengths)
+            losses = position_losses(hidden, model.lm_head.weight, targets, model.config.vocab_size)
+        counts = byte_counts[np.maximum(rows.targets, 0)] * (rows.targets >= 0)
+        counted = counts > 0
+        task = task_of_document[target_documents(plan, first, last)[counted]]
+        values = losses.cpu().double().numpy()[counted]
+        nats += np.bincount(task, weights=values, minlength=len(tasks))
+        num_bytes += np.bincount(task, weights=counts[counted], minlength=len(tasks))
+    nats, num_bytes = ranks.sum(torch.from_numpy(np.stack([nats, num_bytes]))).numpy()
+    per_task = {name: nats[i] / (math.log(2) * num_bytes[i]) for i, name in enumerate(tasks) if num_bytes[i]}
+    total_bytes = float(num_bytes.sum())
+    total = float(nats.sum()) / (math.log(2) * total_bytes) if total_bytes else math.nan
+    return {"total": total, "tasks": per_task, "bytes": int(total_bytes)}
+
+
+def _tasks(plan: BatchPlan) -> tuple[list[str], np.ndarray]:
+    """Task names, and the number of each document's task (int64 [documents])."""
+    import pyarrow as pa
+
+    column = plan.split.index_table()["task"].cast(pa.string()).combine_chunks().dictionary_encode()
+    return column.dictionary.to_pylist(), column.indices.to_numpy().astype(np.int64)

@@ -1,0 +1,186 @@
+"""Export to transformers' NanoChat (5.x, models/nanochat), and the proof that the exported model is the same one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from chattrain.errors import ExportError, VerifyError, first_line
+from chattrain.model import NORM_EPS, ROPE_THETA, SOFTCAP, ModelConfig, check_weights, load_model
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MAX_LOGIT_DIFFERENCE = 1e-5  # fp32, sdpa on both sides; the same model measured 0 to 2e-6
+VERIFY_ROWS, VERIFY_LENGTH = 2, 128
+
+
+def export_transformers(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    out: str | Path,
+    bos_id: int,
+    assistant_end_id: int,
+    tokenizer_dir: str | Path | None = None,
+    verify: bool = True,
+) -> None:
+    """Writes a folder that transformers loads as NanoChat: fp32 weights, config, generation config, tokenizer files.
+
+    weights: as nanochat names them. tokenizer_dir: a build's or checkpoint's tokenizer folder, copied along.
+    verify: check it with `verify_export` (needs transformers) before it gets its name.
+    Raises WeightsError for weights that are not the config's, ExportError where nothing can be written, VerifyError.
+    """
+    out = Path(out)
+    check_weights(weights, config, "export")
+    for name, token in (("bos", bos_id), ("assistant_end", assistant_end_id)):
+        if not 0 <= token < config.vocab_size:
+            raise ExportError(f"export: {name} id {token} is not in the vocabulary of {config.vocab_size}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"export: {out} exists and is not an empty folder: choose another or remove it")
+    if tokenizer_dir is not None and not (Path(tokenizer_dir) / "tokenizer.json").is_file():
+        raise ExportError(f"export: no tokenizer.json in {tokenizer_dir}: must be a tokenizer folder of chatdata")
+    if verify:
+        _check_verifiable(config)
+
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        save_file(transformers_weights(weights, config), partial / "model.safetensors", metadata={"format": "pt"})
+        head = {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "dtype": "float32"}
+        _write_json(partial / "config.json", head | transformers_config(config, bos_id, assistant_end_id))
+        _write_json(partial / "generation_config.json", generation_config(bos_id, assistant_end_id))
+        for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
+            if (Path(tokenizer_dir) / name).is_file():
+                shutil.copyfile(Path(tokenizer_dir) / name, partial / name)
+        if verify:
+            verify_export(partial, weights, config, bos_id, assistant_end_id)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def transformers_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """nanochat's names → transformers', without the padding rows: one left in has a logit of 0, which can win."""
+    names = {
+        "transformer.wte.weight": "model.embed_tokens.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    for i in range(config.n_layer):
+        ours, theirs = f"transformer.h.{i}", f"model.layers.{i}"
+        for letter, projection in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("proj", "o_proj")):
+            names[f"{ours}.attn.c_{letter}.weight"] = f"{theirs}.self_attn.{projection}.weight"
+        names[f"{ours}.mlp.c_fc.weight"] = f"{theirs}.mlp.fc1.weight"
+        names[f"{ours}.mlp.c_proj.weight"] = f"{theirs}.mlp.fc2.weight"
+    by_vocabulary = ("transformer.wte.weight", "lm_head.weight")
+    return {
+        names[name]: (tensor[: config.vocab_size] if name in by_vocabulary else tensor).detach().float().contiguous()
+        for name, tensor in weights.items()
+    }
+
+
+def transformers_config(config: ModelConfig, bos_id: int, assistant_end_id: int) -> dict[str, object]:
+    """Every field of NanoChatConfig, none left to its default: those of eps, intermediate size and ids are not ours."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "max_position_embeddings": config.sequence_len,
+        "hidden_act": "relu2",
+        "attention_dropout": 0.0,
+        "rms_norm_eps": NORM_EPS,
+        "initializer_range": 0.02,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+        "use_cache": True,
+        "final_logit_softcapping": SOFTCAP,
+        "attention_bias": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": [assistant_end_id, bos_id],
+        "pad_token_id": None,  # a pad id here would freeze that row of the embedding in further training
+        "tie_word_embeddings": False,
+    }
+
+
+def generation_config(bos_id: int, assistant_end_id: int) -> dict[str, object]:
+    """Both ids end an answer; padding is assistant_end, as in nanochat's own batches."""
+    return {
+        "bos_token_id": bos_id,
+        "eos_token_id": [assistant_end_id, bos_id],
+        "pad_token_id": assistant_end_id,
+    }
+
+
+def verify_export(
+    folder: str | Path, weights: Mapping[str, Tensor], config: ModelConfig, bos_id: int, assistant_end_id: int
+) -> float:
+    """Loads the folder with transformers (fp32, sdpa attention) and returns the largest difference of logits.
+
+    Raises VerifyError unless every config field is as `transformers_config` says (logits alone do not see a wrong
+    eps), every tensor was used, logits differ by at most 1e-5 and all arg-max are equal; also where the comparison
+    would say nothing: bf16 rotary tables, which transformers does not have, and a model whose logits are all equal.
+    """
+    _check_verifiable(config)
+    from transformers import AutoModelForCausalLM, NanoChatConfig, PreTrainedConfig
+
+    try:
+        theirs, loading = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise VerifyError(f"verify: {folder}: transformers does not load it: {first_line(error)}") from error
+    for problem, names in loading.items():
+        if names:
+            raise VerifyError(f"verify: {folder}: {problem.replace('_', ' ')} {sorted(names)} when loading")
+
+    expected = transformers_config(config, bos_id, assistant_end_id)
+    known_fields = {f.name for f in dataclasses.fields(NanoChatConfig)} - {
+        f.name for f in dataclasses.fields(PreTrainedConfig)
+    }
+    if new := sorted(known_fields - set(expected)):
+        raise VerifyError(f"verify: this transformers has config fields {new} that the export does not write")
+    generation = generation_config(bos_id, assistant_end_id)
+    for source, fields in ((theirs.config, expected), (theirs.generation_config, generation)):
+        for name, value in fields.items():
+            if (found := getattr(source, name, "nothing")) != value:
+                raise VerifyError(f"verify: {folder}: {type(source).__name__}.{name} is {found!r}, must be {value!r}")
+
+    length = min(VERIFY_LENGTH, config.sequence_len)
+    tokens = torch.randint(config.vocab_size, (VERIFY_ROWS, length), generator=torch.Generator().manual_seed(0))
+    ours = load_model(config, weights)
+    with torch.no_grad():
+        our_logits, their_logits = ours.logits(ours(tokens)), theirs(tokens).logits
+    if our_logits.min() == our_logits.max():
+        raise VerifyError("verify: all logits are equal (a fresh model?), so any model would pass: train it first")
+    if their_logits.shape != our_logits.shape:
+        raise VerifyError(f"verify: {folder}: logits {tuple(their_logits.shape)}, must be {tuple(our_logits.shape)}")
+    difference = (our_logits - their_logits).abs().max().item()
+    num_other = (our_logits.argmax(-1) != their_logits.argmax(-1)).sum().item()
+    if not difference <= MAX_LOGIT_DIFFERENCE or num_other:  # "not <=" also catches NaN
+        raise VerifyError(
+            f"verify: {folder}: logits differ by {difference:.3g} (at most {MAX_LOGIT_DIFFERENCE}), "
+            f"{num_other} of {tokens.numel()} arg-max are others"
+        )
+    return difference
+
+
+def _check_verifiable(config: ModelConfig) -> None:
+    if config.rope_dtype != "float32":
+        raise VerifyError(f"verify: rotary tables are {config.rope_dtype}; transformers only has float32 ones")
+    try:
+        import transformers
+    except ImportError as error:
+        raise VerifyError("verify: transformers is not installed: it must be, at version 5 or newer") from error
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise VerifyError(f"verify: transformers is {transformers.__version__}, must be version 5 or newer")
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

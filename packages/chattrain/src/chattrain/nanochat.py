@@ -1,0 +1,62 @@
+"""Import of karpathy/nanochat's own checkpoints: model_<step>.pt and meta_<step>.json in a folder (December 2025)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chattrain.errors import ImportNanochatError, first_line
+from chattrain.model import ModelConfig, check_weights, parse_config
+
+COMPILED_PREFIX = "_orig_mod."  # torch.compile's wrapper puts it before every name
+
+
+def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig, int]:
+    """The weights (fp32, our names are nanochat's), config and step of the last checkpoint in `folder`.
+
+    Nothing is unpickled but tensors. Every tensor is mapped or refused by name: checkpoints of 2026 hold more of them.
+    Raises ImportNanochatError for missing, unreadable or contradicting files, ConfigError for a wrong model config,
+    WeightsError for unknown, missing or wrongly shaped tensors.
+    """
+    folder = Path(folder)
+    step = _last_step(folder, "model", "pt")
+    if (meta_step := _last_step(folder, "meta", "json")) != step:
+        raise ImportNanochatError(f"{folder}: the last model is of step {step}, the last meta file of step {meta_step}")
+    model_path = next(path for path in folder.glob("model_*.pt") if _step(path) == step)
+    meta_path = next(path for path in folder.glob("meta_*.json") if _step(path) == step)
+
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ImportNanochatError(f"{meta_path}: not JSON: {error}") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+        raise ImportNanochatError(f"{meta_path}: no model_config in it")
+    if meta.get("step") != step:
+        raise ImportNanochatError(f"{meta_path}: says step {meta.get('step')}, its name says {step}")
+    config = parse_config(meta["model_config"], str(meta_path))
+
+    try:
+        saved = torch.load(model_path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on bytes that are no checkpoint, the reader fails in any way it happens to
+        raise ImportNanochatError(f"{model_path}: not a file of tensors only: {first_line(error)}") from error
+    if not isinstance(saved, dict) or not all(isinstance(value, Tensor) for value in saved.values()):
+        raise ImportNanochatError(f"{model_path}: not a dictionary of tensors")
+    weights = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in saved.items()}
+    check_weights(weights, config, str(model_path))
+    return {name: tensor.float() for name, tensor in weights.items()}, config, step
+
+
+def _last_step(folder: Path, kind: str, suffix: str) -> int:
+    steps = [_step(path) for path in folder.glob(f"{kind}_*.{suffix}")]
+    if not any(step is not None for step in steps):
+        raise ImportNanochatError(f"{folder}: no {kind}_<step>.{suffix} in it: must be a nanochat checkpoint folder")
+    return max(step for step in steps if step is not None)
+
+
+def _step(path: Path) -> int | None:
+    match = re.fullmatch(r"(?:model|meta)_(\d+)", path.stem)
+    return int(match[1]) if match else None

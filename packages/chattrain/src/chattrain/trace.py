@@ -1,0 +1,65 @@
+"""Which documents were in a step: from a run's own record, the build and the plan made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from chatdata.shards import open_build
+from chattrain.checkpoint import FORMAT
+from chattrain.errors import RunError
+from chattrain.nanochat_order import make_nanochat_plan
+from chattrain.plan import BatchPlan, make_plan, require_same_plan
+from chattrain.spans import documents_of_step
+from chattrain.telemetry import LOG_NAME, read_log
+
+RUN_NAME = "run.json"
+
+
+def write_run(out: Path, data: Path, plan: BatchPlan, recipe: dict[str, Any]) -> None:
+    """run.json: where the run's data was, its plan and recipe. Written before step 0."""
+    contents = {"format": FORMAT, "data": str(data.resolve()), "plan": plan.record(), "recipe": recipe}
+    (out / RUN_NAME).write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_plan(run: Path, data: Path | None) -> BatchPlan:
+    """The plan of a run, made again from its build and proved the same. Raises RunError or PlanError."""
+    try:
+        record = json.loads((run / RUN_NAME).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"{run}: not a run folder: no readable {RUN_NAME}") from error
+    plan = record["plan"]
+    split = open_build(data or Path(record["data"]))[plan["split"]]
+    if plan["order"] == "nanochat":
+        keys = ("mask", "seq_len", "num_ranks", "device_batch_size")
+        made = make_nanochat_plan(split, **{key: plan[key] for key in keys})
+    else:
+        keys = ("rows", "mask", "seq_len", "step_sequences", "seed", "long")
+        # stream needs neither: its record holds null
+        made = make_plan(split, **{key: plan[key] for key in keys if plan[key] is not None})
+    require_same_plan(plan, made)
+    return made
+
+
+def trace_step(run: Path, step: int, data: Path | None = None) -> dict[str, Any]:
+    """What a step was trained on: its log entry, and per document task, row, position, tokens and sequence."""
+    plan = read_plan(run, data)
+    if step < 0:
+        raise RunError(f"--step {step}: steps count from 0")
+    log = read_log(run) if (run / LOG_NAME).is_file() else []
+    logged = next((entry for entry in log if entry["kind"] == "train" and entry["step"] == step), None)
+    spans = documents_of_step(plan, step)
+    index = plan.split.index_table().select(["task", "entry", "row", "position"]).take(spans.document).to_pylist()
+    documents = [
+        {"doc": doc, **facts, "sequence": sequence, "start": start, "stop": stop}
+        for doc, facts, sequence, start, stop in zip(
+            spans.document.tolist(),
+            index,
+            (spans.sequence % plan.step_sequences).tolist(),
+            spans.start.tolist(),
+            spans.stop.tolist(),
+            strict=True,
+        )
+    ]
+    return {"step": step, "split": plan.split.name, "log": logged, "documents": documents}
