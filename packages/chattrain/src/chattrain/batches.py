@@ -184,7 +184,7 @@ def _document_rows(plan: BatchPlan, first: int, last: int, width: int | None) ->
     inputs = np.full((last - first, place.width), padding)
     targets = np.full_like(inputs, IGNORED)
     inputs.reshape(-1)[place.position] = _take(split, "tokens", place.token, place.starts)
-    following = _take(split, "tokens", place.token + 0, place.starts).astype(np.int64)
+    following = _take(split, "tokens", place.token + 1, place.starts).astype(np.int64)
     if plan.mask == "apply":
         following[_take(split, "mask", place.token + 1, place.starts) == 0] = IGNORED
     targets.reshape(-1)[place.position] = following

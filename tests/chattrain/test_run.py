@@ -1,0 +1,499 @@
+"""Runs end to end on a small build: exact resume, exact loss, safe stops."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatdata.build import build, make_plan
+from chatdata.recipe import load_recipe
+from chatdata.shards import open_build
+from chatdata.sources import Locations
+from chatdata.tasks import load_tasks
+from chatdata.tokenizer import SPLIT_PATTERN, Tokenizer, append_special_tokens
+from chattrain.batches import IGNORED, Batch, read_step
+from chattrain.checkpoint import last_checkpoint, read_checkpoint
+from chattrain.distributed import Ranks, StopRequest
+from chattrain.errors import ChattrainError, CheckpointError, NonFiniteError, PlanError, ResumeError, RunError
+from chattrain.loop import Job, backward, prepare, train
+from chattrain.settings import Settings
+from chattrain.telemetry import read_log
+from chattrain.trace import trace_step, write_run
+
+# one thread here and in every process: models this small are slower on two, and then sums have one order everywhere
+torch.set_num_threads(1)
+ONE = Ranks(0, 1, torch.device("cpu"))
+BYTES = {bytes([byte]): byte for byte in range(256)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def write_build(folder: Path, stage: str, num: int = 90, seed: int = 0) -> Path:
+    """Short conversations of two tasks under a byte tokenizer (265 entries), with a val split."""
+    draw = random.Random(seed)
+
+    def chat() -> list[dict]:
+        user, answer = ("".join(draw.choices("abcdef ", k=draw.randint(1, 20))) for _ in range(2))
+        return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+    folder.mkdir(parents=True)
+    for name in ("c", "i"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(chat()) + "\n" for _ in range(num)))
+    entries = "".join(
+        f'[[{split}]]\ntask = "{task}"\npath = "{path}"\n{key} = {num - 20}\n'
+        for split, key in (("train", "stop"), ("val", "start"))
+        for task, path in (("conversations", "c.jsonl"), ("identity", "i.jsonl"))
+    )
+    (folder / "r.toml").write_text(f'stage = "{stage}"\n{entries}')
+    tasks = load_tasks()
+    recipe = load_recipe(str(folder / "r.toml"), tasks)
+    tokenizer = Tokenizer(BYTES, SPLIT_PATTERN, append_special_tokens(BYTES), "bytes")
+    build(make_plan(recipe, tasks, tokenizer, Locations(folder)), folder / "build")
+    return folder / "build"
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("builds")
+    return {stage: write_build(folder / stage, stage) for stage in ("mid", "sft")}
+
+
+def settings_for(builds: dict[str, Path], stage: str, out: Path, **changes: object) -> Settings:
+    base = Settings(data=builds[stage], out=out, init="random:d1", seq_len=64, device_batch_size=4, steps=20)
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def run(settings: Settings, stop: StopRequest | None = None) -> list[dict]:
+    """What `chattrain run` does, in this process; returns the log."""
+    job = prepare(settings, ONE)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_run(settings.out, settings.data, job.plan, job.recipe)
+    train(job, stop or StopRequest())
+    return read_log(settings.out)
+
+
+def steps_of(log: list[dict], *keys: str) -> list[tuple]:
+    return [tuple(entry[key] for key in ("step", *keys)) for entry in log if entry["kind"] == "train"]
+
+
+def tensors_of(out: Path) -> dict[str, bytes]:
+    last = last_checkpoint(out)
+    assert last is not None
+    return {name: (last.path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_ten_and_ten_steps_are_twenty(builds: dict[str, Path], tmp_path: Path, stage: str) -> None:
+    whole = settings_for(builds, stage, tmp_path / "whole", epochs=1)
+    log = run(whole)
+    assert len(log) == 20
+    job = prepare(replace(whole, out=tmp_path / "x"), ONE)
+    assert job.plan.num_steps < 20, "the steps must cross an epoch's end"
+    halves = replace(whole, out=tmp_path / "halves", stop_at=10)
+    run(halves)
+    assert last_checkpoint(halves.out).step == 10
+    resumed = run(replace(halves, stop_at=None, resume=True))
+    keys = ("loss", "multiplier", "batch", "gradient_norm", "targets")
+    assert steps_of(resumed, *keys) == steps_of(log, *keys)
+    assert tensors_of(halves.out) == tensors_of(whole.out)
+    assert log[0]["loss"] > log[-1]["loss"]
+
+
+def test_schedules_are_logged(builds: dict[str, Path], tmp_path: Path) -> None:
+    mid = steps_of(run(settings_for(builds, "mid", tmp_path / "mid", steps=10)), "multiplier")
+    assert [m for _, m in mid] == pytest.approx([1.0] * 8 + [1.0, 0.5])
+    sft = steps_of(run(settings_for(builds, "sft", tmp_path / "sft", steps=4)), "multiplier")
+    assert sft == [(0, 1.0), (1, 0.75), (2, 0.5), (3, 0.25)]
+
+
+def test_resume_refuses_what_changed(builds: dict[str, Path], tmp_path: Path) -> None:
+    settings = settings_for(builds, "sft", tmp_path / "run", stop_at=2)
+    run(settings)
+    other = write_build(tmp_path / "other", "sft", seed=1)
+    resumed = replace(settings, resume=True, stop_at=4)
+    for changes, error, message in [
+        ({"data": other}, PlanError, "build_id was "),
+        ({"seq_len": 48}, PlanError, "seq_len was 64 and is now 48"),
+        ({"device_batch_size": 2}, PlanError, "step_sequences was 4 and is now 2"),
+        ({"rows": "pad"}, PlanError, "rows was 'pack' and is now 'pad'"),
+        ({"mask": "ignore"}, PlanError, "mask was 'apply' and is now 'ignore'"),
+        ({"seed": 1}, PlanError, "seed was 42 and is now 1"),
+        ({"steps": 30}, ResumeError, "num_steps was 20 and is now 30"),
+        ({"lr_scale": 0.5}, ResumeError, "lr_scale was 1.0 and is now 0.5"),
+        ({"stage": "mid", "rows": "pack", "mask": "apply"}, ResumeError, "stage was 'sft' and is now 'mid'"),
+        ({"dtype": "bfloat16"}, ResumeError, "dtype was 'float32' and is now 'bfloat16'"),
+    ]:
+        with pytest.raises(error, match=message):
+            prepare(replace(resumed, **changes), ONE)
+    assert len(run(replace(resumed, total_batch_tokens=256, device_batch_size=2))) == 4  # only cut otherwise
+
+
+def randomised(job: Job) -> None:
+    """Weights at which no two logits are equal, in float64: a fresh model's head is zero and hides every mistake."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in job.model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    job.model.double()
+
+
+def gradients(job: Job, batches: list[Batch], num_targets: int) -> torch.Tensor:
+    job.model.zero_grad()
+    for batch in batches:
+        backward(job, batch, num_targets)
+    return torch.cat([parameter.grad.flatten() for parameter in job.model.parameters()])
+
+
+def test_gradients_do_not_depend_on_micro_batches_and_sabotage_shows(builds: dict[str, Path], tmp_path: Path) -> None:
+    settings = settings_for(builds, "sft", tmp_path / "x", device_batch_size=12)
+    job = prepare(settings, ONE)
+    randomised(job)
+    step = read_step(job.plan, 0)
+    assert step.num_targets == sum(int((batch.targets != IGNORED).sum()) for batch in step.batches)
+    whole = gradients(job, list(step.batches), step.num_targets)
+    for size in (1, 3, 6):
+        parts = list(read_step(job.plan, 0, device_batch_size=size).batches)
+        assert torch.allclose(
+            gradients(job, parts, step.num_targets), whole, rtol=1e-12, atol=1e-12 * whole.abs().max()
+        )
+        # sabotage: a mean of means weighs the targets of short rows more
+        job.model.zero_grad()
+        for part in parts:
+            backward(job, part, int((part.targets != IGNORED).sum()) * len(parts))
+        means = torch.cat([parameter.grad.flatten() for parameter in job.model.parameters()])
+        assert (means - whole).abs().max() > 1e-4 * whole.abs().max()
+    batch = step.batches[0]
+    dropped, flipped = batch.targets.clone(), batch.inputs.roll(-1, 1)
+    dropped[dropped != IGNORED] = torch.where(
+        torch.arange(int((dropped != IGNORED).sum())) % 7 == 0, IGNORED, dropped[dropped != IGNORED]
+    )
+    flipped[batch.targets != IGNORED] = IGNORED
+    for sabotaged in (dropped, flipped, batch.targets.roll(1, 1)):
+        wrong = gradients(job, [replace(batch, targets=sabotaged)], step.num_targets)
+        assert (wrong - whole).abs().max() > 1e-4 * whole.abs().max()
+    across = gradients(job, [replace(batch, lengths=None)], step.num_targets)
+    assert (across - whole).abs().max() > 1e-4 * whole.abs().max()
+
+
+RANK_SCRIPT = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from chattrain.batches import read_step
+from chattrain.distributed import join_ranks
+from chattrain.loop import prepare, backward
+from chattrain.settings import Settings
+import contextlib
+
+build, out, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+with join_ranks("cpu") as ranks:
+    settings = Settings(data=build, out=out, init="random:d1", seq_len=64, device_batch_size=size,
+                        total_batch_tokens=12 * 64, steps=20)
+    job = prepare(replace(settings), ranks)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in job.model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    job.model.double()
+    if ranks.num_ranks > 1:
+        from torch.nn.parallel import DistributedDataParallel
+        job.parallel = DistributedDataParallel(job.model)  # buckets of the float64 model
+    step = read_step(job.plan, 0, ranks.rank, ranks.num_ranks, size)
+    for number, batch in enumerate(step.batches):
+        last = number + 1 == len(step.batches)
+        with contextlib.nullcontext() if last or ranks.num_ranks == 1 else job.parallel.no_sync():
+            backward(job, batch, step.num_targets)
+    if ranks.is_first:
+        torch.save(torch.cat([p.grad.flatten() for p in job.model.parameters()]), out)
+"""
+
+
+def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+
+
+def test_gradients_do_not_depend_on_ranks(builds: dict[str, Path], tmp_path: Path) -> None:
+    """Ranks × micro-batches 1×4, 2×2, 4×1, 3×4 of a step of 12 sequences, float64: equal to 1e-12."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANK_SCRIPT)
+    found = {}
+    for num_ranks, size in ((1, 3), (2, 3), (4, 3), (3, 1)):
+        out = tmp_path / f"{num_ranks}.pt"
+        result = torchrun(num_ranks, script, builds["sft"], out, size)
+        assert result.returncode == 0, result.stderr[-3000:]
+        found[num_ranks] = torch.load(out, weights_only=True)
+    for num_ranks in (2, 3, 4):
+        difference = (found[num_ranks] - found[1]).abs().max() / found[1].abs().max()
+        assert difference <= 1e-12, (num_ranks, difference)
+
+
+def test_ranks_may_change_on_resume(builds: dict[str, Path], tmp_path: Path) -> None:
+    """2 → 1 → 3 ranks: the same batches, the same losses but for rounding."""
+    arguments = ["run", "--data", builds["mid"], "--init", "random:d1", "--seq-len", 64, "--device-batch-size", 2]
+    arguments += ["--total-batch-tokens", 12 * 64, "--steps", 12, "--out", tmp_path / "changing", "--device", "cpu"]
+    for num_ranks, stop_at in ((2, 4), (1, 8), (3, 12)):
+        result = torchrun(num_ranks, "-m", "chattrain", *arguments, "--stop-at", stop_at, "--resume")
+        assert result.returncode == 0, result.stderr[-3000:]
+    whole = settings_for(builds, "mid", tmp_path / "whole", steps=12, device_batch_size=2, total_batch_tokens=12 * 64)
+    expected, found = (steps_of(log, "batch", "loss") for log in (run(whole), read_log(tmp_path / "changing")))
+    assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
+    # fp32: sums in another order; Muon's orthogonalisation keeps the difference small over 12 steps
+    assert [loss for *_, loss in found] == pytest.approx([loss for *_, loss in expected], rel=2e-4)
+
+
+def test_non_finite_is_named_before_the_step(builds: dict[str, Path], tmp_path: Path) -> None:
+    first = settings_for(builds, "sft", tmp_path / "first", steps=1)
+    run(first)
+    path = last_checkpoint(first.out).path / "model.safetensors"
+    weights = load_file(path)
+    weights["transformer.wte.weight"][ord("f")] = math.nan  # every document with an f
+    save_file(weights, path)
+    poisoned = replace(first, init=str(first.out), steps=3, out=tmp_path / "poisoned")
+    with pytest.raises(
+        NonFiniteError, match=r"^step 0: loss nan, gradient norm nan, from documents \d+, .* of train; "
+    ):
+        run(poisoned)
+    assert last_checkpoint(poisoned.out) is None
+    log = run(replace(poisoned, out=tmp_path / "skipped", non_finite="skip"))
+    assert [entry["skipped"] for entry in log] == [True] * 3
+    after = last_checkpoint(tmp_path / "skipped").weights()
+    assert all(torch.equal(after[name], weights[name]) for name in weights if name != "transformer.wte.weight")
+
+
+def test_bits_per_byte_is_what_one_document_at_a_time_gives(builds: dict[str, Path], tmp_path: Path) -> None:
+    settings = settings_for(builds, "sft", tmp_path / "run", steps=6, eval_every=3)
+    entries = [entry for entry in run(settings) if entry["kind"] == "val"]
+    assert [entry["step"] for entry in entries] == [0, 3, 6]
+    job = prepare(replace(settings, resume=True), ONE)
+    val = open_build(builds["sft"])["val"]
+    names = val.index_table()["task"].to_pylist()
+    nats: dict[str, list[float]] = {name: [] for name in names}
+    for document, name in zip(val, names, strict=True):
+        ids = torch.from_numpy(document.tokens.astype(np.int64))
+        with torch.no_grad():
+            log_probabilities = job.model.logits(job.model(ids[None, :-1]))[0].log_softmax(-1)
+        for i in range(1, len(ids)):
+            if document.mask[i] and ids[i] < 256:  # a special token stands for no byte
+                nats[name].append(-float(log_probabilities[i - 1, ids[i]]))
+    everything = [value for values in nats.values() for value in values]
+    last = entries[-1]
+    assert last["bits_per_byte"] == pytest.approx(sum(everything) / math.log(2) / len(everything), rel=1e-5)
+    assert last["tasks"] == pytest.approx({n: sum(v) / math.log(2) / len(v) for n, v in nats.items()}, rel=1e-5)
+    assert last["bytes"] == len(everything)
+    assert last["bits_per_byte"] < entries[0]["bits_per_byte"]
+
+
+def chattrain_command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "chattrain", *map(str, arguments)]
+
+
+def chattrain(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = chattrain_command(*arguments)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+
+def small_run(builds: dict[str, Path], stage: str, out: Path, *arguments: object) -> list[object]:
+    common = ["run", "--data", builds[stage], "--init", "random:d1", "--seq-len", 64, "--device-batch-size", 4]
+    return [*common, "--device", "cpu", "--out", out, *arguments]
+
+
+def test_command_line_run_trace_and_dry_run(builds: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = small_run(builds, "sft", out, "--steps", 3, "--eval-every", 2)
+    dry = json.loads(chattrain(*arguments, "--dry-run", "--json").stdout)
+    assert (dry["steps"], dry["stage"], dry["device"], out.exists()) == (3, "sft", "cpu", False)
+    assert dry["parameters"] == sum(
+        p.numel() for p in prepare(settings_for(builds, "sft", out), ONE).model.parameters()
+    )
+    result = chattrain(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "3 of 3 steps done; checkpoint " in result.stdout and (out / "loss.png").stat().st_size > 5_000
+    assert not list(Path(tmp_path).rglob("*.partial"))
+    log = read_log(out)
+    assert [(e["kind"], e["step"]) for e in log] == [
+        ("val", 0),
+        ("train", 0),
+        ("train", 1),
+        ("val", 2),
+        ("train", 2),
+        ("val", 3),
+    ]
+    keys = {"loss", "multiplier", "tokens", "targets", "tokens_per_s", "mfu", "memory_bytes", "data_wait_share"}
+    assert keys | {"gradient_norm", "batch"} <= set(log[1]) and log[1]["mfu"] == "unknown"
+    traced = json.loads(chattrain("trace", out, "--step", 1, "--json").stdout)
+    assert traced["log"] == log[2]
+    plan = prepare(settings_for(builds, "sft", out), ONE).plan
+    expected = [
+        plan.packing.documents[a:b].tolist()
+        for a, b in zip(plan.packing.bounds[4:8], plan.packing.bounds[5:9], strict=True)
+    ]
+    assert [d["doc"] for d in traced["documents"]] == [document for row in expected for document in row]
+    assert {d["task"] for d in traced["documents"]} == {"conversations", "identity"}
+    assert "identity" in chattrain("trace", out, "--step", 1).stdout
+    assert trace_step(out, 1 + plan.num_steps)["documents"] == traced["documents"]  # the next epoch repeats the plan
+
+
+def test_command_line_errors(builds: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    bad = [
+        (
+            ["--steps", 1, "--out", tmp_path / "full"],
+            f"{tmp_path}/full: already exists; choose another --out, or --resume",
+        ),
+        (["--init", tmp_path / "nothing"], f"{tmp_path}/nothing: no such checkpoint or run folder"),
+        (["--init", "random:x4"], "model size 'x4': must be 'd' and the number of layers, such as 'd4'"),
+        (["--total-batch-tokens", 100], "--total-batch-tokens 100 is not a multiple of --seq-len 64"),
+        (["--total-batch-tokens", 192], "a step of 3 sequences cannot be cut for 1 ranks × device batch size 4"),
+        (["--device", "cuda"], "device 'cuda' was asked for, but torch"),
+        (["--seq-len", 16], "documents"),
+        (["--data", tmp_path / "absent"], f"{tmp_path}/absent: no such folder (no manifest.json)"),
+        (["--order", "nanochat", "--rows", "pad"], "--order nanochat fixes rows and batch"),
+    ]
+    if torch.cuda.is_available():
+        bad = [row for row in bad if row[0][0] != "--device"]
+    for arguments, message in bad:
+        result = chattrain(*small_run(builds, "sft", out, *arguments))
+        assert result.returncode == 1 and result.stderr.startswith("Error: "), (arguments, result.stderr)
+        assert message in result.stderr and result.stderr.count("\n") == 1, (arguments, result.stderr)
+        assert not out.exists()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, what: str) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        assert process.poll() is None, f"ended before {what}"
+        time.sleep(0.05)
+    raise AssertionError(f"never {what}")
+
+
+def log_kinds(out: Path) -> list[str]:
+    path = out / "log.jsonl"
+    return [json.loads(line)["kind"] for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@pytest.mark.parametrize("moment", ["step", "validation"])
+def test_sigterm_saves_and_ends_well(builds: dict[str, Path], tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "run"
+    arguments = small_run(builds, "mid", out, "--steps", 5000)
+    if moment == "validation":
+        arguments += ["--eval-every", 1]  # most of the time is validation
+    process = subprocess.Popen(chattrain_command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: log_kinds(out).count("train") >= 3, process, "three steps")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    done = len(steps_of(read_log(out)))
+    assert last_checkpoint(out).step == done and f"{done} of 5000 steps done" in output
+    assert (out / "loss.png").is_file()
+
+
+def test_kill_9_then_resume(builds: dict[str, Path], tmp_path: Path) -> None:
+    """Killed at three moments while it steps and saves all the time; the losses are those of a run left alone."""
+    out = tmp_path / "run"
+    arguments = small_run(builds, "mid", out, "--steps", 60, "--save-every", 1, "--resume")
+    for seen in (3, 12, 25):
+        process = subprocess.Popen(chattrain_command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        wait_for(lambda seen=seen: len(log_kinds(out)) >= seen, process, f"{seen} steps")
+        process.kill()
+        process.wait()
+        assert last_checkpoint(out) is None or last_checkpoint(out).weights()
+    assert chattrain(*arguments).returncode == 0
+    alone = run(settings_for(builds, "mid", tmp_path / "alone", steps=60))
+    assert steps_of(read_log(out), "batch", "loss") == steps_of(alone, "batch", "loss")
+    assert tensors_of(out) == tensors_of(tmp_path / "alone")
+
+
+def test_a_torn_log_line_is_left_out(builds: dict[str, Path], tmp_path: Path) -> None:
+    settings = settings_for(builds, "mid", tmp_path / "run", stop_at=3)
+    log = run(settings)
+    path = settings.out / "log.jsonl"
+    path.write_text(path.read_text() + json.dumps({"kind": "train", "step": 3, "loss": 9.0}) + '\n{"kind": "tr')
+    resumed = run(replace(settings, stop_at=5, resume=True))
+    assert [entry["step"] for entry in resumed] == [0, 1, 2, 3, 4] and resumed[:3] == log
+
+
+def test_checkpoints_are_whole_or_not_there(builds: dict[str, Path], tmp_path: Path) -> None:
+    settings = settings_for(builds, "sft", tmp_path / "run", steps=5, save_every=1)
+    run(settings)
+    folder = settings.out / "checkpoints"
+    assert sorted(os.listdir(folder)) == ["step-00000004", "step-00000005"]  # keep_last = 2
+    last = folder / "step-00000005"
+    assert sorted(os.listdir(last)) == ["model.safetensors", "optimizer.safetensors", "state.json", "tokenizer"]
+    # a partial one is never looked at, and goes with the next save
+    shutil.copytree(last, folder / ".step-00000009.partial")
+    assert last_checkpoint(settings.out).step == 5
+    for damage, message in [
+        (lambda: (last / "state.json").write_text("{"), r"state.json: damaged"),
+        (
+            lambda: (last / "state.json").write_text('{"format": "x", "version": 1}'),
+            r"x version 1; this chattrain reads",
+        ),
+        (lambda: (last / "state.json").unlink(), r"neither a checkpoint \(no state.json\) nor a run"),
+    ]:
+        damage()
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(last)
+    good = read_checkpoint(folder / "step-00000004")
+    (good.path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: not readable"):
+        good.weights()
+
+
+def test_sft_goes_on_from_mid_and_exports(builds: dict[str, Path], tmp_path: Path) -> None:
+    mid = settings_for(builds, "mid", tmp_path / "mid", steps=8)
+    run(mid)
+    sft = settings_for(builds, "sft", tmp_path / "sft", init=str(mid.out), steps=4)
+    losses = [loss for _, loss in steps_of(run(sft), "loss")]
+    assert losses[0] < 4.5  # a fresh model starts at ln 265 = 5.58
+    other = write_build(tmp_path / "wide", "sft")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer"]["canary_sha256"] = "0" * 64
+    from chatdata.shards import build_id_of, write_json
+
+    manifest["build_id"] = build_id_of(manifest)
+    write_json(other / "manifest.json", manifest)
+    with pytest.raises(RunError, match="was trained with another tokenizer"):
+        prepare(replace(sft, data=other, out=tmp_path / "x"), ONE)
+    result = chattrain("export", sft.out, "--out", tmp_path / "exported", "--verify")
+    assert result.returncode == 0, result.stderr
+    names = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "exported")) == [*names, "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_chattrain_needs_no_polars(tmp_path: Path) -> None:
+    modules = sorted(path.stem for path in Path(sys.modules["chattrain"].__file__).parent.glob("*.py"))
+    names = [f"chattrain.{name}" for name in modules if not name.startswith("__")]
+    blocked = "('polars', 'datasets', 'rich', 'transformers', 'huggingface_hub', 'rustbpe')"
+    code = (
+        "import sys, importlib\n"
+        f"for name in {blocked}:\n    sys.modules[name] = None\n"
+        f"for name in {names}:\n    importlib.import_module(name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_chattrain_errors_are_value_errors() -> None:
+    assert issubclass(ChattrainError, ValueError) and issubclass(NonFiniteError, ChattrainError)
