@@ -1,0 +1,107 @@
+"""Kill -9 a training run at random moments, over and over, and show that nothing was lost.
+
+    uv run python benchmarks/kill_resume.py --data out/demo-mid --kills 30
+
+A run of --steps steps saves and validates often. It is started with --resume, killed after a random time, its last
+checkpoint is read in full, and so on; at last it is left alone until the end. Losses, batches, weights and optimizer
+must equal those of a run that was never killed, to the byte. The phase of each kill is logged: what the folder and the
+log say was going on ("saving": a partial checkpoint is there; "training" and "validation": between log lines).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from chattrain.checkpoint import last_checkpoint
+from chattrain.telemetry import read_log
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one order of every sum, so that bytes can be compared
+
+
+def command(arguments: argparse.Namespace, out: Path) -> list[str]:
+    options = ["--data", arguments.data, "--init", "random:d2", "--seq-len", "128", "--device-batch-size", "4"]
+    options += [
+        "--steps",
+        str(arguments.steps),
+        "--save-every",
+        "3",
+        "--eval-every",
+        "40",
+        "--device",
+        "cpu",
+        "--resume",
+    ]
+    return [sys.executable, "-m", "chattrain", "run", *options, "--out", str(out)]
+
+
+def log_lines(out: Path) -> list[str]:
+    path = out / "log.jsonl"
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def phase(out: Path, written: int) -> str:
+    if list((out / "checkpoints").glob(".step-*.partial")):
+        return "saving"
+    lines = log_lines(out)
+    if not lines or (out / "log.jsonl").stat().st_mtime_ns <= written:
+        return "starting"
+    try:
+        last = json.loads(lines[-1])
+    except json.JSONDecodeError:
+        return "writing the log"
+    done = last["step"] + 1 if last["kind"] == "train" else last["step"]
+    return "validation" if last["kind"] == "train" and done % 40 == 0 else "training"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", default="runs/kill")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    draw, out = random.Random(arguments.seed), Path(arguments.out)
+    phases: Counter[str] = Counter()
+    while phases.total() < arguments.kills:
+        written = (out / "log.jsonl").stat().st_mtime_ns if log_lines(out) else 0
+        process = subprocess.Popen(
+            command(arguments, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # most are killed at work: from when the log is written again, which a start does once before its first step
+        if draw.random() < 0.9:
+            while process.poll() is None and not (log_lines(out) and (out / "log.jsonl").stat().st_mtime_ns > written):
+                time.sleep(0.02)
+        time.sleep(draw.uniform(0, 2.5))
+        if process.poll() is not None:
+            print(f"the run ended by itself after {phases.total()} kills: give more --steps")
+            sys.exit(1)
+        process.kill()
+        process.wait()
+        phases[now := phase(out, written)] += 1
+        last = last_checkpoint(out)
+        if last is not None:
+            last.weights(), last.optimizer_tensors()  # readable, or this ends here
+        print(f"kill {phases.total()}: {now}, last checkpoint {last.step if last else None}", flush=True)
+    subprocess.run(command(arguments, out), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    alone = Path(f"{out}-alone")
+    subprocess.run(command(arguments, alone), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    for name in ("model", "optimizer"):
+        files = [last_checkpoint(run).path / f"{name}.safetensors" for run in (out, alone)]  # type: ignore[union-attr]
+        assert files[0].read_bytes() == files[1].read_bytes(), f"{name} differs"
+    keys = ("kind", "step", "loss", "batch", "gradient_norm", "bits_per_byte")
+    logs = [[{key: entry.get(key) for key in keys} for entry in read_log(run)] for run in (out, alone)]
+    assert logs[0] == logs[1], "logs differ"
+    print(f"{phases.total()} kills ({dict(phases)}): weights, optimizer, losses and batches equal to the byte")
+
+
+if __name__ == "__main__":
+    main()
