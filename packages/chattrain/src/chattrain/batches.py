@@ -28,13 +28,12 @@ import torch
 from torch import Tensor
 
 from chattrain.errors import PlanError
+from chattrain.loss import IGNORED
 from chattrain.plan import BatchPlan, check_cut
 from chattrain.spans import documents_of_sequences
 
 if TYPE_CHECKING:
     from chatdata.shards import Split
-
-IGNORED = -100  # torch's own value for "no loss here"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +51,7 @@ class Batch:
 
     inputs: Tensor  # int64 [B, W]
     targets: Tensor  # int64 [B, W], IGNORED where there is none
-    lengths: (
-        tuple[tuple[int, ...], ...] | None
-    )  # pack: as attention.pack_documents takes them; None: causal over the row
+    lengths: tuple[tuple[int, ...], ...] | None  # pack: for attention.pack_documents; else None: causal over the row
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +85,7 @@ def read_step(
         raise PlanError(f"order nanochat has {plan.num_steps} steps, its first epoch: there is no step {step}")
     position = step % plan.num_steps
     first = position * plan.step_sequences + rank * share
-    rows = read_rows(plan, first, first + share, _step_width(plan, position, first, share))
+    rows = read_rows(plan, first, first + share, _step_width(plan, position))
     inputs, targets = torch.from_numpy(rows.inputs), torch.from_numpy(rows.targets)
     if pin:
         inputs, targets = inputs.pin_memory(), targets.pin_memory()
@@ -238,7 +235,7 @@ def _take(split: Split, kind: Literal["tokens", "mask"], index: np.ndarray, star
     return values
 
 
-def _step_width(plan: BatchPlan, position: int, first: int, share: int) -> int | None:
+def _step_width(plan: BatchPlan, position: int) -> int | None:
     """W of pad: the same for every rank and micro-batch, however the step is cut; nanochat's own per micro-batch."""
     if plan.rows != "pad" or plan.order == "nanochat":
         return None

@@ -1,0 +1,529 @@
+"""Batches: literal rows, a plain statement of every row form, and what must hold however a step is cut."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import chattrain.batches
+from chattrain.batches import IGNORED, digest_text, read_ahead, read_rows, read_step, target_documents
+from chattrain.errors import PlanError
+from chattrain.nanochat_order import make_nanochat_plan
+from chattrain.plan import BatchPlan, make_plan
+from chattrain.spans import documents_of_step
+
+PAD = 9  # conftest's <|assistant_end|>
+# a, b and c hold the padding id as a token of their own: what is padding is known by position
+DOCUMENTS = [[10, 11, 12, 9], [20, 21, 9, 22, 23, 9], [30, 31, 9]]
+MASKS = [[0, 0, 1, 1], [0, 0, 1, 0, 1, 1], [0, 1, 1]]
+CUTS = [
+    (1, 3),
+    (2, 3),
+    (4, 3),
+    (3, 1),
+    (1, 12),
+    (12, 1),
+]  # ranks, device batch size: 12 sequences as 1×4, 2×2, 4×1, 3×4, …
+
+
+def plan_of(split, rows="pack", mask="apply", seq_len=6, step_sequences=1, **more) -> BatchPlan:
+    return make_plan(split, rows=rows, mask=mask, seq_len=seq_len, step_sequences=step_sequences, **more)
+
+
+def whole(plan: BatchPlan, step: int, num_ranks: int = 1, batch: int | None = None):
+    """The step of all ranks and micro-batches put together: inputs, targets, lengths, digest."""
+    shares = [read_step(plan, step, rank, num_ranks, batch) for rank in range(num_ranks)]
+    batches = [b for share in shares for b in share.batches]
+    lengths = None if batches[0].lengths is None else sum((b.lengths for b in batches), ())
+    inputs, targets = torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches])
+    return inputs, targets, lengths, digest_text(sum(share.digest for share in shares))
+
+
+# literal rows
+
+
+@pytest.mark.parametrize(
+    ("mask", "targets"),
+    [
+        ("ignore", [[11, 12, 9, 20, 21], [9, 22, 23, 9, 30]]),
+        ("apply", [[-100, 12, 9, -100, -100], [9, -100, 23, 9, -100]]),
+    ],
+)
+def test_stream_rows(make_split, mask, targets) -> None:
+    plan = plan_of(make_split(DOCUMENTS, MASKS), rows="stream", mask=mask, seq_len=5, step_sequences=2)
+    (batch,) = read_step(plan, 0).batches
+    assert batch.inputs.tolist() == [[10, 11, 12, 9, 20], [21, 9, 22, 23, 9]]
+    assert batch.targets.tolist() == targets
+    assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+    assert batch.lengths is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "targets"),
+    [
+        ("ignore", [[21, 9, 22, 23, 9, 31, 9], [11, 12, 9, -100, -100, -100, -100]]),
+        ("apply", [[-100, 9, -100, 23, 9, 31, 9], [-100, 12, 9, -100, -100, -100, -100]]),
+    ],
+)
+def test_pack_rows(make_split, mask, targets) -> None:
+    """Best-fit decreasing into 7 positions: b (5) and c (2) fill one row, a (3) begins another."""
+    plan = plan_of(make_split(DOCUMENTS, MASKS), mask=mask, seq_len=7, step_sequences=2, seed=1)
+    (batch,) = read_step(plan, 0).batches
+    assert batch.inputs.tolist() == [[20, 21, 9, 22, 23, 30, 31], [10, 11, 12, PAD, PAD, PAD, PAD]]
+    assert batch.targets.tolist() == targets
+    assert batch.lengths == ((5, 2), (3,))
+
+
+@pytest.mark.parametrize(
+    ("mask", "targets"),
+    [
+        ("ignore", {10: [11, 12, 9, -100, -100], 20: [21, 9, 22, 23, 9], 30: [31, 9, -100, -100, -100]}),
+        ("apply", {10: [-100, 12, 9, -100, -100], 20: [-100, 9, -100, 23, 9], 30: [31, 9, -100, -100, -100]}),
+    ],
+)
+def test_pad_rows(make_split, mask, targets) -> None:
+    """Rows are as wide as the longest document of the step, not as T."""
+    plan = plan_of(make_split(DOCUMENTS, MASKS), rows="pad", mask=mask, seq_len=100, step_sequences=3)
+    (batch,) = read_step(plan, 0).batches
+    inputs = {10: [10, 11, 12, PAD, PAD], 20: [20, 21, 9, 22, 23], 30: [30, 31, PAD, PAD, PAD]}
+    assert sorted(batch.inputs.tolist()) == [inputs[first] for first in (10, 20, 30)]
+    assert batch.targets.tolist() == [targets[first] for first in batch.inputs[:, 0].tolist()]
+    assert batch.lengths is None
+
+
+def test_a_cut_document_ends_with_its_last_target(make_split) -> None:
+    plan = plan_of(make_split(DOCUMENTS, MASKS), mask="ignore", seq_len=3, step_sequences=3, long="truncate")
+    (batch,) = read_step(plan, 0).batches
+    assert sorted(zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)) == [
+        ([10, 11, 12], [11, 12, 9]),
+        ([20, 21, 9], [21, 9, 22]),
+        ([30, 31, 9], [31, 9, -100]),
+    ]
+
+
+def test_ids_of_a_large_vocabulary(make_split) -> None:
+    split = make_split([[70_000, 80_000, 4_000_000_000 % 2**31, 5]], dtype="<u4")
+    for rows, seq_len in (("stream", 3), ("pack", 3), ("pad", 9)):
+        (batch,) = read_step(plan_of(split, rows=rows, seq_len=seq_len), 0).batches
+        assert batch.inputs.tolist() == [[70_000, 80_000, 1_852_516_352]]
+        assert batch.targets.tolist() == [[80_000, 1_852_516_352, 5]]
+
+
+# a plain statement of every row, and what must always hold
+
+
+def plain_rows(plan: BatchPlan, first: int, last: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The specification of `read_rows`, one token at a time."""
+    split, all_inputs, all_targets = plan.split, [], []
+    tokens, mask = split.tokens(0, split.num_tokens).tolist(), split.mask(0, split.num_tokens).tolist()
+    for sequence in range(first, last):
+        inputs, targets = [], []
+        if plan.packing is None:
+            positions = [*range(sequence * plan.seq_len, (sequence + 1) * plan.seq_len)]
+        else:
+            placed = range(*plan.packing.bounds[sequence : sequence + 2].tolist())
+            starts = split.offsets[plan.packing.documents].tolist()
+            positions = [starts[i] + k for i in placed for k in range(plan.packing.lengths[i] - 1)]
+        for position in positions:
+            inputs.append(tokens[position])
+            is_target = plan.mask == "ignore" or mask[position + 1] == 1
+            targets.append(tokens[position + 1] if is_target else IGNORED)
+        all_inputs.append(inputs)
+        all_targets.append(targets)
+    width = max(map(len, all_inputs)) if plan.rows == "pad" else plan.seq_len
+    for inputs, targets in zip(all_inputs, all_targets, strict=True):
+        inputs.extend([PAD] * (width - len(inputs)))
+        targets.extend([IGNORED] * (width - len(targets)))
+    return all_inputs, all_targets
+
+
+@st.composite
+def splits_and_plans(draw: st.DrawFn, make_split, rows: str | None = None, shards: bool = True):
+    """A split whose token ids are all different (id = place in the split + 100), and a plan of it."""
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=40))
+    ids = iter(range(100, 100 + sum(lengths)))
+    documents = [[next(ids) for _ in range(n)] for n in lengths]
+    masks = [[0, *draw(st.lists(st.integers(0, 1), min_size=n - 1, max_size=n - 1))] for n in lengths]
+    cut = draw(st.integers(1, len(lengths))) if shards else len(lengths)
+    split = make_split(documents, masks, [c for c in (cut, len(lengths) - cut) if c])
+    arguments = {
+        "rows": rows or draw(st.sampled_from(["stream", "pack", "pad"])),
+        "mask": draw(st.sampled_from(["ignore", "apply"])),
+        "seq_len": draw(st.integers(1, 15)),
+        "seed": draw(st.integers(0, 5)),
+        "long": draw(st.sampled_from(["drop", "truncate"])),
+        "step_sequences": 1,
+    }
+    try:
+        plan = make_plan(split, **arguments)
+    except PlanError:  # nothing to train on
+        return None
+    return replace_steps(plan, draw(st.integers(1, plan.num_steps)))
+
+
+def replace_steps(plan: BatchPlan, step_sequences: int) -> BatchPlan:
+    return make_plan(
+        plan.split,
+        rows=plan.rows,
+        mask=plan.mask,
+        seq_len=plan.seq_len,
+        step_sequences=step_sequences,
+        **({} if plan.packing is None else {"seed": plan.seed, "long": plan.long}),
+    )
+
+
+@given(st.data())
+def test_rows_equal_the_plain_statement(make_split, data) -> None:
+    plan = data.draw(splits_and_plans(make_split))
+    if plan is None:
+        return
+    for step in range(plan.num_steps):
+        first = step * plan.step_sequences
+        rows = read_rows(plan, first, first + plan.step_sequences)
+        inputs, targets = plain_rows(plan, first, first + plan.step_sequences)
+        assert rows.inputs.tolist() == inputs and rows.targets.tolist() == targets
+        assert (rows.lengths is None) == (plan.rows != "pack")
+
+
+def check_every_target_once(plan: BatchPlan) -> None:
+    """Over one epoch, against the split alone (ids are place + 100): which targets, after which input, how often."""
+    split = plan.split
+    offsets = split.offsets
+    taken = np.minimum(np.diff(offsets), plan.seq_len + 1)
+    supervised = split.mask(0, split.num_tokens).astype(bool) | (plan.mask == "ignore")
+    if plan.rows == "stream":
+        expected = np.arange(1, split.num_tokens - plan.left_out.tail_tokens)
+    else:
+        kept = [d for d in range(len(taken)) if plan.long == "truncate" or np.diff(offsets)[d] <= plan.seq_len + 1]
+        expected = np.array([p for d in kept for p in range(offsets[d] + 1, offsets[d] + taken[d])], int)
+    expected = Counter(expected[supervised[expected]].tolist())
+
+    found: Counter[int] = Counter()
+    num_sequences = plan.num_steps * plan.step_sequences + plan.left_out.sequences
+    for step in range(plan.num_steps):
+        targets = whole(plan, step)[1]
+        assert int((targets != IGNORED).sum()) == plan.targets_per_step[step]
+    for sequence in range(num_sequences):
+        rows = read_rows(plan, sequence, sequence + 1)
+        at = rows.targets != IGNORED
+        assert (rows.targets[at] == rows.inputs[at] + 1).all()  # the token after its input
+        found.update((rows.targets[at] - 100).tolist())
+        if plan.rows != "stream":
+            document = np.searchsorted(offsets, rows.inputs[at] - 100, side="right")
+            assert (document == np.searchsorted(offsets, rows.targets[at] - 100, side="right")).all()
+    assert found == expected
+    assert found.total() == plan.targets_per_step.sum() + plan.left_out.sequence_targets
+
+
+@given(st.data())
+def test_every_target_appears_exactly_once_in_an_epoch(make_split, data) -> None:
+    plan = data.draw(splits_and_plans(make_split))
+    if plan is not None:
+        check_every_target_once(plan)
+
+
+LESSONS = [[100, 101, 102, 103, 104], [105, 106, 107], [108, 109, 110, 111]]
+LESSON_MASKS = [[0, 0, 1, 1, 0], [0, 1, 1], [0, 0, 0, 1]]
+
+
+def check_against(monkeypatch, plan: BatchPlan, broken: BatchPlan) -> None:
+    """Hold what is read by the `broken` plan to what the true one promises."""
+    original = chattrain.batches.read_rows
+    for module in (chattrain.batches, sys.modules[__name__]):
+        monkeypatch.setattr(module, "read_rows", lambda _, *arguments: original(broken, *arguments))
+    check_every_target_once(plan)
+
+
+@pytest.mark.parametrize("rows", ["stream", "pack", "pad"])
+@pytest.mark.parametrize(
+    ("break_mask", "is_noticed"),
+    [
+        (lambda mask: mask, False),
+        (lambda mask: np.roll(mask, 1), True),  # as if the mask were the input's
+        (lambda mask: 1 - mask, True),
+        (lambda mask: np.ones_like(mask), True),  # dropped by a refactor, for a month (nanochat 570, 582)
+    ],
+    ids=["whole", "shifted", "flipped", "dropped"],
+)
+def test_a_broken_mask_is_noticed(make_split, monkeypatch, rows, break_mask, is_noticed) -> None:
+    plan = plan_of(make_split(LESSONS, LESSON_MASKS), rows=rows, seq_len=5, seed=0)
+    arrays = {**plan.split.arrays[0], "mask": break_mask(plan.split.arrays[0]["mask"])}
+    broken = replace(plan, split=replace(plan.split, arrays=(arrays,)))
+    if not is_noticed:
+        check_against(monkeypatch, plan, broken)
+        return
+    with pytest.raises(AssertionError):
+        check_against(monkeypatch, plan, broken)
+
+
+def test_a_target_across_documents_is_noticed(make_split, monkeypatch) -> None:
+    plan = plan_of(make_split(LESSONS, LESSON_MASKS), mask="ignore", seq_len=7, seed=0)
+    lengths = plan.packing.lengths + (plan.packing.documents == 1)  # document 1 with the first token of document 2
+    broken = replace(plan, packing=replace(plan.packing, lengths=lengths))
+    with pytest.raises(AssertionError):
+        check_against(monkeypatch, plan, broken)
+
+
+# how a step is cut
+
+
+@pytest.fixture(scope="module", params=["stream", "pack", "pad"])
+def plan_of_12(request, make_split) -> BatchPlan:
+    generator = np.random.default_rng(3)
+    documents = [generator.integers(0, 60_000, generator.integers(2, 40)).tolist() for _ in range(400)]
+    masks = [[0, *generator.integers(0, 2, len(d) - 2).tolist(), 1] for d in documents]
+    return plan_of(make_split(documents, masks, [150, 250]), rows=request.param, seq_len=48, step_sequences=12)
+
+
+@pytest.mark.parametrize(("num_ranks", "batch"), CUTS)
+def test_a_step_is_the_same_however_it_is_cut(plan_of_12, num_ranks, batch) -> None:
+    plan = plan_of_12
+    assert plan.num_steps > 3
+    for step in (0, 1, plan.num_steps - 1, plan.num_steps + 1):
+        inputs, targets, lengths, digest = whole(plan, step, num_ranks, batch)
+        expected = whole(plan, step)
+        assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
+        assert (lengths, digest) == expected[2:]
+        assert len(inputs) == 12
+        shares = [read_step(plan, step, rank, num_ranks, batch) for rank in range(num_ranks)]
+        assert {len(share.batches) for share in shares} == {12 // num_ranks // batch}
+        assert {len(b.inputs) for share in shares for b in share.batches} == {batch}
+        position = step % plan.num_steps
+        assert {(s.number, s.num_targets) for s in shares} == {(step, int(plan.targets_per_step[position]))}
+        assert int((targets != IGNORED).sum()) == plan.targets_per_step[position]
+
+
+def test_an_epoch_repeats_the_plan(plan_of_12) -> None:
+    plan = plan_of_12
+    digests = [whole(plan, step)[3] for step in range(plan.num_steps)]
+    assert len(set(digests)) == plan.num_steps
+    assert [whole(plan, plan.num_steps * 3 + step)[3] for step in range(plan.num_steps)] == digests
+
+
+def test_tokens_of_a_step_are_its_inputs(plan_of_12) -> None:
+    plan = plan_of_12
+    for step in range(plan.num_steps):
+        spans = documents_of_step(plan, step)
+        num_inputs = (spans.stop - spans.start).sum() - (12 if plan.rows == "stream" else len(spans))
+        assert plan.tokens_per_step[step] == num_inputs == read_step(plan, step).num_tokens
+
+
+def test_the_digest_sees_every_difference(make_split) -> None:
+    split = make_split(DOCUMENTS, MASKS)
+    plan = plan_of(split, rows="pad", step_sequences=3)
+    swapped = replace(plan, packing=replace(plan.packing, documents=plan.packing.documents[[1, 0, 2]]))
+    swapped = replace(swapped, packing=replace(swapped.packing, lengths=plan.packing.lengths[[1, 0, 2]]))
+    other_token = plan_of(make_split([[10, 11, 13, 9], *DOCUMENTS[1:]], MASKS), rows="pad", step_sequences=3)
+    other_mask = plan_of(make_split(DOCUMENTS, [[0, 1, 1, 1], *MASKS[1:]]), rows="pad", step_sequences=3)
+    digests = [read_step(p, 0).digest for p in (plan, swapped, other_token, other_mask)]
+    assert len(set(digests)) == 4
+    # the same tokens in one document or in two: attention differs, so the digest does
+    one, two = make_split([[1, 2, 3, 4]]), make_split([[1, 2], [2, 3, 4]])
+    one, two = (plan_of(s, mask="ignore", seq_len=3) for s in (one, two))
+    assert read_step(one, 0).batches[0].inputs.tolist() == [[1, 2, 3]]
+    assert read_step(two, 0).batches[0].inputs.tolist() == [[2, 3, 1]]
+    assert len({read_step(p, 0).digest for p in (one, two)}) == 2
+
+
+def test_the_digest_is_as_described(make_split) -> None:
+    """A resumed run is compared with its log by these: they may change only with PLAN_VERSION."""
+    plan = plan_of(make_split(DOCUMENTS, MASKS), seq_len=7, step_sequences=2, seed=1)
+    rows = [  # place in the step, inputs, targets, lengths
+        [0, 20, 21, 9, 22, 23, 30, 31, -100, 9, -100, 23, 9, 31, 9, 5, 2],
+        [1, 10, 11, 12, 9, 9, 9, 9, -100, 12, 9, -100, -100, -100, -100, 3],
+    ]
+    hashes = [hashlib.sha256(b"".join(word.to_bytes(4, "little", signed=True) for word in row)) for row in rows]
+    total = sum(int.from_bytes(h.digest()[:8], "little") for h in hashes)
+    assert digest_text(read_step(plan, 0).digest) == digest_text(total)
+    digests = [read_step(plan, 0, rank, 2).digest for rank in (0, 1)]
+    assert digest_text(sum(digests)) == digest_text(total)
+    assert all(-(2**63) <= digest < 2**63 for digest in digests)
+
+
+def test_digests_add_up_as_int64_tensors(plan_of_12) -> None:
+    """As an all-reduce adds them: wrapping around."""
+    digests = [read_step(plan_of_12, 1, rank, 4).digest for rank in range(4)]
+    total = torch.tensor(digests, dtype=torch.int64).sum().item()
+    assert digest_text(total) == whole(plan_of_12, 1)[3]
+
+
+def test_steps_that_cannot_be_cut_are_refused(plan_of_12) -> None:
+    with pytest.raises(PlanError, match=r"a step of 12 sequences cannot be cut for 5 ranks × device batch size 1"):
+        read_step(plan_of_12, 0, 0, 5)
+    with pytest.raises(PlanError, match=r"2 ranks × device batch size 4: it must be a multiple of 8"):
+        read_step(plan_of_12, 0, 0, 2, 4)
+    with pytest.raises(PlanError, match="both must be at least 1"):
+        read_step(plan_of_12, 0, 0, 0)
+
+
+# documents of targets
+
+
+@given(st.data())
+def test_targets_know_their_document(make_split, data) -> None:
+    plan = data.draw(splits_and_plans(make_split))
+    if plan is None:
+        return
+    rows, documents = read_rows(plan, 0, plan.step_sequences), target_documents(plan, 0, plan.step_sequences)
+    assert documents.shape == rows.targets.shape
+    at = rows.targets != IGNORED
+    expected = np.searchsorted(plan.split.offsets, rows.targets[at] - 100, side="right") - 1
+    assert (documents[at] == expected).all()
+    assert (documents[rows.inputs == PAD] == -1).all() and ((documents >= 0) == (rows.inputs != PAD)).all()
+
+
+def test_pack_lengths_suit_the_model(plan_of_12) -> None:
+    attention = pytest.importorskip("chattrain.attention", reason="the model is not here yet")
+    if plan_of_12.rows != "pack":
+        return
+    step = read_step(plan_of_12, 0, 0, 1, 3)
+    for batch in step.batches:
+        documents = attention.pack_documents(batch.lengths, 48)
+        assert documents.positions.shape == batch.inputs.shape
+        assert sum(documents.lengths) == batch.inputs.numel()
+    assert sum(sum(row) for batch in step.batches for row in batch.lengths) == step.num_tokens
+
+
+# reading ahead
+
+
+def batch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_read_ahead_yields_the_steps_in_order(plan_of_12) -> None:
+    steps = [*read_ahead(plan_of_12, range(2, 9), 1, 2, 3)]
+    assert [step.number for step in steps] == [*range(2, 9)]
+    for step in steps:
+        expected = read_step(plan_of_12, step.number, 1, 2, 3)
+        assert step.digest == expected.digest and len(step.batches) == 2
+        for batch, other in zip(step.batches, expected.batches, strict=True):
+            assert torch.equal(batch.inputs, other.inputs) and torch.equal(batch.targets, other.targets)
+    assert [*read_ahead(plan_of_12, [])] == []
+    assert batch_threads() == []
+
+
+def test_the_next_step_is_read_while_the_caller_works(plan_of_12, monkeypatch) -> None:
+    began: list[int] = []
+    original = chattrain.batches.read_step
+    monkeypatch.setattr(
+        chattrain.batches, "read_step", lambda plan, step, *a: began.append(step) or original(plan, step, *a)
+    )
+    steps = read_ahead(plan_of_12, range(10))
+    assert next(steps).number == 0
+    deadline = time.monotonic() + 10
+    while len(began) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert began == [0, 1]  # one ahead, no further
+    assert next(steps).number == 1
+    steps.close()
+
+
+def test_the_thread_ends_when_the_caller_stops_early(plan_of_12) -> None:
+    steps = read_ahead(plan_of_12, range(10**9))
+    assert next(steps).number == 0
+    assert len(batch_threads()) == 1
+    steps.close()
+    assert batch_threads() == []
+
+    def fails() -> None:
+        for step in read_ahead(plan_of_12, range(10)):
+            raise RuntimeError(f"the model broke at step {step.number}")
+
+    with pytest.raises(RuntimeError, match="at step 0"):
+        fails()
+    assert batch_threads() == []
+
+
+def test_errors_of_the_thread_are_raised_in_the_caller(plan_of_12, monkeypatch) -> None:
+    original = chattrain.batches.read_rows
+
+    def breaks(plan, first, *rest):
+        if first == 24:
+            raise OSError("the disk went away")
+        return original(plan, first, *rest)
+
+    monkeypatch.setattr(chattrain.batches, "read_rows", breaks)
+    steps = read_ahead(plan_of_12, range(5))
+    assert [next(steps).number, next(steps).number] == [0, 1]
+    with pytest.raises(OSError, match="the disk went away"):
+        next(steps)
+    assert batch_threads() == []
+    with pytest.raises(PlanError, match="must be a multiple of"):
+        next(read_ahead(plan_of_12, range(5), 0, 5))
+
+
+def test_for_a_gpu_memory_is_pinned_in_the_thread(plan_of_12, monkeypatch) -> None:
+    """Stands in for a GPU: the thread must choose its own device, and pin both tensors."""
+    calls: list[tuple[str, str]] = []
+
+    def note(name: str):
+        return lambda *_: calls.append((name, threading.current_thread().name.split("_")[0]))
+
+    monkeypatch.setattr(torch.cuda, "set_device", note("device"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: note("pin")() or tensor)
+    (step,) = read_ahead(plan_of_12, [4], 0, 1, 6, device="cuda:1")
+    assert calls == [("device", "batches"), ("pin", "batches"), ("pin", "batches")]
+    assert len(step.batches) == 2
+    (on_cpu,) = read_ahead(plan_of_12, [4])
+    assert on_cpu.digest == step.digest and len(calls) == 3
+
+
+def test_nanochat_order_ends_with_its_first_epoch(make_split) -> None:
+    plan = make_nanochat_plan(make_split(LESSONS), mask="apply", seq_len=5, num_ranks=1, device_batch_size=1)
+    with pytest.raises(PlanError, match="order nanochat has 3 steps, its first epoch: there is no step 3"):
+        read_step(plan, 3)
+
+
+def test_reading_needs_neither_polars_nor_pyarrow() -> None:
+    code = """
+import sys
+sys.modules.update(polars=None, pyarrow=None, datasets=None, tiktoken=None)
+import chatdata.shards, chattrain.batches, chattrain.nanochat_order
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# real conversations
+
+
+def test_golden_sft_packed(golden_sft) -> None:
+    """Every supervised token of 22,139 documents is a target of the plan, and of the batches of any number of ranks."""
+    plan = plan_of(golden_sft["train"], seq_len=2048, step_sequences=12)
+    (shard,) = golden_sft.manifest["splits"]["train"]["shards"]
+    assert plan.targets_per_step.sum() + plan.left_out.sequence_targets == shard["supervised"] == 3_349_984
+    assert plan.packing.fill > 0.99
+    assert plan.left_out.documents_without_targets == 1 and plan.left_out.sequences < 12
+    for step in (0, 100, plan.num_steps - 1):
+        inputs, targets, lengths, digest = whole(plan, step)
+        assert inputs.shape == (12, 2048)
+        assert int((targets != IGNORED).sum()) == plan.targets_per_step[step]
+        _, expected_targets = plain_rows(plan, step * 12, step * 12 + 2)
+        assert targets[:2].tolist() == expected_targets
+        assert sum(map(sum, lengths)) == plan.tokens_per_step[step]
+        for num_ranks, batch in ((2, 3), (3, 1), (1, 6)):
+            assert whole(plan, step, num_ranks, batch)[3] == digest
+
+
+def test_golden_mid_stream(golden_mid) -> None:
+    """12,376,420 tokens in 6,043 sequences of 2,048 targets, the first token and 355 at the end left over."""
+    plan = plan_of(golden_mid["train"], rows="stream", mask="ignore", seq_len=2048, step_sequences=12)
+    split = golden_mid["train"]
+    assert plan.num_steps == 503 and plan.left_out.sequences == 7 and plan.left_out.tail_tokens == 355
+    assert plan.targets_per_step.sum() + 7 * 2048 + 355 + 1 == split.num_tokens == 12_376_420
+    inputs, targets, _, _ = whole(plan, 502)
+    first = 502 * 12 * 2048
+    assert inputs.flatten().tolist() == split.tokens(first, first + 12 * 2048).tolist()
+    assert targets.flatten().tolist() == split.tokens(first + 1, first + 12 * 2048 + 1).tolist()
