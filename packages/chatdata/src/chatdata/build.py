@@ -29,6 +29,7 @@ from chatdata.tasks import Task
 from chatdata.tokenizer import Tokenizer
 from chatdata.tokenizer_files import save_tokenizer
 
+MAX_ENTRIES = 2**15  # the index numbers entries in int16
 GATHER_TOKENS = 1 << 22  # gathered at a time: 8 MB of tokens, 32 MB of places
 MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
 
@@ -48,6 +49,7 @@ class Plan:
     recipe: Recipe
     tokenizer: Tokenizer
     splits: dict[str, list[PlannedEntry]]
+    limit: int | None
 
     @property
     def sources(self) -> list[Source]:
@@ -70,6 +72,10 @@ def make_plan(
     """
     sources: dict[Any, Source] = {}
     missing: list[str] = []
+    if max(len(entries) for entries in recipe.splits.values()) > MAX_ENTRIES:
+        raise RecipeError(
+            f"{recipe.name}: more than {MAX_ENTRIES:,} entries in a split (epochs make many); the index has int16"
+        )
     for entry in (entry for entries in recipe.splits.values() for entry in entries):
         key = _source_key(entry)
         if key in sources:
@@ -88,7 +94,7 @@ def make_plan(
         split: [_plan_entry(entry, tasks[entry.task], sources[_source_key(entry)], limit) for entry in entries]
         for split, entries in recipe.splits.items()
     }
-    return Plan(recipe, tokenizer, splits)
+    return Plan(recipe, tokenizer, splits, limit)
 
 
 def _source_key(entry: Entry) -> Any:
@@ -114,6 +120,7 @@ def build(plan: Plan, out: Path, *, force: bool = False, progress: Progress | No
     `out` is untouched until the end, and stays so after any error or interruption. Raises BuildError if it exists
     (with `force`: if it is not a build), if another build writes there, or if the disk is full.
     """
+    out = out.resolve()  # through links: the folder they lead to is written, not the link
     check_out(out, force)
     started = time.perf_counter()
     seconds: dict[str, float] = {}
@@ -267,7 +274,7 @@ def _complete_manifest(plan: Plan, splits: dict[str, Any], partial: Path) -> dic
         "format": shards.FORMAT,
         "version": shards.VERSION,
         "stage": plan.recipe.stage,
-        "recipe": plan.recipe.resolved(),
+        "recipe": plan.recipe.resolved() | {"limit": plan.limit},
         "sources": [source.describe() for source in plan.sources],
         "tokenizer": {
             "files": files,

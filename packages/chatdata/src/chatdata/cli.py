@@ -91,8 +91,17 @@ def build(
     used = {entry.task for entries in loaded.splits.values() for entry in entries}
     if identity and "identity" not in used:
         raise UsageError(f'--identity is given, but the recipe "{loaded.name}" has no identity entry')
+    paths = {entry.path for entries in loaded.splits.values() for entry in entries if entry.task == "identity"}
+    if identity and len(paths) > 1:
+        raise UsageError(
+            f"--identity is given, but the identity entries have {len(paths)} different paths of their own"
+        )
     if words and not any("words" in tasks[name].options for name in used):
         raise UsageError(f'--words is given, but the recipe "{loaded.name}" has no task with a word list')
+    if data_dir and demo and not recipe:
+        raise UsageError("--data-dir is given, but --demo reads no data")
+    if data_dir and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir}: no such folder")
     out = out or Path("out") / loaded.name
     if not dry_run:
         check_out(out, force)
@@ -161,11 +170,15 @@ def inspect(
     from chatdata import inspect as look
 
     if conversation is not None:
-        if path is not None or tokenizer is None:
-            raise UsageError("--conversation takes --tokenizer and no BUILD")
+        if path is not None or tokenizer is None or doc is not None or task is not None:
+            raise UsageError("--conversation takes --tokenizer, and no BUILD, --doc or --task")
         document = look.document_of_file(conversation, tokenizer_of(tokenizer, demo=False))
         look.show_tokens(document, stages, as_json)
         return
+    if tokenizer is not None:
+        raise UsageError("--tokenizer goes with --conversation; a BUILD has its own")
+    if doc is not None and task is not None:
+        raise UsageError("--doc and --task: give one of them")
     if path is None:
         raise UsageError("give a BUILD, or --conversation FILE --tokenizer T")
     look.show_documents(path, split, doc, task, stages, as_json)

@@ -49,7 +49,8 @@ def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Pa
     from chatdata.tokenizer import SPLIT_PATTERN, train_tokenizer
     from chatdata.training_texts import read_texts
 
-    _save(train_tokenizer(read_texts(files), vocab_size, pattern or SPLIT_PATTERN), out)
+    _check_free(out)
+    _save(train_tokenizer(read_texts(files), vocab_size, SPLIT_PATTERN if pattern is None else pattern), out)
 
 
 @tokenizer.command(
@@ -101,12 +102,17 @@ def show(path: Path, text: str | None, as_json: bool) -> None:
         click.echo(f"{key:14} {value}")
 
 
-def _save(loaded: Tokenizer, out: Path) -> None:
+def _check_free(out: Path) -> None:
     from chatdata.errors import BuildError
-    from chatdata.tokenizer_files import save_tokenizer
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BuildError(f"{out}: already exists; choose another --out")
+
+
+def _save(loaded: Tokenizer, out: Path) -> None:
+    from chatdata.tokenizer_files import save_tokenizer
+
+    _check_free(out)
     save_tokenizer(loaded, out)
     width = "uint16" if loaded.dtype.itemsize == 2 else "uint32, because it exceeds 65,536 entries"
     click.echo(f"{out}: {loaded.vocab_size:,} entries (shards will be {width})")

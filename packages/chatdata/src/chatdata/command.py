@@ -14,6 +14,9 @@ def run_command(cli: click.Group, name: str) -> None:
     0 done · 1 anything wrong with data or a run · 2 usage · 3 verify found damage · 130 interrupted. What a user can
     cause is an OSError or has an `exit_code` (ChatdataError and its like); `--debug`, anywhere, shows its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for →, not a traceback
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     # a polite kill cleans up like Ctrl-C

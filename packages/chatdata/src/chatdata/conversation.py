@@ -68,6 +68,13 @@ def _messages_of(record: Any) -> list[Any]:
         messages, key = record["conversations"], "conversations"
     else:
         raise ConversationError('no messages: expected the key "messages" (or ShareGPT\'s "conversations")')
+    if isinstance(record, dict):
+        # "system" and "tools" are content in some ShareGPT dumps; so is a second list of messages
+        for other in ("system", "tools", "conversations"):
+            if other != key and record.get(other) not in (None, "", []):
+                raise ConversationError(
+                    f'key "{other}" beside "{key}": would be left out; make it a message or remove it'
+                )
     if not isinstance(messages, list):
         raise ConversationError(f'"{key}" must be a list of messages, not {_kind(messages)}')
     if not messages:
@@ -125,17 +132,20 @@ def _parse_part(part: Any, where: str) -> Part:
         raise ConversationError(f"{where}: unknown part type {part['type']!r}{nearest(str(part['type']), PART_TYPES)}")
     if not isinstance(part["text"], str):
         raise ConversationError(f'{where}: "text" must be a string, not {_kind(part["text"])}')
-    return {"type": part["type"], "text": _check_surrogates(part["text"], where)}
+    extra = [key for key, value in part.items() if key not in ("type", "text") and value not in (None, [])]
+    if extra:
+        raise ConversationError(f'{where}, key "{extra[0]}": not understood; a part has only type and text')
+    return {"type": part["type"], "text": check_surrogates(part["text"], where)}
 
 
 def _checked_text(text: str, turn: int, key: str) -> str:
     # the place is only spelled out when something is wrong: this runs for every message of a build
     if text.isascii():
         return text
-    return _check_surrogates(text, f'message {turn}, key "{key}"')
+    return check_surrogates(text, f'message {turn}, key "{key}"')
 
 
-def _check_surrogates(text: str, where: str) -> str:
+def check_surrogates(text: str, where: str) -> str:
     """Refuse lone surrogates (JSON's \\ud800): they are not text, and tiktoken would silently replace them."""
     try:
         text.encode("utf-8")

@@ -34,6 +34,9 @@ class Document:
     spans: tuple[Span, ...] = ()
     tokenizer: Any = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        return f"Document({len(self)} tokens, {self.num_supervised} supervised)"
+
     def __len__(self) -> int:
         return len(self.tokens)
 

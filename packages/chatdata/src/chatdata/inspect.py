@@ -27,12 +27,14 @@ def document_of_file(path: Path, tokenizer: Tokenizer) -> Document:
     """Render the one JSON conversation in a file (or on stdin for `-`). Errors name the file."""
     name = "stdin" if str(path) == "-" else str(path)
     try:
-        text = sys.stdin.read() if name == "stdin" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if name == "stdin" else path.read_text(encoding="utf-8-sig")
         return render_conversation(tokenizer, json.loads(text))
     except FileNotFoundError:
         raise SourceError(f"{name}: no such file") from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{name}: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise SourceError(f"{name}: nested too deeply for a conversation") from None
     except json.JSONDecodeError as error:
         raise SourceError(f"{name} line {error.lineno}: not one JSON conversation: {error.msg}") from None
     except ChatdataError as error:
@@ -109,11 +111,16 @@ def show_documents(
 def coloured(document: Document) -> Text:
     """The document for a terminal: supervised text bold green, the rest dim. Without colour, ⟦ ⟧ mark it."""
     if not console().is_terminal:
-        return Text(document.conversation_markup())
+        return Text(printable(document.conversation_markup()))
     text = Text()
     for supervised, run in document.runs():
-        text.append(run, style=SUPERVISED_STYLE if supervised else "dim")
+        text.append(printable(run), style=SUPERVISED_STYLE if supervised else "dim")
     return text
+
+
+def printable(text: str) -> str:
+    """Control characters as visible escapes, but for newlines and tabs: text of a data set must not drive a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,14 @@ from pathlib import Path
 from chatdata.errors import BuildError, ChatdataError
 from chatdata.shards import read_manifest
 
+OUR_NAMES = {"manifest.json", "report.json", "tokenizer", "train", "val"}
+MARK = ".chatdata-build"  # in a partial folder from its first moment on, so that no other folder is ever cleared
+
 
 def check_out(out: Path, force: bool) -> None:
-    """Raise BuildError if `out` may not be written: it exists and is not empty, or with `force` is not a build."""
+    """Raise BuildError if `out` may not be written: it exists and is not empty, or with `force` is not only a build."""
+    if out.is_symlink() and not out.exists():
+        raise BuildError(f"{out}: a link to nowhere; remove it or choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:
@@ -25,6 +30,9 @@ def check_out(out: Path, force: bool) -> None:
         read_manifest(out)
     except ChatdataError:
         raise BuildError(f"{out}: not a build (no readable manifest.json); --force replaces only a build") from None
+    others = sorted(path.name for path in out.iterdir() if path.name not in OUR_NAMES)
+    if others:
+        raise BuildError(f"{out}: holds more than a build ({', '.join(others[:3])}); --force would delete it too")
 
 
 @contextmanager
@@ -32,7 +40,10 @@ def partial_folder(out: Path) -> Iterator[Path]:
     """The folder beside `out` where the build grows: locked against a second build, removed on any failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
+    _restore(out)
     while True:
+        if partial.exists() and any(partial.iterdir()) and not (partial / MARK).exists():
+            raise BuildError(f"{partial}: in the way and not a build's; move it or choose another --out")
         partial.mkdir(exist_ok=True)
         handle = os.open(partial, os.O_RDONLY)
         try:
@@ -45,8 +56,10 @@ def partial_folder(out: Path) -> Iterator[Path]:
             break
         os.close(handle)
     try:
+        (partial / MARK).touch()
         for leftover in partial.iterdir():  # of a build that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if leftover.name != MARK:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield partial
     finally:
         if partial.exists() and partial.stat().st_ino == os.fstat(handle).st_ino:
@@ -55,19 +68,35 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
 
 def publish(partial: Path, out: Path) -> None:
+    """Put the finished `partial` in the place of `out`. An old build steps aside and comes back if anything fails."""
+    (partial / MARK).unlink()
     _sync_folder(partial)
-    old = out.parent / f".{out.name}.old"
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
+    old = _old(out)
+    replacing = out.exists() and any(out.iterdir())
     try:
+        if replacing:
+            out.rename(old)
         partial.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
+    except BaseException:
+        _restore(out)
         raise
     _sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if replacing:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(out: Path) -> Path:
+    old = out.parent / f".{out.name}.old"
+    if old.exists():
+        raise BuildError(f"{old}: in the way; it may be a build that was being replaced: look at it and move it")
+    return old
+
+
+def _restore(out: Path) -> None:
+    """Put back a build that stepped aside for one that never came (killed between two renames)."""
+    old = out.parent / f".{out.name}.old"
+    if not out.exists() and (old / "manifest.json").is_file():
+        old.rename(out)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from chatdata.tasks import Task
 STAGES = ("base", "mid", "sft")
 OVERFLOW = ("keep", "truncate", "drop", "error")
 ZERO_SUPERVISED = ("keep", "drop", "error")
+MAX_ROWS = 100_000_000  # a row costs about 17 bytes of memory before it is rendered
 RECIPE_FOLDER = Path(__file__).with_name("recipes")
 
 
@@ -31,6 +32,7 @@ class Entry:
     repo: str | None = None
     revision: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    file_options: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -62,15 +64,18 @@ class Recipe:
         }
 
 
+def file_label(path: str) -> str:
+    """How a file of a recipe is named in manifest and messages: as written below the recipe's folder, else by name."""
+    outside = Path(path).is_absolute() or ".." in Path(path).parts
+    return path if "://" in path or not outside else Path(path).name
+
+
 def _resolved_entry(entry: Entry) -> dict[str, Any]:
     values = {
         key: getattr(entry, key) for key in ("task", "split", "subset", "start", "stop", "rows", "repo", "revision")
     }
-    path = {"path": Path(entry.path).name} if entry.path else {}
-    options = {
-        key: Path(value).name if isinstance(value, str) and "://" not in value else value
-        for key, value in entry.options.items()
-    }
+    path = {"path": file_label(entry.path)} if entry.path else {}
+    options = {key: file_label(value) if key in entry.file_options else value for key, value in entry.options.items()}
     return {**values, **path, **options}
 
 
@@ -107,17 +112,16 @@ def load_recipe(name_or_path: str, tasks: Mapping[str, Task]) -> Recipe:
 
     Raises RecipeError naming file, key and the nearest valid name for anything unknown or of the wrong type.
     """
-    path = Path(name_or_path)
-    if not path.is_file():
-        path = RECIPE_FOLDER / f"{name_or_path}.toml"
+    path = RECIPE_FOLDER / f"{name_or_path}.toml"
+    if name_or_path not in recipe_names():
+        path = Path(name_or_path)
         if not path.is_file():
             raise RecipeError(
                 f'no recipe "{name_or_path}" (neither a file nor a name){nearest(name_or_path, recipe_names())}'
             )
     shown = path.name if path.parent == RECIPE_FOLDER else str(path)
     try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{shown}: not valid TOML: {error}") from None
     return _parse_recipe(table, shown, path, tasks)
@@ -143,6 +147,10 @@ def _parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[
         raise RecipeError(f'{shown}, key "max_tokens": {table["max_tokens"]}; a document has at least 2 tokens')
     overflow = table.get("overflow", "keep")
     _check_overflow(overflow, table.get("max_tokens"), shown)
+    if table.get("val") == []:
+        raise RecipeError(f"{shown}: val is empty; leave it out, or give [[val]] entries")
+    if table.get("seed", 0) < 0:
+        raise RecipeError(f'{shown}, key "seed": {table["seed"]}; at least 0')
     if not table.get("train"):
         raise RecipeError(f"{shown}: no [[train]] entry")
     splits = {
@@ -174,6 +182,7 @@ def _parse_entries(tables: list[Any], where: str, tasks: Mapping[str, Task]) -> 
         here = f"{where} entry {number}"
         if not isinstance(table, dict) or "task" not in table:
             raise RecipeError(f'{here}: no key "task"')
+        _check_keys({"task": table["task"]}, _ENTRY_KEYS, here)
         if table["task"] not in tasks:
             raise RecipeError(
                 f'{here}, key "task": unknown task "{table["task"]}"{nearest(str(table["task"]), list(tasks))}'
@@ -200,6 +209,14 @@ def _parse_entry(table: dict[str, Any], task: Task, here: str) -> Entry:
             raise RecipeError(f'{here}, key "split": "{split}"{nearest(split, list(task.splits[subset]))}')
     else:
         subset, split = table.get("subset", ""), table.get("split", "train")
+    if task.generate or "path" in table:
+        idle = [key for key in ("path", "repo", "revision") if key in table and (task.generate or key != "path")]
+        idle += [key for key in ("subset", "split") if key in table and not task.generate]
+        if idle:
+            source = "is generated" if task.generate else 'reads its "path"'
+            raise RecipeError(f'{here}, key "{idle[0]}": does nothing, because "{task.name}" {source}')
+    if any(abs(table.get(key, 0)) > MAX_ROWS for key in ("rows", "start", "stop")):
+        raise RecipeError(f"{here}: rows, start and stop lie below {MAX_ROWS:,}")
     for key in ("rows", "start", "stop"):
         if task.generate and key != "rows" and table.get(key, 0) < 0:
             raise RecipeError(f'{here}, key "{key}": {table[key]}; a generated task has no end to count from')
@@ -212,7 +229,8 @@ def _parse_entry(table: dict[str, Any], task: Task, here: str) -> Entry:
             raise RecipeError(f'{here}: "{task.name}" needs the key "{key}"')
     options = {key: table.get(key, option.default) for key, option in task.options.items()}
     common = {key: table.get(key) for key in ("start", "stop", "rows", "path", "repo", "revision")}
-    return Entry(task=task.name, split=split, subset=subset, options=options, **common)
+    files = tuple(key for key, option in task.options.items() if option.is_file)
+    return Entry(task=task.name, split=split, subset=subset, options=options, file_options=files, **common)
 
 
 def _check_keys(table: dict[str, Any], types: Mapping[str, Any], where: str) -> None:
@@ -220,8 +238,8 @@ def _check_keys(table: dict[str, Any], types: Mapping[str, Any], where: str) -> 
         if key not in types:
             raise RecipeError(f'{where}: unknown key "{key}"{nearest(key, list(types))}')
         expected = get_args(types[key]) or (types[key],)
-        # bool is an int in Python, but `rows = true` is a mistake
-        if type(value) not in expected:
+        # bool is an int in Python, but `rows = true` is a mistake; 1 is a fine float
+        if type(value) not in expected and not (expected == (float,) and type(value) is int):
             names = " or ".join(kind.__name__ for kind in expected)
             raise RecipeError(f'{where}, key "{key}": must be {names}, not {type(value).__name__} {value!r}')
 

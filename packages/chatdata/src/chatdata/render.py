@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chatdata.conversation import Message, parse_conversation
+from chatdata.conversation import Message, check_surrogates, parse_conversation
 from chatdata.document import SPAN_ROLES, Document, Span
 from chatdata.errors import ConversationError
 
@@ -63,7 +63,7 @@ def render_for_completion(tokenizer: Encoder, conversation: Any) -> list[int]:
 
 def render_text(tokenizer: Encoder, text: str) -> Document:
     """Render one plain text (stage base): bos with mask 0, then the text with mask 1."""
-    ids = tokenizer.encode_ordinary(text)
+    ids = tokenizer.encode_ordinary(check_surrogates(text, 'key "text"'))
     tokens = np.array([tokenizer.special_ids["<|bos|>"], *ids], dtype=tokenizer.dtype)
     mask = np.ones(len(tokens), dtype=np.uint8)
     mask[0] = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -321,9 +322,10 @@ class Split:
         """Document `i` (views of the maps: nothing is copied), or a list of documents for a slice."""
         if isinstance(i, slice):
             return [self._document(j) for j in range(*i.indices(len(self)))]
+        i = operator.index(i)
         if not -len(self) <= i < len(self):
             raise IndexError(f"document {i} of {len(self):,} in {self.name}")
-        return self._document(int(i) % len(self))
+        return self._document(i % len(self))
 
     def __iter__(self) -> Iterator[Document]:
         return (self._document(i) for i in range(len(self)))
@@ -361,7 +363,7 @@ class Split:
 
         return pa.concat_tables([pq.read_table(self.path("index", n)) for n in range(len(self.shards))])
 
-    @property
+    @cached_property
     def index(self) -> pl.DataFrame:
         """The index as a polars frame: doc, row, position, task, entry, num_tokens, … (docs/format.md)."""
         import polars as pl

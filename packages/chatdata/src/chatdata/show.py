@@ -19,8 +19,9 @@ PLAIN_LINE_EVERY = 0.25  # without a terminal: a progress line per quarter of a 
 
 
 def console() -> Console:
-    """Standard output; off a terminal wide enough that no row of a table is folded."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Standard output, wide enough that no number of a table is ever cut: a narrow terminal folds the line instead."""
+    width = Console().width if sys.stdout.isatty() else 160
+    return Console(width=max(width, 132), highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], total: Sequence[Any] = ()) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from chatdata import hub
 from chatdata.errors import MissingSource, SourceError
-from chatdata.recipe import Entry
+from chatdata.recipe import Entry, file_label
 from chatdata.shards import file_sha256
 from chatdata.tasks import Task
 
@@ -129,9 +129,9 @@ def resolve(entry: Entry, task: Task, locations: Locations) -> Source:
 
 def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
     if task.name == "identity" and locations.identity is not None:
-        return _local_source(locations.identity, entry, task)
+        return _local_source(locations.identity, locations.identity.name, entry, task)
     if entry.path is not None:
-        return _local_source(locations.recipe_folder / entry.path, entry, task)
+        return _local_source(locations.recipe_folder / entry.path, file_label(entry.path), entry, task)
     repo = entry.repo or task.hub
     if repo is None:
         flag = "pass --identity FILE" if task.name == "identity" else "give it `path` or `repo` in the recipe"
@@ -164,7 +164,7 @@ def _hub_source(repo: str, entry: Entry, task: Task, root: Path, files: list[Pat
     return Source(name, task, named, revision)
 
 
-def _local_source(path: Path, entry: Entry, task: Task) -> Source:
+def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
     files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     absent = [file for file in files if not file.is_file()]
     if absent or not files:
@@ -172,7 +172,9 @@ def _local_source(path: Path, entry: Entry, task: Task) -> Source:
     for file in files:
         if file.suffix not in (".jsonl", ".parquet", *((".txt",) if task.kind == "text" else ())):
             raise SourceError(f"{file}: expected .jsonl or .parquet{' or .txt' if task.kind == 'text' else ''}")
-    return Source(path.name, task, tuple(SourceFile(file, file.name) for file in files))
+    folder = label.rpartition("/")[0]
+    named = tuple(SourceFile(file, f"{folder}/{file.name}" if folder else file.name) for file in files)
+    return Source(label, task, named)
 
 
 def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[dict[str, Any], dict[str, SourceFile]]:

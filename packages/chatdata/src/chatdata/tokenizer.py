@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chatdata.errors import TokenizerError
+from chatdata.errors import ChatdataError, TokenizerError
 
 # karpathy/nanochat@790f3be:nanochat/tokenizer.py fixes names and order; the order fixes the ids
 SPECIAL_TOKENS = (
@@ -69,12 +69,35 @@ class Tokenizer:
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise TokenizerError(f"{name}: the split pattern does not compile: {reason}") from None
-        self.encode_ordinary = self.encoding.encode_ordinary
+        self._check_round_trip()
 
     @property
     def dtype(self) -> np.dtype:
         """Little-endian uint16, or uint32 if the vocabulary (special tokens included) exceeds 65,536 entries."""
         return np.dtype("<u2") if self.vocab_size <= MAX_UINT16_VOCAB else np.dtype("<u4")
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of `text`; a special token spelled in it stays text. Raises TokenizerError if the pattern gives up on it."""
+        try:
+            return self.encoding.encode_ordinary(text)
+        except BaseException as error:  # tiktoken's regex engine panics: a BaseException, on 1,000,000 spaces for one
+            if type(error).__name__ != "PanicException":
+                raise
+            raise TokenizerError(
+                f"{self.name}: the split pattern gives up on a text of {len(text):,} characters (a very long run of white "
+                "space?); shorten it"
+            ) from None
+
+    def _check_round_trip(self) -> None:
+        # tiktoken drops, without a word, what no alternative of the pattern matches: `\w+` loses spaces and signs
+        for text in CANARY_TEXTS:
+            found = self.encoding.decode(self.encode_ordinary(text))
+            if found != text:
+                lost = next((char for char in text if char not in found), text[0])
+                raise TokenizerError(
+                    f"{self.name}: the split pattern loses text ({lost!r} for one); it must match every character, "
+                    "for example by ending in |\\s+|."
+                )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
@@ -141,7 +164,12 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, pattern: str = SPLIT_
     if vocab_size < smallest:
         raise TokenizerError(f"--vocab-size {vocab_size} is too small: 256 bytes and 9 special tokens need {smallest}")
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+    try:
+        trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, ChatdataError):
+            raise
+        raise TokenizerError(f"training failed: {str(error).splitlines()[0]}") from None
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - len(SPECIAL_TOKENS):
         raise TokenizerError(

@@ -115,13 +115,22 @@ def read_json(path: Path) -> Tokenizer:
         model = contents["model"]
         if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("unk_token"):
             raise TokenizerError(f"{path}: only byte-level BPE can be used, this is {model.get('type')!r}")
+        unlike = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+        if unlike:
+            raise TokenizerError(
+                f"{path}: its model has {unlike[0]} = {model[unlike[0]]!r}; tiktoken has no such thing"
+            )
         if contents.get("normalizer") is not None:
             kind = contents["normalizer"].get("type")
             raise TokenizerError(f"{path}: its normalizer {kind!r} changes the text before encoding; tiktoken cannot")
         pattern = _split_pattern(contents.get("pre_tokenizer"), path)
-        special_ids = {token["content"]: token["id"] for token in contents.get("added_tokens", [])}
+        added = contents.get("added_tokens", [])
+        matched = [token["content"] for token in added if not token.get("special")]
+        if matched:
+            raise TokenizerError(f"{path}: {matched[0]!r} is added but not special, so it is matched inside text")
+        special_ids = {token["content"]: token["id"] for token in added}
         ranks = {_to_bytes(token, path): rank for token, rank in model["vocab"].items() if token not in special_ids}
-        _check_merge_order(model["merges"], model["vocab"], path)
+        _check_merges(model["merges"], model["vocab"], bool(model.get("ignore_merges")), path)
     except (KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(f"{path}: not a tokenizer.json: {type(error).__name__} {error}") from None
     return Tokenizer(ranks, pattern, special_ids, str(path))
@@ -129,7 +138,13 @@ def read_json(path: Path) -> Tokenizer:
 
 def _split_pattern(pre_tokenizer: Any, path: Path) -> str:
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    patterns = [step["pattern"]["Regex"] for step in steps if step and step["type"] == "Split"]
+    splits = [step for step in steps if step and step["type"] == "Split"]
+    for step in splits:
+        if step.get("behavior") != "Isolated" or step.get("invert") or "Regex" not in step["pattern"]:
+            raise TokenizerError(
+                f"{path}: its Split must be Isolated, not inverted, with a Regex; tiktoken cannot do {step.get('behavior')}"
+            )
+    patterns = [step["pattern"]["Regex"] for step in splits]
     byte_level = [step for step in steps if step and step["type"] == "ByteLevel"]
     if len(patterns) + len(byte_level) != len(steps) or len(byte_level) != 1 or byte_level[0]["add_prefix_space"]:
         raise TokenizerError(f"{path}: its pre-tokenizer is not one Split and ByteLevel; tiktoken cannot do the same")
@@ -140,15 +155,20 @@ def _split_pattern(pre_tokenizer: Any, path: Path) -> str:
     return patterns[0]
 
 
-def _check_merge_order(merges: list[Any], vocab: dict[str, int], path: Path) -> None:
-    # ids become ranks, so the merges must be in the order of the ids they make
-    last = -1
+def _check_merges(merges: list[Any], vocab: dict[str, int], ignore_merges: bool, path: Path) -> None:
+    # ids become ranks, so the merges must be in the order of the ids they make, and make every longer token
+    last, made = -1, set()
     for merge in merges:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         rank = vocab.get(left + right)
         if rank is None or rank < last:
             raise TokenizerError(f"{path}: merge {left!r} {right!r} is out of id order; tiktoken merges in id order")
         last = rank
+        made.add(left + right)
+    unmade = [token for token in vocab if len(token) > 1 and token not in made]
+    unmade = [token for token in unmade if not (token.startswith("<|") and token.endswith("|>"))]
+    if unmade and not ignore_merges:
+        raise TokenizerError(f"{path}: no merge makes the entry {unmade[0]!r}; tiktoken would use it all the same")
 
 
 class _EncodingData:
@@ -208,8 +228,13 @@ def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
         if not line.strip():
             continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            if token in ranks:
+                raise TokenizerError(f"{path} line {number}: the token {token!r} stands here a second time")
+            ranks[token] = int(rank)
+        except TokenizerError:
+            raise
         except (ValueError, binascii.Error):
             raise TokenizerError(f"{path} line {number}: expected a base64 token and its rank") from None
     return Tokenizer(ranks, pattern, append_special_tokens(ranks), str(path))

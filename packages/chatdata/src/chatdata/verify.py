@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from chatdata.errors import FormatError
-from chatdata.shards import KINDS, Build, Split, read_manifest
+from chatdata.shards import KINDS, Build, Split, file_sha256, read_manifest
 
 _DTYPES = {"mask": "|u1", "offsets": "<i8"}
 
@@ -28,9 +28,12 @@ def verify_quick(path: Path) -> list[str]:
             entries = sum(entry[key] for entry in build.manifest["splits"][split.name]["entries"])
             if total != build.manifest["splits"][split.name][key] or entries != total:
                 problems.append(f"{path}: {split.name}: the manifest's {key} do not add up")
-    for name in build.manifest["tokenizer"]["files"]:
-        if not (path / "tokenizer" / name).is_file():
-            problems.append(f"{path / 'tokenizer' / name}: missing")
+    for name, sha256 in build.manifest["tokenizer"]["files"].items():
+        file = path / "tokenizer" / name
+        if not file.is_file():
+            problems.append(f"{file}: missing")
+        elif file_sha256(file) != sha256:
+            problems.append(f"{file}: SHA-256 differs from the manifest's")
     return problems
 
 

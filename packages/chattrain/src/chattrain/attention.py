@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 AttentionForm = Literal["split", "flex"]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch 2.9's compiler reads every field of a frozen one, and compiles anew for other lengths
 class Documents:
     """Where the documents of packed rows begin and end. Made by `pack_documents`.
 

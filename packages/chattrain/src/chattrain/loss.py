@@ -82,16 +82,16 @@ class _ChunkedLoss(torch.autograd.Function):
         # the same memory for every chunk: on CPU, fresh pages for each cost another 8 % of the time
         buffer_shape = (len(y[parts[0]]) if parts else 0, vocab_size)
         logits_buffer = hidden.new_empty(buffer_shape)
-        softmax_buffer = None if compiled else hidden.new_empty(buffer_shape, dtype=wide)
+        weights_buffer = None if compiled else hidden.new_empty(buffer_shape, dtype=wide)
         losses_and_gradient = _compiled(_losses_and_gradient) if compiled else _losses_and_gradient
         for part in parts:
             logits = torch.mm(x[part], head.T, out=logits_buffer[: len(y[part])])
-            losses, gradient = losses_and_gradient(logits, y[part], softmax_buffer)
+            losses, gradient = losses_and_gradient(logits, y[part], weights_buffer)
             total += losses.sum()
             torch.mm(gradient, head, out=x_gradient[part])
             _add_product(weight_gradient[:vocab_size], gradient.T, x[part])
 
-        hidden_gradient = torch.zeros_like(hidden)
+        hidden_gradient = hidden.new_zeros(hidden.shape)
         hidden_gradient.view(-1, hidden.size(-1))[rows] = x_gradient
         ctx.gradients = hidden_gradient, weight_gradient
         return total
@@ -105,18 +105,19 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _losses_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Uncapped logits [n, V] (overwritten), targets [n] → losses [n], d losses / d logits [n, V] in logits' dtype.
+    """Uncapped logits z [n, V] (overwritten), targets [n] → losses [n], d losses / dz [n, V] in logits' dtype.
 
-    buffer: [≥ n, V] memory for the softmax. With t = tanh(z / 15): loss = log Σ exp(15 t) − 15 t_target, and its
-    gradient = (softmax(15 t) − onehot) · (1 − t²). The cap keeps exp below 3.3e6: no largest logit to take off first.
+    buffer: [≥ n, V] memory. The cap is written as 15 · tanh(z / 15) = 30 σ − 15 with σ = sigmoid(2 z / 15), for
+    sigmoid takes a third of tanh's time on CPU. The −15 falls out of the softmax, and 30 σ needs no largest one
+    taken off before exp: loss = log Σ exp(30 σ) − 30 σ_target, and its gradient = (softmax − onehot) · 4 σ (1 − σ).
     """
     columns = targets[:, None]
-    tanh = logits.to(_wide(logits.dtype)).div_(SOFTCAP).tanh_()
-    at_target = tanh.gather(1, columns) * SOFTCAP
-    softmax = torch.mul(tanh, SOFTCAP, out=None if buffer is None else buffer[: len(logits)]).exp_()
-    total = softmax.sum(1, keepdim=True)
-    difference = softmax.div_(total).scatter_add_(1, columns, torch.full_like(total, -1.0))
-    gradient = difference.addcmul_(difference, tanh.square_(), value=-1)
+    sigmoid = logits.to(_wide(logits.dtype)).mul_(2 / SOFTCAP).sigmoid_()
+    at_target = sigmoid.gather(1, columns) * (2 * SOFTCAP)
+    weights = torch.mul(sigmoid, 2 * SOFTCAP, out=None if buffer is None else buffer[: len(logits)]).exp_()
+    total = weights.sum(1, keepdim=True)
+    gradient = weights.mul_(4 / total).scatter_add_(1, columns, torch.full_like(total, -4.0)).mul_(sigmoid)
+    gradient.addcmul_(gradient, sigmoid, value=-1)
     return (total.log() - at_target).squeeze(1), gradient.to(logits.dtype)
 
 

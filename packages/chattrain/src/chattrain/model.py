@@ -102,8 +102,8 @@ class Cache(Protocol):
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis, without weights."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    """RMS norm over the last axis, without weights, in x's dtype (autocast may otherwise answer in fp32)."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, head_size: int, dtype: torch.dtype) -> Rotary:
@@ -131,8 +131,8 @@ def softcap(z: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Left uninitialised, as all weights come from `load_model`: torch's drawing them costs time, and 8 s of imports
-    where it is done on the meta device."""
+    """Left uninitialised, as all weights come from `load_model`: torch's own drawing is wasted time, and on the meta
+    device it imports torch's compiler, which takes seconds."""
 
     def reset_parameters(self) -> None:
         pass

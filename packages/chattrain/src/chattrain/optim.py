@@ -104,7 +104,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str
     return {
         f"{name}/{key}": value
         for name, parameter, optimizer in _owners(model, optimizers)
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 

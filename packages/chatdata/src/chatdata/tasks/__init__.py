@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -54,6 +55,10 @@ class Task:
     options: Mapping[str, Option] = field(default_factory=dict)
     code_sha256: str | None = None  # set for a user's own task file: its content is part of the build
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("conversation", "text"):
+            raise TaskError(f'task "{self.name}": kind is {self.kind!r}, must be "conversation" or "text"')
+
 
 def load_tasks(task_files: tuple[Path, ...] = ()) -> dict[str, Task]:
     """All shipped tasks by name, in alphabetical order, then those of the user's files.
@@ -89,9 +94,10 @@ def _load_task_file(path: Path) -> Task:
     if spec is None or spec.loader is None:
         raise TaskError(f"{path}: a task file is a Python file ending in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task):

@@ -21,7 +21,10 @@ WORD_OPTIONS = {
 
 def read_words(path: Path) -> list[str]:
     """Words of a file, one a line, stripped. Raises SourceError for an empty line or an empty file."""
-    words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        words = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path.name}: not UTF-8 at byte {error.start}") from None
     if not words:
         raise SourceError(f"{path.name}: the word list is empty")
     if "" in words:
