@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -137,31 +136,63 @@ def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
         flag = "pass --identity FILE" if task.name == "identity" else "give it `path` or `repo` in the recipe"
         raise MissingSource(f"{entry.label}: no file given: {flag} (JSONL or Parquet, a conversation per line)")
     pattern = f"{entry.subset or 'data'}/{entry.split}-*.parquet"
+    fetch = _fetch_command(repo, entry.revision, f"--include '{pattern}' ")
+    looked = ""
     if locations.data_dir is not None:
         clone = locations.data_dir / repo
         files = sorted(clone.glob(pattern))
         if files:
-            _check_complete(files, f"{entry.label}: {repo} under --data-dir")
+            hub.check_complete(files, f"{entry.label}: {clone}", f"; {fetch}")
             return _hub_source(repo, entry, task, clone, files, None)
-    fetch = f"hf download {repo} --repo-type dataset --include '{pattern}' --local-dir DIR/{repo}, then --data-dir DIR"
+        looked = f"no {pattern} in {clone}; "
     if task.hub is None and task.kind == "conversation":
-        dataset, revision = hub.load_chat_dataset(repo, entry.subset, entry.split, entry.revision, fetch)
-        return Source(f"{repo} {entry.split}", task, revision=revision, dataset=dataset)
-    try:
-        folder, revision = hub.snapshot(repo, pattern, entry.revision, _is_complete)
-    except SourceError as error:
-        raise MissingSource(f"{entry.label}: {error}; {fetch}") from None
+        return _chat_source(repo, entry, task, locations)
+    folder, revision = _snapshot(repo, pattern, entry, looked, fetch)
     files = sorted(folder.glob(pattern))
     if not files:
-        raise MissingSource(f"{entry.label}: {repo} at {revision[:12]} has no file {pattern}; {fetch}")
-    _check_complete(files, f"{entry.label}: {repo} at {revision[:12]}")
+        raise MissingSource(f"{entry.label}: {looked}{repo} at {revision[:12]} has no file {pattern}")
+    hub.check_complete(files, f"{entry.label}: {repo} at {revision[:12]}")
     return _hub_source(repo, entry, task, folder, files, revision)
 
 
-def _hub_source(repo: str, entry: Entry, task: Task, root: Path, files: list[Path], revision: str | None) -> Source:
+def _chat_source(repo: str, entry: Entry, task: Task, locations: Locations) -> Source:
+    """A dataset of any layout `datasets` understands: the whole repository is fetched, `datasets` finds the split."""
+    clone = locations.data_dir / repo if locations.data_dir is not None else None
+    fetch = _fetch_command(repo, entry.revision, "")
+    if clone is not None and clone.is_dir():
+        folder, revision = clone, None
+        hub.check_all_complete(folder, f"{entry.label}: {clone}", f"; {fetch}")
+    else:
+        looked = f"no folder {clone}; " if clone is not None else ""
+        folder, revision = _snapshot(repo, "*", entry, looked, fetch)
+        hub.check_all_complete(folder, f"{entry.label}: {repo} at {revision[:12]}")
+    try:
+        files, dataset = hub.load_split(folder, entry.subset, entry.split)
+    except SourceError as error:
+        raise error.at(f"{entry.label}: {repo}") from error.__cause__
+    return _hub_source(repo, entry, task, folder.resolve(), files, revision, dataset)
+
+
+def _fetch_command(repo: str, revision: str | None, include: str) -> str:
+    pinned = f"--revision {revision} " if revision else ""
+    return f"hf download {repo} --repo-type dataset {pinned}{include}--local-dir DIR/{repo}, then --data-dir DIR"
+
+
+def _snapshot(repo: str, pattern: str, entry: Entry, looked: str, fetch: str) -> tuple[Path, str]:
+    try:
+        return hub.snapshot(repo, pattern, entry.revision)
+    except MissingSource as error:
+        raise MissingSource(f"{entry.label}: {looked}{error}; {fetch}") from error.__cause__
+    except SourceError as error:  # the Hub has no such thing: no command would fetch it
+        raise MissingSource(f"{entry.label}: {looked}{error}") from None
+
+
+def _hub_source(
+    repo: str, entry: Entry, task: Task, root: Path, files: list[Path], revision: str | None, dataset: Any = None
+) -> Source:
     named = tuple(SourceFile(path, path.relative_to(root).as_posix()) for path in files)
     name = " ".join(part for part in (repo, entry.subset, entry.split) if part)
-    return Source(name, task, named, revision)
+    return Source(name, task, named, revision, dataset)
 
 
 def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
@@ -192,38 +223,16 @@ def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[di
         path = hub.fetch_url(value, flag) if "://" in value else Path(value)
         if not path.is_file():
             raise MissingSource(f"{entry.label}: {path}: no such file; {flag}")
-        file = SourceFile(path, value.rsplit("/", 1)[-1])
+        file = SourceFile(path, path.name)
         pinned = options.get(f"{key}_sha256")
         if pinned and file.sha256 != pinned:
+            again = f"; to download it again delete {path}" if "://" in value else ""
             raise SourceError(
-                f"{entry.label}: {file.name} has SHA-256 {file.sha256}, but the recipe pins {key}_sha256 = {pinned}"
+                f"{entry.label}: {file.name} has SHA-256 {file.sha256}, "
+                f"but the recipe pins {key}_sha256 = {pinned}{again}"
             )
         options[key], files[key] = path, file
     return options, files
-
-
-_NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})")
-
-
-def _missing_numbers(files: list[Path]) -> list[int]:
-    """Numbers absent from a set of `…-00001-of-00004…` files; unnumbered names are taken as complete."""
-    numbered = [match for file in files if (match := _NUMBERED.search(file.name))]
-    if not numbered:
-        return []
-    return sorted(set(range(int(numbered[0][2]))) - {int(match[1]) for match in numbered})
-
-
-def _is_complete(folder: Path, pattern: str) -> bool:
-    files = sorted(folder.glob(pattern))
-    return bool(files) and any(_NUMBERED.search(file.name) for file in files) and not _missing_numbers(files)
-
-
-def _check_complete(files: list[Path], what: str) -> None:
-    missing = _missing_numbers(files)
-    if missing:
-        total = _NUMBERED.search(files[0].name)[2]  # type: ignore[index]
-        numbers = ", ".join(f"{number:05d}" for number in missing[:5])
-        raise MissingSource(f"{what} is incomplete: {len(missing)} of {int(total)} files missing (number {numbers})")
 
 
 def _count_rows(path: Path) -> int:
@@ -292,5 +301,5 @@ def _line_of_row(path: Path, row: int) -> int:
 def _hash_rows(dataset: Any) -> str:
     digest = hashlib.sha256()
     for row in dataset:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True).encode() + b"\n")
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")  # str: dates
     return digest.hexdigest()
