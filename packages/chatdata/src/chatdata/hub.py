@@ -167,6 +167,9 @@ def check_complete(files: list[Path], what: str, remedy: str = "") -> None:
     if len(totals) > 1 or len(numbers) < len(numbered):
         kinds = " and ".join(f"-of-{total:05d}" for total in totals)
         raise MissingSource(f"{what} mixes files of different versions ({kinds}): {files[0].name}, …, {files[-1].name}")
+    if numbered and len(numbered) < len(files):
+        other = next(file.name for file in files if not _NUMBERED.search(file.name))
+        raise MissingSource(f"{what} has {other} beside numbered files: it would be read as more of the same")
     missing = sorted(set(range(totals[0])) - numbers) if totals else []
     if missing:
         shown = ", ".join(f"{number:05d}" for number in missing[:5])

@@ -119,7 +119,7 @@ def coloured(document: Document) -> Text:
 
 
 def printable(text: str) -> str:
-    """Control characters as visible escapes, but for newlines and tabs: text of a data set must not drive a terminal."""
+    """Control characters as visible escapes, but for newlines and tabs: data must not drive a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -251,7 +251,7 @@ def _read_file(file: SourceFile, wanted: np.ndarray) -> Iterator[tuple[int, Any]
         yield from _read_jsonl(file, wanted)
     else:
         try:
-            yield 0, {"text": file.path.read_bytes().decode("utf-8")}
+            yield 0, {"text": file.path.read_bytes().decode("utf-8-sig")}
         except UnicodeDecodeError as error:
             raise SourceError(f"{file.name}: not UTF-8 at byte {error.start}") from None
 
@@ -271,7 +271,11 @@ def _read_parquet(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
     for batch in _open_parquet(path).iter_batches(batch_size=ROWS_PER_BATCH):
         rows = np.flatnonzero(wanted[first : first + batch.num_rows])
         if len(rows):
-            yield from zip((rows + first).tolist(), batch.take(rows).to_pylist(), strict=True)
+            try:
+                records = batch.take(rows).to_pylist()
+            except UnicodeDecodeError:
+                raise SourceError(f"{path.name}: text that is not UTF-8 in rows {first} … {rows[-1] + first}") from None
+            yield from zip((rows + first).tolist(), records, strict=True)
         first += batch.num_rows
 
 
@@ -284,7 +288,7 @@ def _read_jsonl(file: SourceFile, wanted: np.ndarray) -> Iterator[tuple[int, Any
             if wanted[row]:
                 try:
                     record = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
                     reason = getattr(error, "msg", str(error))
                     column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                     raise SourceError(f"{file.name} line {number}: not valid JSON{column}: {reason}") from None

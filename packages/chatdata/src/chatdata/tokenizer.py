@@ -77,15 +77,15 @@ class Tokenizer:
         return np.dtype("<u2") if self.vocab_size <= MAX_UINT16_VOCAB else np.dtype("<u4")
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of `text`; a special token spelled in it stays text. Raises TokenizerError if the pattern gives up on it."""
+        """Ids of `text`; a special token spelled in it stays text. Raises TokenizerError if the pattern gives up."""
         try:
             return self.encoding.encode_ordinary(text)
         except BaseException as error:  # tiktoken's regex engine panics: a BaseException, on 1,000,000 spaces for one
             if type(error).__name__ != "PanicException":
                 raise
             raise TokenizerError(
-                f"{self.name}: the split pattern gives up on a text of {len(text):,} characters (a very long run of white "
-                "space?); shorten it"
+                f"{self.name}: the split pattern gives up on a text of {len(text):,} characters (a very long run of "
+                "white space?); shorten it"
             ) from None
 
     def _check_round_trip(self) -> None:

@@ -142,7 +142,8 @@ def _split_pattern(pre_tokenizer: Any, path: Path) -> str:
     for step in splits:
         if step.get("behavior") != "Isolated" or step.get("invert") or "Regex" not in step["pattern"]:
             raise TokenizerError(
-                f"{path}: its Split must be Isolated, not inverted, with a Regex; tiktoken cannot do {step.get('behavior')}"
+                f"{path}: its Split must be Isolated, not inverted, with a Regex; tiktoken cannot do "
+                f"{step.get('behavior')}"
             )
     patterns = [step["pattern"]["Regex"] for step in splits]
     byte_level = [step for step in steps if step and step["type"] == "ByteLevel"]

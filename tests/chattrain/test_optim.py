@@ -1,0 +1,134 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chattrain.errors import WeightsError
+from chattrain.loss import chunked_loss
+from chattrain.model import load_model
+from chattrain.optim import Muon, load_optimizer_tensors, make_optimizers, optimizer_tensors, orthogonalise, set_step
+
+
+def train(model, optimizers, steps: range) -> None:
+    for step in steps:
+        tokens = torch.randint(101, (2, 24), generator=torch.Generator().manual_seed(step))
+        set_step(optimizers, multiplier=1 - step / 20, momentum=0.85 + step / 300)
+        (chunked_loss(model(tokens[:, :-1]), model.lm_head.weight, tokens[:, 1:], 101) / 46).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
+
+
+@pytest.fixture
+def fresh(small_config, small_weights):
+    model = load_model(small_config, small_weights)
+    return model, make_optimizers(model)
+
+
+def test_ten_and_ten_steps_are_twenty(fresh, small_config, tmp_path):
+    model, optimizers = fresh
+    train(model, optimizers, range(10))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    save_file(optimizer_tensors(model, optimizers), tmp_path / "optimizer.safetensors")
+    train(model, optimizers, range(10, 20))
+
+    resumed = load_model(small_config, load_file(tmp_path / "model.safetensors"))
+    its_optimizers = make_optimizers(resumed)
+    load_optimizer_tensors(resumed, its_optimizers, load_file(tmp_path / "optimizer.safetensors"))
+    train(resumed, its_optimizers, range(10, 20))
+    assert same_bytes(resumed.state_dict(), model.state_dict())
+    assert same_bytes(optimizer_tensors(resumed, its_optimizers), optimizer_tensors(model, optimizers))
+
+    for forgotten in ("momentum_buffer", "step", "exp_avg", "exp_avg_sq"):  # the sabotaged twins
+        wrong = load_model(small_config, load_file(tmp_path / "model.safetensors"))
+        its_optimizers = make_optimizers(wrong)
+        tensors = load_file(tmp_path / "optimizer.safetensors")
+        for name in tensors:
+            if name.endswith("/" + forgotten):
+                tensors[name] = torch.zeros_like(tensors[name])
+        load_optimizer_tensors(wrong, its_optimizers, tensors)
+        train(wrong, its_optimizers, range(10, 20))
+        assert not same_bytes(wrong.state_dict(), model.state_dict())
+
+
+def test_names_of_the_state(fresh):
+    model, optimizers = fresh
+    assert optimizer_tensors(model, optimizers) == {}
+    load_optimizer_tensors(model, optimizers, {})
+    train(model, optimizers, range(1))
+    names = set(optimizer_tensors(model, optimizers))
+    assert len(names) == 2 * 6 + 2 * 3  # a buffer per matrix of 2 blocks, three tensors each for head and embedding
+    assert {"lm_head.weight/step", "transformer.wte.weight/exp_avg_sq"} < names
+    assert "transformer.h.1.mlp.c_fc.weight/momentum_buffer" in names
+
+
+def test_loading_refuses_by_name_and_leaves_the_state_alone(fresh):
+    model, optimizers = fresh
+    train(model, optimizers, range(1))
+    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizers).items()}
+    with pytest.raises(WeightsError, match="unknown tensors extra/step, missing tensors none"):
+        load_optimizer_tensors(model, optimizers, tensors | {"extra/step": torch.ones(())})
+    with pytest.raises(WeightsError, match=r"missing tensors lm_head\.weight/step"):
+        load_optimizer_tensors(model, optimizers, {k: v for k, v in tensors.items() if k != "lm_head.weight/step"})
+    with pytest.raises(WeightsError, match=r"exp_avg has shape \(3,\), must be \(128, 64\)"):
+        load_optimizer_tensors(model, optimizers, tensors | {"lm_head.weight/exp_avg": torch.ones(3)})
+    assert same_bytes(optimizer_tensors(model, optimizers), tensors)
+
+
+def test_loaded_state_is_a_copy(fresh):
+    model, optimizers = fresh
+    train(model, optimizers, range(1))
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizers).items()}
+    kept = {name: tensor.clone() for name, tensor in saved.items()}
+    load_optimizer_tensors(model, optimizers, saved)
+    train(model, optimizers, range(1, 2))
+    assert same_bytes(saved, kept)
+
+
+def test_rates(fresh):
+    model, _ = fresh
+    muon, adamw = optimizers = make_optimizers(model, lr_scale=0.02)
+    set_step(optimizers, multiplier=0.5, momentum=0.9)
+    width_scale = (64 / 768) ** -0.5
+    assert muon.param_groups[0]["lr"] == pytest.approx(0.02 * 0.02 * 0.5)
+    assert muon.param_groups[0]["momentum"] == 0.9
+    assert [group["lr"] for group in adamw.param_groups] == pytest.approx(
+        [0.004 * width_scale * 0.02 * 0.5, 0.2 * width_scale * 0.02 * 0.5]
+    )
+    set_step(optimizers, multiplier=1.0, momentum=0.95)  # from the base rate again, not from the last one
+    assert muon.param_groups[0]["lr"] == pytest.approx(0.02 * 0.02)
+    assert all(group["weight_decay"] == 0 for group in adamw.param_groups)
+    in_groups = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, in_groups)) == sorted(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(256, 64), (64, 256), (64, 64)])
+def test_muon_is_torchs(shape):
+    """Held to torch.optim.Muon, which orthogonalises in bf16: within its rounding."""
+    ours, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    mine = Muon([{"params": [ours]}])
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.0, adjust_lr_fn="original")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        before = ours.detach().clone(), theirs.detach().clone()
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        mine.param_groups[0]["momentum"] = reference.param_groups[0]["momentum"] = 0.85 + step / 300
+        mine.step()
+        reference.step()
+        a, b = ours.detach() - before[0], theirs.detach() - before[1]
+        assert (a - b).norm() < 0.05 * b.norm()
+        assert (a - b * 2**0.5).norm() > 0.2 * b.norm()  # the sabotaged twin: a scale that is not this one
+    assert torch.allclose(mine.state[ours]["momentum_buffer"], reference.state[theirs]["momentum_buffer"])
+
+
+def test_orthogonalise():
+    matrix = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrix, torch.float32))
+    assert 0.6 < values.min() < values.max() < 1.3
+    assert torch.equal(orthogonalise(matrix.T, torch.float32), orthogonalise(matrix, torch.float32).T)
+    assert orthogonalise(matrix, torch.bfloat16).dtype == torch.bfloat16
+    assert not orthogonalise(torch.zeros(3, 4), torch.float32).any()
