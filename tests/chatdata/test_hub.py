@@ -299,6 +299,7 @@ def test_no_network(run: Run, tmp_path: Path) -> None:
 def test_the_printed_command_fetches_what_data_dir_needs(hub: Any, run: Run, tmp_path: Path) -> None:
     hub.push("openai/gsm8k", {GSM8K: parquet(gsm8k_rows(0, 4)), "main/test-00000-of-00001.parquet": b"not asked for"})
     closed, data_dir = hub_server.closed_port(), tmp_path / "clones"
+    data_dir.mkdir()
     error = run(recipe("task = 'gsm8k'"), "out", closed, "--data-dir", str(data_dir)).error
     looked = f"no main/train-*.parquet in {data_dir / 'openai/gsm8k'}; openai/gsm8k is not in the Hub's cache"
     assert error.startswith(f"gsm8k main train: {looked} and {closed} cannot be reached: {REFUSED}; hf download")
