@@ -23,11 +23,12 @@ from pathlib import Path
 from chattrain.checkpoint import last_checkpoint
 from chattrain.telemetry import read_log
 
+EVAL_EVERY = 150
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one order of every sum, so that bytes can be compared
 
 
 def command(arguments: argparse.Namespace, out: Path) -> list[str]:
-    options = ["--data", arguments.data, "--init", "random:d2", "--seq-len", "128", "--device-batch-size", "4"]
+    options = ["--data", arguments.data, "--init", "random:d1", "--seq-len", "128", "--device-batch-size", "4"]
     options += [
         "--steps",
         str(arguments.steps),
@@ -58,14 +59,14 @@ def phase(out: Path, written: int) -> str:
     except json.JSONDecodeError:
         return "writing the log"
     done = last["step"] + 1 if last["kind"] == "train" else last["step"]
-    return "validation" if last["kind"] == "train" and done % 40 == 0 else "training"
+    return "validation" if last["kind"] == "train" and done % EVAL_EVERY == 0 else "training"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", default="runs/kill")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -76,9 +77,12 @@ def main() -> None:
         process = subprocess.Popen(
             command(arguments, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        # most are killed at work: from when the log is written again, which a start does once before its first step
+        # most are killed at work: after the first step of this start, which comes seconds after the log is opened
         if draw.random() < 0.9:
             while process.poll() is None and not (log_lines(out) and (out / "log.jsonl").stat().st_mtime_ns > written):
+                time.sleep(0.02)
+            kept = len(log_lines(out))
+            while process.poll() is None and len(log_lines(out)) <= kept:
                 time.sleep(0.02)
         time.sleep(draw.uniform(0, 2.5))
         if process.poll() is not None:
