@@ -19,7 +19,7 @@ FILE = click.Path(path_type=Path)
 
 
 def main() -> None:
-    run_command(cli, "chatdata")
+    run_command(cli, "chatdata", "interrupted; nothing was written")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

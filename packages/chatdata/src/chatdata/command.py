@@ -8,8 +8,8 @@ import sys
 import click
 
 
-def run_command(cli: click.Group, name: str) -> None:
-    """Run `cli`; errors a user can cause become one line. Exit codes are those of DESIGN 12.
+def run_command(cli: click.Group, name: str, interrupted: str) -> None:
+    """Run `cli`; errors a user can cause become one line (`interrupted`: that of Ctrl-C). Exit codes: DESIGN 12.
 
     0 done · 1 anything wrong with data or a run · 2 usage · 3 verify found damage · 130 interrupted. What a user can
     cause is an OSError or has an `exit_code` (ChatdataError and its like); `--debug`, anywhere, shows its traceback.
@@ -24,7 +24,7 @@ def run_command(cli: click.Group, name: str) -> None:
     try:
         code = cli.main(arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
-        _stop("interrupted; nothing was written", 130)
+        _stop(interrupted, 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

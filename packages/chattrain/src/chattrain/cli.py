@@ -21,7 +21,7 @@ POSITIVE = click.IntRange(min=1)
 
 
 def main() -> None:
-    run_command(cli, "chattrain")
+    run_command(cli, "chattrain", "interrupted; --resume continues from the last checkpoint")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,11 +69,14 @@ def join_ranks(device: str | None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+SAME_SIGNAL_S = 2  # one Ctrl-C often comes twice, from the terminal and forwarded by a launcher
+
+
 class StopRequest:
-    """Set by SIGTERM or SIGINT: the run saves and ends well at the next safe place. A second signal ends it at once."""
+    """Set by SIGTERM or SIGINT: the run saves and ends at the next safe place. Another one later ends it at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self._asked_at = False, 0.0
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -84,9 +88,11 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        if not self.asked:
+            self._asked_at = time.monotonic()
         self.asked = True
 
     def agreed(self, ranks: Ranks) -> bool:
