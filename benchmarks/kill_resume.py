@@ -23,24 +23,14 @@ from pathlib import Path
 from chattrain.checkpoint import last_checkpoint
 from chattrain.telemetry import read_log
 
-EVAL_EVERY = 150
+SAVE_EVERY, EVAL_EVERY = 8, 150
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one order of every sum, so that bytes can be compared
 
 
 def command(arguments: argparse.Namespace, out: Path) -> list[str]:
-    options = ["--data", arguments.data, "--init", "random:d1", "--seq-len", "128", "--device-batch-size", "4"]
-    options += [
-        "--steps",
-        str(arguments.steps),
-        "--save-every",
-        "3",
-        "--eval-every",
-        "40",
-        "--device",
-        "cpu",
-        "--resume",
-    ]
-    return [sys.executable, "-m", "chattrain", "run", *options, "--out", str(out)]
+    options = f"--data {arguments.data} --init random:d1 --seq-len 128 --device-batch-size 4 --device cpu --resume"
+    options += f" --steps {arguments.steps} --save-every {SAVE_EVERY} --eval-every {EVAL_EVERY}"
+    return [sys.executable, "-m", "chattrain", "run", *options.split(), "--out", str(out)]
 
 
 def log_lines(out: Path) -> list[str]:
@@ -84,7 +74,7 @@ def main() -> None:
             kept = len(log_lines(out))
             while process.poll() is None and len(log_lines(out)) <= kept:
                 time.sleep(0.02)
-        time.sleep(draw.uniform(0, 2.5))
+        time.sleep(draw.uniform(0, 1.2))
         if process.poll() is not None:
             print(f"the run ended by itself after {phases.total()} kills: give more --steps")
             sys.exit(1)
