@@ -23,7 +23,7 @@ from pathlib import Path
 from chattrain.checkpoint import last_checkpoint
 from chattrain.telemetry import read_log
 
-SAVE_EVERY, EVAL_EVERY = 8, 150
+SAVE_EVERY, EVAL_EVERY = 8, 400
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one order of every sum, so that bytes can be compared
 
 
