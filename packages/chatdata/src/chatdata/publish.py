@@ -70,7 +70,7 @@ def partial_folder(out: Path) -> Iterator[Path]:
 def publish(partial: Path, out: Path) -> None:
     """Put the finished `partial` in the place of `out`. An old build steps aside and comes back if anything fails."""
     (partial / MARK).unlink()
-    _sync_folder(partial)
+    sync(partial)
     old = _old(out)
     replacing = out.exists() and any(out.iterdir())
     try:
@@ -80,7 +80,7 @@ def publish(partial: Path, out: Path) -> None:
     except BaseException:
         _restore(out)
         raise
-    _sync_folder(out.parent)
+    sync(out.parent)
     if replacing:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -99,8 +99,9 @@ def _restore(out: Path) -> None:
         old.rename(out)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or to a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

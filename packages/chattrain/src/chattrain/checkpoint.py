@@ -9,7 +9,6 @@ step-00000120/tokenizer/               the build's
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chatdata.publish import sync
 from chattrain.errors import CheckpointError
 from chattrain.model import ModelConfig, parse_config
 
@@ -72,12 +72,12 @@ def save_checkpoint(
         state |= {"plan": dict(plan), "recipe": dict(recipe)}
         (partial / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         for path in partial.rglob("*"):
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         if final.exists():  # a run that went back over this step
             shutil.rmtree(final)
         partial.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{final}: cannot be written: {str(error).splitlines()[0]}") from error
@@ -125,11 +125,3 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not readable: {str(error).splitlines()[0]}") from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
