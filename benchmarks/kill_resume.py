@@ -23,7 +23,8 @@ from pathlib import Path
 from chattrain.checkpoint import last_checkpoint
 from chattrain.telemetry import read_log
 
-SAVE_EVERY, EVAL_EVERY = 8, 400
+# validating before the first step and after the last: more often, and most kills would fall on validations
+SAVE_EVERY, EVAL_EVERY = 8, 1_000_000
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one order of every sum, so that bytes can be compared
 
 

@@ -16,10 +16,10 @@ of the model in one thread.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -248,18 +248,29 @@ def _digest(rows: RowArrays, first: int) -> int:
     """Sum of the hashes of the rows, each with its place in the step, wrapped to int64.
 
     A sum does not ask which rank hashed which rows, so each hashes what it really feeds and no more, and the sums ride
-    along when the loss is reduced. 64 bits tell batches apart; they are no defence against someone making two alike.
+    along when the loss is reduced. A row's hash is `_mixed` of its place plus its inputs, targets and lengths, each
+    times a factor of its own ("multilinear", Lemire and Kaser 2014): 64 bits tell batches apart; they are no defence
+    against someone making two alike. 32 × 512 positions take 0.03 ms, SHA-256 of the same 0.17 ms.
     """
-    width = rows.inputs.shape[1]
-    # int32 holds every id and -100: half the bytes, and SHA-256 takes 0.4 ms of 65,536 positions on a processor
-    # with instructions for it (reading them: 0.15 ms; BLAKE2b of int64: 1.7 ms)
-    words = np.empty((len(rows.inputs), 1 + 2 * width), "<i4")
-    words[:, 0] = np.arange(first, first + len(words))
-    words[:, 1 : 1 + width], words[:, 1 + width :] = rows.inputs, rows.targets
-    total = 0
-    for row, row_words in enumerate(words):
-        digest = hashlib.sha256(row_words)
-        if rows.lengths is not None:
-            digest.update(np.array(rows.lengths[row], "<i4"))
-        total += int.from_bytes(digest.digest()[:8], "little")
-    return (total + 2**63) % 2**64 - 2**63
+    num_rows, width = rows.inputs.shape
+    factors = _factors(1 << (width - 1).bit_length() if width else 1)
+    sums = rows.inputs.view(np.uint64) @ factors[0, :width] + rows.targets.view(np.uint64) @ factors[1, :width]
+    if rows.lengths is not None:
+        lengths = (np.array(row, np.uint64) @ factors[2, : len(row)] for row in rows.lengths)
+        sums += np.fromiter(lengths, np.uint64, num_rows)
+    places = _mixed(np.arange(first + 1, first + 1 + num_rows, dtype=np.uint64))
+    return int(_mixed(places + sums).sum().astype(np.int64))
+
+
+@lru_cache(maxsize=4)  # widths of one run differ under pad and order nanochat only, so their powers of two are few
+def _factors(width: int) -> np.ndarray:
+    """Odd numbers for inputs, targets and lengths: uint64 [3, width], the same at every width as far as it goes."""
+    return np.ascontiguousarray(_mixed(np.arange(3 * width, dtype=np.uint64)).reshape(width, 3).T) | np.uint64(1)
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea and Flood 2014) of each word: uint64."""
+    words = (words + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

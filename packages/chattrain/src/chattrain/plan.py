@@ -34,7 +34,7 @@ Rows = Literal["stream", "pack", "pad"]
 MaskUse = Literal["ignore", "apply"]  # ignore: every next token is a target · apply: those where the mask is 1
 Order = Literal["plan", "nanochat"]
 
-PLAN_VERSION = 1  # of what a plan's hash stands for: raise it when the same settings come to mean other batches
+PLAN_VERSION = 2  # of what a plan's hash stands for: raise it when the same settings come to mean other batches
 MAX_SEQ_LEN = 2**20  # 512 × nanochat's; packing keeps a set of rooms of this many bits
 CHUNK_TOKENS = 2**22  # of the mask counted at a time: 32 MiB of sums
 
