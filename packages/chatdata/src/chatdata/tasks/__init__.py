@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from chatdata.errors import TaskError, nearest
+from chatdata.grading import Grade
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,42 @@ class Option:
     default: Any = None
     is_file: bool = False
     required: bool = False
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """The rows of a task that checkpoints are scored on, under a name of their own.
+
+    chance: accuracy of blind guessing. rows: how many, for a generated task. options: task options set for scoring.
+    """
+
+    split: str = "test"
+    subset: str = ""
+    chance: float = 0.0
+    rows: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How an answer to a row is graded. Exactly one of `letters`, `grade` and `program` is given.
+
+    sets: name for `chateval run --tasks` → its rows.
+    letters: row → the letters to choose from (multiple choice: the letter with the highest logit is the answer).
+    grade: (row, generated text without tool calls) → Grade.
+    program: (row, generated text) → a Python program that ends without an error if the answer is right.
+    subject_key: the row's key to give figures for separately.
+    """
+
+    sets: Mapping[str, ScoredSet]
+    letters: Callable[[Any], Sequence[str]] | None = None
+    grade: Callable[[Any, str], Grade] | None = None
+    program: Callable[[Any, str], str] | None = None
+    subject_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(way is not None for way in (self.letters, self.grade, self.program)) != 1:
+            raise TaskError("Scoring(...): give exactly one of letters, grade and program")
 
 
 @dataclass(frozen=True)
@@ -40,6 +77,7 @@ class Task:
     generate: (split, options) → (position → raw row), for tasks that make their rows.
     permuted: rows are put in the order of `numpy.random.default_rng(42).permutation(n)` before anything is selected.
     scored_only: the scorer uses it; a build refuses it.
+    scoring: how chateval grades answers to its rows, if it does.
     """
 
     name: str
@@ -51,6 +89,7 @@ class Task:
     generate: Callable[[str, Mapping[str, Any]], Callable[[int], Any]] | None = None
     permuted: bool = False
     scored_only: bool = False
+    scoring: Scoring | None = None
     kind: str = "conversation"
     options: Mapping[str, Option] = field(default_factory=dict)
     code_sha256: str | None = None  # set for a user's own task file: its content is part of the build

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatdata.tasks import Task
+from chatdata.tasks import ScoredSet, Scoring, Task
 from chatdata.tasks.multiple_choice import multiple_choice
 
 
@@ -29,5 +29,12 @@ TASK = Task(
         "ARC-Challenge": {"train": 1_119, "validation": 299, "test": 1_172},
     },
     permuted=True,
+    scoring=Scoring(
+        sets={
+            "arc_easy": ScoredSet(subset="ARC-Easy", chance=0.25),
+            "arc_challenge": ScoredSet(subset="ARC-Challenge", chance=0.25),
+        },
+        letters=lambda row: row["choices"]["label"],
+    ),
     to_conversation=to_conversation,
 )

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from chatdata.tasks import Task
-from chatdata.tasks.mmlu import to_conversation
+from chatdata.tasks import ScoredSet, Scoring, Task
+from chatdata.tasks.mmlu import LETTERS, to_conversation
 from chatdata.tasks.words import TEST_SEED_OFFSET
 
 FACTS = Path(__file__).parent.parent / "texts" / "choice_facts.jsonl"
@@ -38,5 +38,6 @@ TASK = Task(
     licence="MIT",
     splits={"": {"train": 0, "test": 0}},
     generate=generate,
+    scoring=Scoring(sets={"demo_choice": ScoredSet(chance=0.25, rows=200)}, letters=lambda row: LETTERS),
     to_conversation=to_conversation,
 )

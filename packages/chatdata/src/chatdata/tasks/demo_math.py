@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from chatdata.tasks import Task
-from chatdata.tasks.gsm8k import to_conversation
+from chatdata.tasks import ScoredSet, Scoring, Task
+from chatdata.tasks.gsm8k import grade, to_conversation
 from chatdata.tasks.words import TEST_SEED_OFFSET
 
 TEXTS = Path(__file__).parent.parent / "texts"
@@ -69,5 +69,6 @@ TASK = Task(
     licence="MIT",
     splits={"": {"train": 0, "test": 0}},
     generate=generate,
+    scoring=Scoring(sets={"demo_math": ScoredSet(rows=200)}, grade=grade),
     to_conversation=to_conversation,
 )

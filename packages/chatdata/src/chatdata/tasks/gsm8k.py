@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from chatdata.tasks import Task
+from chatdata.grading import Grade, final_number, grade_number
+from chatdata.tasks import ScoredSet, Scoring, Task
 
 _ANNOTATION = re.compile(r"<<([^>]+)>>")
 
@@ -42,6 +43,10 @@ def answer_parts(answer: str) -> list[dict[str, str]]:
     return parts
 
 
+def grade(row: dict[str, Any], text: str) -> Grade:
+    return grade_number(text, final_number(row["answer"]))
+
+
 TASK = Task(
     name="gsm8k",
     summary="word problems with calculator calls",
@@ -49,5 +54,6 @@ TASK = Task(
     hub="openai/gsm8k",
     splits={"main": {"train": 7_473, "test": 1_319}, "socratic": {"train": 7_473, "test": 1_319}},
     permuted=True,
+    scoring=Scoring(sets={"gsm8k": ScoredSet(subset="main")}, grade=grade),
     to_conversation=to_conversation,
 )

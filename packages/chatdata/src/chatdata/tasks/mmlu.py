@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from chatdata.errors import TaskError
-from chatdata.tasks import Task
+from chatdata.tasks import ScoredSet, Scoring, Task
 from chatdata.tasks.multiple_choice import multiple_choice
 
 LETTERS = ("A", "B", "C", "D")
@@ -38,5 +38,8 @@ TASK = Task(
         "auxiliary_train": {"train": 99_842},
     },
     permuted=True,
+    scoring=Scoring(
+        sets={"mmlu": ScoredSet(subset="all", chance=0.25)}, letters=lambda row: LETTERS, subject_key="subject"
+    ),
     to_conversation=to_conversation,
 )

@@ -10,7 +10,8 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from chatdata.tasks import Task
+from chatdata.grading import Grade
+from chatdata.tasks import ScoredSet, Scoring, Task
 from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, read_words, split_words
 
 
@@ -31,12 +32,21 @@ def to_conversation(word: str) -> dict[str, Any]:
     }
 
 
+def grade(word: str, text: str) -> Grade:
+    """Strict: the whole answer. Flexible: the letters behind its last colon, white space aside."""
+    gold = f"{word}:{','.join(word)}"
+    strict = text.strip() or None
+    behind = "".join(text.rpartition(":")[2].split()) if ":" in text else None
+    return Grade(gold, strict, strict == gold, behind, behind == ",".join(word))
+
+
 TASK = Task(
     name="simple_spelling",
     summary="spell a word (generated from a word list)",
     licence="Unlicense",
     splits={"": {"train": 0, "test": 0}},
     generate=generate,
+    scoring=Scoring(sets={"simple_spelling": ScoredSet(rows=256, options={"holdout": True})}, grade=grade),
     options=WORD_OPTIONS,
     to_conversation=to_conversation,
 )

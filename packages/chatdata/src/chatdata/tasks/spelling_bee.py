@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from chatdata.errors import SourceError
-from chatdata.tasks import Option, Task
+from chatdata.grading import Grade, grade_number
+from chatdata.tasks import Option, ScoredSet, Scoring, Task
 from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, read_words, split_words
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -70,12 +71,18 @@ def to_conversation(row: dict[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}]}
 
 
+def grade(row: dict[str, str], text: str) -> Grade:
+    return grade_number(text, str(row["word"].count(row["letter"])))
+
+
 TASK = Task(
     name="spelling_bee",
     summary="count a letter in a word, with a tool call (generated from a word list)",
     licence="Unlicense",
     splits={"": {"train": 0, "test": 0}},
     generate=generate,
+    # held-out words, and as many rows as karpathy/nanochat@790f3be:scripts/chat_eval.py scores
+    scoring=Scoring(sets={"spelling_bee": ScoredSet(rows=256, options={"holdout": True})}, grade=grade),
     options={**WORD_OPTIONS, "phrasings": Option(str, str(PHRASINGS), is_file=True)},
     to_conversation=to_conversation,
 )

@@ -1,0 +1,58 @@
+"""How a generated answer is compared with a row's own: for the task files, each of which grades its own rows.
+
+Two readings are always kept. Strict: what stands behind `####`, the form the training data teaches. Flexible: the last
+number of the text. An answer that is not there equals nothing, not even a missing gold answer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+# 1,234.5 · -7 · .5 · $40: the sign of a number, not of a subtraction like 10-3
+_NUMBER = r"(?<![\w.])-?\$?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_FINAL = re.compile(rf"####\s*({_NUMBER})")
+_ANY = re.compile(_NUMBER)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One answer, graded: strictly (the score) and flexibly (stored beside it)."""
+
+    gold: str
+    extracted: str | None
+    correct: bool
+    flexible_extracted: str | None
+    flexible_correct: bool
+
+
+def final_number(text: str) -> str | None:
+    """The number behind the first `####`, as written; None if there is none."""
+    found = _FINAL.search(text)
+    return found.group(1) if found else None
+
+
+def last_number(text: str) -> str | None:
+    """The last number of the text, as written; None if there is none."""
+    found = _ANY.findall(text)
+    return found[-1] if found else None
+
+
+def same_number(a: str | None, b: str | None) -> bool:
+    """Whether both are numbers of the same value: "1,000" and "$1000.0" are, None and None are not."""
+    values = [_decimal(text) for text in (a, b)]
+    return values[0] is not None and values[0] == values[1]
+
+
+def grade_number(text: str, gold: str | None) -> Grade:
+    """Grade an answer whose gold is a number."""
+    strict, flexible = final_number(text), last_number(text)
+    return Grade(gold or "", strict, same_number(strict, gold), flexible, same_number(flexible, gold))
+
+
+def _decimal(text: str | None) -> Decimal | None:
+    try:
+        return None if text is None else Decimal(text.replace(",", "").replace("$", ""))
+    except InvalidOperation:
+        return None
