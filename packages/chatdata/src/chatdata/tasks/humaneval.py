@@ -13,7 +13,6 @@ from typing import Any
 
 from chatdata.tasks import ScoredSet, Scoring, Task
 
-
 _FENCED = re.compile(r"```(?:python)?[ \t]*\n(.*?)\n?```", re.DOTALL)
 
 
