@@ -9,7 +9,8 @@
     ├── TokenizerError      a tokenizer cannot be read or is unusable
     ├── BuildError          a build cannot be written where it was asked for
     ├── FormatError         a build on disk is damaged or of an unknown version
-    └── PackingError        documents do not make sequences as asked: one is too long, or an argument is out of range
+    ├── PackingError        documents do not make sequences as asked: one is too long, or an argument is out of range
+    └── CalculatorError     a tool call is not arithmetic or a count, or its result is out of bounds
 
 Each message is one line: what was wrong, where (file, row, key), what would be right.
 """
@@ -64,6 +65,10 @@ class FormatError(ChatdataError):
 
 
 class PackingError(ChatdataError):
+    pass
+
+
+class CalculatorError(ChatdataError):
     pass
 
 
