@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chattrain.errors import ExportError, VerifyError, first_line
@@ -18,6 +20,7 @@ from chattrain.model import NORM_EPS, ROPE_THETA, SOFTCAP, ModelConfig, check_we
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MAX_LOGIT_DIFFERENCE = 1e-5  # fp32, sdpa on both sides; the same model measured 0 to 2e-6
+BY_VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # parameters with a row for each entry
 VERIFY_ROWS, VERIFY_LENGTH = 2, 128
 
 
@@ -65,8 +68,8 @@ def export_transformers(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def transformers_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """nanochat's names → transformers', without the padding rows: one left in has a logit of 0, which can win."""
+def transformers_names(config: ModelConfig) -> dict[str, str]:
+    """nanochat's name → transformers', for every parameter."""
     names = {
         "transformer.wte.weight": "model.embed_tokens.weight",
         "lm_head.weight": "lm_head.weight",
@@ -77,11 +80,55 @@ def transformers_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> 
             names[f"{ours}.attn.c_{letter}.weight"] = f"{theirs}.self_attn.{projection}.weight"
         names[f"{ours}.mlp.c_fc.weight"] = f"{theirs}.mlp.fc1.weight"
         names[f"{ours}.mlp.c_proj.weight"] = f"{theirs}.mlp.fc2.weight"
-    by_vocabulary = ("transformer.wte.weight", "lm_head.weight")
+    return names
+
+
+def transformers_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The weights under transformers' names, without the padding rows: one left in has a logit of 0, which can win."""
+    names = transformers_names(config)
     return {
-        names[name]: (tensor[: config.vocab_size] if name in by_vocabulary else tensor).detach().float().contiguous()
+        names[name]: (tensor[: config.vocab_size] if name in BY_VOCABULARY else tensor).detach().float().contiguous()
         for name, tensor in weights.items()
     }
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the folder looks like a model of transformers."""
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Sizes and weights (nanochat's names, fp32, padding rows zero again) of a folder `export_transformers` wrote.
+
+    Raises ExportError for a config that is not the model's, field by field, or files that cannot be read; WeightsError
+    for other tensors than the model's.
+    """
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "model.safetensors")
+        config = ModelConfig(
+            sequence_len=fields["max_position_embeddings"],
+            vocab_size=fields["vocab_size"],
+            n_layer=fields["num_hidden_layers"],
+            n_head=fields["num_attention_heads"],
+            n_kv_head=fields["num_key_value_heads"],
+            n_embd=fields["hidden_size"],
+        )
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        raise ExportError(
+            f"{folder}: not an export of chattrain: {type(error).__name__} {first_line(error)}"
+        ) from error
+    free = ("bos_token_id", "eos_token_id", "initializer_range", "use_cache")  # nothing the hidden states depend on
+    for name, value in ({"model_type": "nanochat"} | transformers_config(config, 0, 0)).items():
+        if name not in free and fields.get(name) != value:
+            raise ExportError(f"{folder}/config.json: {name} is {fields.get(name)!r}, must be {value!r}")
+    ours = {theirs: name for name, theirs in transformers_names(config).items()}
+    weights = {ours.get(name, name): tensor.float() for name, tensor in tensors.items()}
+    for name in BY_VOCABULARY:
+        if name in weights:
+            weights[name] = F.pad(weights[name], (0, 0, 0, config.vocab_rows - config.vocab_size))
+    check_weights(weights, config, f"{folder}/model.safetensors")
+    return config, weights
 
 
 def transformers_config(config: ModelConfig, bos_id: int, assistant_end_id: int) -> dict[str, object]:

@@ -96,8 +96,11 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin of the positions, see rotary_table
 class Cache(Protocol):
     """Keys and values of earlier positions, for generation: whoever generates owns the storage and the mask."""
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A layer's new k, v [B, T, K, D] → all keys, all values [B, S, K, D], mask [B or 1, 1, T, S], True = seen."""
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A layer's new k, v [B, T, K, D] → all keys, all values [B, S, K, D], mask [B or 1, 1, T, S], True = seen.
+
+        No mask: causal, where nothing came before (S = T).
+        """
         ...
 
 

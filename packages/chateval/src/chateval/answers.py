@@ -1,0 +1,150 @@
+"""From a batch of questions to lines of items.jsonl: one function for each way of scoring.
+
+A line is plain data with the fields of `chateval.results.Item`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from chatdata.tasks import Scoring
+from chateval.categorical import choose_letters
+from chateval.checkpoints import Subject
+from chateval.generate import Completion, Prompt, Sampling, generate
+from chateval.gold import gold_losses
+from chateval.questions import Question
+from chateval.sandbox import Isolation, run_code
+
+CODE_THREADS = 4  # programs mostly wait for an interpreter to start
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is asked at once: a question and which of its draws."""
+
+    question: Question
+    draw: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.question.task, self.question.item, self.draw
+
+
+def answer_letters(subject: Subject, scoring: Scoring, units: Sequence[Unit]) -> Iterator[dict[str, Any]]:
+    """Multiple choice."""
+    assert scoring.letters is not None
+    questions = [unit.question for unit in units]
+    letters = [scoring.letters(question.row) for question in questions]
+    for unit, choice in zip(units, choose_letters(subject, questions, letters), strict=True):
+        gold = unit.question.gold
+        beyond = choice.num_prompt_tokens > subject.num_positions
+        yield {
+            **_head(unit),
+            "output": choice.letter,
+            "extracted": choice.letter,
+            "gold": gold,
+            "correct": choice.letter == gold,
+            # answered all the same, but the model never saw text of this length
+            "ending": "letter beyond context" if beyond else "letter",
+            "num_prompt_tokens": choice.num_prompt_tokens,
+            "num_tokens": 0,
+            "gold_nats": choice.gold_nats,
+            "gold_bytes": len(gold.encode()),
+            "tie": choice.tie,
+            "margin": choice.margin,
+            "letter_mass": choice.letter_mass,
+        }
+
+
+def answer_texts(
+    subject: Subject, scoring: Scoring, units: Sequence[Unit], sampling: Sampling
+) -> Iterator[dict[str, Any]]:
+    """Generated answers, graded by the task's own file; each as it ends."""
+    assert scoring.grade is not None
+    gold = gold_losses(subject, [unit.question.document for unit in units])
+    for number, completion in generate(subject, _prompts(units), sampling):
+        unit = units[number]
+        grade = scoring.grade(unit.question.row, answer_text(subject, completion))
+        yield {
+            **_generated(subject, unit, completion, gold[number]),
+            "extracted": grade.extracted,
+            "gold": grade.gold,
+            "correct": grade.correct,
+            "ending": completion.ending,
+            "flexible_extracted": grade.flexible_extracted,
+            "flexible_correct": grade.flexible_correct,
+            "tool_calls": completion.tool_calls,
+            "tool_failures": completion.tool_failures,
+        }
+
+
+def answer_programs(
+    subject: Subject, scoring: Scoring, units: Sequence[Unit], sampling: Sampling, isolation: Isolation
+) -> Iterator[dict[str, Any]]:
+    """Generated programs, run in isolation."""
+    assert scoring.program is not None
+    program: Callable[[Any, str], str] = scoring.program
+    gold = gold_losses(subject, [unit.question.document for unit in units])
+
+    def run(number: int, completion: Completion) -> dict[str, Any]:
+        unit = units[number]
+        text = answer_text(subject, completion)
+        outcome = run_code(isolation, program(unit.question.row, text))
+        return {
+            **_generated(subject, unit, completion, gold[number]),
+            "extracted": text,
+            "gold": "its tests pass",
+            "correct": outcome.passed,
+            "ending": outcome.ending if completion.ending == "assistant_end" else f"{completion.ending}, {outcome.ending}",
+            "detail": outcome.detail,
+        }
+
+    with ThreadPoolExecutor(CODE_THREADS) as threads:
+        running = [threads.submit(run, *answer) for answer in generate(subject, _prompts(units), sampling)]
+        for future in running:
+            yield future.result()
+
+
+def answer_text(subject: Subject, completion: Completion) -> str:
+    """What the model says, without tool calls and their results."""
+    special = subject.tokenizer.special_ids
+    opens = {special["<|python_start|>"]: special["<|python_end|>"], special["<|output_start|>"]: special["<|output_end|>"]}
+    kept, until = [], None
+    for token in completion.tokens:
+        if until is not None:
+            until = None if token == until else until
+        elif token in opens:
+            until = opens[token]
+        elif token < min(special.values()):
+            kept.append(token)
+    return subject.tokenizer.decode(kept)
+
+
+def _prompts(units: Sequence[Unit]) -> list[Prompt]:
+    return [Prompt(unit.question.prompt, "/".join(map(str, unit.key))) for unit in units]
+
+
+def _head(unit: Unit) -> dict[str, Any]:
+    question = unit.question
+    return {
+        "task": question.task,
+        "item": question.item,
+        "subject": question.subject,
+        "draw": unit.draw,
+        "prompt_sha256": question.prompt_sha256,
+    }
+
+
+def _generated(subject: Subject, unit: Unit, completion: Completion, gold: tuple[float, int]) -> dict[str, Any]:
+    nats, num_bytes = gold
+    return {
+        **_head(unit),
+        "output": subject.tokenizer.decode(completion.tokens),
+        "num_prompt_tokens": len(unit.question.prompt),
+        "num_tokens": len(completion.tokens),
+        "gold_nats": nats,
+        "gold_bytes": num_bytes,
+    }

@@ -1,0 +1,52 @@
+"""Keys and values of what a batch of rows has read so far, so that each new token costs one position.
+
+Shapes: L layers, B rows, S slots, K key/value heads, D head size. A row's token at position p has slot p, so "seen" is
+"slot ≤ position", in the prompt and behind it: what stands in slots behind a row's own position (padding of a prompt
+shorter than the longest) is never seen, and is overwritten when the row gets there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chattrain.model import ModelConfig
+
+
+class KeyValueCache:
+    """The `cache` argument of `GPT.forward` (chattrain.model.Cache)."""
+
+    def __init__(
+        self, config: ModelConfig, num_rows: int, num_slots: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.n_layer, num_rows, num_slots, config.n_kv_head, config.head_size)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self._positions: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._longest = 0
+
+    def start(self) -> None:
+        """The next tokens are prompts [B, T] from position 0 on, padded on the right."""
+        self._positions = self._mask = None
+
+    def advance(self, positions: Tensor, longest: int) -> None:
+        """The next tokens are one a row [B, 1], at `positions` [B]; `longest` is the largest of them."""
+        self._positions, self._longest = positions, longest
+        slots = torch.arange(longest + 1, device=positions.device)
+        self._mask = (slots <= positions[:, None])[:, None, None, :]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows."""
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A layer's new k, v [B, T, K, D] → all keys, all values [B, S, K, D], mask [B, 1, T, S] or None: causal."""
+        if self._positions is None:
+            self.keys[layer, :, : k.size(1)], self.values[layer, :, : v.size(1)] = k, v
+            return k, v, None
+        rows = torch.arange(len(k), device=k.device)
+        self.keys[layer, rows, self._positions], self.values[layer, rows, self._positions] = k[:, 0], v[:, 0]
+        seen = slice(0, self._longest + 1)
+        return self.keys[layer, :, seen], self.values[layer, :, seen], self._mask

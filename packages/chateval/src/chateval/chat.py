@@ -1,0 +1,89 @@
+"""Talking to a checkpoint in the terminal: the answer appears as it is made, tool calls and their results in colour."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from chateval.checkpoints import Subject
+from chateval.generate import Completion, Prompt, Sampling, generate
+
+if TYPE_CHECKING:
+    from chatdata.tokenizer import Tokenizer
+
+HELP = "Say something. /clear begins anew, /quit or Ctrl-D ends."
+# opening and closing of a tool call and of its result, as shown
+TOOL_MARKS = {
+    "<|python_start|>": " ⟨",
+    "<|python_end|>": "⟩",
+    "<|output_start|>": " → ",
+    "<|output_end|>": " ",
+}
+
+
+def converse(subject: Subject, sampling: Sampling, says: Sequence[str]) -> None:
+    """Answer each of `says`, or what is typed; the whole conversation is the prompt of the next answer."""
+    special = subject.tokenizer.special_ids
+    history = [special["<|bos|>"]]
+    for number, text in enumerate(says or _typed()):
+        if says:
+            click.echo(click.style("you ", dim=True) + text)
+        if text == "/clear":
+            history = history[:1]
+            click.echo("– a new conversation –")
+            continue
+        asked = [special["<|user_start|>"], *subject.tokenizer.encode_ordinary(text), special["<|user_end|>"]]
+        prompt = [*history, *asked, special["<|assistant_start|>"]]
+        completion = _answer(subject, Prompt(prompt, str(number)), sampling)
+        if completion.ending == "context":
+            click.echo(f"[the conversation fills the model's {subject.num_positions:,} positions: /clear begins anew]")
+        elif completion.ending == "max_tokens":
+            click.echo(f"[cut at {sampling.max_new_tokens} tokens: --max-new-tokens]")
+        history = [*prompt, *completion.tokens, special["<|assistant_end|>"]]
+
+
+def _typed() -> Iterator[str]:
+    """Lines typed, until the end of input or /quit."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (arrow keys and history in input())
+
+        click.echo(HELP)
+    while True:
+        try:
+            text = input("you " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        if text:
+            yield text
+
+
+def _answer(subject: Subject, prompt: Prompt, sampling: Sampling) -> Completion:
+    show = _shower(subject.tokenizer)
+    ((_, completion),) = generate(subject, [prompt], sampling, lambda number, token, forced: show(token))
+    click.echo()
+    return completion
+
+
+def _shower(tokenizer: Tokenizer) -> Callable[[int], None]:
+    """A function that prints each token as soon as its bytes make characters."""
+    names = {token: name for name, token in tokenizer.special_ids.items()}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    colour: str | None = None
+
+    def show(token: int) -> None:
+        nonlocal colour
+        name = names.get(token)
+        if name is None:
+            click.echo(click.style(decoder.decode(tokenizer.token_bytes[token]), fg=colour), nl=False)
+        else:
+            click.echo(click.style(TOOL_MARKS.get(name, name), fg="cyan", dim=True), nl=False)
+            colour = {"<|python_start|>": "cyan", "<|output_start|>": "green"}.get(name)
+        sys.stdout.flush()
+
+    return show

@@ -1,0 +1,149 @@
+"""The command line. Heavy imports stand inside the functions that need them: `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chatdata.command import examples, run_command
+
+PATH = click.Path(path_type=Path)
+POSITIVE = click.IntRange(min=1)
+
+
+def main() -> None:
+    run_command(cli, "chateval", "interrupted; the same command continues where it stopped")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="chateval")
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def cli(debug: bool) -> None:
+    """Score chat models trained on builds of chatdata: item by item, with intervals, paired for comparison."""
+
+
+def sampling_options(command: Any) -> Any:
+    """The options of everything that generates."""
+    for option in (
+        click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="Default: cuda where there is one."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on cuda."),
+        click.option("--seed", type=int, default=42, show_default=True, help="Of draws at a temperature above 0."),
+        click.option("--max-new-tokens", type=POSITIVE, default=512, show_default=True),
+        click.option("--top-k", type=POSITIVE, help="Draw from the K likeliest tokens only."),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command(
+    epilog=examples(
+        "chateval run --checkpoint runs/sft --tasks mmlu,arc_easy,gsm8k --data-dir data --out scores/sft",
+        "chateval run --checkpoint runs/sft --tasks spelling_bee --words words.txt --limit 100",
+        "chateval run --checkpoint runs/sft --tasks humaneval --data-dir data --allow-code",
+        "torchrun --nproc-per-node 8 -m chateval run --checkpoint runs/sft --tasks mmlu --data-dir data",
+    )
+)
+@click.option("--checkpoint", type=PATH, required=True, help="A run folder, a checkpoint, or a transformers export.")
+@click.option("--tasks", required=True, metavar="A,B", help="Names from `chateval tasks`.")
+@click.option("--data-dir", type=PATH, help="Folder of Hub clones to take datasets from.")
+@click.option("--words", metavar="FILE|URL", help="Word list of the spelling tasks.")
+@click.option("--task-file", "task_files", type=PATH, multiple=True, help="Your own task, a Python file.")
+@click.option("--limit", type=POSITIVE, help="Only the first N rows of each task.")
+@click.option("--batch-size", type=POSITIVE, default=32, show_default=True, help="Questions answered at once.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--draws", type=POSITIVE, default=1, show_default=True, help="Answers to each generative question.")
+@sampling_options
+@click.option("--allow-code", is_flag=True, help="Run programs the model writes, in isolation.")
+@click.option("--out", type=PATH, help="Results folder (default: scores/<weights' hash>).")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def run(**options: Any) -> None:
+    """Score a checkpoint. An interrupted run continues; a finished one is only read."""
+    from chateval.checkpoints import load_subject
+    from chateval.generate import Sampling
+    from chateval.progress import Progress
+    from chateval.report import write_report
+    from chateval.run import Settings, score
+    from chattrain.distributed import join_ranks
+
+    if options["draws"] > 1 and options["temperature"] == 0:
+        raise click.UsageError("--draws needs a --temperature above 0: at 0 all draws are the same answer")
+    with join_ranks(options["device"]) as ranks:
+        subject = load_subject(options["checkpoint"], ranks.device, _dtype(options["dtype"]))
+        sampling = Sampling(options["temperature"], options["top_k"], options["max_new_tokens"], options["seed"])
+        settings = Settings(
+            tasks=tuple(name.strip() for name in options["tasks"].split(",") if name.strip()),
+            out=options["out"] or Path("scores") / subject.weights_sha256[:12],
+            sampling=sampling,
+            **{key: options[key] for key in ("data_dir", "words", "task_files", "limit", "batch_size", "draws")},
+            allow_code=options["allow_code"],
+        )
+        results = score(subject, settings, ranks, Progress(ranks.is_first))
+        if not ranks.is_first:
+            return
+    report = write_report(settings.out)
+    if options["as_json"]:
+        click.echo(json.dumps(results.to_json()))
+        return
+    _print(report.table)
+    click.echo(f"{settings.out}: items.jsonl, results.json, {', '.join(report.files)}")
+
+
+@cli.command(epilog=examples("chateval compare scores/mid scores/sft", "chateval compare scores/mid scores/sft --json"))
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option("--examples", "num_examples", type=click.IntRange(min=0), default=2, show_default=True)
+@click.option("--markdown", type=PATH, help="Also write it to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+def compare(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json: bool) -> None:
+    """What B answers better or worse than A, on the questions both were asked."""
+
+
+@cli.command(epilog=examples("chateval chat --checkpoint runs/sft", "chateval chat --checkpoint runs/sft --say 'Hi!'"))
+@click.option("--checkpoint", type=PATH, required=True, help="A run folder, a checkpoint, or a transformers export.")
+@click.option("--say", "says", multiple=True, metavar="TEXT", help="Say this, print the answer, and end (repeatable).")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.6, show_default=True)
+@sampling_options
+def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str | None, **options: Any) -> None:
+    """Talk to a checkpoint. Tool calls are shown; /clear begins anew, /quit or Ctrl-D ends."""
+    from chateval.chat import converse
+    from chateval.checkpoints import load_subject
+    from chateval.generate import Sampling
+    from chattrain.distributed import find_device
+
+    subject = load_subject(checkpoint, find_device(device), _dtype(dtype))
+    converse(subject, Sampling(**options), says)
+
+
+@cli.command(name="tasks")
+@click.option("--task-file", "task_files", type=PATH, multiple=True, help="Your own task, a Python file.")
+@click.option("--json", "as_json", is_flag=True)
+def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
+    """The tasks a checkpoint can be scored on."""
+    from chatdata.show import table
+    from chatdata.tasks import load_tasks
+
+    rows = []
+    for task in load_tasks(task_files).values():
+        for name, scored in task.scoring.sets.items() if task.scoring else ():
+            kind = "letters" if task.scoring.letters else "code" if task.scoring.program else "generated"
+            num_rows = scored.rows or task.splits.get(scored.subset, {}).get(scored.split, 0)
+            rows.append({"name": name, "kind": kind, "chance": scored.chance, "rows": num_rows, "summary": task.summary})
+    if as_json:
+        click.echo(json.dumps(rows))
+    else:
+        table("scored tasks", list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _print(renderable: Any) -> None:
+    from chatdata.show import console
+
+    console().print(renderable)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)

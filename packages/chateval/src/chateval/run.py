@@ -1,0 +1,164 @@
+"""A scoring run: questions in fixed batches, a line per answer as it comes, figures at the end.
+
+Batches are the same however often a run was interrupted: units (a question and a draw) sorted by length of prompt,
+longest first, rank r of R taking every R-th, B at a time. A batch whose lines are all there is skipped; one that was cut
+is answered again as a whole, so that its answers are those of an uninterrupted run, and only its missing lines are
+written. When all is done the lines are put in the tasks' order, so the file does not tell how it came about.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chatdata.publish import sync
+from chatdata.tasks import load_tasks
+from chateval.answers import Unit, answer_letters, answer_programs, answer_texts
+from chateval.checkpoints import Subject
+from chateval.errors import UsageError
+from chateval.generate import Sampling
+from chateval.progress import Progress
+from chateval.questions import ScoredTask, load_questions, scored_sets
+from chateval.results import (
+    Results,
+    append_item,
+    open_items,
+    read_items,
+    require_same_run,
+    write_results,
+    write_run,
+)
+from chateval.sandbox import Isolation, find_isolation
+from chattrain.distributed import Ranks
+
+RUN_HEAD = {"format": "chateval-run", "version": 1}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line of `chateval run`, but for the model."""
+
+    tasks: tuple[str, ...]
+    out: Path
+    data_dir: Path | None = None
+    words: str | None = None
+    task_files: tuple[Path, ...] = ()
+    limit: int | None = None
+    batch_size: int = 32
+    sampling: Sampling = Sampling()
+    draws: int = 1
+    allow_code: bool = False
+
+
+def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress) -> Results:
+    """Answer what is not answered yet, and compute the figures; on every rank.
+
+    Raises UsageError, MissingSource, ScoringError, ResultsError (a folder of another run), SandboxError.
+    """
+    tasks = load_tasks(settings.task_files)
+    isolation = _isolation(settings, [name for name, task in scored_sets(tasks).items() if task.scoring.program])  # type: ignore[union-attr]
+    scored = load_questions(
+        settings.tasks, tasks, subject.tokenizer, settings.data_dir, settings.words, settings.limit
+    )
+    _begin(settings, describe_run(subject, settings, scored), ranks)
+    done = {item.key for item in read_items(settings.out)}
+    ranks.wait()  # all have read before any writes
+    name = "items.jsonl" if ranks.is_first else f"items-{ranks.rank:05}.jsonl"
+    with open_items(settings.out / name) as file:
+        for task in scored:
+            batches = list(batches_of(task, settings, ranks))
+            progress.begin(task.name, sum(len(batch) for batch in batches))
+            for batch in batches:
+                missing = {unit.key for unit in batch if unit.key not in done}
+                for line in _answer(subject, task, batch, settings, isolation) if missing else ():
+                    if (line["task"], line["item"], line["draw"]) in missing:
+                        append_item(file, line)
+                progress.advance(len(batch))
+            progress.end()
+    ranks.wait()
+    if ranks.is_first:
+        _put_in_order(settings.out, scored, settings.draws)
+        results = write_results(settings.out)
+    ranks.wait()
+    return results if ranks.is_first else write_results(settings.out)
+
+
+def batches_of(task: ScoredTask, settings: Settings, ranks: Ranks) -> Iterator[list[Unit]]:
+    """This rank's batches of a task. Neighbours in length share a batch, so little of it is padding."""
+    draws = 1 if task.kind == "categorical" else settings.draws
+    units = [Unit(question, draw) for question in task.questions for draw in range(draws)]
+    units.sort(key=lambda unit: -len(unit.question.prompt))
+    mine = units[ranks.rank :: ranks.num_ranks]
+    return (mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size))
+
+
+def describe_run(subject: Subject, settings: Settings, scored: Sequence[ScoredTask]) -> dict[str, Any]:
+    """run.json: what decides the answers, beside the questions themselves."""
+    return {
+        **RUN_HEAD,
+        "weights_sha256": subject.weights_sha256,
+        "checkpoint": subject.label,
+        "step": subject.step,
+        "settings": {**asdict(settings.sampling), "dtype": str(subject.dtype).removeprefix("torch.")},
+        "tasks": {
+            task.name: {
+                "scoring": task.kind,
+                "chance": task.chance,
+                "items": len(task.questions),
+                "draws": 1 if task.kind == "categorical" else settings.draws,
+                "source": task.source,
+            }
+            for task in scored
+        },
+    }
+
+
+def _isolation(settings: Settings, code_tasks: Sequence[str]) -> Isolation | None:
+    """What programs of the model will run in; None if no task asks for it."""
+    asked = [name for name in settings.tasks if name in code_tasks]
+    if not asked:
+        return None
+    if not settings.allow_code:
+        raise UsageError(f"{asked[0]} runs code the model wrote: allow it with --allow-code, or leave {asked[0]} out")
+    return find_isolation()
+
+
+def _begin(settings: Settings, run: dict[str, Any], ranks: Ranks) -> None:
+    if ranks.is_first:
+        if (settings.out / "run.json").is_file():
+            require_same_run(settings.out, run)
+        else:
+            write_run(settings.out, run)
+    ranks.wait()
+
+
+def _answer(
+    subject: Subject, task: ScoredTask, batch: Sequence[Unit], settings: Settings, isolation: Isolation | None
+) -> Iterator[dict[str, Any]]:
+    if task.kind == "categorical":
+        return answer_letters(subject, task.scoring, batch)
+    if task.kind == "generative":
+        return answer_texts(subject, task.scoring, batch, settings.sampling)
+    assert isolation is not None
+    return answer_programs(subject, task.scoring, batch, settings.sampling, isolation)
+
+
+def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
+    """All lines in the tasks' order in items.jsonl, whole or not at all; then the other ranks' files go."""
+    order = [(task.name, question.item, draw) for task in scored for question in task.questions for draw in range(draws)]
+    place = {key: number for number, key in enumerate(order)}
+    lines = {}
+    for path in sorted(out.glob("items*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            item = json.loads(line)
+            lines[place[item["task"], item["item"], item["draw"]]] = line
+    partial = out / f".items.{os.getpid()}.partial"
+    partial.write_text("".join(lines[number] + "\n" for number in sorted(lines)), encoding="utf-8")
+    sync(partial)
+    partial.replace(out / "items.jsonl")
+    for path in out.glob("items-*.jsonl"):
+        path.unlink()

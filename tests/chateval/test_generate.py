@@ -1,0 +1,186 @@
+"""Generation: a batch gives what each prompt gives alone, tools included, and a broken cache is noticed."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+import chateval.generate
+from chateval.cache import KeyValueCache
+from chateval.generate import Completion, Prompt, Sampling, generate
+
+GREEDY = Sampling(max_new_tokens=40)
+NUM_PROMPTS = 200
+
+
+def answers(subject, prompts, sampling=GREEDY, batch_size=32) -> list[Completion]:
+    found = {}
+    for first in range(0, len(prompts), batch_size):
+        for number, completion in generate(subject, prompts[first : first + batch_size], sampling):
+            found[first + number] = completion
+    assert sorted(found) == list(range(len(prompts)))
+    return [found[number] for number in range(len(prompts))]
+
+
+def plain_answer(subject, prompt, num_tokens) -> list[int]:
+    """The reference: the whole text through the model again for every token, no cache, no tool."""
+    ids = list(prompt.tokens)
+    ends = [subject.tokenizer.special_ids[name] for name in ("<|assistant_end|>", "<|bos|>")]
+    while len(ids) - len(prompt.tokens) < num_tokens:
+        token = int(subject.logits(subject.hidden(torch.tensor([ids]))[0, -1]).argmax())
+        if token in ends:
+            break
+        ids.append(token)
+    return ids[len(prompt.tokens) :]
+
+
+def random_prompts(tokenizer, seed=0) -> list[Prompt]:
+    draw = random.Random(seed)
+    bos, start = (tokenizer.special_ids[name] for name in ("<|bos|>", "<|assistant_start|>"))
+    texts = [[draw.randrange(500) for _ in range(draw.randint(1, 90))] for _ in range(NUM_PROMPTS)]
+    return [Prompt([bos, *text, start], str(number)) for number, text in enumerate(texts)]
+
+
+def sums(tokenizer) -> list[Prompt]:
+    draw = random.Random(1)
+    pairs = [(draw.randint(0, 10 ** draw.randint(1, 6)), draw.randint(0, 99)) for _ in range(NUM_PROMPTS)]
+    bos, start = (tokenizer.special_ids[name] for name in ("<|bos|>", "<|assistant_start|>"))
+    return [Prompt([bos, *tokenizer.encode_ordinary(f"{a} {b}"), start], f"{a} {b}") for a, b in pairs]
+
+
+@pytest.fixture
+def eager_subject(random_subject, monkeypatch):
+    """Random weights that call the tool all the time, and a tool that answers whatever it is given."""
+    special = random_subject.tokenizer.special_ids
+    monkeypatch.setattr(chateval.generate, "calculate", lambda text: str(len(text) * 37))
+    weight = random_subject.model.lm_head.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[special["<|python_start|>"]] *= 2.5
+        weight[special["<|python_end|>"]] *= 2.5
+    yield random_subject
+    with torch.no_grad():
+        weight.copy_(before)
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(eager_subject) -> None:
+    """200 prompts with tool calls, random weights. Where ids differ, the two best logits must be within 1e-4."""
+    prompts = random_prompts(eager_subject.tokenizer)
+    together, alone = answers(eager_subject, prompts), answers(eager_subject, prompts, batch_size=1)
+    near_ties = []
+    for number, (a, b) in enumerate(zip(together, alone, strict=True)):
+        if a == b:
+            continue
+        place = next(i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y)
+        text = torch.tensor([[*prompts[number].tokens, *a.tokens[:place]]])
+        best = eager_subject.logits(eager_subject.hidden(text)[0, -1]).topk(2).values
+        assert best[0] - best[1] < 1e-4, f"prompt {number}, token {place}"
+        near_ties.append((number, place, float(best[0] - best[1])))
+    print("near ties:", near_ties)
+    assert len(near_ties) <= NUM_PROMPTS // 100
+    calls = [completion.tool_calls for completion in together]
+    forced = sum(sum(completion.forced) for completion in together)
+    assert sum(calls) > 100 and forced > 300, "the comparison says nothing about tools"
+    assert {"assistant_end", "max_tokens"} <= {completion.ending for completion in together}
+
+
+def test_the_cache_gives_what_the_whole_text_gives(random_subject) -> None:
+    prompts = random_prompts(random_subject.tokenizer, seed=3)[:12]
+    for prompt, completion in zip(prompts, answers(random_subject, prompts), strict=True):
+        if completion.tool_calls == 0:
+            assert list(completion.tokens) == plain_answer(random_subject, prompt, 40)
+
+
+def test_the_scripted_model_calls_the_tool(scripted_subject) -> None:
+    tokenizer = scripted_subject.tokenizer
+    prompts = sums(tokenizer)
+    together = answers(scripted_subject, prompts)
+    assert together == answers(scripted_subject, prompts, batch_size=1)
+    for prompt, completion in zip(prompts, together, strict=True):
+        a, b = map(int, prompt.key.split())
+        result = f"<|python_start|>{a}+{b}<|python_end|><|output_start|>{a + b}<|output_end|>#### {a + b}"
+        assert tokenizer.decode(completion.tokens) == result
+        assert (completion.ending, completion.tool_calls, completion.tool_failures) == ("assistant_end", 1, 0)
+        output = [t for t, f in zip(completion.tokens, completion.forced, strict=True) if f]
+        assert tokenizer.decode(output) == f"<|output_start|>{a + b}<|output_end|>"
+
+
+def keep_other_rows(self, rows) -> None:
+    KEEP(self, [*rows[1:], rows[0]])
+
+
+def see_one_slot_too_few(self, positions, longest) -> None:
+    ADVANCE(self, positions, longest)
+    self._mask = self._mask & (torch.arange(longest + 1) != (positions - 1)[:, None])[:, None, None, :]
+
+
+def write_one_slot_behind(self, positions, longest) -> None:
+    ADVANCE(self, positions, longest)
+    self._positions = (positions - 1).clamp(min=0)
+
+
+KEEP, ADVANCE = KeyValueCache.keep, KeyValueCache.advance
+
+
+@pytest.mark.parametrize(
+    ("method", "sabotage"),
+    [("keep", keep_other_rows), ("advance", see_one_slot_too_few), ("advance", write_one_slot_behind)],
+)
+def test_a_sabotaged_cache_is_noticed(scripted_subject, eager_subject, monkeypatch, method, sabotage) -> None:
+    for subject, prompts in (
+        (scripted_subject, sums(scripted_subject.tokenizer)[:40]),
+        (eager_subject, random_prompts(eager_subject.tokenizer)[:40]),
+    ):
+        right = answers(subject, prompts)
+        with monkeypatch.context() as patch:
+            patch.setattr(KeyValueCache, method, sabotage)
+            assert answers(subject, prompts) != right
+
+
+def test_a_failed_call_leaves_the_model_to_go_on(scripted_subject) -> None:
+    """"one 2" is no sum: nothing is forced, and the script asks on until it is cut."""
+    tokenizer = scripted_subject.tokenizer
+    bos, start = (tokenizer.special_ids[name] for name in ("<|bos|>", "<|assistant_start|>"))
+    prompt = Prompt([bos, *tokenizer.encode_ordinary("one 2"), start])
+    ((_, completion),) = generate(scripted_subject, [prompt], Sampling(max_new_tokens=12))
+    assert tokenizer.decode(completion.tokens).startswith("<|python_start|>one+2<|python_end|>???")
+    assert (completion.tool_calls, completion.tool_failures, sum(completion.forced)) == (1, 1, 0)
+    assert completion.ending == "max_tokens" and len(completion.tokens) == 12
+
+
+def test_draws_are_those_of_the_prompt_not_of_the_batch(random_subject) -> None:
+    prompts = random_prompts(random_subject.tokenizer)[:24]
+    sampling = Sampling(temperature=1.0, top_k=50, max_new_tokens=16)
+    together = answers(random_subject, prompts, sampling)
+    assert together == answers(random_subject, prompts[::-1], sampling, batch_size=5)[::-1]
+    other_draw = [Prompt(prompt.tokens, prompt.key + "/1") for prompt in prompts]
+    assert sum(a == b for a, b in zip(together, answers(random_subject, other_draw, sampling), strict=True)) < 3
+    assert together != answers(random_subject, prompts, Sampling(1.0, 50, 16, seed=7))
+
+
+def test_draws_follow_the_probabilities(scripted_subject) -> None:
+    """20,000 draws from softmax([0, log 2, log 3, log 4]): 10, 20, 30, 40 %; with top_k = 2: 0, 0, 3/7, 4/7."""
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log().expand(20_000, 4)
+    rows = [chateval.generate._Row(Prompt([0]), random.Random(number)) for number in range(20_000)]
+    for top_k, shares in ((None, [0.1, 0.2, 0.3, 0.4]), (2, [0, 0, 3 / 7, 4 / 7])):
+        counts = Counter(chateval.generate._choose(logits, rows, Sampling(1.0, top_k)))
+        assert [counts[i] / 20_000 for i in range(4)] == pytest.approx(shares, abs=0.015)
+    cold = Counter(chateval.generate._choose(logits, rows, Sampling(temperature=0.02)))
+    assert cold[3] > 19_900
+
+
+def test_equal_logits_give_the_lowest_id() -> None:
+    assert chateval.generate._choose(torch.tensor([[1.0, 5.0, 5.0], [2.0, 2.0, 2.0]]), [None, None], GREEDY) == [1, 0]
+
+
+def test_answers_end_where_the_positions_do(make_subject) -> None:
+    subject = make_subject(num_positions=32)
+    bos = subject.tokenizer.special_ids["<|bos|>"]
+    prompts = [Prompt([bos] * length) for length in (30, 31, 32, 40)]
+    found = answers(subject, prompts)
+    assert [completion.ending for completion in found] == ["context"] * 4 or "bos" in {c.ending for c in found}
+    assert [len(completion.tokens) for completion in found][2:] == [0, 0]
+    assert all(len(p.tokens) + len(c.tokens) <= 32 for p, c in list(zip(prompts, found, strict=True))[:2])
