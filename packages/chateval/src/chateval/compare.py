@@ -33,7 +33,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Turned:
-    """An item whose score differs, by its first draw that was right in one and wrong in the other."""
+    """An item whose score differs, shown by its first draw that differs the same way."""
 
     item: str
     draw: int
@@ -157,13 +157,15 @@ def _compare_task(
         turned_wrong=len(wrong),
         only_in_a=len(a) - len(shared),
         only_in_b=len(b) - len(shared),
-        examples_right=tuple(_turned(a[item], b[item]) for item in right[:examples]),
-        examples_wrong=tuple(_turned(a[item], b[item]) for item in wrong[:examples]),
+        examples_right=tuple(_turned(a[item], b[item], to=True) for item in right[:examples]),
+        examples_wrong=tuple(_turned(a[item], b[item], to=False) for item in wrong[:examples]),
     )
 
 
-def _turned(a: Sequence[Item], b: Sequence[Item]) -> Turned:
-    first, second = next(pair for pair in zip(a, b, strict=True) if pair[0].correct != pair[1].correct)
+def _turned(a: Sequence[Item], b: Sequence[Item], to: bool) -> Turned:
+    """The first draw that turned the way its item did: with more of b's draws right, some draw is right in b alone."""
+    pairs = zip(a, b, strict=True)
+    first, second = next((x, y) for x, y in pairs if x.correct is not to and y.correct is to)
     extracted, outputs = (first.extracted, second.extracted), (_excerpt(first.output), _excerpt(second.output))
     return Turned(first.item, first.draw, first.gold, *extracted, *outputs)
 
@@ -207,7 +209,7 @@ def _example_table(examples: Sequence[Turned]) -> str:
     cells = (
         (e.item, e.gold, e.extracted_a or "none", e.extracted_b or "none", e.output_a, e.output_b) for e in examples
     )
-    return markdown_table(columns, ([escape_markdown(cell) for cell in row] for row in cells))
+    return markdown_table(columns, ([escape_markdown(cell) for cell in row] for row in cells), ruler="---")
 
 
 def _sides(comparison: Comparison) -> tuple[tuple[str, Side], tuple[str, Side]]:

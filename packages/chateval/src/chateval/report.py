@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 REPORT_NAME, PICTURE_NAME = "report.md", "scores.png"
 NO_PICTURE = "No picture: matplotlib is not installed (`pip install 'chateval[plot]'`)."
 # Okabe and Ito's colours, told apart by colour-blind readers; chance has a line of its own form as well
-BAR_COLOUR, INCOMPLETE_COLOUR, CHANCE_COLOUR = "#56B4E9", "#DDDDDD", "#D55E00"
+BAR_COLOUR, CHANCE_COLOUR = "#56B4E9", "#D55E00"
+INCOMPLETE = {"facecolor": "#EEEEEE", "edgecolor": "#AAAAAA", "hatch": "///"}  # pale: whiskers must stand out
 
 
 def write_report(out: Path) -> Results:
@@ -42,7 +43,7 @@ def score_interval(score: Score) -> str:
 
 
 def chat_core_line(chat_core: float | None, missing: Sequence[str]) -> str:
-    return f"ChatCORE {chat_core:.4f}" if chat_core is not None else f"no ChatCORE: without {', '.join(missing)}"
+    return f"ChatCORE {chat_core:.4f}" if chat_core is not None else f"No ChatCORE: without {', '.join(missing)}"
 
 
 def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -50,7 +51,7 @@ def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for number, column in enumerate(columns):
         first = number == 0
         table.add_column(column, justify="left" if first else "right", no_wrap=not first, overflow="fold")
@@ -102,16 +103,18 @@ def printable(text: str, keep: str = "") -> str:
 def escape_markdown(text: str) -> str:
     """Make any text one line of inert Markdown: no table cell ends, no markup, HTML, link or mention begins.
 
-    Every character with a meaning in CommonMark 0.31 or GitHub's additions gets a backslash; a newline is shown as ⏎.
+    Every character with a meaning in CommonMark 0.31 or GitHub's additions gets a backslash, but an underscore inside
+    a word has none there (arc_easy stays as it is); a newline is shown as ⏎.
     """
     one_line = printable(re.sub(r"\r\n|\r|\n", "⏎", text))
-    return re.sub(r"([\\`*_\[\]<>|~&$#:@!{}])", r"\\\1", one_line).replace("www.", r"www\.")
+    escaped = re.sub(r"([\\`*\[\]<>|~&$#@!{}]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", one_line)
+    return escaped.replace("://", r"\://").replace("www.", r"www\.")
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, first column left, the others right. Cells are taken as they are: escape them first."""
-    ruler = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ruler, *rows))
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], ruler: str = "---:") -> str:
+    """A Markdown table, first column left, the others by `ruler`. Cells are taken as they are: escape them first."""
+    ruler_row = ["---", *[ruler] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ruler_row, *rows))
 
 
 def markdown_report(run: Mapping[str, Any], results: Results, picture: bool = False) -> str:
@@ -196,12 +199,14 @@ def draw_scores(results: Results, path: Path) -> Path | None:
     for place, task in enumerate(tasks.values()):
         accuracy, (low, high) = task.score.accuracy, task.score.interval
         assert accuracy is not None
-        fill = {"color": BAR_COLOUR} if task.complete else {"facecolor": INCOMPLETE_COLOUR, "hatch": "///"}
+        fill = {"color": BAR_COLOUR} if task.complete else INCOMPLETE
         axes.barh(place, 100 * accuracy, height=0.6, **fill)
         whiskers = [[100 * (accuracy - low)], [100 * (high - accuracy)]]
         axes.errorbar(100 * accuracy, place, xerr=whiskers, color="black", capsize=4, linewidth=1.2)
         if task.chance:
-            axes.plot([100 * task.chance] * 2, [place - 0.4, place + 0.4], color=CHANCE_COLOUR, linestyle="--")
+            axes.plot(
+                [100 * task.chance] * 2, [place - 0.4, place + 0.4], color=CHANCE_COLOUR, linestyle="--", linewidth=2
+            )
         axes.text(102, place, f"{percent(accuracy)}  ({score_interval(task.score)})", va="center", fontsize=9)
     labels = [
         printable(name) + ("" if task.complete else f"\n{task.score.items} of {task.expected}")
@@ -209,7 +214,7 @@ def draw_scores(results: Results, path: Path) -> Path | None:
     ]
     axes.set_yticks(range(len(tasks)), labels, parse_math=False)
     axes.set(xlim=(0, 100), ylim=(len(tasks) - 0.4, -0.6), xlabel="right answers, % (95 % interval; dashed: chance)")
-    axes.set_title(printable(results.checkpoint), loc="left", parse_math=False)
+    axes.set_title(printable(results.checkpoint)[-90:], loc="left", fontsize=10, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#E5E5E5")
     axes.set_axisbelow(True)
