@@ -122,7 +122,7 @@ def test_kill_9_loses_no_item_that_was_appended(tmp_path: Path) -> None:
         "    for i in range(10**9):\n"
         "        append_item(file, {**record, 'item': f'test {i}'}); print(i, flush=True)\n"
     )
-    arguments = [sys.executable, "-c", program, tmp_path / "items.jsonl", json.dumps(item(output="x" * 20_000))]
+    arguments = [sys.executable, "-c", program, tmp_path / "items.jsonl", json.dumps(item(output="x" * 300))]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for _ in range(20):
