@@ -1,0 +1,92 @@
+"""Intervals, paired tests and ChatCORE: from counts of right answers to what may be said about them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+
+import numpy as np
+
+# The six tasks of ChatCORE and what guessing scores on each (karpathy/nanochat@790f3be:scripts/chat_eval.py)
+CHAT_CORE_CHANCE = {
+    "arc_easy": 0.25,
+    "arc_challenge": 0.25,
+    "mmlu": 0.25,
+    "gsm8k": 0.0,
+    "humaneval": 0.0,
+    "spelling_bee": 0.0,
+}
+CHUNK_COUNTS = 1 << 20  # resampled counts held at once by paired_bootstrap: 8 MiB of int64
+
+
+def wilson_interval(correct: float, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The score interval for a share of `total` items: the rates that `correct` of them do not contradict.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927) 209–212. Unlike the
+    textbook p ± 1.96 · sqrt(p(1 − p)/n) it says something at 0 of n and n of n, and stays within 0..1.
+    correct: may be a fraction, a sum of per-item means over several draws.
+    Returns (low, high), both in 0..1, with low <= correct / total <= high; (0.0, 1.0) for no items.
+    """
+    assert 0 <= correct <= total and 0 < confidence < 1
+    if total == 0:
+        return 0.0, 1.0
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    rate = correct / total
+    centre = (rate + z2 / (2 * total)) / (1 + z2 / total)
+    half = math.sqrt(z2 * (rate * (1 - rate) / total + z2 / (4 * total * total))) / (1 + z2 / total)
+    # At 0 of n and n of n an end is 0 or 1 exactly, but rounding may put it 1e-17 on the wrong side of the rate.
+    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Two-sided p that two scorers of the same items are equally good, from the items where they disagree.
+
+    McNemar, "Note on the sampling error of the difference between correlated proportions or percentages",
+    Psychometrika 12 (1947) 153–157, in its exact form: given only_a + only_b disagreements, only_a is binomial with
+    probability 1/2 under equality; p is twice its smaller tail, at most 1.
+    Summed in whole numbers, so exact to the last bit of the float: 12,000 disagreements take 20 ms.
+    only_a, only_b: items that only a, or only b, got right.
+    """
+    assert only_a >= 0 and only_b >= 0
+    disagreements, fewer = only_a + only_b, min(only_a, only_b)
+    ways = tail = 1  # of choosing 0 of the disagreements
+    for chosen in range(1, fewer + 1):
+        ways = ways * (disagreements - chosen + 1) // chosen
+        tail += ways
+    return min(1.0, 2 * tail / 2**disagreements)
+
+
+def paired_bootstrap(
+    a: np.ndarray, b: np.ndarray, draws: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of mean(b − a) over items drawn anew with replacement, item by item in pairs.
+
+    Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979) 1–26.
+    How often each *distinct* difference is drawn is multinomial, so one such count a draw stands for all items with
+    that difference: with right-or-wrong items 3 counts, not 14,042 (MMLU). Memory is bounded whatever the items.
+    With no disagreement at all the interval is [0, 0]: it knows only the items it saw.
+    a, b: numbers [items], the scores of the same items in the same order, at least one.
+    Returns (low, high) in the unit of the scores.
+    """
+    assert a.shape == b.shape and a.ndim == 1 and len(a) > 0
+    values, counts = np.unique(np.asarray(b, np.float64) - np.asarray(a, np.float64), return_counts=True)
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    step = max(1, CHUNK_COUNTS // len(values))
+    for start in range(0, draws, step):
+        size = min(step, draws - start)
+        means[start : start + size] = rng.multinomial(len(a), counts / len(a), size) @ values / len(a)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def chat_core(accuracy: Mapping[str, float]) -> float | None:
+    """Mean of (accuracy − chance) / (1 − chance) over the six tasks of ChatCORE; None unless all six are there.
+
+    0 is guessing, 1 is everything right. Other tasks in `accuracy` play no part.
+    """
+    if not accuracy.keys() >= CHAT_CORE_CHANCE.keys():
+        return None
+    centred = [(accuracy[task] - chance) / (1 - chance) for task, chance in CHAT_CORE_CHANCE.items()]
+    return math.fsum(centred) / len(centred)
