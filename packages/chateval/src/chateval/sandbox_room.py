@@ -105,7 +105,6 @@ def build_room(settings: dict) -> None:
         "tmpfs", "/room/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={settings['folder_bytes']},nr_inodes=4096,{owner}"
     )
     restrict("/room", READ_ONLY | NO_SUID | NO_DEV, 0)
-    check(libc.umount2(b"/host", MNT_DETACH), "umount of the host's root")
     os.chdir("/room")
     pivot_root(".", ".")
     check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
