@@ -100,10 +100,8 @@ def build_room(settings: dict) -> None:
             mount("tmpfs", f"/room{path}", "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=555")
     Path("/room/tmp").mkdir()
     # nr_inodes: empty files take no bytes of the size, but memory of the kernel's
-    owner = f"uid={settings['uid']},gid={settings['uid']},mode=700"
-    mount(
-        "tmpfs", "/room/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={settings['folder_bytes']},nr_inodes=4096,{owner}"
-    )
+    options = "size={folder_bytes},nr_inodes=4096,uid={uid},gid={uid},mode=700".format_map(settings)
+    mount("tmpfs", "/room/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
     restrict("/room", READ_ONLY | NO_SUID | NO_DEV, 0)
     os.chdir("/room")
     pivot_root(".", ".")
