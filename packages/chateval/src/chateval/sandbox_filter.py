@@ -1,0 +1,90 @@
+"""The system calls the sandbox denies: a seccomp filter as bytes, installed before model-written code starts.
+
+Namespaces, a lost user id and rlimits leave a few ways around them. Each rule closes one:
+
+    unshare, clone and clone3 with a new namespace   a user namespace of its own would give the code capabilities in it,
+                                                     and with them tmpfs mounts that no limit counts
+    memfd_create, memfd_secret, shmget, msgget,      memory that outlives its mapping, so RLIMIT_AS does not hold it
+    semget
+    socket, but for unix, IPv4 and IPv6              a network namespace does not hide vsock: a virtual machine's guest
+                                                     could still speak to its host
+    io_uring_setup                                   opens sockets without the call `socket`
+    keyctl, add_key, request_key                     keyrings have no namespace: the code would hold the caller's
+    bpf, perf_event_open, userfaultfd                much kernel, no use here
+
+clone3 answers "not implemented", since its flags lie behind a pointer where no filter can look; glibc then uses clone.
+Numbers: <asm/unistd_64.h> and <asm-generic/unistd.h>; program format: <linux/filter.h>, <linux/seccomp.h>.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+COLUMN = {"x86_64": 0, "aarch64": 1}
+NUMBERS = {  # number on x86_64, on aarch64
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "socket": (41, 198),
+    "unshare": (272, 97),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "io_uring_setup": (425, 425),
+    "keyctl": (250, 219),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+}
+SPECIAL = ("clone", "clone3", "socket")  # denied by what they ask for; all others always
+NEW_NAMESPACE = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
+X32 = 0x40000000  # set in the numbers of x86_64's 32-bit-pointer calls, which would pass every rule below
+
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+NUMBER, ARCHITECTURE, ARGUMENT_0 = 0, 4, 16  # offsets in struct seccomp_data; the argument's low half
+ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+
+
+def build_filter(machine: str) -> bytes:
+    """The filter as struct sock_filter[], 8 bytes an instruction. machine: a key of AUDIT_ARCH, as os.uname has it."""
+    number = {name: numbers[COLUMN[machine]] for name, numbers in NUMBERS.items()}
+    deny = _instruction(RETURN, ERRNO | errno.EPERM)
+    allow = _instruction(RETURN, ALLOW)
+    program = [
+        _instruction(LOAD, ARCHITECTURE),
+        _instruction(EQUAL, AUDIT_ARCH[machine], 1, 0),
+        _instruction(RETURN, KILL),
+        _instruction(LOAD, NUMBER),
+        _instruction(AT_LEAST, X32, 0, 1),
+        deny,
+        _instruction(EQUAL, number["clone3"], 0, 1),
+        _instruction(RETURN, ERRNO | errno.ENOSYS),
+    ]
+    for name in NUMBERS:
+        if name not in SPECIAL:
+            program += [_instruction(EQUAL, number[name], 0, 1), deny]
+    program += [
+        _instruction(EQUAL, number["clone"], 0, 4),
+        _instruction(LOAD, ARGUMENT_0),
+        _instruction(ANY_BIT, NEW_NAMESPACE, 0, 1),
+        deny,
+        allow,
+        _instruction(EQUAL, number["socket"], 0, 5),
+        _instruction(LOAD, ARGUMENT_0),
+        _instruction(EQUAL, socket.AF_UNIX, 3, 0),
+        _instruction(EQUAL, socket.AF_INET, 2, 0),
+        _instruction(EQUAL, socket.AF_INET6, 1, 0),
+        deny,
+        allow,
+    ]
+    return b"".join(program)
+
+
+def _instruction(code: int, value: int, skip_if: int = 0, skip_else: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, skip_if, skip_else, value)

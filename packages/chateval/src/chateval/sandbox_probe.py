@@ -1,0 +1,109 @@
+"""What an isolation must prove before it is used: a program of assertions, run inside it as model-written code is.
+
+It looks at what works, not at what things are called: it allocates, forks, connects, opens and kills. The first thing
+that is weaker than promised ends it, and its message becomes the reason of the refusal.
+"""
+
+from __future__ import annotations
+
+PROBE = """
+import ctypes, errno, fcntl, os, resource, signal, socket, struct, sys, time
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+# who
+assert 0 not in os.getresuid() + os.getresgid(), "it runs as root"
+header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.capget(header, capabilities) == 0 and not any(capabilities), "it has capabilities"
+assert libc.prctl(39, 0, 0, 0, 0) == 1, "no_new_privs is not set"
+assert libc.prctl(21, 0, 0, 0, 0) == 2, "no system call filter is in force"
+assert not os.environ, f"its environment has {list(os.environ)}"
+
+# system calls that would lead around the rest
+for name, arguments in [("unshare", (0x10000000,)), ("shmget", (0, 4096, 0o1600)), ("msgget", (0, 0o1600))]:
+    denied = getattr(libc, name)(*arguments) == -1 and ctypes.get_errno() == errno.EPERM
+    assert denied, f"the call {name} is not denied"
+try:
+    os.memfd_create("probe")
+    raise AssertionError("the call memfd_create is not denied")
+except PermissionError:
+    pass
+
+# files
+ROOT = {"/": "dev etc lib lib64 python tmp usr", "/etc": "ld.so.cache", "/usr": "lib lib64"}
+for folder, expected in {**ROOT, "/dev": "null urandom", "/tmp": "", "/python": "bin lib lib64"}.items():
+    beyond = set(os.listdir(folder)) - set(expected.split())
+    assert not beyond, f"{folder} shows {sorted(beyond)[:5]}"
+for path in ["/root", "/home", "/proc", "/sys", "/etc/shadow", HOST_FOLDER]:
+    assert not os.path.exists(path), f"{path} of the host is visible"
+for folder in ["/", "/usr/lib", "/python/lib", "/dev"]:
+    try:
+        open(os.path.join(folder, "probe"), "w")
+        raise AssertionError(f"{folder} can be written to")
+    except OSError as error:
+        assert error.errno in (errno.EROFS, errno.EACCES), error
+
+# processes
+assert os.getpid() < 10 and os.getppid() == 1, "it has no process namespace of its own"
+try:
+    os.kill(-1, 0)  # all that can be seen but itself and process 1
+    raise AssertionError("it sees processes of others")
+except ProcessLookupError:
+    pass
+
+# network
+assert os.uname().nodename == "sandbox", "it shares the host's name"
+for family in range(3, 46):
+    if family != socket.AF_INET6:
+        try:
+            socket.socket(family, socket.SOCK_DGRAM)
+            raise AssertionError(f"sockets of family {family} can be opened")
+        except OSError:
+            pass
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
+    for index in range(1, 33):
+        try:
+            name = socket.if_indextoname(index)
+        except OSError:
+            continue
+        flags = struct.unpack("16xH", fcntl.ioctl(plain, 0x8913, struct.pack("16sH14x", name.encode(), 0))[:18])[0]
+        assert name == "lo" or not flags & 1, f"the network interface {name} is up"
+for family, address in [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "2001:db8::1")]:
+    try:
+        socket.socket(family, socket.SOCK_STREAM).connect((address, 80))
+        raise AssertionError("a network can be reached")
+    except OSError as error:
+        unreachable = errno.ENETUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL
+        assert error.errno in unreachable, f"connecting to {address} ended with {error}"
+
+# limits
+for name, limit in RLIMITS.items():
+    assert resource.getrlimit(getattr(resource, name)) == tuple(limit), f"the limit {name} is not in force"
+try:
+    bytearray(RLIMITS["RLIMIT_AS"][0])
+    raise AssertionError("more memory than the limit can be had")
+except MemoryError:
+    pass
+try:
+    with open("/tmp/large", "wb") as file:
+        file.truncate(RLIMITS["RLIMIT_FSIZE"][0] + 1)
+    raise AssertionError("a file larger than the limit can be written")
+except OSError as error:
+    assert error.errno == errno.EFBIG, error
+folder = os.statvfs("/tmp")
+assert folder.f_blocks * folder.f_frsize <= FOLDER_BYTES, "the private folder is larger than its limit"
+children = []
+try:
+    while len(children) <= RLIMITS["RLIMIT_NPROC"][0]:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        children.append(child)
+    raise AssertionError("more processes than the limit can be started")
+except BlockingIOError:
+    pass
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
