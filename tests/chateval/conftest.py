@@ -107,4 +107,3 @@ class ScriptedSubject:
 @pytest.fixture(scope="session")
 def scripted_subject(tokenizer: Tokenizer) -> ScriptedSubject:
     return ScriptedSubject(tokenizer)
-

@@ -141,7 +141,7 @@ def test_a_sabotaged_cache_is_noticed(scripted_subject, eager_subject, monkeypat
 
 
 def test_a_failed_call_leaves_the_model_to_go_on(scripted_subject) -> None:
-    """"one 2" is no sum: nothing is forced, and the script asks on until it is cut."""
+    """ "one 2" is no sum: nothing is forced, and the script asks on until it is cut."""
     tokenizer = scripted_subject.tokenizer
     bos, start = (tokenizer.special_ids[name] for name in ("<|bos|>", "<|assistant_start|>"))
     prompt = Prompt([bos, *tokenizer.encode_ordinary("one 2"), start])

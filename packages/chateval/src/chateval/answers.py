@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatdata.tasks import Scoring
 from chateval.categorical import choose_letters
@@ -16,7 +16,9 @@ from chateval.checkpoints import Subject
 from chateval.generate import Completion, Prompt, Sampling, generate
 from chateval.gold import gold_losses
 from chateval.questions import Question
-from chateval.sandbox import Isolation, run_code
+
+if TYPE_CHECKING:
+    from chateval.sandbox import Isolation
 
 CODE_THREADS = 4  # programs mostly wait for an interpreter to start
 
@@ -85,6 +87,8 @@ def answer_programs(
     subject: Subject, scoring: Scoring, units: Sequence[Unit], sampling: Sampling, isolation: Isolation
 ) -> Iterator[dict[str, Any]]:
     """Generated programs, run in isolation."""
+    from chateval.sandbox import run_code
+
     assert scoring.program is not None
     program: Callable[[Any, str], str] = scoring.program
     gold = gold_losses(subject, [unit.question.document for unit in units])
@@ -98,7 +102,9 @@ def answer_programs(
             "extracted": text,
             "gold": "its tests pass",
             "correct": outcome.passed,
-            "ending": outcome.ending if completion.ending == "assistant_end" else f"{completion.ending}, {outcome.ending}",
+            "ending": outcome.ending
+            if completion.ending == "assistant_end"
+            else f"{completion.ending}, {outcome.ending}",
             "detail": outcome.detail,
         }
 
@@ -111,7 +117,10 @@ def answer_programs(
 def answer_text(subject: Subject, completion: Completion) -> str:
     """What the model says, without tool calls and their results."""
     special = subject.tokenizer.special_ids
-    opens = {special["<|python_start|>"]: special["<|python_end|>"], special["<|output_start|>"]: special["<|output_end|>"]}
+    opens = {
+        special["<|python_start|>"]: special["<|python_end|>"],
+        special["<|output_start|>"]: special["<|output_end|>"],
+    }
     kept, until = [], None
     for token in completion.tokens:
         if until is not None:

@@ -38,9 +38,7 @@ def letter_ids(subject: Subject, letters: Sequence[str]) -> list[int]:
     return [tokens[0] for tokens in ids]
 
 
-def choose_letters(
-    subject: Subject, questions: Sequence[Question], letters: Sequence[Sequence[str]]
-) -> list[Choice]:
+def choose_letters(subject: Subject, questions: Sequence[Question], letters: Sequence[Sequence[str]]) -> list[Choice]:
     """Answer one batch. letters: those of each question."""
     lengths = torch.tensor([len(question.prompt) for question in questions])
     tokens = torch.zeros(len(questions), int(lengths.max()), dtype=torch.int64)

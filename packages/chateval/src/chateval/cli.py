@@ -64,7 +64,7 @@ def run(**options: Any) -> None:
     from chateval.checkpoints import load_subject
     from chateval.generate import Sampling
     from chateval.progress import Progress
-    from chateval.report import write_report
+    from chateval.report import show_results, write_report
     from chateval.run import Settings, score
     from chattrain.distributed import join_ranks
 
@@ -80,25 +80,37 @@ def run(**options: Any) -> None:
             **{key: options[key] for key in ("data_dir", "words", "task_files", "limit", "batch_size", "draws")},
             allow_code=options["allow_code"],
         )
-        results = score(subject, settings, ranks, Progress(ranks.is_first))
+        score(subject, settings, ranks, Progress(ranks.is_first))
         if not ranks.is_first:
             return
-    report = write_report(settings.out)
+    results = write_report(settings.out)
     if options["as_json"]:
         click.echo(json.dumps(results.to_json()))
         return
-    _print(report.table)
-    click.echo(f"{settings.out}: items.jsonl, results.json, {', '.join(report.files)}")
+    _print(show_results(results))
+    click.echo(f"{settings.out}: report.md")
 
 
-@cli.command(epilog=examples("chateval compare scores/mid scores/sft", "chateval compare scores/mid scores/sft --json"))
+@cli.command(
+    name="compare",
+    epilog=examples("chateval compare scores/mid scores/sft", "chateval compare scores/mid scores/sft --json"),
+)
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
 @click.option("--examples", "num_examples", type=click.IntRange(min=0), default=2, show_default=True)
 @click.option("--markdown", type=PATH, help="Also write it to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-def compare(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json: bool) -> None:
+def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json: bool) -> None:
     """What B answers better or worse than A, on the questions both were asked."""
+    from chateval.compare import compare, markdown_comparison, show_comparison
+
+    comparison = compare(a, b, num_examples)
+    if markdown is not None:
+        markdown.write_text(markdown_comparison(comparison), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(comparison.to_json()))
+    else:
+        _print(show_comparison(comparison))
 
 
 @cli.command(epilog=examples("chateval chat --checkpoint runs/sft", "chateval chat --checkpoint runs/sft --say 'Hi!'"))
@@ -130,7 +142,9 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
         for name, scored in task.scoring.sets.items() if task.scoring else ():
             kind = "letters" if task.scoring.letters else "code" if task.scoring.program else "generated"
             num_rows = scored.rows or task.splits.get(scored.subset, {}).get(scored.split, 0)
-            rows.append({"name": name, "kind": kind, "chance": scored.chance, "rows": num_rows, "summary": task.summary})
+            rows.append(
+                {"name": name, "kind": kind, "chance": scored.chance, "rows": num_rows, "summary": task.summary}
+            )
     if as_json:
         click.echo(json.dumps(rows))
     else:

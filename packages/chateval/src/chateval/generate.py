@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 # assistant_end and bos end an answer; the others say why one was cut
 Ending = Literal["assistant_end", "bos", "max_tokens", "context"]
 
-DROP_SHARE = 0.25  # of the rows ended before the cache is copied without them: copying at each end costs more than it saves
+DROP_SHARE = (
+    0.25  # of the rows ended before the cache is copied without them: copying at each end costs more than it saves
+)
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,7 @@ def generate(
         logits = _read_tokens(subject, rows, cache)
 
 
-def _read_prompts(
-    subject: Subject, prompts: list[Sequence[int]], sampling: Sampling
-) -> tuple[KeyValueCache, Tensor]:
+def _read_prompts(subject: Subject, prompts: list[Sequence[int]], sampling: Sampling) -> tuple[KeyValueCache, Tensor]:
     """A cache that holds the prompts, and the logits [B, V] behind each."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())

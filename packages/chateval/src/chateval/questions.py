@@ -108,9 +108,7 @@ def _entry(name: str, task: Task) -> Entry:
     return Entry(task.name, scored.split, scored.subset, rows=scored.rows, options=options, file_options=files)
 
 
-def _read(
-    name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokenizer, limit: int | None
-) -> ScoredTask:
+def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokenizer, limit: int | None) -> ScoredTask:
     assert task.scoring is not None
     scoring = task.scoring
     num_rows = entry.rows if source.make_row else source.num_rows

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatdata.publish import sync
 from chatdata.tasks import load_tasks
@@ -21,19 +21,14 @@ from chateval.answers import Unit, answer_letters, answer_programs, answer_texts
 from chateval.checkpoints import Subject
 from chateval.errors import UsageError
 from chateval.generate import Sampling
+from chateval.items import append_item, open_items, read_items
 from chateval.progress import Progress
 from chateval.questions import ScoredTask, load_questions, scored_sets
-from chateval.results import (
-    Results,
-    append_item,
-    open_items,
-    read_items,
-    require_same_run,
-    write_results,
-    write_run,
-)
-from chateval.sandbox import Isolation, find_isolation
+from chateval.results import require_same_run, write_run
 from chattrain.distributed import Ranks
+
+if TYPE_CHECKING:
+    from chateval.sandbox import Isolation
 
 RUN_HEAD = {"format": "chateval-run", "version": 1}
 
@@ -54,16 +49,14 @@ class Settings:
     allow_code: bool = False
 
 
-def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress) -> Results:
-    """Answer what is not answered yet, and compute the figures; on every rank.
+def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress) -> None:
+    """Answer what is not answered yet: afterwards items.jsonl holds every item.
 
     Raises UsageError, MissingSource, ScoringError, ResultsError (a folder of another run), SandboxError.
     """
     tasks = load_tasks(settings.task_files)
     isolation = _isolation(settings, [name for name, task in scored_sets(tasks).items() if task.scoring.program])  # type: ignore[union-attr]
-    scored = load_questions(
-        settings.tasks, tasks, subject.tokenizer, settings.data_dir, settings.words, settings.limit
-    )
+    scored = load_questions(settings.tasks, tasks, subject.tokenizer, settings.data_dir, settings.words, settings.limit)
     _begin(settings, describe_run(subject, settings, scored), ranks)
     done = {item.key for item in read_items(settings.out)}
     ranks.wait()  # all have read before any writes
@@ -82,9 +75,6 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
     ranks.wait()
     if ranks.is_first:
         _put_in_order(settings.out, scored, settings.draws)
-        results = write_results(settings.out)
-    ranks.wait()
-    return results if ranks.is_first else write_results(settings.out)
 
 
 def batches_of(task: ScoredTask, settings: Settings, ranks: Ranks) -> Iterator[list[Unit]]:
@@ -124,6 +114,8 @@ def _isolation(settings: Settings, code_tasks: Sequence[str]) -> Isolation | Non
         return None
     if not settings.allow_code:
         raise UsageError(f"{asked[0]} runs code the model wrote: allow it with --allow-code, or leave {asked[0]} out")
+    from chateval.sandbox import find_isolation
+
     return find_isolation()
 
 
@@ -149,7 +141,9 @@ def _answer(
 
 def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
     """All lines in the tasks' order in items.jsonl, whole or not at all; then the other ranks' files go."""
-    order = [(task.name, question.item, draw) for task in scored for question in task.questions for draw in range(draws)]
+    order = [
+        (task.name, question.item, draw) for task in scored for question in task.questions for draw in range(draws)
+    ]
     place = {key: number for number, key in enumerate(order)}
     lines = {}
     for path in sorted(out.glob("items*.jsonl")):
