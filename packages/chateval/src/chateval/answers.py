@@ -20,6 +20,7 @@ from chateval.questions import Question
 if TYPE_CHECKING:
     from chateval.sandbox import Isolation
 
+WHOLE = ("assistant_end", "bos")  # endings of an answer that was not cut
 CODE_THREADS = 4  # programs mostly wait for an interpreter to start
 
 
@@ -102,9 +103,7 @@ def answer_programs(
             "extracted": text,
             "gold": "its tests pass",
             "correct": outcome.passed,
-            "ending": outcome.ending
-            if completion.ending == "assistant_end"
-            else f"{completion.ending}, {outcome.ending}",
+            "ending": outcome.ending if completion.ending in WHOLE else f"{completion.ending}, {outcome.ending}",
             "detail": outcome.detail,
         }
 
@@ -117,17 +116,14 @@ def answer_programs(
 def answer_text(subject: Subject, completion: Completion) -> str:
     """What the model says, without tool calls and their results."""
     special = subject.tokenizer.special_ids
-    opens = {
-        special["<|python_start|>"]: special["<|python_end|>"],
-        special["<|output_start|>"]: special["<|output_end|>"],
-    }
+    closing = {special[f"<|{part}_start|>"]: special[f"<|{part}_end|>"] for part in ("python", "output")}
     kept, until = [], None
     for token in completion.tokens:
         if until is not None:
             until = None if token == until else until
-        elif token in opens:
-            until = opens[token]
-        elif token < min(special.values()):
+        elif token in closing:
+            until = closing[token]
+        elif token in subject.tokenizer.token_bytes:
             kept.append(token)
     return subject.tokenizer.decode(kept)
 

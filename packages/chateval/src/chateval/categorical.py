@@ -30,7 +30,7 @@ class Choice:
 
 
 def letter_ids(subject: Subject, letters: Sequence[str]) -> list[int]:
-    """The token of each letter. Raises ScoringError for one that is several tokens: its first would not stand for it."""
+    """The token of each letter. Raises ScoringError for one of several tokens, which no single logit stands for."""
     ids = [subject.tokenizer.encode_ordinary(letter) for letter in letters]
     for letter, tokens in zip(letters, ids, strict=True):
         if len(tokens) != 1:

@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 # assistant_end and bos end an answer; the others say why one was cut
 Ending = Literal["assistant_end", "bos", "max_tokens", "context"]
 
-DROP_SHARE = (
-    0.25  # of the rows ended before the cache is copied without them: copying at each end costs more than it saves
-)
+DROP_SHARE = 0.25  # of the rows have ended before the cache is copied without them: a copy at every end costs more
 
 
 @dataclass(frozen=True)

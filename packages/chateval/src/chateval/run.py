@@ -1,8 +1,8 @@
 """A scoring run: questions in fixed batches, a line per answer as it comes, figures at the end.
 
 Batches are the same however often a run was interrupted: units (a question and a draw) sorted by length of prompt,
-longest first, rank r of R taking every R-th, B at a time. A batch whose lines are all there is skipped; one that was cut
-is answered again as a whole, so that its answers are those of an uninterrupted run, and only its missing lines are
+longest first, rank r of R taking every R-th, B at a time. A batch whose lines are all there is skipped; one that was
+cut is answered again as a whole, so that its answers are those of an uninterrupted run, and only its missing lines are
 written. When all is done the lines are put in the tasks' order, so the file does not tell how it came about.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class Settings:
     task_files: tuple[Path, ...] = ()
     limit: int | None = None
     batch_size: int = 32
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     draws: int = 1
     allow_code: bool = False
 
@@ -141,10 +142,8 @@ def _answer(
 
 def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
     """All lines in the tasks' order in items.jsonl, whole or not at all; then the other ranks' files go."""
-    order = [
-        (task.name, question.item, draw) for task in scored for question in task.questions for draw in range(draws)
-    ]
-    place = {key: number for number, key in enumerate(order)}
+    questions = ((task.name, question.item) for task in scored for question in task.questions)
+    place = {(*question, draw): number for number, (question, draw) in enumerate(product(questions, range(draws)))}
     lines = {}
     for path in sorted(out.glob("items*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
