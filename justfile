@@ -17,3 +17,7 @@ format:
 demo-data:
     uv run --package chatdata chatdata build --stage mid --demo --out out/demo-mid
     uv run --package chatdata chatdata build --stage sft --demo --out out/demo-sft
+
+# the full circle on two CPU cores: build, train, score, compare, chat (under 6 minutes)
+demo:
+    examples/tiny_run.sh

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import chatdata
 from chatdata.tokenizer import Tokenizer, load_tokenizer
 from chateval.checkpoints import Subject
+from chattrain.checkpoint import save_checkpoint
 from chattrain.model import ModelConfig, load_model, parameter_shapes, random_config
 
 
@@ -107,3 +112,39 @@ class ScriptedSubject:
 @pytest.fixture(scope="session")
 def scripted_subject(tokenizer: Tokenizer) -> ScriptedSubject:
     return ScriptedSubject(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def save_random(tokenizer: Tokenizer, demo_mid: Path) -> Callable[..., Path]:
+    """save_random(folder, size, num_positions, seed, tokenizer_folder): a checkpoint of random weights; its path."""
+
+    def save(
+        folder: Path, size: str = "d2", num_positions: int = 256, seed: int = 0, tokenizer_folder: Path | None = None
+    ) -> Path:
+        home = tokenizer_folder or demo_mid / "tokenizer"
+        config = random_config(size, load_tokenizer(home).vocab_size, num_positions)
+        return save_checkpoint(folder, 7, config, random_weights(config, seed), {}, {}, {}, home)
+
+    return save
+
+
+def run_chateval(*arguments: object, num_ranks: int = 1, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "chateval"]
+    if num_ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+        command = [*launcher, "--master-port", "0", "--standalone", "-m", "chateval"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment, **kwargs
+    )
+
+
+@pytest.fixture(scope="session")
+def chateval() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line in a process of its own, or several under torchrun."""
+    return run_chateval
+
+
+@pytest.fixture(scope="session")
+def words() -> Path:
+    return Path(chatdata.__file__).parent / "texts" / "words.txt"

@@ -131,7 +131,14 @@ def test_random_config(name, width, heads):
     assert config.head_size <= 128
 
 
-@pytest.mark.parametrize("name", ["d0", "4", "d", "d-1", "d4x", "", "e4"])
+def test_random_config_by_sizes():
+    config = random_config("4x128x2", vocab_size=400, sequence_len=256)
+    assert config == ModelConfig(256, 400, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
+    with pytest.raises(ConfigError, match="n_embd 128 must be n_head 3 × an even head size"):
+        random_config("4x128x3", vocab_size=400, sequence_len=256)
+
+
+@pytest.mark.parametrize("name", ["d0", "4", "d", "d-1", "d4x", "", "e4", "4x128", "0x64x1", "4x128x2x1", "d٤"])
 def test_random_config_refuses(name):
     with pytest.raises(ConfigError, match="must be 'd' and the number of layers"):
         random_config(name, vocab_size=64, sequence_len=8)

@@ -12,9 +12,12 @@ from chatdata.tasks import load_tasks
 from chatdata.tokenizer import Tokenizer, train_tokenizer
 from chatdata.training_texts import texts_of
 
-# 512 entries keep the demo's model at 0.9 M parameters, so that it learns to spell in minutes on two cores
-DEMO_VOCAB_SIZE = 512
+# Few entries, and none made for the spelling tasks, whose words then fall into pieces of one or two letters. After 700
+# steps of the demo: 512 entries from every task 85 % of unseen words spelled right and 92 % of sums, 320 entries 95 %
+# and 0 % (longer questions), 400 entries from these texts 97 % and 95 %.
+DEMO_VOCAB_SIZE = 400
 ROWS_PER_ENTRY = 400
+SPELLING_TASKS = ("simple_spelling", "spelling_bee")
 
 
 def demo_tokenizer() -> Tokenizer:
@@ -23,12 +26,12 @@ def demo_tokenizer() -> Tokenizer:
 
 
 def _corpus() -> Iterator[str]:
-    """Texts of the first rows of every entry of demo-mid, in recipe order."""
+    """Texts of the first rows of every entry of demo-mid but those of spelling, in recipe order."""
     tasks = load_tasks()
     recipe = load_recipe("demo-mid", tasks)
     seen = set()
     for entry in recipe.splits["train"]:
-        if entry.label in seen:
+        if entry.label in seen or entry.task in SPELLING_TASKS:
             continue
         seen.add(entry.label)
         task = tasks[entry.task]

@@ -40,14 +40,21 @@ def cli(debug: bool) -> None:
 )
 @click.option("--data", type=PATH, required=True, help="A build of chatdata.")
 @click.option("--stage", type=click.Choice(["base", "mid", "sft"]), help="Stage policy (default: the build's stage).")
-@click.option("--init", required=True, metavar="random:dN|CHECKPOINT", help="Fresh weights, a checkpoint or a run.")
+@click.option(
+    "--init",
+    required=True,
+    metavar="random:dN|CHECKPOINT",
+    help="Fresh weights (also random:LAYERSxWIDTHxHEADS), a checkpoint or a run.",
+)
 @click.option("--out", type=PATH, help="Run folder (default: runs/<stage>).")
 @click.option("--seq-len", type=POSITIVE, default=2048, show_default=True, help="T, positions of a sequence.")
 @click.option("--device-batch-size", type=POSITIVE, default=8, show_default=True, help="B, sequences at a time.")
 @click.option("--total-batch-tokens", type=POSITIVE, help="Positions of a step (default: B · T · ranks).")
 @click.option("--steps", type=POSITIVE, help="Length of the schedule (default: --epochs times the plan).")
 @click.option("--epochs", type=POSITIVE, default=1, show_default=True)
-@click.option("--stop-at", type=POSITIVE, help="End a longer schedule after this many steps.")
+@click.option(
+    "--stop-at", type=click.IntRange(min=0), help="End a longer schedule after this many steps (0: save the start)."
+)
 @click.option("--lr-scale", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
 @click.option("--save-every", type=POSITIVE, help="Steps between checkpoints (always one at the end).")
 @click.option("--keep-last", type=POSITIVE, default=2, show_default=True, help="Checkpoints kept.")
@@ -139,7 +146,7 @@ def _train(settings: Settings, ranks: Ranks, as_json: bool) -> None:
         done = train(job, stop)
     if not ranks.is_first:
         return
-    curve = draw_curve(out)
+    curve = draw_curve(out) if done else None
     last = last_checkpoint(out)
     where = str(last.path) if last else None
     if as_json:

@@ -138,7 +138,7 @@ def make_run_plan(
 
 
 def initial_model(settings: Settings, build: Build) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and weights of `--init`: "random:dN", or a checkpoint whose tokenizer is the build's."""
+    """Config and weights of `--init`: "random:dN", "random:LxWxH", or a checkpoint whose tokenizer is the build's."""
     vocab_size = build.manifest["tokenizer"]["vocab_size"]
     kind, _, size = settings.init.partition(":")
     if kind == "random":
@@ -228,8 +228,10 @@ def train_step(job: Job, step: Step) -> StepResult:
 def train(job: Job, stop: StopRequest) -> int:
     """Run the steps that are left; return the number of steps done in all. Saves at the end and when asked to stop."""
     settings, ranks = job.settings, job.ranks
-    end = min(job.num_steps, settings.stop_at or job.num_steps)
+    end = job.num_steps if settings.stop_at is None else min(job.num_steps, settings.stop_at)
     if job.start >= end:
+        if end == 0:  # only the starting weights are wanted, to compare others with
+            _save(job, 0)
         return job.start
     log = telemetry.open_log(settings.out, job.start) if ranks.is_first else None
     done = job.start

@@ -10,6 +10,7 @@ Shapes, here and in the modules around it:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
@@ -77,13 +78,19 @@ def parse_config(values: Mapping[str, object], where: str) -> ModelConfig:
 
 
 def random_config(name: str, vocab_size: int, sequence_len: int) -> ModelConfig:
-    """Sizes of `random:dN` from its part "dN": N layers, width 64 · N, the fewest heads of at most 128 each.
+    """Sizes of `random:NAME`: "dN" is nanochat's rule, "LxWxH" gives layers, width and heads themselves.
 
-    Raises ConfigError when the name is not "d" and a positive number.
+    dN: N layers, width 64 · N, the fewest heads of at most 128 each. Raises ConfigError for other names.
     """
-    depth = int(name[1:]) if name[:1] == "d" and name[1:].isdecimal() else 0
+    if given := re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)x([1-9][0-9]*)", name, re.ASCII):
+        depth, width, heads = map(int, given.groups())
+        return ModelConfig(sequence_len, vocab_size, depth, heads, heads, width)
+    depth = int(name[1:]) if re.fullmatch(r"d[0-9]+", name, re.ASCII) else 0
     if depth < 1:
-        raise ConfigError(f"model size {name!r}: must be 'd' and the number of layers, such as 'd4'")
+        raise ConfigError(
+            f"model size {name!r}: must be 'd' and the number of layers, such as 'd4', "
+            "or layers x width x heads, such as '4x128x4'"
+        )
     width = 64 * depth
     # halves are rotated against each other, so a head size is even (odd ones would first be met at d127)
     heads = next(h for h in range(1, width) if width % (2 * h) == 0 and width // h <= MAX_HEAD_SIZE)

@@ -1,0 +1,208 @@
+"""`chateval run` from end to end on random weights: continued after kill -9, refused for other weights, graded."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from chatdata.errors import MissingSource
+from chatdata.tasks import load_tasks
+from chateval.errors import UsageError
+from chateval.questions import load_questions
+
+TASKS = "demo_choice,demo_math,simple_spelling,spelling_bee"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(save_random, tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("run") / "checkpoints").parent.parent
+
+
+@pytest.fixture
+def arguments(checkpoint, words):
+    common = ["--checkpoint", checkpoint, "--tasks", TASKS, "--words", words]
+    return ["run", *common, "--limit", 40, "--batch-size", 8, "--max-new-tokens", 40]
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+
+
+def test_a_run_and_what_it_leaves(chateval, arguments, tmp_path) -> None:
+    out = tmp_path / "scores"
+    result = chateval(*arguments, "--out", out, "--json")
+    assert result.returncode == 0, result.stderr
+    assert "demo_math: 40 of 40" in result.stderr
+    figures = json.loads(result.stdout)
+    assert figures == json.loads((out / "results.json").read_text())
+    lines = lines_of(out)
+    assert [line["task"] for line in lines] == [name for name in TASKS.split(",") for _ in range(40)]
+    for name in TASKS.split(","):
+        mine = [line for line in lines if line["task"] == name]
+        assert figures["tasks"][name]["score"]["correct"] == sum(line["correct"] for line in mine)
+        assert figures["tasks"][name]["bits_per_byte"] > 1, "random weights know nothing"
+    assert figures["chat_core"] is None and "mmlu" in figures["chat_core_missing"]
+    assert {"report.md", "scores.png", "run.json"} <= {path.name for path in out.iterdir()}
+    again = chateval(*arguments, "--out", out)
+    assert again.returncode == 0 and "demo_math" in again.stdout
+    assert lines_of(out) == lines
+
+
+def test_kill_9_in_the_middle(arguments, chateval, tmp_path) -> None:
+    """Killed twice, then left alone: only what is missing is answered, and the files are those of a run left alone."""
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert chateval(*arguments, "--out", alone).returncode == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kept = 0
+    for wanted in (25, 70):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "chateval", *map(str, arguments), "--out", str(killed)],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (killed / "items.jsonl").is_file() and (killed / "items.jsonl").read_bytes().count(b"\n") >= wanted:
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
+        before = (killed / "items.jsonl").read_bytes()
+        assert kept < before.count(b"\n") < 160
+        kept = before.count(b"\n")
+    assert chateval(*arguments, "--out", killed).returncode == 0
+    assert (killed / "items.jsonl").read_bytes() == (alone / "items.jsonl").read_bytes()
+    assert (killed / "results.json").read_bytes() == (alone / "results.json").read_bytes()
+
+
+def test_only_what_is_missing_is_answered(arguments, chateval, tmp_path) -> None:
+    """Lines that are there are kept as they are, even where the model would now say something else."""
+    out = tmp_path / "scores"
+    assert chateval(*arguments, "--out", out).returncode == 0
+    lines = (out / "items.jsonl").read_text().splitlines()
+    changed = json.loads(lines[50]) | {"output": "kept"}
+    (out / "items.jsonl").write_text("\n".join([*lines[:50], json.dumps(changed), *lines[60:]]) + "\n" + lines[55][:30])
+    assert chateval(*arguments, "--out", out).returncode == 0
+    after = (out / "items.jsonl").read_text().splitlines()
+    assert json.loads(after[50])["output"] == "kept"
+    assert after[:50] + after[51:] == lines[:50] + lines[51:]
+
+
+def test_other_weights_are_not_scored_from_old_lines(arguments, chateval, save_random, tmp_path) -> None:
+    out = tmp_path / "scores"
+    assert chateval(*arguments, "--out", out).returncode == 0
+    other = save_random(tmp_path / "checkpoints", seed=1)
+    before = (out / "items.jsonl").read_bytes()
+    result = chateval(*arguments, "--out", out, "--checkpoint", other)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "weights" in result.stderr and "--out" in result.stderr
+    assert (out / "items.jsonl").read_bytes() == before
+    result = chateval(*arguments, "--out", out, "--max-new-tokens", 41)
+    assert result.returncode == 1 and "max_new_tokens" in result.stderr
+
+
+def test_draws(chateval, checkpoint, words, tmp_path) -> None:
+    common = ["run", "--checkpoint", checkpoint, "--tasks", "simple_spelling", "--words", words, "--limit", 10]
+    result = chateval(*common, "--draws", 3, "--temperature", 1, "--max-new-tokens", 8, "--out", tmp_path / "s")
+    assert result.returncode == 0, result.stderr
+    lines = lines_of(tmp_path / "s")
+    assert [line["draw"] for line in lines] == [0, 1, 2] * 10
+    assert len({line["output"] for line in lines}) > 20
+    result = chateval(*common, "--draws", 3, "--out", tmp_path / "t")
+    assert result.returncode == 2 and "--temperature" in result.stderr
+
+
+def test_compare_two_runs(arguments, chateval, save_random, tmp_path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert chateval(*arguments, "--out", a).returncode == 0
+    other = save_random(tmp_path / "checkpoints", seed=1)
+    assert chateval(*arguments, "--out", b, "--checkpoint", other).returncode == 0
+    result = chateval("compare", a, b, "--json", "--markdown", tmp_path / "compare.md")
+    assert result.returncode == 0, result.stderr
+    tasks = json.loads(result.stdout)["tasks"]
+    assert set(tasks) == set(TASKS.split(",")) and all(task["items"] == 40 for task in tasks.values())
+    right_a, right_b = (sum(x["correct"] for x in lines_of(out) if x["task"] == "demo_choice") for out in (a, b))
+    choice = tasks["demo_choice"]
+    assert choice["turned_right"] - choice["turned_wrong"] == right_b - right_a
+    assert (tmp_path / "compare.md").read_text().startswith("# Comparison")
+    assert "demo_choice" in chateval("compare", a, b).stdout
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "said"),
+    [
+        (["--tasks", "mmul"], 2, 'no scored task "mmul"; did you mean "mmlu"?'),
+        (["--tasks", "humaneval"], 2, "--allow-code"),
+        (["--tasks", "mmlu,gsm8k", "--data-dir", "nowhere"], 1, "sources missing: "),
+        (["--tasks", "spelling_bee", "--words", "none.txt"], 1, "none.txt: no such file; pass --words FILE"),
+        (["--checkpoint", "nowhere"], 1, "nowhere: no such checkpoint or run folder"),
+    ],
+)
+def test_errors_are_one_line(arguments, chateval, tmp_path, extra, code, said) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "chateval", *map(str, [*arguments, "--out", tmp_path / "s", *extra])]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert (result.returncode, result.stderr.count("\n")) == (code, 1), result.stderr
+    assert said in result.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_questions_are_those_of_the_task(shared, tokenizer, words) -> None:
+    data_dir = shared / "data" / "hub"
+    arc, bee = load_questions(["arc_challenge", "spelling_bee"], load_tasks(), tokenizer, data_dir, str(words), 30)
+    assert len(arc.questions) == len(bee.questions) == 30
+    assert (arc.kind, arc.chance, bee.kind) == ("categorical", 0.25, "generative")
+    labels = {tuple(arc.scoring.letters(question.row)) for question in arc.questions}
+    assert ("A", "B", "C", "D") in labels
+    assert all(question.gold in arc.scoring.letters(question.row) for question in arc.questions)
+    assert arc.questions[0].item == "arc ARC-Challenge test row " + arc.questions[0].item.split()[-1]
+    assert [question.item for question in arc.questions] != sorted(question.item for question in arc.questions)
+    from chatdata.tasks.words import is_test_word
+
+    assert all(is_test_word(question.row["word"]) for question in bee.questions)
+    with pytest.raises(UsageError, match="no scored task"):
+        load_questions(["identity"], load_tasks(), tokenizer)
+    with pytest.raises(MissingSource, match=r"arc ARC-Easy test: .*gsm8k main test: "):
+        load_questions(["arc_easy", "gsm8k"], load_tasks(), tokenizer, shared / "nowhere")
+
+
+def test_a_task_file_of_your_own(chateval, checkpoint, tmp_path) -> None:
+    (tmp_path / "double.py").write_text(
+        "from chatdata.grading import grade_number\n"
+        "from chatdata.tasks import ScoredSet, Scoring, Task\n"
+        "def to_conversation(n):\n"
+        "    return [{'role': 'user', 'content': f'Double {n}'}, {'role': 'assistant', 'content': f'#### {2 * n}'}]\n"
+        "TASK = Task(name='double', summary='doubling', licence='MIT', to_conversation=to_conversation,\n"
+        "    splits={'': {'test': 0}}, generate=lambda split, options: lambda position: position,\n"
+        "    scoring=Scoring(sets={'double': ScoredSet(rows=12)},\n"
+        "        grade=lambda n, text: grade_number(text, str(2 * n))))\n"
+    )
+    extra = ["--task-file", tmp_path / "double.py", "--max-new-tokens", 8, "--out", tmp_path / "s"]
+    result = chateval("run", "--checkpoint", checkpoint, "--tasks", "double", *extra)
+    assert result.returncode == 0, result.stderr
+    assert [line["gold"] for line in lines_of(tmp_path / "s")][:3] == ["0", "2", "4"]
+
+
+def test_chat_shows_what_is_said(chateval, checkpoint) -> None:
+    common = ["chat", "--checkpoint", checkpoint, "--max-new-tokens", 12, "--temperature", 0]
+    result = chateval(*common, "--say", "Hello!", "--say", "/clear", "--say", "Hello!")
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.split("– a new conversation –")
+    assert "you Hello!" in first and "[cut at 12 tokens: --max-new-tokens]" in first
+    assert first.split("you Hello!\n")[1].split("\n")[0] == second.split("you Hello!\n")[1].split("\n")[0]
+    typed = chateval(*common, input="Hello!\n\n/quit\nnever read\n")
+    assert typed.returncode == 0 and first.split("you Hello!\n")[1].split("\n")[0] in typed.stdout
+
+
+def test_the_tasks_are_listed(chateval) -> None:
+    listed = json.loads(chateval("tasks", "--json").stdout)
+    assert {"name": "mmlu", "kind": "letters", "chance": "0.25", "rows": 14042} in [
+        {key: entry[key] for key in ("name", "kind", "chance", "rows")} for entry in listed
+    ]
