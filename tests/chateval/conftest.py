@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from torch import Tensor
 import chatdata
 from chatdata.tokenizer import Tokenizer, load_tokenizer
 from chateval.checkpoints import Subject
+from chateval.cli import main
 from chattrain.checkpoint import save_checkpoint
 from chattrain.model import ModelConfig, load_model, parameter_shapes, random_config
 
@@ -101,7 +105,7 @@ class ScriptedSubject:
         ]
         if said != call and said == call[: len(said)]:
             return call[len(said)]
-        if special["<|output_end|>"] not in said:
+        if special["<|output_start|>"] not in said or special["<|output_end|>"] not in said:
             return self.tokenizer.encode_ordinary("?")[0]  # no result was given: goes on asking
         output = said[said.index(special["<|output_start|>"]) + 1 : said.index(special["<|output_end|>"])]
         answer = self.tokenizer.encode_ordinary("#### " + self.tokenizer.decode(output))
@@ -128,21 +132,38 @@ def save_random(tokenizer: Tokenizer, demo_mid: Path) -> Callable[..., Path]:
     return save
 
 
-def run_chateval(*arguments: object, num_ranks: int = 1, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "chateval"]
-    if num_ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-        command = [*launcher, "--master-port", "0", "--standalone", "-m", "chateval"]
+def run_ranks(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--standalone"]
+    command = [*launcher, "-m", "chateval", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment, **kwargs
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-@pytest.fixture(scope="session")
-def chateval() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command line in a process of its own, or several under torchrun."""
-    return run_chateval
+@pytest.fixture
+def chateval(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line: in this process, where torch is loaded already, or in several under torchrun."""
+
+    def run(*arguments: object, num_ranks: int = 1, typed: str = "") -> subprocess.CompletedProcess[str]:
+        if num_ranks > 1:
+            return run_ranks(num_ranks, *arguments)
+        command = ["chateval", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        before = signal.getsignal(signal.SIGTERM)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the processes of the tests, whose files are compared to the byte
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            torch.set_num_threads(threads)
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import chateval.generate
 from chateval.cache import KeyValueCache
 from chateval.generate import Completion, Prompt, Sampling, generate
 
-GREEDY = Sampling(max_new_tokens=40)
+GREEDY = Sampling(max_new_tokens=24)
+SCRIPTED = Sampling(max_new_tokens=64)
 NUM_PROMPTS = 200
 
 
@@ -40,7 +41,7 @@ def plain_answer(subject, prompt, num_tokens) -> list[int]:
 def random_prompts(tokenizer, seed=0) -> list[Prompt]:
     draw = random.Random(seed)
     bos, start = (tokenizer.special_ids[name] for name in ("<|bos|>", "<|assistant_start|>"))
-    texts = [[draw.randrange(500) for _ in range(draw.randint(1, 90))] for _ in range(NUM_PROMPTS)]
+    texts = [[draw.randrange(390) for _ in range(draw.randint(1, 60))] for _ in range(NUM_PROMPTS)]
     return [Prompt([bos, *text, start], str(number)) for number, text in enumerate(texts)]
 
 
@@ -53,52 +54,68 @@ def sums(tokenizer) -> list[Prompt]:
 
 @pytest.fixture
 def eager_subject(random_subject, monkeypatch):
-    """Random weights that call the tool all the time, and a tool that answers whatever it is given."""
+    """Random weights that, drawn from, often call the tool, and a tool that answers whatever it is given."""
     special = random_subject.tokenizer.special_ids
     monkeypatch.setattr(chateval.generate, "calculate", lambda text: str(len(text) * 37))
     weight = random_subject.model.lm_head.weight
     before = weight.detach().clone()
+    usual = random_subject.hidden(torch.arange(390)[None])[0].mean(0)
     with torch.no_grad():
-        weight[special["<|python_start|>"]] *= 2.5
-        weight[special["<|python_end|>"]] *= 2.5
+        weight.div_(8)  # flat enough that draws vary
+        for name, logit in (("python_start", 4.5), ("python_end", 4.5), ("assistant_end", 3.0)):
+            weight[special[f"<|{name}|>"]] = usual * (logit / usual.square().sum())
     yield random_subject
     with torch.no_grad():
         weight.copy_(before)
 
 
-def test_a_batch_gives_what_each_prompt_gives_alone(eager_subject) -> None:
-    """200 prompts with tool calls, random weights. Where ids differ, the two best logits must be within 1e-4."""
-    prompts = random_prompts(eager_subject.tokenizer)
-    together, alone = answers(eager_subject, prompts), answers(eager_subject, prompts, batch_size=1)
+DRAWN = Sampling(temperature=1.0, max_new_tokens=24)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_a_batch_gives_what_each_prompt_gives_alone(random_subject, sampling) -> None:
+    """200 prompts, random weights. Where ids differ, the two best logits must be within 1e-4."""
+    prompts = random_prompts(random_subject.tokenizer)
+    together, alone = answers(random_subject, prompts, sampling), answers(random_subject, prompts, sampling, 1)
     near_ties = []
     for number, (a, b) in enumerate(zip(together, alone, strict=True)):
         if a == b:
             continue
         place = next(i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y)
         text = torch.tensor([[*prompts[number].tokens, *a.tokens[:place]]])
-        best = eager_subject.logits(eager_subject.hidden(text)[0, -1]).topk(2).values
+        best = random_subject.logits(random_subject.hidden(text)[0, -1]).topk(2).values
         assert best[0] - best[1] < 1e-4, f"prompt {number}, token {place}"
         near_ties.append((number, place, float(best[0] - best[1])))
     print("near ties:", near_ties)
     assert len(near_ties) <= NUM_PROMPTS // 100
-    calls = [completion.tool_calls for completion in together]
+    assert len({completion.tokens for completion in together}) > NUM_PROMPTS // 2
+    assert "max_tokens" in {completion.ending for completion in together}
+
+
+def test_tools_in_a_batch_are_those_of_each_prompt(eager_subject) -> None:
+    """200 prompts, random weights, hundreds of tool calls at different places of different rows."""
+    prompts = random_prompts(eager_subject.tokenizer)
+    together, alone = answers(eager_subject, prompts, DRAWN), answers(eager_subject, prompts, DRAWN, 1)
+    assert sum(a != b for a, b in zip(together, alone, strict=True)) <= NUM_PROMPTS // 100
+    calls = sum(completion.tool_calls for completion in together)
     forced = sum(sum(completion.forced) for completion in together)
-    assert sum(calls) > 100 and forced > 300, "the comparison says nothing about tools"
-    assert {"assistant_end", "max_tokens"} <= {completion.ending for completion in together}
+    print(f"{calls} calls, {forced} forced tokens")
+    assert calls > 100 and forced > 400, "the comparison says nothing about tools"
+    assert len({completion.ending for completion in together}) > 1
 
 
 def test_the_cache_gives_what_the_whole_text_gives(random_subject) -> None:
     prompts = random_prompts(random_subject.tokenizer, seed=3)[:12]
     for prompt, completion in zip(prompts, answers(random_subject, prompts), strict=True):
         if completion.tool_calls == 0:
-            assert list(completion.tokens) == plain_answer(random_subject, prompt, 40)
+            assert list(completion.tokens) == plain_answer(random_subject, prompt, 24)
 
 
 def test_the_scripted_model_calls_the_tool(scripted_subject) -> None:
     tokenizer = scripted_subject.tokenizer
     prompts = sums(tokenizer)
-    together = answers(scripted_subject, prompts)
-    assert together == answers(scripted_subject, prompts, batch_size=1)
+    together = answers(scripted_subject, prompts, SCRIPTED)
+    assert together == answers(scripted_subject, prompts, SCRIPTED, batch_size=1)
     for prompt, completion in zip(prompts, together, strict=True):
         a, b = map(int, prompt.key.split())
         result = f"<|python_start|>{a}+{b}<|python_end|><|output_start|>{a + b}<|output_end|>#### {a + b}"
@@ -130,14 +147,14 @@ KEEP, ADVANCE = KeyValueCache.keep, KeyValueCache.advance
     [("keep", keep_other_rows), ("advance", see_one_slot_too_few), ("advance", write_one_slot_behind)],
 )
 def test_a_sabotaged_cache_is_noticed(scripted_subject, eager_subject, monkeypatch, method, sabotage) -> None:
-    for subject, prompts in (
-        (scripted_subject, sums(scripted_subject.tokenizer)[:40]),
-        (eager_subject, random_prompts(eager_subject.tokenizer)[:40]),
+    for subject, prompts, sampling in (
+        (scripted_subject, sums(scripted_subject.tokenizer)[:40], SCRIPTED),
+        (eager_subject, random_prompts(eager_subject.tokenizer)[:40], DRAWN),
     ):
-        right = answers(subject, prompts)
+        right = answers(subject, prompts, sampling)
         with monkeypatch.context() as patch:
             patch.setattr(KeyValueCache, method, sabotage)
-            assert answers(subject, prompts) != right
+            assert answers(subject, prompts, sampling) != right
 
 
 def test_a_failed_call_leaves_the_model_to_go_on(scripted_subject) -> None:

@@ -20,8 +20,9 @@ class KeyValueCache:
         self, config: ModelConfig, num_rows: int, num_slots: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (config.n_layer, num_rows, num_slots, config.n_kv_head, config.head_size)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        # zeros, not just any memory: a slot that is not seen has weight 0, but 0 times a NaN found there is NaN
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self._positions: Tensor | None = None
         self._mask: Tensor | None = None
         self._longest = 0
