@@ -261,7 +261,7 @@ def test_dry_run_and_json(tmp_path: Path, chatdata: Callable) -> None:
     result = chatdata("build", "--stage", "mid", "--demo", "--out", out, "--dry-run", "--json")
     plan = json.loads(result.stdout)
     assert (plan["recipe"], plan["stage"], result.stderr) == ("demo-mid", "mid", "")
-    assert {"entry": "demo_math train", "source": "demo_math train", "rows": 6000} in plan["splits"]["train"]
+    assert {"entry": "demo_math train", "source": "demo_math train", "rows": 4200} in plan["splits"]["train"]
     assert not out.exists()
 
 
@@ -276,7 +276,7 @@ def test_demo_texts_are_well_formed(demo_mid: Path, chatdata: Callable) -> None:
         "spelling_bee",
     }
     build = library.open_build(demo_mid)
-    assert build.tokenizer.vocab_size == 512
+    assert build.tokenizer.vocab_size == 400
     for name, split in build.splits.items():
         rows = stats["splits"][name]
         assert sum(row["documents"] for row in rows) == len(split)

@@ -22,6 +22,8 @@ import chatdata
 from chatdata.tokenizer import Tokenizer, load_tokenizer
 from chateval.checkpoints import Subject
 from chateval.cli import main
+from chateval.errors import SandboxError
+from chateval.sandbox import Isolation, find_isolation
 from chattrain.checkpoint import save_checkpoint
 from chattrain.model import ModelConfig, load_model, parameter_shapes, random_config
 
@@ -169,3 +171,14 @@ def chateval(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Comple
 @pytest.fixture(scope="session")
 def words() -> Path:
     return Path(chatdata.__file__).parent / "texts" / "words.txt"
+
+
+@pytest.fixture(scope="session")
+def isolation() -> Isolation:
+    """What model-written code runs in: skipped where it cannot be reached, a failure where everything is required."""
+    try:
+        return find_isolation()
+    except SandboxError as error:
+        if os.environ.get("CHATDATA_REQUIRE_SHARED") == "1":
+            pytest.fail(str(error))
+        pytest.skip(str(error))

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import chateval.answers
 from chatdata.errors import MissingSource
 from chatdata.tasks import load_tasks
+from chateval.answers import Unit, answer_programs
 from chateval.errors import UsageError
+from chateval.generate import Completion, Sampling
 from chateval.questions import load_questions
 
 TASKS = "demo_choice,demo_math,simple_spelling,spelling_bee"
@@ -174,20 +179,15 @@ def test_questions_are_those_of_the_task(shared, tokenizer, words) -> None:
 
 
 def test_a_task_file_of_your_own(chateval, checkpoint, tmp_path) -> None:
-    (tmp_path / "double.py").write_text(
-        "from chatdata.grading import grade_number\n"
-        "from chatdata.tasks import ScoredSet, Scoring, Task\n"
-        "def to_conversation(n):\n"
-        "    return [{'role': 'user', 'content': f'Double {n}'}, {'role': 'assistant', 'content': f'#### {2 * n}'}]\n"
-        "TASK = Task(name='double', summary='doubling', licence='MIT', to_conversation=to_conversation,\n"
-        "    splits={'': {'test': 0}}, generate=lambda split, options: lambda position: position,\n"
-        "    scoring=Scoring(sets={'double': ScoredSet(rows=12)},\n"
-        "        grade=lambda n, text: grade_number(text, str(2 * n))))\n"
-    )
-    extra = ["--task-file", tmp_path / "double.py", "--max-new-tokens", 8, "--out", tmp_path / "s"]
-    result = chateval("run", "--checkpoint", checkpoint, "--tasks", "double", *extra)
+    """The one of docs/add_a_task.md."""
+    page = (Path(__file__).parents[2] / "docs" / "add_a_task.md").read_text()
+    (tmp_path / "double.py").write_text(re.findall(r"```python\n(.*?)```", page, re.S)[1])
+    command = "run --checkpoint runs/sft --tasks double --task-file double.py"
+    assert f"    chateval {command}\n" in page
+    arguments = command.replace("runs/sft", str(checkpoint)).replace("double.py", str(tmp_path / "double.py")).split()
+    result = chateval(*arguments, "--max-new-tokens", 8, "--out", tmp_path / "s")
     assert result.returncode == 0, result.stderr
-    assert [line["gold"] for line in lines_of(tmp_path / "s")][:3] == ["0", "2", "4"]
+    assert [line["gold"] for line in lines_of(tmp_path / "s")][:3] == ["2", "6", "10"]
 
 
 def test_chat_shows_what_is_said(chateval, checkpoint) -> None:
@@ -206,3 +206,33 @@ def test_the_tasks_are_listed(chateval) -> None:
     assert {"name": "mmlu", "kind": "letters", "chance": 0.25, "rows": 14042} in [
         {key: entry[key] for key in ("name", "kind", "chance", "rows")} for entry in listed
     ]
+
+
+def test_programs_are_run_and_graded(shared, random_subject, isolation, monkeypatch) -> None:
+    """The canonical solutions of 4 HumanEval rows pass, as bare code and fenced; an empty body does not."""
+    (task,) = load_questions(["humaneval"], load_tasks(), random_subject.tokenizer, shared / "data" / "hub", limit=4)
+    units = [Unit(question, 0) for question in task.questions]
+
+    def answer_with(text_of_row):
+        def generate(subject, prompts, sampling):
+            for number, unit in enumerate(units):
+                tokens = tuple(subject.tokenizer.encode_ordinary(text_of_row(unit.question.row)))
+                yield number, Completion(tokens, (False,) * len(tokens), "assistant_end", 0, 0)
+
+        monkeypatch.setattr(chateval.answers, "generate", generate)
+        return list(answer_programs(random_subject, task.scoring, units, Sampling(), isolation))
+
+    whole = answer_with(lambda row: row["prompt"] + row["canonical_solution"])
+    fenced = answer_with(lambda row: f"Here:\n```python\n{row['prompt']}{row['canonical_solution']}\n```\nDone.")
+    empty = answer_with(lambda row: row["prompt"] + "    return None\n")
+    assert [line["correct"] for line in whole + fenced] == [True] * 8
+    assert [line["ending"] for line in whole + fenced] == ["passed"] * 8
+    assert [(line["correct"], line["ending"]) for line in empty] == [(False, "failed")] * 4
+
+
+def test_humaneval_from_the_command_line(shared, checkpoint, chateval, isolation, tmp_path) -> None:
+    common = ["run", "--checkpoint", checkpoint, "--tasks", "humaneval", "--data-dir", shared / "data" / "hub"]
+    result = chateval(*common, "--limit", 3, "--max-new-tokens", 8, "--allow-code", "--out", tmp_path / "s", "--json")
+    assert result.returncode == 0, result.stderr
+    task = json.loads(result.stdout)["tasks"]["humaneval"]
+    assert (task["items"], task["correct"], task["scoring"]) == (3, 0, "code")

@@ -34,16 +34,6 @@ MARKED = "os.execv('/python/bin/python3', ['python3', '-ISc', 'while True: pass'
 
 
 @pytest.fixture(scope="module")
-def isolation() -> Isolation:
-    try:
-        return find_isolation()
-    except SandboxError as error:
-        if os.environ.get("CHATDATA_REQUIRE_SHARED") == "1":
-            pytest.fail(str(error))
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def host():
     with sandbox_attacks.open_host() as host:
         yield host

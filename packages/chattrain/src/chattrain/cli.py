@@ -34,7 +34,7 @@ def cli(debug: bool) -> None:
 @cli.command(
     epilog=examples(
         "chattrain run --data out/demo-mid --init random:d4 --seq-len 256 --device-batch-size 16 --out runs/mid",
-        "chattrain run --data out/demo-sft --init runs/mid --seq-len 640 --out runs/sft",
+        "chattrain run --data out/demo-sft --init runs/mid --seq-len 768 --out runs/sft",
         "torchrun --nproc-per-node 8 -m chattrain run --data out/mid --init random:d20 --out runs/mid --resume",
     )
 )
