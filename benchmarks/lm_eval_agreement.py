@@ -49,7 +49,7 @@ def main() -> None:
         ours = []
         for first in range(0, len(mmlu.questions), 32):
             batch = mmlu.questions[first : first + 32]
-            ours += choose_letters(subject, batch, ["ABCD"] * len(batch))
+            ours += choose_letters(subject, batch)
 
         theirs = HFLM(pretrained=str(out / "hf"), dtype="float32", device="cpu", batch_size=16, add_bos_token=False)
         requests = []

@@ -8,6 +8,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-out/tiny}
+if [ -e "$out" ]; then
+    echo "$out is there already: remove it, or give another folder" >&2
+    exit 1
+fi
 mkdir -p "$out"
 tasks=demo_math,simple_spelling,spelling_bee,demo_choice
 words=packages/chatdata/src/chatdata/texts/words.txt

@@ -46,7 +46,7 @@ def letters_of(subject, task, batch_size):
     found = []
     for first in range(0, len(task.questions), batch_size):
         batch = task.questions[first : first + batch_size]
-        found += choose_letters(subject, batch, [task.scoring.letters(question.row) for question in batch])
+        found += choose_letters(subject, batch)
     return found
 
 
@@ -62,7 +62,7 @@ def test_a_question_is_asked_as_nanochat_asks_it(mmlu, subject) -> None:
 def test_the_answer_by_hand(mmlu, subject) -> None:
     """One question computed plainly: all logits of the text in fp32, then only the letters at the last position."""
     question = mmlu.questions[3]
-    choice = choose_letters(subject, [question], ["ABCD"])[0]
+    choice = choose_letters(subject, [question])[0]
     with torch.no_grad():
         hidden = subject.model(torch.tensor([question.prompt]))[0]
         logits = 15 * torch.tanh(hidden @ subject.model.lm_head.weight.T / 15)
@@ -113,8 +113,8 @@ def test_transformers_gives_the_same_letters(mmlu, subject, alone, checkpoint, t
     print("near ties:", near_ties)
     again = load_subject(tmp_path / "hf", torch.device("cpu"))
     assert again.weights_sha256 == subject.weights_sha256 and again.step is None
-    batch = mmlu.questions[:32], ["ABCD"] * 32
-    assert choose_letters(again, *batch) == choose_letters(subject, *batch)
+    batch = mmlu.questions[:32]
+    assert choose_letters(again, batch) == choose_letters(subject, batch)
 
 
 def test_equal_logits_are_a_tie_for_the_first_letter(mmlu, subject) -> None:
@@ -123,7 +123,7 @@ def test_equal_logits_are_a_tie_for_the_first_letter(mmlu, subject) -> None:
 
     model = copy.deepcopy(subject.model)
     torch.nn.init.zeros_(model.lm_head.weight)
-    for choice in choose_letters(replace(subject, model=model), mmlu.questions[:3], ["ABCD"] * 3):
+    for choice in choose_letters(replace(subject, model=model), mmlu.questions[:3]):
         assert (choice.letter, choice.tie, choice.margin) == ("A", True, 0.0)
         assert choice.letter_mass == pytest.approx(4 / 65536)
 

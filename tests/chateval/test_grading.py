@@ -25,6 +25,12 @@ ROW = {"question": "?", "answer": "So 2*5=<<2*5=10>>10.\n#### 10"}
         ("", None, None),
         ("#### 1\n#### 2", "1", "2"),
         ("A4 is paper", None, None),
+        ("#### 3/4", None, "4"),
+        ("#### 1e5", None, "1"),
+        ("#### 10-3", None, "3"),
+        ("#### 1,2,3", None, "3"),
+        ("#### 12. Done", "12", "12"),
+        ("#### 12, he said", "12", "12"),
     ],
 )
 def test_numbers_are_found(text, strict, flexible) -> None:

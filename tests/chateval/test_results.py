@@ -26,7 +26,6 @@ from chateval.results import (
     read_run,
     require_same_run,
     write_json,
-    write_results,
     write_run,
 )
 
@@ -337,6 +336,8 @@ def test_an_incomplete_task_is_flagged_and_gives_no_chat_core() -> None:
     assert not less.tasks["spelling_bee"].complete and less.tasks["humaneval"].complete
     assert less.tasks["spelling_bee"].score.accuracy == 1.0  # what is there is still shown
     assert less.chat_core is None and less.chat_core_missing == ("spelling_bee",)
+    limited = compute(tasks | {"mmlu": tasks["mmlu"] | {"rows": 14042}}, *answers)
+    assert limited.tasks["mmlu"].complete and limited.chat_core_missing == ("mmlu",)
     none = compute({"mmlu": task_of(0, "code")})
     assert none.chat_core is None and none.chat_core_missing == six
     assert none.tasks["mmlu"].score.accuracy is None and none.tasks["mmlu"].score.interval == (0.0, 1.0)
@@ -398,7 +399,7 @@ def test_results_are_recomputed_from_the_items(tmp_path: Path) -> None:
     write_run(tmp_path, run_of({"gsm8k": task_of(3)}))
     write_items(tmp_path / "items.jsonl", item(name="a"), item(name="b", correct=False))
     (tmp_path / "results.json").write_text("an older one")
-    results = write_results(tmp_path)
+    results = write_report(tmp_path)
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored == json.loads(json.dumps(results.to_json()))
     assert (stored["format"], stored["version"], stored["weights_sha256"]) == ("chateval-results", 1, "a" * 64)

@@ -100,6 +100,30 @@ def test_only_what_is_missing_is_answered(arguments, chateval, tmp_path) -> None
     assert after[:50] + after[51:] == lines[:50] + lines[51:]
 
 
+def test_lines_of_a_killed_rank_are_continued_by_one(arguments, chateval, tmp_path) -> None:
+    """Two ranks were killed, the second in the middle of a line: one process finishes, to the same file."""
+    out, torn = tmp_path / "scores", tmp_path / "torn"
+    assert chateval(*arguments, "--out", out).returncode == 0
+    lines = (out / "items.jsonl").read_text().splitlines(keepends=True)
+    torn.mkdir()
+    (torn / "run.json").write_bytes((out / "run.json").read_bytes())
+    (torn / "items.jsonl").write_text("".join(lines[0:60:2]))
+    (torn / "items-00001.jsonl").write_text("".join(lines[1:50:2]) + lines[51][:70])
+    result = chateval(*arguments, "--out", torn)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in torn.glob("items*")) == ["items.jsonl"]
+    assert (torn / "items.jsonl").read_bytes() == (out / "items.jsonl").read_bytes()
+
+
+def test_items_of_unknown_weights_are_refused(arguments, chateval, tmp_path) -> None:
+    out = tmp_path / "scores"
+    assert chateval(*arguments, "--out", out).returncode == 0
+    (out / "run.json").unlink()
+    result = chateval(*arguments, "--out", out)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1) and "unknown weights" in result.stderr
+    assert not (out / "run.json").exists()
+
+
 def test_other_weights_are_not_scored_from_old_lines(arguments, chateval, save_random, tmp_path) -> None:
     out = tmp_path / "scores"
     assert chateval(*arguments, "--out", out).returncode == 0
@@ -220,7 +244,7 @@ def test_programs_are_run_and_graded(shared, random_subject, isolation, monkeypa
                 yield number, Completion(tokens, (False,) * len(tokens), "assistant_end", 0, 0)
 
         monkeypatch.setattr(chateval.answers, "generate", generate)
-        return list(answer_programs(random_subject, task.scoring, units, Sampling(), isolation))
+        return list(answer_programs(random_subject, task.task, units, Sampling(), isolation))
 
     whole = answer_with(lambda row: row["prompt"] + row["canonical_solution"])
     fenced = answer_with(lambda row: f"Here:\n```python\n{row['prompt']}{row['canonical_solution']}\n```\nDone.")

@@ -19,8 +19,7 @@ def run_command(cli: click.Group, name: str, interrupted: str) -> None:
             stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for →, not a traceback
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    # a polite kill cleans up like Ctrl-C
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = cli.main(arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
@@ -33,6 +32,11 @@ def run_command(cli: click.Group, name: str, interrupted: str) -> None:
             raise
         _stop(str(error), getattr(error, "exit_code", 1))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A polite kill cleans up like Ctrl-C; also in the background of a script, where SIGINT itself is ignored."""
+    raise KeyboardInterrupt
 
 
 def examples(*lines: str) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 # 1,234.5 · -7 · .5 · $40: the sign of a number, not of a subtraction like 10-3
-_NUMBER = r"(?<![\w.])-?\$?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_FINAL = re.compile(rf"####\s*({_NUMBER})")
+_NUMBER = r"(?<![\w.])-?\$?-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+# 3/4, 1e5 and 10-3 are not the numbers 3, 1 and 10
+_FINAL = re.compile(rf"####\s*({_NUMBER})(?![\d/^*+-]|[eE,.]\d)")
 _ANY = re.compile(_NUMBER)
 
 

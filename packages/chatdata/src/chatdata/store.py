@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatdata.document import Document, Span
-from chatdata.errors import BuildError, ChatdataError, ConversationError, TaskError
+from chatdata.errors import BuildError, ChatdataError, ConversationError
 from chatdata.recipe import Recipe
 from chatdata.render import render_conversation, render_text
 from chatdata.sources import Source
-from chatdata.tasks import Task
+from chatdata.tasks import Task, call_task
 from chatdata.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -154,14 +154,7 @@ def render_source(
 
 
 def _render_row(task: Task, raw: Any, tokenizer: Tokenizer) -> Document:
-    try:
-        converted = task.to_conversation(raw)
-    except KeyError as error:
-        raise TaskError(f'the row does not fit task "{task.name}": no key "{error.args[0]}"') from error
-    except ChatdataError:
-        raise
-    except Exception as error:  # a task is anybody's code
-        raise TaskError(f'the row does not fit task "{task.name}": {type(error).__name__} {error}') from error
+    converted = call_task(task, task.to_conversation, raw)
     if task.kind == "text":
         return render_text(tokenizer, converted)
     return render_conversation(tokenizer, converted)

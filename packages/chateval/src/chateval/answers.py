@@ -5,12 +5,12 @@ A line is plain data with the fields of `chateval.results.Item`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chatdata.tasks import Scoring
+from chatdata.tasks import Task, call_task
 from chateval.categorical import choose_letters
 from chateval.checkpoints import Subject
 from chateval.generate import Completion, Prompt, Sampling, generate
@@ -20,7 +20,7 @@ from chateval.questions import Question
 if TYPE_CHECKING:
     from chateval.sandbox import Isolation
 
-WHOLE = ("assistant_end", "bos")  # endings of an answer that was not cut
+WHOLE_ENDINGS = ("assistant_end", "bos")  # endings of an answer that was not cut
 CODE_THREADS = 4  # programs mostly wait for an interpreter to start
 
 
@@ -36,12 +36,9 @@ class Unit:
         return self.question.task, self.question.item, self.draw
 
 
-def answer_letters(subject: Subject, scoring: Scoring, units: Sequence[Unit]) -> Iterator[dict[str, Any]]:
+def answer_letters(subject: Subject, units: Sequence[Unit]) -> Iterator[dict[str, Any]]:
     """Multiple choice."""
-    assert scoring.letters is not None
-    questions = [unit.question for unit in units]
-    letters = [scoring.letters(question.row) for question in questions]
-    for unit, choice in zip(units, choose_letters(subject, questions, letters), strict=True):
+    for unit, choice in zip(units, choose_letters(subject, [unit.question for unit in units]), strict=True):
         gold = unit.question.gold
         beyond = choice.num_prompt_tokens > subject.num_positions
         yield {
@@ -62,15 +59,13 @@ def answer_letters(subject: Subject, scoring: Scoring, units: Sequence[Unit]) ->
         }
 
 
-def answer_texts(
-    subject: Subject, scoring: Scoring, units: Sequence[Unit], sampling: Sampling
-) -> Iterator[dict[str, Any]]:
+def answer_texts(subject: Subject, task: Task, units: Sequence[Unit], sampling: Sampling) -> Iterator[dict[str, Any]]:
     """Generated answers, graded by the task's own file; each as it ends."""
-    assert scoring.grade is not None
+    assert task.scoring is not None and task.scoring.grade is not None
     gold = gold_losses(subject, [unit.question.document for unit in units])
     for number, completion in generate(subject, _prompts(units), sampling):
         unit = units[number]
-        grade = scoring.grade(unit.question.row, answer_text(subject, completion))
+        grade = call_task(task, task.scoring.grade, unit.question.row, answer_text(subject, completion))
         yield {
             **_generated(subject, unit, completion, gold[number]),
             "extracted": grade.extracted,
@@ -85,32 +80,38 @@ def answer_texts(
 
 
 def answer_programs(
-    subject: Subject, scoring: Scoring, units: Sequence[Unit], sampling: Sampling, isolation: Isolation
+    subject: Subject, task: Task, units: Sequence[Unit], sampling: Sampling, isolation: Isolation
 ) -> Iterator[dict[str, Any]]:
     """Generated programs, run in isolation."""
     from chateval.sandbox import run_code
 
-    assert scoring.program is not None
-    program: Callable[[Any, str], str] = scoring.program
+    assert task.scoring is not None and task.scoring.program is not None
+    write_program = task.scoring.program
     gold = gold_losses(subject, [unit.question.document for unit in units])
 
     def run(number: int, completion: Completion) -> dict[str, Any]:
         unit = units[number]
         text = answer_text(subject, completion)
-        outcome = run_code(isolation, program(unit.question.row, text))
+        outcome = run_code(isolation, call_task(task, write_program, unit.question.row, text))
         return {
             **_generated(subject, unit, completion, gold[number]),
             "extracted": text,
             "gold": "its tests pass",
             "correct": outcome.passed,
-            "ending": outcome.ending if completion.ending in WHOLE else f"{completion.ending}, {outcome.ending}",
+            "ending": outcome.ending
+            if completion.ending in WHOLE_ENDINGS
+            else f"{completion.ending}, {outcome.ending}",
             "detail": outcome.detail,
         }
 
     with ThreadPoolExecutor(CODE_THREADS) as threads:
         running = [threads.submit(run, *answer) for answer in generate(subject, _prompts(units), sampling)]
-        for future in running:
-            yield future.result()
+        try:
+            for future in running:
+                yield future.result()
+        except BaseException:  # an interruption does not wait for all programs that are still to be run
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def answer_text(subject: Subject, completion: Completion) -> str:

@@ -38,27 +38,27 @@ def letter_ids(subject: Subject, letters: Sequence[str]) -> list[int]:
     return [tokens[0] for tokens in ids]
 
 
-def choose_letters(subject: Subject, questions: Sequence[Question], letters: Sequence[Sequence[str]]) -> list[Choice]:
-    """Answer one batch. letters: those of each question."""
+def choose_letters(subject: Subject, questions: Sequence[Question]) -> list[Choice]:
+    """Answer one batch."""
     lengths = torch.tensor([len(question.prompt) for question in questions])
     tokens = torch.zeros(len(questions), int(lengths.max()), dtype=torch.int64)
     for i, question in enumerate(questions):
         tokens[i, : lengths[i]] = torch.tensor(question.prompt)
     hidden = subject.hidden(tokens.to(subject.device))
-    logits = subject.logits(hidden[torch.arange(len(questions)), lengths - 1])  # [B, V]: one position a row
+    logits = subject.logits(hidden[torch.arange(len(questions)), lengths - 1]).cpu()  # [B, V]: one position a row
     totals = logits.double().logsumexp(-1).tolist()
     choices = []
     for i, question in enumerate(questions):
-        values = logits[i, letter_ids(subject, letters[i])].tolist()
+        values = logits[i, letter_ids(subject, question.letters)].tolist()
         best = max(range(len(values)), key=values.__getitem__)  # the first of several equal ones
         others = [value for place, value in enumerate(values) if place != best]
         choices.append(
             Choice(
-                letter=letters[i][best],
+                letter=question.letters[best],
                 tie=values[best] in others,
                 margin=values[best] - max(others),
                 letter_mass=sum(math.exp(value - totals[i]) for value in values),
-                gold_nats=totals[i] - values[list(letters[i]).index(question.gold)],
+                gold_nats=totals[i] - values[question.letters.index(question.gold)],
                 num_prompt_tokens=len(question.prompt),
             )
         )

@@ -11,6 +11,7 @@ import click
 
 from chateval.checkpoints import Subject
 from chateval.generate import Completion, Prompt, Sampling, generate
+from chateval.report import printable
 
 if TYPE_CHECKING:
     from chatdata.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ def _typed() -> Iterator[str]:
 def _answer(subject: Subject, prompt: Prompt, sampling: Sampling) -> Completion:
     show = _shower(subject.tokenizer)
     ((_, completion),) = generate(subject, [prompt], sampling, lambda number, token, forced: show(token))
-    click.echo()
+    click.echo()  # the bytes of a character that was cut in two are left unsaid
     return completion
 
 
@@ -80,7 +81,8 @@ def _shower(tokenizer: Tokenizer) -> Callable[[int], None]:
         nonlocal colour
         name = names.get(token)
         if name is None:
-            click.echo(click.style(decoder.decode(tokenizer.token_bytes[token]), fg=colour), nl=False)
+            text = printable(decoder.decode(tokenizer.token_bytes[token]), keep="\n\t")
+            click.echo(click.style(text, fg=colour), nl=False)
         else:
             click.echo(click.style(TOOL_MARKS.get(name, name), fg="cyan", dim=True), nl=False)
             colour = {"<|python_start|>": "cyan", "<|output_start|>": "green"}.get(name)

@@ -6,14 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from chateval.errors import ScoringError
 from chattrain.checkpoint import read_checkpoint
+from chattrain.evaluate import token_byte_counts
 from chattrain.export import is_export, read_export
 from chattrain.model import GPT, ModelConfig, load_model
 
@@ -33,6 +36,11 @@ class Subject:
     weights_sha256: str  # see `hash_weights`
     label: str  # where it came from, for people
     step: int | None  # None: an export does not say
+
+    @cached_property
+    def token_byte_counts(self) -> np.ndarray:
+        """Bytes each id stands for, int64 [vocab_size]; 0 for special tokens."""
+        return token_byte_counts(self.tokenizer)
 
     @property
     def num_positions(self) -> int:
@@ -82,8 +90,7 @@ def hash_weights(weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: 
 
     So a checkpoint and its export have one hash.
     """
-    sizes = {key: value for key, value in asdict(config).items() if key != "sequence_len"}
-    digest = hashlib.sha256(json.dumps([sizes, tokenizer.canary_sha256], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([asdict(config), tokenizer.canary_sha256], sort_keys=True).encode())
     for name in sorted(weights):
         tensor = weights[name].detach().float()
         if name in ("transformer.wte.weight", "lm_head.weight"):

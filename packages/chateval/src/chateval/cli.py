@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ POSITIVE = click.IntRange(min=1)
 
 
 def main() -> None:
-    run_command(cli, "chateval", "interrupted; the same command continues where it stopped")
+    run_command(cli, "chateval", "interrupted; `chateval run` continues where it stopped when called again")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -57,7 +58,9 @@ def sampling_options(command: Any) -> Any:
 @click.option("--draws", type=POSITIVE, default=1, show_default=True, help="Answers to each generative question.")
 @sampling_options
 @click.option("--allow-code", is_flag=True, help="Run programs the model writes, in isolation.")
-@click.option("--out", type=PATH, help="Results folder (default: scores/<weights' hash>).")
+@click.option(
+    "--out", type=PATH, help="Results folder, one for each set of tasks (default: scores/<hash of the weights>)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def run(**options: Any) -> None:
     """Score a checkpoint. An interrupted run continues; a finished one is only read."""
@@ -68,13 +71,17 @@ def run(**options: Any) -> None:
     from chateval.run import Settings, score
     from chattrain.distributed import join_ranks
 
+    names = tuple(name.strip() for name in options["tasks"].split(",") if name.strip())
+    if not names:
+        raise click.UsageError("--tasks names no task; see `chateval tasks`")
     if options["draws"] > 1 and options["temperature"] == 0:
         raise click.UsageError("--draws needs a --temperature above 0: at 0 all draws are the same answer")
-    with join_ranks(options["device"]) as ranks:
+    # ranks meet only at the ends, and one may have hours of answers left where another has none
+    with join_ranks(options["device"], timedelta(days=7)) as ranks:
         subject = load_subject(options["checkpoint"], ranks.device, _dtype(options["dtype"]))
         sampling = Sampling(options["temperature"], options["top_k"], options["max_new_tokens"], options["seed"])
         settings = Settings(
-            tasks=tuple(name.strip() for name in options["tasks"].split(",") if name.strip()),
+            tasks=names,
             out=options["out"] or Path("scores") / subject.weights_sha256[:12],
             sampling=sampling,
             **{key: options[key] for key in ("data_dir", "words", "task_files", "limit", "batch_size", "draws")},

@@ -70,7 +70,7 @@ class _Row:
     """One answer in the making."""
 
     prompt: Prompt
-    random: random.Random
+    generator: random.Random
     tokens: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
     waiting: deque[int] = field(default_factory=deque)  # tokens still to be forced
@@ -161,14 +161,14 @@ def _choose(logits: Tensor, rows: list[_Row | None], sampling: Sampling) -> list
     """A token for each row from logits [B, V]; each row's draws are its own, whatever else is in the batch."""
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()  # the first of several equal ones
-    scaled = logits.double() / sampling.temperature
+    scaled = logits.cpu().double() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.size(-1):
         smallest = scaled.topk(sampling.top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
     shares = scaled.softmax(-1).cumsum(-1)
     # one number a row and sampled token: forced tokens draw none, so that they do not move the draws behind them
-    draws = [0.0 if row is None or row.waiting else row.random.random() for row in rows]
-    drawn = torch.tensor(draws, dtype=torch.float64, device=shares.device)[:, None] * shares[:, -1:]
+    draws = [0.0 if row is None or row.waiting else row.generator.random() for row in rows]
+    drawn = torch.tensor(draws, dtype=torch.float64)[:, None] * shares[:, -1:]
     return torch.searchsorted(shares, drawn, right=True).squeeze(1).clamp(max=logits.size(-1) - 1).tolist()
 
 

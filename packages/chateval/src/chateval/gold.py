@@ -9,7 +9,6 @@ import torch
 
 from chatdata.document import Document
 from chateval.checkpoints import Subject
-from chattrain.evaluate import token_byte_counts
 from chattrain.loss import IGNORED, position_losses
 
 
@@ -18,7 +17,7 @@ def gold_losses(subject: Subject, documents: Sequence[Document]) -> list[tuple[f
 
     Special tokens stand for none and count on neither side, as in chattrain's validation.
     """
-    byte_counts = token_byte_counts(subject.tokenizer)
+    byte_counts = subject.token_byte_counts
     width = max(len(document.tokens) for document in documents) - 1
     inputs = np.zeros((len(documents), width), dtype=np.int64)
     targets = np.full_like(inputs, IGNORED)
@@ -33,4 +32,4 @@ def gold_losses(subject: Subject, documents: Sequence[Document]) -> list[tuple[f
         hidden.float(), model.lm_head.weight, torch.from_numpy(targets).to(subject.device), model.config.vocab_size
     )
     num_bytes = byte_counts[np.maximum(targets, 0)] * (targets != IGNORED)
-    return list(zip(losses.double().sum(1).tolist(), num_bytes.sum(1).tolist(), strict=True))
+    return list(zip(losses.cpu().double().sum(1).tolist(), num_bytes.sum(1).tolist(), strict=True))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from chatdata.errors import ChatdataError, MissingSource, nearest
+from chatdata.conversation import parse_conversation
+from chatdata.errors import ChatdataError, MissingSource, TaskError, nearest
 from chatdata.mixture import permutation, select
 from chatdata.recipe import Entry
 from chatdata.render import render_conversation, render_for_completion
 from chatdata.sources import Locations, Source, resolve
-from chatdata.tasks import Scoring, Task
+from chatdata.tasks import Scoring, Task, call_task
 from chateval.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,16 +39,13 @@ class Question:
     conversation: Any  # with the row's own answer
     prompt: list[int]  # ids up to assistant_start
     tokenizer: Tokenizer
+    letters: tuple[str, ...] = ()  # multiple choice: those to choose from, and
+    gold: str = ""  # the right one
 
     @property
     def document(self) -> Document:
         """The whole conversation, rendered. Not kept: multiple choice never asks for it."""
         return render_conversation(self.tokenizer, self.conversation)
-
-    @property
-    def gold(self) -> str:
-        """The row's own answer, where it is one text, as in multiple choice."""
-        return self.conversation["messages"][-1]["content"]
 
     @cached_property
     def prompt_sha256(self) -> str:
@@ -61,14 +60,22 @@ class ScoredTask:
     name: str
     kind: Kind
     chance: float
+    task: Task
     scoring: Scoring
     source: dict[str, Any]  # name, revision and files, as a manifest has them
+    num_rows: int  # of the source: more than there are questions under a limit
     questions: list[Question]
 
 
 def scored_sets(tasks: Mapping[str, Task]) -> dict[str, Task]:
-    """Name for --tasks → the task it belongs to."""
-    return {name: task for task in tasks.values() if task.scoring for name in task.scoring.sets}
+    """Name for --tasks → the task it belongs to. Raises TaskError if two tasks score a set of one name."""
+    owners: dict[str, Task] = {}
+    for task in tasks.values():
+        for name in task.scoring.sets if task.scoring else ():
+            if name in owners:
+                raise TaskError(f'task "{task.name}": its scored set "{name}" is also one of "{owners[name].name}"')
+            owners[name] = task
+    return owners
 
 
 def load_questions(
@@ -121,13 +128,25 @@ def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokeni
     for number, row in source.read(wanted):
         item = f"{entry.label} row {number}"
         try:
-            conversation = task.to_conversation(row)
-            prompt = render_for_completion(tokenizer, conversation)
+            questions[number] = _question(name, item, task, row, tokenizer)
         except ChatdataError as error:
             raise error.at(f"{name}: {source.where(number)}") from error
-        subject = row[scoring.subject_key] if scoring.subject_key else None
-        questions[number] = Question(name, item, subject, row, conversation, prompt, tokenizer)
     kind: Kind = "categorical" if scoring.letters else "code" if scoring.program else "generative"
     chance = scoring.sets[name].chance
     in_order = [questions[number] for number in chosen.tolist()]
-    return ScoredTask(name, kind, chance, scoring, source.describe(), in_order)
+    return ScoredTask(name, kind, chance, task, scoring, source.describe(), num_rows, in_order)
+
+
+def _question(name: str, item: str, task: Task, row: Any, tokenizer: Tokenizer) -> Question:
+    assert task.scoring is not None
+    scoring = task.scoring
+    conversation = parse_conversation(call_task(task, task.to_conversation, row))
+    prompt = render_for_completion(tokenizer, conversation)
+    subject = call_task(task, itemgetter(scoring.subject_key), row) if scoring.subject_key else None
+    question = Question(name, item, subject, row, conversation, prompt, tokenizer)
+    if scoring.letters is None:
+        return question
+    letters, gold = tuple(call_task(task, scoring.letters, row)), conversation["messages"][-1]["content"]
+    if len(letters) < 2 or gold not in letters:
+        raise TaskError(f"the answer {gold!r} must be one of at least two letters, not of {', '.join(letters)}")
+    return replace(question, letters=letters, gold=gold)

@@ -163,7 +163,7 @@ def _detail_list(name: str, task: TaskResult) -> str:
     lines = ["endings: " + (", ".join(f"{escape_markdown(ending)} {count}" for ending, count in endings) or "–")]
     if task.flexible is not None:
         right = f"{percent(task.flexible.accuracy)} % ({score_interval(task.flexible)})"
-        lines.append(f"right if any last number counts: {right}")
+        lines.append(f"right when read flexibly: {right}")
         lines.append(f"tool calls: {task.tool_calls}, failed: {task.tool_failures}")
     if task.ties is not None:
         lines.append(f"ties between letters: {task.ties}")

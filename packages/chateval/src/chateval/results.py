@@ -4,7 +4,7 @@ The items are the primary result, appended line by line and never rewritten; eve
 
     OUT/run.json        weights, settings and tasks: {"format": "chateval-run", "version": 1, ...}
     OUT/items.jsonl     in any order; further ranks write items-00001.jsonl, ...
-    OUT/results.json    compute_results(read_run(OUT), read_items(OUT)), by write_results
+    OUT/results.json    compute_results(read_run(OUT), read_items(OUT)), by write_report
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from chateval.errors import ResultsError
-from chateval.items import Item, read_items
+from chateval.items import Item
 from chateval.stats import CHAT_CORE_CHANCE, chat_core, wilson_interval
 
 RUN_FORMAT, RESULTS_FORMAT, VERSION = "chateval-run", "chateval-results", 1
@@ -171,7 +171,9 @@ def compute_results(run: Mapping[str, Any], items: Iterable[Item]) -> Results:
     """
     finished, unfinished = finished_items(run, items)
     tasks = {name: _task_result(task, finished[name], unfinished[name]) for name, task in run["tasks"].items()}
-    accuracy = {name: task.score.accuracy for name, task in tasks.items() if task.complete and task.score.items}
+    # under a limit a task may be complete, but it is not the task that ChatCORE means
+    whole = {name for name, task in run["tasks"].items() if task.get("rows", task["items"]) == task["items"]}
+    accuracy = {n: t.score.accuracy for n, t in tasks.items() if n in whole and t.complete and t.score.items}
     return Results(
         weights_sha256=run["weights_sha256"],
         checkpoint=run["checkpoint"],
@@ -180,13 +182,6 @@ def compute_results(run: Mapping[str, Any], items: Iterable[Item]) -> Results:
         chat_core=chat_core(accuracy),  # type: ignore[arg-type]
         chat_core_missing=tuple(name for name in CHAT_CORE_CHANCE if name not in accuracy),
     )
-
-
-def write_results(out: Path) -> Results:
-    """Compute the figures of a results folder again and write results.json. Raises ResultsError."""
-    results = compute_results(read_run(out), read_items(out))
-    write_json(out / RESULTS_NAME, results.to_json())
-    return results
 
 
 def finished_items(

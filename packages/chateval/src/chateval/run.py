@@ -16,22 +16,22 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from chatdata.publish import sync
 from chatdata.tasks import load_tasks
 from chateval.answers import Unit, answer_letters, answer_programs, answer_texts
 from chateval.checkpoints import Subject
-from chateval.errors import UsageError
+from chateval.errors import ScoringError, UsageError
 from chateval.generate import Sampling
-from chateval.items import append_item, open_items, read_items
+from chateval.items import ITEMS_NAME, append_item, open_items, read_items
 from chateval.progress import Progress
 from chateval.questions import ScoredTask, load_questions, scored_sets
-from chateval.results import require_same_run, write_run
+from chateval.results import RUN_FORMAT, RUN_NAME, VERSION, require_same_run, write_run
 from chattrain.distributed import Ranks
 
 if TYPE_CHECKING:
     from chateval.sandbox import Isolation
-
-RUN_HEAD = {"format": "chateval-run", "version": 1}
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,22 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
     _begin(settings, describe_run(subject, settings, scored), ranks)
     done = {item.key for item in read_items(settings.out)}
     ranks.wait()  # all have read before any writes
-    name = "items.jsonl" if ranks.is_first else f"items-{ranks.rank:05}.jsonl"
+    name = ITEMS_NAME if ranks.is_first else f"items-{ranks.rank:05}.jsonl"
     with open_items(settings.out / name) as file:
         for task in scored:
             batches = list(batches_of(task, settings, ranks))
             progress.begin(task.name, sum(len(batch) for batch in batches))
             for batch in batches:
                 missing = {unit.key for unit in batch if unit.key not in done}
-                for line in _answer(subject, task, batch, settings, isolation) if missing else ():
-                    if (line["task"], line["item"], line["draw"]) in missing:
-                        append_item(file, line)
+                try:
+                    for line in _answer(subject, task, batch, settings, isolation) if missing else ():
+                        if (line["task"], line["item"], line["draw"]) in missing:
+                            append_item(file, line)
+                except torch.OutOfMemoryError:
+                    raise ScoringError(
+                        f"{task.name}: out of memory with {len(batch)} questions at once: give a smaller --batch-size "
+                        "(the run continues)"
+                    ) from None
                 progress.advance(len(batch))
             progress.end()
     ranks.wait()
@@ -90,7 +96,8 @@ def batches_of(task: ScoredTask, settings: Settings, ranks: Ranks) -> Iterator[l
 def describe_run(subject: Subject, settings: Settings, scored: Sequence[ScoredTask]) -> dict[str, Any]:
     """run.json: what decides the answers, beside the questions themselves."""
     return {
-        **RUN_HEAD,
+        "format": RUN_FORMAT,
+        "version": VERSION,
         "weights_sha256": subject.weights_sha256,
         "checkpoint": subject.label,
         "step": subject.step,
@@ -100,6 +107,7 @@ def describe_run(subject: Subject, settings: Settings, scored: Sequence[ScoredTa
                 "scoring": task.kind,
                 "chance": task.chance,
                 "items": len(task.questions),
+                "rows": task.num_rows,
                 "draws": 1 if task.kind == "categorical" else settings.draws,
                 "source": task.source,
             }
@@ -121,11 +129,10 @@ def _isolation(settings: Settings, code_tasks: Sequence[str]) -> Isolation | Non
 
 
 def _begin(settings: Settings, run: dict[str, Any], ranks: Ranks) -> None:
-    if ranks.is_first:
-        if (settings.out / "run.json").is_file():
-            require_same_run(settings.out, run)
-        else:
-            write_run(settings.out, run)
+    require_same_run(settings.out, run)  # on every rank: all refuse, rather than one while the others wait for it
+    ranks.wait()
+    if ranks.is_first and not (settings.out / RUN_NAME).is_file():
+        write_run(settings.out, run)
     ranks.wait()
 
 
@@ -133,11 +140,11 @@ def _answer(
     subject: Subject, task: ScoredTask, batch: Sequence[Unit], settings: Settings, isolation: Isolation | None
 ) -> Iterator[dict[str, Any]]:
     if task.kind == "categorical":
-        return answer_letters(subject, task.scoring, batch)
+        return answer_letters(subject, batch)
     if task.kind == "generative":
-        return answer_texts(subject, task.scoring, batch, settings.sampling)
+        return answer_texts(subject, task.task, batch, settings.sampling)
     assert isolation is not None
-    return answer_programs(subject, task.scoring, batch, settings.sampling, isolation)
+    return answer_programs(subject, task.task, batch, settings.sampling, isolation)
 
 
 def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
@@ -146,12 +153,13 @@ def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
     place = {(*question, draw): number for number, (question, draw) in enumerate(product(questions, range(draws)))}
     lines = {}
     for path in sorted(out.glob("items*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        *whole, _unfinished = path.read_bytes().split(b"\n")  # of a killed rank that this run does not have
+        for line in whole:
             item = json.loads(line)
             lines[place[item["task"], item["item"], item["draw"]]] = line
     partial = out / f".items.{os.getpid()}.partial"
-    partial.write_text("".join(lines[number] + "\n" for number in sorted(lines)), encoding="utf-8")
+    partial.write_bytes(b"".join(lines[number] + b"\n" for number in sorted(lines)))
     sync(partial)
-    partial.replace(out / "items.jsonl")
+    partial.replace(out / ITEMS_NAME)
     for path in out.glob("items-*.jsonl"):
         path.unlink()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,11 @@ def find_device(asked: str | None) -> torch.device:
 
 
 @contextmanager
-def join_ranks(device: str | None) -> Iterator[Ranks]:
-    """Join the process group that torchrun's environment describes, if there is one, and leave it at the end."""
+def join_ranks(device: str | None, wait: timedelta | None = None) -> Iterator[Ranks]:
+    """Join the process group that torchrun's environment describes, if there is one, and leave it at the end.
+
+    wait: how long a rank waits for others before it gives up, by default torch's (10 minutes on nccl).
+    """
     found = find_device(device)
     if found.type == "cuda":
         torch.cuda.set_device(found)
@@ -62,7 +66,7 @@ def join_ranks(device: str | None) -> Iterator[Ranks]:
     if num_ranks == 1:
         yield Ranks(0, 1, found)
         return
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=wait)
     try:
         yield Ranks(dist.get_rank(), num_ranks, found)
     finally:

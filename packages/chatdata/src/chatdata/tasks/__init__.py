@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from chatdata.errors import TaskError, nearest
+from chatdata.errors import ChatdataError, TaskError, nearest
 from chatdata.grading import Grade
 
 
@@ -97,6 +97,18 @@ class Task:
     def __post_init__(self) -> None:
         if self.kind not in ("conversation", "text"):
             raise TaskError(f'task "{self.name}": kind is {self.kind!r}, must be "conversation" or "text"')
+
+
+def call_task(task: Task, function: Callable[..., Any], row: Any, *arguments: Any) -> Any:
+    """One of a task's own functions on a row. Whatever goes wrong is a ChatdataError: a task is anybody's code."""
+    try:
+        return function(row, *arguments)
+    except KeyError as error:
+        raise TaskError(f'the row does not fit task "{task.name}": no key "{error.args[0]}"') from error
+    except ChatdataError:
+        raise
+    except Exception as error:
+        raise TaskError(f'the row does not fit task "{task.name}": {type(error).__name__} {error}') from error
 
 
 def load_tasks(task_files: tuple[Path, ...] = ()) -> dict[str, Task]:
