@@ -50,6 +50,15 @@ cli.add_command(tokenizer)
 @click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
 @click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file defining a TASK of your own.")
 @click.option("--out", type=FILE, help="Output folder (default: out/<recipe>).")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that render (default: one per core).")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who renders.")
+@click.option(
+    "--encoder",
+    type=click.Choice(["auto", "tiktoken", "fastokens", "gigatoken"]),
+    default="auto",
+    show_default=True,
+    help="Who encodes; never changes the ids. auto: the fastest that gives tiktoken's ids.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many rows per entry.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Length rule in place of the recipe's.")
 @click.option(
@@ -68,6 +77,9 @@ def build(
     words: str | None,
     task_files: tuple[Path, ...],
     out: Path | None,
+    workers: int | None,
+    engine: str,
+    encoder: str,
     limit: int | None,
     max_tokens: int | None,
     overflow: str | None,
@@ -79,6 +91,7 @@ def build(
     from chatdata import show
     from chatdata.build import build as run_build
     from chatdata.build import check_out, make_plan
+    from chatdata.engine import available_cpus
     from chatdata.recipe import load_recipe, override
     from chatdata.sources import Locations
     from chatdata.tasks import load_tasks
@@ -114,11 +127,19 @@ def build(
             click.echo(json.dumps(_plan_json(plan, out)))
         return
     with show.build_progress(quiet=as_json) as progress:
-        manifest = run_build(plan, out, force=force, progress=progress)
+        manifest = run_build(
+            plan,
+            out,
+            force=force,
+            workers=workers or available_cpus(),
+            engine=engine,
+            encoder=encoder,
+            progress=progress,
+        )
     if as_json:
         click.echo(json.dumps({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]}))
     else:
-        show.build_result(manifest, out)
+        show.build_result(manifest, json.loads((out / "report.json").read_text()), out)
 
 
 def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
@@ -215,6 +236,42 @@ def verify(path: Path, level: str, as_json: bool) -> int:
             click.echo(problem, err=True)
         click.echo(f"{path}: {f'{len(problems)} problems' if problems else 'no damage found'} ({level})")
     return 3 if problems else 0
+
+
+@cli.command(
+    epilog=examples(
+        "chatdata cache", "chatdata cache --prune 30", "CHATDATA_CACHE=/data/cache chatdata cache --prune 0"
+    )
+)
+@click.option(
+    "--prune",
+    "unused_days",
+    metavar="DAYS",
+    type=click.FloatRange(min=0),
+    help="Remove units unused for DAYS (0: all).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def cache(unused_days: float | None, as_json: bool) -> None:
+    """Size of the cache of rendered units, and pruning. A build renders again what it misses.
+
+    The cache is $CHATDATA_CACHE, else `chatdata` in the XDG cache folder. It also holds word lists fetched by URL,
+    which are small and stay.
+    """
+    from chatdata import show
+    from chatdata.cache import cached_units, prune, units_folder
+
+    folder = units_folder()
+    removed = prune(folder, unused_days) if unused_days is not None else []
+    left = cached_units(folder)
+    facts = {
+        "folder": str(folder),
+        "units": len(left),
+        "bytes": sum(unit.num_bytes for unit in left),
+        "removed_units": len(removed),
+        "removed_bytes": sum(unit.num_bytes for unit in removed),
+        "oldest_use": left[0].last_used if left else None,
+    }
+    click.echo(json.dumps(facts)) if as_json else show.cache(facts)
 
 
 @cli.command(name="tasks", epilog=examples("chatdata tasks", "chatdata tasks --task-file my_task.py"))
