@@ -347,6 +347,6 @@ def test_the_sample_is_one_percent_of_the_characters(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(DEMO, "encode_ordinary", lambda text: seen.append(text) or encode_ordinary(text))
     texts = [f"{i} " * (1 + i % 7) for i in range(3000)]
     chosen = sampled(texts)
-    assert 0.01 <= sum(map(len, chosen)) / sum(map(len, texts)) < 0.012
-    assert chosen == sampled(texts)
-    assert sampled([]) == [] and sampled([""]) == [""] and len(sampled(["", "a", ""])) >= 1
+    assert len(chosen) == 30 and 0.009 <= sum(map(len, chosen)) / sum(map(len, texts)) < 0.011
+    assert chosen == sampled(texts) and set(chosen).isdisjoint(sampled([*texts[:-1], "another"]))
+    assert sampled([]) == [] and sampled([""]) == [""] and len(sampled(["", "a", ""])) == 1

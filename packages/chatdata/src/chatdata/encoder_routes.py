@@ -86,14 +86,14 @@ def fastokens_route(tokenizer: Tokenizer) -> EncodeBatch:
     ids_of = _ids_of_numbers(tokenizer)
 
     def encode_batch(texts: list[str]) -> Ids:
-        apart = [i for i, text in enumerate(texts) if "\u180e" in text or _has_long_white_space(text)]
+        apart = {i for i, text in enumerate(texts) if "\u180e" in text} | _texts_with_long_white_space(texts)
         try:
             ids, bounds = fast.encode_batch_flat(texts, False, True)
         except UnicodeEncodeError:
-            apart = [i for i, text in enumerate(texts) if i in apart or _SURROGATE.search(text)]
+            apart |= {i for i, text in enumerate(texts) if _SURROGATE.search(text)}
             ids, bounds = fast.encode_batch_flat(_without(texts, apart), False, True)
         counts = np.diff(np.frombuffer(bounds, np.uint64).astype(np.int64))
-        return _replace(ids_of(np.frombuffer(ids, np.uint32)), counts, texts, apart, tokenizer)
+        return _replace(ids_of(np.frombuffer(ids, np.uint32)), counts, texts, sorted(apart), tokenizer)
 
     return encode_batch
 
@@ -113,7 +113,7 @@ def gigatoken_route(tokenizer: Tokenizer) -> EncodeBatch:
 
     def encode_batch(texts: list[str]) -> Ids:
         nonlocal fast, num_bytes
-        apart = {i for i, text in enumerate(texts) if _has_long_white_space(text)}
+        apart = _texts_with_long_white_space(texts)
         if (data := _join(texts)) is None:
             apart |= {i for i, text in enumerate(texts) if _MARK_OR_SURROGATE.search(text)}
             data = _join(_without(texts, apart))
@@ -188,8 +188,10 @@ def _texts_with_inner_newline_at_end(texts: list[str], buffer: np.ndarray, ends:
             yield i
 
 
-def _has_long_white_space(text: str) -> bool:
-    return len(text) >= _LONG and _LONG_WHITE_SPACE.search(text) is not None
+def _texts_with_long_white_space(texts: list[str]) -> set[int]:
+    if max(map(len, texts), default=0) < _LONG:
+        return set()
+    return {i for i, text in enumerate(texts) if len(text) >= _LONG and _LONG_WHITE_SPACE.search(text)}
 
 
 def _without(texts: list[str], numbers: Iterable[int]) -> list[str]:
