@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from chatdata.build import Plan
 
+_UNITS = {"write": "tokens", "check": "tokens", "hash": "bytes"}  # of progress that does not count a source's rows
 PLAIN_LINE_EVERY = 0.25  # without a terminal: a progress line per quarter of a source, not per row
 
 
@@ -84,8 +85,7 @@ def build_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | No
         def plain(name: str, done: int, total: int) -> None:
             if done == total or done / total - printed.get(name, 0.0) >= PLAIN_LINE_EVERY:
                 printed[name] = done / total
-                unit = "tokens" if name == "write" else "rows"
-                print(f"{name}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
+                print(f"{name}: {done:,} of {total:,} {_UNITS.get(name.partition(' ')[0], 'rows')}", file=sys.stderr, flush=True)
 
         yield plain
 
