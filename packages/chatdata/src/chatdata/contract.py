@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -107,10 +108,12 @@ def check_documents(
             merged.setdefault((finding.file, finding.kind), []).append((finding.documents + first, finding.positions))
         if progress:
             progress(end)
-    return [
-        Finding(file, kind, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-        for (file, kind), parts in merged.items()
-    ]
+    findings = []
+    for (file, kind), parts in merged.items():
+        documents, positions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        order = np.lexsort([positions, documents])  # one kind may come of several delimiters
+        findings += _first(file, kind, documents[order], positions[order])
+    return findings
 
 
 def _check_piece(
@@ -268,9 +271,7 @@ def _check_counts(
         yield from _whole("mask", kind, supervised == 0)
 
 
-def _check_spans(
-    walk: _Walk, index: Mapping[str, np.ndarray], broken: np.ndarray, rules: Rules
-) -> Iterator[Finding]:
+def _check_spans(walk: _Walk, index: Mapping[str, np.ndarray], broken: np.ndarray, rules: Rules) -> Iterator[Finding]:
     """Spans against the delimiters. Text parts in a row leave no trace in the tokens, so their spans count as one."""
     role_after = np.full(END + 1, -1)
     for event, (role, _) in ((BOS, (_TEXT, "")),) if rules.stage == "base" else _TEXT_AFTER.items():
@@ -304,7 +305,7 @@ def _digests_differ(
     ids, masks = memoryview(tokens.astype("<u4")).cast("B"), memoryview(np.ascontiguousarray(mask)).cast("B")
     digests = bytearray()
     bounds = offsets.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         digest = hashlib.blake2b(ids[4 * start : 4 * stop], digest_size=16)
         digest.update(masks[start:stop])
         digests += digest.digest()

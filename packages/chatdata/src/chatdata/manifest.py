@@ -17,8 +17,8 @@ _COUNT = range(MAX_COUNT)
 _SHA256 = "sha256"  # stands for a string of 64 hexadecimal digits
 
 _ENTRY = {
-    **{key: str for key in ("task", "subset", "split", "source")},
-    **{key: _COUNT for key in ("entry", "rows", "documents", "tokens", "supervised", "truncated", "tokens_lost")},
+    **dict.fromkeys(("task", "subset", "split", "source"), str),
+    **dict.fromkeys(("entry", "rows", "documents", "tokens", "supervised", "truncated", "tokens_lost"), _COUNT),
     "dropped": {str: _COUNT},
 }
 _SHARD = {
@@ -52,7 +52,7 @@ _MANIFEST = {
     "dtype": ("<u2", "<u4"),
     "mask": str,
     "splits": {
-        str: {**{key: _COUNT for key in ("documents", "tokens", "supervised")}, "shards": [_SHARD], "entries": [_ENTRY]}
+        str: {**dict.fromkeys(("documents", "tokens", "supervised"), _COUNT), "shards": [_SHARD], "entries": [_ENTRY]}
     },
 }
 

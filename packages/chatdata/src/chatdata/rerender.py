@@ -91,7 +91,9 @@ def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task]) -> Reci
 def _entry_table(entry: dict[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
     """An entry of a resolved recipe as it may stand in a TOML file: without nulls and what goes without saying."""
     if entry.get("task") not in tasks:
-        raise RecipeError(f"the build has the task {entry.get('task')!r}, which is not one of ours: pass its --task-file")
+        raise RecipeError(
+            f"the build's task {entry.get('task')!r} is not one of the shipped ones: pass its --task-file"
+        )
     idle = ("split", "subset") if "path" in entry else ()
     return {key: value for key, value in entry.items() if value is not None and key not in idle}
 
@@ -129,10 +131,10 @@ def _source_problems(path: Path, plan: Plan, recorded: list[dict[str, Any]]) -> 
             continue
         for file, old in zip(here["files"], record["files"], strict=True):
             if file["sha256"] != old["sha256"]:
-                problems.append(f"source {record['name']}: {file['name']} is not the file the build was made of (SHA-256)")
-        for key, what in (("task_code_sha256", "the task file"), ("rows_sha256", "what its rows hold")):
+                problems.append(f"source {record['name']}: {file['name']} has another SHA-256 than the build's")
+        for key, what in (("task_code_sha256", "the task file"), ("rows_sha256", "the list of its rows")):
             if here.get(key) != record.get(key):
-                problems.append(f"source {record['name']}: {what} is not what the build was made of (SHA-256)")
+                problems.append(f"source {record['name']}: {what} has another SHA-256 than the build's")
     return problems
 
 
@@ -155,7 +157,8 @@ def _check_order(
 ) -> tuple[list[_Chosen], list[str]]:
     """(row, position, entry) of all documents against the mixture; the documents to render again."""
     file = split.build.path / split.name
-    rows, entry, position = (np.concatenate(parts) for parts in zip(*map(_rows_of, range(len(entries)), entries), strict=True))
+    rows = np.concatenate([_rows_of(planned) for planned in entries])
+    entry = np.repeat(np.arange(len(entries)), [len(e.positions) for e in entries])
     order = mixture_order([len(e.positions) for e in entries], recipe.seed, recipe.shuffle[split.name])
     # where in the mixture each document of the build stands: of its entry, so many positions behind the first
     starts = np.cumsum([0, *(len(e.positions) for e in entries)])
@@ -211,11 +214,10 @@ def _recorded(index: dict[str, np.ndarray], doc: int) -> dict[str, Any]:
     return {name: int(index[name][doc]) for name in RECORDED} | {"spans": list(zip(*columns, strict=True))}
 
 
-def _rows_of(number: int, planned: PlannedEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, entry, position) for every position an entry takes."""
+def _rows_of(planned: PlannedEntry) -> np.ndarray:
+    """The row at every position an entry takes."""
     positions = np.arange(planned.positions.start, planned.positions.stop)
-    rows = permutation(planned.source.num_rows)[positions] if planned.task.permuted else positions
-    return rows, np.full(len(rows), number), positions
+    return permutation(planned.source.num_rows)[positions] if planned.task.permuted else positions
 
 
 def choose(entry: np.ndarray, share: float) -> np.ndarray:

@@ -85,7 +85,8 @@ def build_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | No
         def plain(name: str, done: int, total: int) -> None:
             if done == total or done / total - printed.get(name, 0.0) >= PLAIN_LINE_EVERY:
                 printed[name] = done / total
-                print(f"{name}: {done:,} of {total:,} {_UNITS.get(name.partition(' ')[0], 'rows')}", file=sys.stderr, flush=True)
+                unit = _UNITS.get(name.partition(" ")[0], "rows")
+                print(f"{name}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
 
         yield plain
 
