@@ -77,7 +77,7 @@ def test_a_changed_row(built: Callable, chatdata: Callable) -> None:
     assert result.returncode == 1 and "Traceback" not in result.stderr
     lines = result.stdout.splitlines()
     assert "  same row, other tokens or mask: 1 (conversations 1), 0 of them of the same length" in lines
-    assert "      b: 28 tokens, … ⟦nswer four<|assistant_end|>⟧ …" in lines
+    assert "      b: 26 tokens, … ⟦nswer four<|assistant_end|>⟧ …" in lines
     assert any(line.startswith("  c.jsonl.files.c.jsonl.sha256: ") for line in lines)
     assert lines.index("sources") < lines.index("train") < lines.index("train documents")
 
