@@ -110,6 +110,12 @@ def test_more_rows_and_another_order(built: Callable) -> None:
     }
 
 
+def test_copies_pair_by_row(built: Callable) -> None:
+    """Rows of one content in another order: the stream is the same, and each row finds itself."""
+    found = documents_of(built("one", [("q", "a")] * 6), built("two", [("q", "a")] * 6, 'stage = "sft"\n' + ENTRY))
+    assert (found["equal"], found["order"], found["columns"]) == (6, None, {})
+
+
 def test_epochs_and_cut_documents(built: Callable) -> None:
     """Copies of one row pair with those of their own entry; the recipe's changes come first."""
     one = built("one", CHATS, HEAD + ENTRY + "epochs = 2\n")

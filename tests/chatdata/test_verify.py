@@ -175,6 +175,11 @@ def test_every_byte_of_a_header_counts(built: Path) -> None:
         assert len(problems) == 1 and problems[0].startswith(f"{file}: ")
 
 
+def add_empty_span(spans: list[dict[str, int]]) -> None:
+    text = next(span for span in spans if span["role"] == 1)
+    spans.insert(spans.index(text) + 1, {"role": 1, "start": text["start"] + text["length"], "length": 0})
+
+
 # what is edited, and what the contract says of it; `built` is signed again, so that nothing else can
 EDITS: list[tuple[Callable[[dict[str, Any], Callable[[str], int]], Any], str]] = [
     (
@@ -214,6 +219,7 @@ EDITS: list[tuple[Callable[[dict[str, Any], Callable[[str], int]], Any], str]] =
     (lambda a, at: a["index"][3].update(task="gsm8k"), "task differs from the entry's: train document 3"),
     (lambda a, at: a["index"][3]["spans"].pop(), "index-00000.parquet: spans differ from the delimiters: train docum"),
     (lambda a, at: a["index"][3]["spans"][0].update(length=2), "spans differ from the delimiters: train document 3"),
+    (lambda a, at: add_empty_span(a["index"][3]["spans"]), "spans differ from the delimiters: train document 3"),
     (lambda a, at: a["index"][3].update(row=None), "index-00000.parquet: column row has nulls"),
     (lambda a, at: a["index"][3].update(truncated=not a["index"][3]["truncated"]), "(conversations): truncated is"),
 ]
@@ -300,7 +306,10 @@ def test_semantic_finds_another_renderer(built: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(render, "render_conversation", one_token_more)
     problems = semantic(built)
-    assert any("document 0 (" in problem and "but rendered again" in problem for problem in problems)
+    assert len(problems) == 11 and all(problem.startswith(f"{built}/train: document ") for problem in problems[:10])
+    assert "but rendered again" in problems[0] and problems[10].endswith(
+        " more differences from what is rendered again"
+    )
 
 
 def test_semantic_finds_one_other_token(built: Path) -> None:

@@ -23,7 +23,7 @@ from chatdata.mixture import mixture_order, permutation
 from chatdata.recipe import Recipe, load_recipe, parse_recipe, recipe_names
 from chatdata.shards import Split, open_build
 from chatdata.tasks import Task, call_task
-from chatdata.verify import Progress, index_arrays, read_index, verify_full
+from chatdata.verify import Progress, index_arrays, read_index, shortened, verify_full
 
 if TYPE_CHECKING:
     from chatdata.build import Plan, PlannedEntry
@@ -67,7 +67,8 @@ def verify_semantic(
         found, wrong = _check_order(build[name], index, entries, recipe, share)
         chosen += found
         problems += wrong
-    return problems + list(_check_rendering(plan, chosen, progress))
+    rendering = list(_check_rendering(plan, chosen, progress))
+    return problems + shortened(rendering, "differences from what is rendered again")
 
 
 def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task]) -> Recipe:

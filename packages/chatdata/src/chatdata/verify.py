@@ -201,7 +201,7 @@ def _unknown_files(build: Build) -> list[str]:
     for folder, subfolders, names in os.walk(build.path):
         unknown += [path for path in (Path(folder, name) for name in names) if path not in known]
         unknown += [path for path in (Path(folder, name) for name in subfolders) if path not in folders]
-    return _shortened([f"{path}: not a file of the build" for path in sorted(unknown)], "not files of the build")
+    return shortened([f"{path}: not a file of the build" for path in sorted(unknown)], "not files of the build")
 
 
 def _tokenizer_problems(build: Build) -> list[str]:
@@ -325,6 +325,7 @@ def _described(finding: Finding, file: Path, split: str, first: int) -> list[str
     return [*lines, f"{file}: {finding.kind}: and {rest:,} more documents"] if rest > 0 else lines
 
 
-def _shortened(problems: list[str], what: str) -> list[str]:
+def shortened(problems: list[str], what: str) -> list[str]:
+    """The first problems of a list of one kind, and a line that counts the rest."""
     rest = len(problems) - SHOWN_PER_KIND
     return [*problems[:SHOWN_PER_KIND], f"and {rest:,} more {what}"] if rest > 0 else problems
