@@ -16,7 +16,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from chatdata.build import Plan
 
-LONG_WORK = ("all sources", "write")
+_UNITS = {"write": "tokens", "check": "tokens", "hash": "bytes"}  # of progress that does not count a source's rows
+LONG_WORK = ("all", *_UNITS)  # "all sources"
 
 
 def console() -> Console:
@@ -92,13 +93,14 @@ def _plain_lines() -> Callable[[str, int, int], None]:
         now = time.monotonic()
         since, before = started.setdefault(name, (now, done))
         tenths = 10 * done // total
-        if done < total and (name not in LONG_WORK or tenths == printed.get(name, 0)):
+        long_work = name.partition(" ")[0] in LONG_WORK
+        if done < total and (not long_work or tenths == printed.get(name, 0)):
             return
         if done == total and printed.get(name) == 10:  # a second split is written
             started[name] = now, 0
         printed[name] = tenths
-        line = f"{name}: {done:,} of {total:,} {'tokens' if name == 'write' else 'rows'}"
-        if name in LONG_WORK and now - since >= 1 and done > before:
+        line = f"{name}: {done:,} of {total:,} {_UNITS.get(name.partition(' ')[0], 'rows')}"
+        if long_work and now - since >= 1 and done > before:
             rate = (done - before) / (now - since)
             line += f", {rate:,.0f}/s" + (f", {(total - done) / rate:,.0f} s left" if done < total else "")
         print(line, file=sys.stderr, flush=True)
