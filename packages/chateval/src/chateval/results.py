@@ -152,12 +152,17 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+            file.write(json_text(value))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def json_text(value: Any) -> str:
+    """Plain data as write_json writes it."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 def compute_results(run: Mapping[str, Any], items: Iterable[Item]) -> Results:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from chatdata.command import naming
 from chatdata.publish import sync
 from chatdata.tasks import load_tasks
 from chateval.answers import Unit, answer_letters, answer_programs, answer_texts
@@ -51,7 +52,7 @@ class Settings:
 
 
 def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress) -> None:
-    """Answer what is not answered yet: afterwards items.jsonl holds every item.
+    """Answer what is not answered yet: afterwards items.jsonl holds every item. A finished folder is only read.
 
     Raises UsageError, MissingSource, ScoringError, ResultsError (a folder of another run), SandboxError.
     """
@@ -61,24 +62,17 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
     _begin(settings, describe_run(subject, settings, scored), ranks)
     done = {item.key for item in read_items(settings.out)}
     ranks.wait()  # all have read before any writes
-    name = ITEMS_NAME if ranks.is_first else f"items-{ranks.rank:05}.jsonl"
-    with open_items(settings.out / name) as file:
-        for task in scored:
-            batches = list(batches_of(task, settings, ranks))
-            progress.begin(task.name, sum(len(batch) for batch in batches))
-            for batch in batches:
-                missing = {unit.key for unit in batch if unit.key not in done}
-                try:
-                    for line in _answer(subject, task, batch, settings, isolation) if missing else ():
-                        if (line["task"], line["item"], line["draw"]) in missing:
-                            append_item(file, line)
-                except torch.OutOfMemoryError:
-                    raise ScoringError(
-                        f"{task.name}: out of memory with {len(batch)} questions at once: give a smaller --batch-size "
-                        "(the run continues)"
-                    ) from None
-                progress.advance(len(batch))
-            progress.end()
+    asked = [(task, list(batches_of(task, settings, ranks))) for task in scored]
+    if any(unit.key not in done for _, batches in asked for batch in batches for unit in batch):
+        path = settings.out / (ITEMS_NAME if ranks.is_first else f"items-{ranks.rank:05}.jsonl")
+        with naming(path), open_items(path) as file:
+            for task, batches in asked:
+                progress.begin(task.name, sum(len(batch) for batch in batches))
+                for batch in batches:
+                    for line in _answer_missing(subject, task, batch, settings, isolation, done):
+                        append_item(file, line)
+                    progress.advance(len(batch))
+                progress.end()
     ranks.wait()
     if ranks.is_first:
         _put_in_order(settings.out, scored, settings.draws)
@@ -136,6 +130,29 @@ def _begin(settings: Settings, run: dict[str, Any], ranks: Ranks) -> None:
     ranks.wait()
 
 
+def _answer_missing(
+    subject: Subject,
+    task: ScoredTask,
+    batch: Sequence[Unit],
+    settings: Settings,
+    isolation: Isolation | None,
+    done: Set[tuple[str, str, int]],
+) -> Iterator[dict[str, Any]]:
+    """The lines of a batch that are not `done`. Raises ScoringError for a batch too large for the memory."""
+    missing = {unit.key for unit in batch} - done
+    if not missing:
+        return
+    try:
+        for line in _answer(subject, task, batch, settings, isolation):
+            if (line["task"], line["item"], line["draw"]) in missing:
+                yield line
+    except torch.OutOfMemoryError:
+        raise ScoringError(
+            f"{task.name}: out of memory with {len(batch)} questions at once: give a smaller --batch-size "
+            "(the run continues)"
+        ) from None
+
+
 def _answer(
     subject: Subject, task: ScoredTask, batch: Sequence[Unit], settings: Settings, isolation: Isolation | None
 ) -> Iterator[dict[str, Any]]:
@@ -148,18 +165,24 @@ def _answer(
 
 
 def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
-    """All lines in the tasks' order in items.jsonl, whole or not at all; then the other ranks' files go."""
+    """All lines in the tasks' order in items.jsonl, whole or not at all; then the other ranks' files go.
+
+    What is in order already is left alone: a finished folder may be one that cannot be written to.
+    """
     questions = ((task.name, question.item) for task in scored for question in task.questions)
     place = {(*question, draw): number for number, (question, draw) in enumerate(product(questions, range(draws)))}
     lines = {}
-    for path in sorted(out.glob("items*.jsonl")):
+    paths = sorted(out.glob("items*.jsonl"))
+    for path in paths:
         *whole, _unfinished = path.read_bytes().split(b"\n")  # of a killed rank that this run does not have
         for line in whole:
             item = json.loads(line)
             lines[place[item["task"], item["item"], item["draw"]]] = line
-    partial = out / f".items.{os.getpid()}.partial"
-    partial.write_bytes(b"".join(lines[number] + b"\n" for number in sorted(lines)))
-    sync(partial)
-    partial.replace(out / ITEMS_NAME)
+    in_order = b"".join(lines[number] + b"\n" for number in sorted(lines))
+    if paths != [out / ITEMS_NAME] or paths[0].read_bytes() != in_order:
+        partial = out / f".items.{os.getpid()}.partial"
+        partial.write_bytes(in_order)
+        sync(partial)
+        partial.replace(out / ITEMS_NAME)
     for path in out.glob("items-*.jsonl"):
         path.unlink()
