@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatdata.command import naming
 from chateval.items import read_items
-from chateval.results import RESULTS_NAME, Results, Score, TaskResult, compute_results, json_text, read_run, write_json
+from chateval.results import RESULTS_NAME, Results, Score, TaskResult, compute_results, json_bytes, read_run, write_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,7 +45,7 @@ def _is_reported(out: Path, results: Results) -> bool:
     names = [RESULTS_NAME, REPORT_NAME, *([PICTURE_NAME] if find_spec("matplotlib") else [])]
     if not all((out / name).is_file() for name in names):
         return False
-    return (out / RESULTS_NAME).read_bytes() == json_text(results.to_json()).encode()
+    return (out / RESULTS_NAME).read_bytes() == json_bytes(results.to_json())
 
 
 def percent(share: float | None) -> str:

@@ -9,7 +9,6 @@ written. When all is done the lines are put in the tasks' order, so the file doe
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chatdata.command import naming
-from chatdata.publish import sync
 from chatdata.tasks import load_tasks
 from chateval.answers import Unit, answer_letters, answer_programs, answer_texts
 from chateval.checkpoints import Subject
@@ -28,7 +26,7 @@ from chateval.generate import Sampling
 from chateval.items import ITEMS_NAME, append_item, open_items, read_items
 from chateval.progress import Progress
 from chateval.questions import ScoredTask, load_questions, scored_sets
-from chateval.results import RUN_FORMAT, RUN_NAME, VERSION, require_same_run, write_run
+from chateval.results import RUN_FORMAT, RUN_NAME, VERSION, require_same_run, write_run, write_whole
 from chattrain.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -80,11 +78,14 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
 
 def batches_of(task: ScoredTask, settings: Settings, ranks: Ranks) -> Iterator[list[Unit]]:
     """This rank's batches of a task. Neighbours in length share a batch, so little of it is padding."""
-    draws = 1 if task.kind == "categorical" else settings.draws
-    units = [Unit(question, draw) for question in task.questions for draw in range(draws)]
+    units = [Unit(question, draw) for question in task.questions for draw in range(_num_draws(task, settings))]
     units.sort(key=lambda unit: -len(unit.question.prompt))
     mine = units[ranks.rank :: ranks.num_ranks]
     return (mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size))
+
+
+def _num_draws(task: ScoredTask, settings: Settings) -> int:
+    return 1 if task.kind == "categorical" else settings.draws
 
 
 def describe_run(subject: Subject, settings: Settings, scored: Sequence[ScoredTask]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def describe_run(subject: Subject, settings: Settings, scored: Sequence[ScoredTa
                 "chance": task.chance,
                 "items": len(task.questions),
                 "rows": task.num_rows,
-                "draws": 1 if task.kind == "categorical" else settings.draws,
+                "draws": _num_draws(task, settings),
                 "source": task.source,
             }
             for task in scored
@@ -180,9 +181,6 @@ def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
             lines[place[item["task"], item["item"], item["draw"]]] = line
     in_order = b"".join(lines[number] + b"\n" for number in sorted(lines))
     if paths != [out / ITEMS_NAME] or paths[0].read_bytes() != in_order:
-        partial = out / f".items.{os.getpid()}.partial"
-        partial.write_bytes(in_order)
-        sync(partial)
-        partial.replace(out / ITEMS_NAME)
+        write_whole(out / ITEMS_NAME, in_order)
     for path in out.glob("items-*.jsonl"):
         path.unlink()
