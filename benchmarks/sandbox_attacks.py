@@ -157,7 +157,7 @@ def attacks(host: Host) -> list[Attack]:
             "reading the host's files",
             "failed",
             f"{EACH_FAILS}\nfiles = ['/etc/passwd', '/etc/shadow', '/proc/1/environ', '/proc/self/environ', "
-            f"'/sys/kernel/notes', '/root/.bashrc', {str(host.secret_file)!r}, {__file__!r}]\n"
+            f"'/sys/kernel/notes', {str(Path.home() / '.bashrc')!r}, {str(host.secret_file)!r}, {__file__!r}]\n"
             "assert any(reached(open, file) for file in files)",
         ),
         Attack(

@@ -1,7 +1,8 @@
-"""Fixtures for all packages: where the shared data is, and builds made once per run."""
+"""Fixtures for all packages: where the shared data is, and builds made once per run, for all its workers."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,6 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RECIPES = Path(__file__).parent / "chatdata" / "recipes"
+
+# One thread for each process, before any imports torch: the workers of `pytest -n` have a core each, and a sum has one
+# order everywhere, so that files can be compared to the byte.
+os.environ["OMP_NUM_THREADS"] = "1"
+if sys.dont_write_bytecode:  # then each process started here would compile its libraries again: torch's take 3 s
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / ".pytest_cache" / "bytecode")
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,18 +64,35 @@ def build_shared(shared: Path, recipe: str, out: Path, *arguments: object) -> Pa
 
 
 @pytest.fixture(scope="session")
-def golden_mid(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_shared(shared, "golden_mid", tmp_path_factory.mktemp("golden") / "mid")
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """build_once(name, make): the folder that `make` writes, by the first worker that asks, for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def build(name: str, make: Callable[[Path], object]) -> Path:
+        with (common / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (common / name).exists():  # a build appears when it is complete
+                make(common / name)
+        return common / name
+
+    return build
 
 
 @pytest.fixture(scope="session")
-def golden_sft(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_shared(shared, "golden_sft", tmp_path_factory.mktemp("golden") / "sft")
+def golden_mid(shared: Path, build_once: Callable[..., Path]) -> Path:
+    return build_once("golden-mid", lambda out: build_shared(shared, "golden_mid", out))
 
 
 @pytest.fixture(scope="session")
-def demo_mid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("demo") / "mid"
-    result = run_chatdata("build", "--stage", "mid", "--demo", "--limit", 300, "--out", out)
-    assert result.returncode == 0, result.stderr
-    return out
+def golden_sft(shared: Path, build_once: Callable[..., Path]) -> Path:
+    return build_once("golden-sft", lambda out: build_shared(shared, "golden_sft", out))
+
+
+@pytest.fixture(scope="session")
+def demo_mid(build_once: Callable[..., Path]) -> Path:
+    def make(out: Path) -> None:
+        result = run_chatdata("build", "--stage", "mid", "--demo", "--limit", 300, "--out", out)
+        assert result.returncode == 0, result.stderr
+
+    return build_once("demo-mid", make)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -57,6 +58,44 @@ def test_a_run_and_what_it_leaves(chateval, arguments, tmp_path) -> None:
     again = chateval(*arguments, "--out", out)
     assert again.returncode == 0 and "demo_math" in again.stdout
     assert lines_of(out) == lines
+
+
+@pytest.fixture(scope="session")
+def written_paths():
+    """The paths this process opens for writing, makes, renames, cuts or removes, as the interpreter reports them."""
+    paths, writes = [], os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def watch(event, arguments):
+        if event == "open" and arguments[2] & writes:
+            paths.append(str(arguments[0]))
+        elif event in ("os.mkdir", "os.rename", "os.truncate", "os.remove"):
+            paths.extend(str(path) for path in arguments[:2])
+
+    sys.addaudithook(watch)  # for good: there is no way to remove one
+    return paths
+
+
+def test_a_finished_folder_is_only_read(arguments, chateval, written_paths, tmp_path) -> None:
+    """It may be on a disk that cannot be written to. What is missing of it is still made."""
+    out = tmp_path / "scores"
+
+    def run_again():
+        written_paths.clear()
+        result = chateval(*arguments, "--out", out)
+        assert result.returncode == 0, result.stderr
+        return result.stdout, {Path(path).name for path in written_paths if path.startswith(str(out))}
+
+    first, written = run_again()
+    assert {"items.jsonl", "report.md", "scores.png"} <= written
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run_again() == (first, set())
+    for name in ("report.md", "scores.png", "results.json"):
+        (out / name).unlink()
+        assert name in run_again()[1]
+    lines = before["items.jsonl"].splitlines(keepends=True)
+    (out / "items.jsonl").write_bytes(b"".join(lines[::-1]))  # all there, but killed before they were put in order
+    assert "items.jsonl" in run_again()[1]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_kill_9_in_the_middle(arguments, chateval, tmp_path) -> None:
@@ -183,6 +222,28 @@ def test_errors_are_one_line(arguments, chateval, monkeypatch, tmp_path, extra, 
     assert not (tmp_path / "s").exists()
 
 
+def test_what_cannot_be_written_is_named(arguments, chateval, tmp_path) -> None:
+    taken, out = tmp_path / "taken", tmp_path / "scores"
+    taken.touch()
+    result = chateval(*arguments, "--out", taken)
+    assert (result.returncode, result.stderr) == (1, f"Error: {taken}: file exists; choose another path\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a disk that is full in the middle of a line
+    try:
+        result = chateval(*arguments, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, f"Error: {out}/items.jsonl: file too large")
+    assert (out / "items.jsonl").stat().st_size == 20_000
+    assert chateval(*arguments, "--out", out).returncode == 0
+    for path, said in [
+        ("nowhere/x.md", "no such file or directory; check the path: its folder must be there"),
+        ("/dev/full", "no space left on device; free some space, then call again"),
+    ]:
+        result = chateval("compare", out, out, "--markdown", path)
+        assert (result.returncode, result.stderr) == (1, f"Error: {path}: {said}\n")
+
+
 def test_questions_are_those_of_the_task(shared, tokenizer, words) -> None:
     data_dir = shared / "data" / "hub"
     arc, bee = load_questions(["arc_challenge", "spelling_bee"], load_tasks(), tokenizer, data_dir, str(words), 30)
@@ -223,6 +284,18 @@ def test_chat_shows_what_is_said(chateval, checkpoint) -> None:
     assert first.split("you Hello!\n")[1].split("\n")[0] == second.split("you Hello!\n")[1].split("\n")[0]
     typed = chateval(*common, typed="Hello!\n\n/quit\nnever read\n")
     assert typed.returncode == 0 and first.split("you Hello!\n")[1].split("\n")[0] in typed.stdout
+
+
+def test_an_interrupted_chat_has_nothing_to_continue(arguments, chateval, checkpoint, monkeypatch) -> None:
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chateval.chat.converse", interrupt)
+    result = chateval("chat", "--checkpoint", checkpoint)
+    assert (result.returncode, result.stderr) == (130, "\nError: interrupted\n")
+    monkeypatch.setattr("chateval.run.score", interrupt)
+    said = "\nError: interrupted; the same command continues where it stopped\n"
+    assert (chateval(*arguments).returncode, chateval(*arguments).stderr) == (130, said)
 
 
 def test_the_tasks_are_listed(chateval) -> None:

@@ -207,7 +207,7 @@ def test_weaker_isolation_is_refused(isolation, tmp_path, monkeypatch):
         verify(without(isolation, "--pid"))
     (tmp_path / "readable").write_text("")
     with pytest.raises(SandboxError, match="weaker than promised here: AssertionError: / shows"):
-        verify(dataclasses.replace(isolation, binds=(*isolation.binds, (str(tmp_path), "/home/someone"))))
+        verify(dataclasses.replace(isolation, binds=(*isolation.binds, (str(tmp_path), "/shown"))))
     rlimits = sandbox._rlimits(Limits())
     for name, wrong in [("RLIMIT_NPROC", (100, 100)), ("RLIMIT_AS", (2**40, 2**40))]:
         # the first call is the probe's, for what to expect; the second sets the limits
@@ -231,7 +231,7 @@ def test_root_inside_a_user_namespace_is_refused(isolation):
 @pytest.mark.skipif(os.geteuid() != 0, reason="all other tests run as an ordinary user here")
 def test_works_for_an_ordinary_user(isolation, tmp_path):
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    if python is None or os.path.realpath(python).startswith("/root"):
+    if python is None or Path(python).resolve().is_relative_to(Path.home()):
         pytest.skip("no interpreter that ordinary users can reach")
     version = subprocess.check_output([python, "-c", "import sys; print(sys.version_info >= (3, 11))"], text=True)
     if version.strip() != "True":

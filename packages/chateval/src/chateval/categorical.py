@@ -1,7 +1,6 @@
 """Multiple choice: the letter with the highest logit right behind the prompt is the answer.
 
-Prompts stand in rows, shorter ones padded on the right, which no position before sees. Only the hidden state at each
-row's last position goes through the head, in fp32.
+Only the hidden state at each prompt's last position goes through the head, in fp32.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from chateval.checkpoints import Subject
+from chateval.checkpoints import Subject, prompt_logits
 from chateval.errors import ScoringError
 from chateval.questions import Question
 
@@ -40,12 +37,7 @@ def letter_ids(subject: Subject, letters: Sequence[str]) -> list[int]:
 
 def choose_letters(subject: Subject, questions: Sequence[Question]) -> list[Choice]:
     """Answer one batch."""
-    lengths = torch.tensor([len(question.prompt) for question in questions])
-    tokens = torch.zeros(len(questions), int(lengths.max()), dtype=torch.int64)
-    for i, question in enumerate(questions):
-        tokens[i, : lengths[i]] = torch.tensor(question.prompt)
-    hidden = subject.hidden(tokens.to(subject.device))
-    logits = subject.logits(hidden[torch.arange(len(questions)), lengths - 1]).cpu()  # [B, V]: one position a row
+    logits = prompt_logits(subject, [question.prompt for question in questions]).cpu()
     totals = logits.double().logsumexp(-1).tolist()
     choices = []
     for i, question in enumerate(questions):

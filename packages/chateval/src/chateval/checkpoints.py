@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,16 @@ class Subject:
         """hidden [..., C] → softcapped logits [..., V] in fp32, from fp32 rows of the head."""
         with torch.inference_mode():
             return self.model.logits(hidden.float())
+
+
+def prompt_logits(subject: Subject, prompts: Sequence[Sequence[int]], cache: KeyValueCache | None = None) -> Tensor:
+    """Logits [B, V] behind each of B prompts. Shorter ones are padded on the right, which no position before sees."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = torch.tensor(prompt)
+    hidden = subject.hidden(tokens.to(subject.device), cache=cache)
+    return subject.logits(hidden[torch.arange(len(prompts)), lengths - 1])
 
 
 def load_subject(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Subject:

@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from chatdata.command import examples, run_command
+from chatdata.command import examples, naming, run_command
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 
 
 def main() -> None:
-    run_command(cli, "chateval", "interrupted; `chateval run` continues where it stopped when called again")
+    run_command(cli, "chateval", "interrupted; the same command continues where it stopped", only="run")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -113,7 +113,8 @@ def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, 
 
     comparison = compare(a, b, num_examples)
     if markdown is not None:
-        markdown.write_text(markdown_comparison(comparison), encoding="utf-8")
+        with naming(markdown):
+            markdown.write_text(markdown_comparison(comparison), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(comparison.to_json()))
     else:

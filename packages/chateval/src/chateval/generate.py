@@ -25,6 +25,7 @@ from torch import Tensor
 from chatdata.calculator import calculate
 from chatdata.errors import CalculatorError
 from chateval.cache import KeyValueCache
+from chateval.checkpoints import prompt_logits
 
 if TYPE_CHECKING:
     from chatdata.tokenizer import Tokenizer
@@ -135,16 +136,10 @@ def generate(
 
 def _read_prompts(subject: Subject, prompts: list[Sequence[int]], sampling: Sampling) -> tuple[KeyValueCache, Tensor]:
     """A cache that holds the prompts, and the logits [B, V] behind each."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)  # what pads is never seen, see cache.py
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = torch.tensor(prompt)
-    num_slots = min(longest + sampling.max_new_tokens, subject.num_positions)
+    num_slots = min(max(map(len, prompts)) + sampling.max_new_tokens, subject.num_positions)
     cache = KeyValueCache(subject.model.config, len(prompts), num_slots, subject.device, subject.dtype)
     cache.start()
-    hidden = subject.hidden(tokens.to(subject.device), cache=cache)
-    return cache, subject.logits(hidden[torch.arange(len(prompts)), lengths - 1])
+    return cache, prompt_logits(subject, prompts, cache)
 
 
 def _read_tokens(subject: Subject, rows: list[_Row | None], cache: KeyValueCache) -> Tensor:

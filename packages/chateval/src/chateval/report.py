@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatdata.command import naming
 from chateval.items import read_items
-from chateval.results import RESULTS_NAME, Results, Score, TaskResult, compute_results, read_run, write_json
+from chateval.results import RESULTS_NAME, Results, Score, TaskResult, compute_results, json_bytes, read_run, write_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,16 +24,28 @@ INCOMPLETE = {"facecolor": "#EEEEEE", "edgecolor": "#AAAAAA", "hatch": "///"}  #
 
 
 def write_report(out: Path) -> Results:
-    """Compute the figures of a results folder again; write results.json, scores.png and report.md beside the items.
+    """Compute the figures of a results folder again; write scores.png, report.md and results.json beside the items.
 
+    Nothing is written where all of that is there, of the same figures: the folder may be one that cannot be written to.
     Without matplotlib there is no picture, and report.md says so. Raises ResultsError.
     """
     run, items = read_run(out), read_items(out)
     results = compute_results(run, items)
-    write_json(out / RESULTS_NAME, results.to_json())
-    picture = draw_scores(results, out / PICTURE_NAME)
-    (out / REPORT_NAME).write_text(markdown_report(run, results, picture is not None), encoding="utf-8")
+    if _is_reported(out, results):
+        return results
+    with naming(out):
+        picture = draw_scores(results, out / PICTURE_NAME)
+        (out / REPORT_NAME).write_text(markdown_report(run, results, picture is not None), encoding="utf-8")
+        write_json(out / RESULTS_NAME, results.to_json())  # last: where it is, the others are of the same figures
     return results
+
+
+def _is_reported(out: Path, results: Results) -> bool:
+    """Whether write_report has nothing to do. A picture may still be to be drawn, where matplotlib came later."""
+    names = [RESULTS_NAME, REPORT_NAME, *([PICTURE_NAME] if find_spec("matplotlib") else [])]
+    if not all((out / name).is_file() for name in names):
+        return False
+    return (out / RESULTS_NAME).read_bytes() == json_bytes(results.to_json())
 
 
 def percent(share: float | None) -> str:

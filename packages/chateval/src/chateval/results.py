@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chatdata.command import naming
+from chatdata.publish import sync
 from chateval.errors import ResultsError
 from chateval.items import Item
 from chateval.stats import CHAT_CORE_CHANCE, chat_core, wilson_interval
@@ -148,14 +150,23 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain data whole or not at all: to a temporary name beside `path`, synced, renamed."""
+    """Write plain data by `write_whole`."""
+    write_whole(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Plain data as write_json writes it."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: to a temporary name beside `path`, synced, renamed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with naming(path):
+            partial.write_bytes(data)
+            sync(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -9,8 +9,7 @@ written. When all is done the lines are put in the tasks' order, so the file doe
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chatdata.publish import sync
+from chatdata.command import naming
 from chatdata.tasks import load_tasks
 from chateval.answers import Unit, answer_letters, answer_programs, answer_texts
 from chateval.checkpoints import Subject
@@ -27,7 +26,7 @@ from chateval.generate import Sampling
 from chateval.items import ITEMS_NAME, append_item, open_items, read_items
 from chateval.progress import Progress
 from chateval.questions import ScoredTask, load_questions, scored_sets
-from chateval.results import RUN_FORMAT, RUN_NAME, VERSION, require_same_run, write_run
+from chateval.results import RUN_FORMAT, RUN_NAME, VERSION, require_same_run, write_run, write_whole
 from chattrain.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Settings:
 
 
 def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress) -> None:
-    """Answer what is not answered yet: afterwards items.jsonl holds every item.
+    """Answer what is not answered yet: afterwards items.jsonl holds every item. A finished folder is only read.
 
     Raises UsageError, MissingSource, ScoringError, ResultsError (a folder of another run), SandboxError.
     """
@@ -61,24 +60,17 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
     _begin(settings, describe_run(subject, settings, scored), ranks)
     done = {item.key for item in read_items(settings.out)}
     ranks.wait()  # all have read before any writes
-    name = ITEMS_NAME if ranks.is_first else f"items-{ranks.rank:05}.jsonl"
-    with open_items(settings.out / name) as file:
-        for task in scored:
-            batches = list(batches_of(task, settings, ranks))
-            progress.begin(task.name, sum(len(batch) for batch in batches))
-            for batch in batches:
-                missing = {unit.key for unit in batch if unit.key not in done}
-                try:
-                    for line in _answer(subject, task, batch, settings, isolation) if missing else ():
-                        if (line["task"], line["item"], line["draw"]) in missing:
-                            append_item(file, line)
-                except torch.OutOfMemoryError:
-                    raise ScoringError(
-                        f"{task.name}: out of memory with {len(batch)} questions at once: give a smaller --batch-size "
-                        "(the run continues)"
-                    ) from None
-                progress.advance(len(batch))
-            progress.end()
+    asked = [(task, list(batches_of(task, settings, ranks))) for task in scored]
+    if any(unit.key not in done for _, batches in asked for batch in batches for unit in batch):
+        path = settings.out / (ITEMS_NAME if ranks.is_first else f"items-{ranks.rank:05}.jsonl")
+        with naming(path), open_items(path) as file:
+            for task, batches in asked:
+                progress.begin(task.name, sum(len(batch) for batch in batches))
+                for batch in batches:
+                    for line in _answer_missing(subject, task, batch, settings, isolation, done):
+                        append_item(file, line)
+                    progress.advance(len(batch))
+                progress.end()
     ranks.wait()
     if ranks.is_first:
         _put_in_order(settings.out, scored, settings.draws)
@@ -86,11 +78,14 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
 
 def batches_of(task: ScoredTask, settings: Settings, ranks: Ranks) -> Iterator[list[Unit]]:
     """This rank's batches of a task. Neighbours in length share a batch, so little of it is padding."""
-    draws = 1 if task.kind == "categorical" else settings.draws
-    units = [Unit(question, draw) for question in task.questions for draw in range(draws)]
+    units = [Unit(question, draw) for question in task.questions for draw in range(_num_draws(task, settings))]
     units.sort(key=lambda unit: -len(unit.question.prompt))
     mine = units[ranks.rank :: ranks.num_ranks]
     return (mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size))
+
+
+def _num_draws(task: ScoredTask, settings: Settings) -> int:
+    return 1 if task.kind == "categorical" else settings.draws
 
 
 def describe_run(subject: Subject, settings: Settings, scored: Sequence[ScoredTask]) -> dict[str, Any]:
@@ -108,7 +103,7 @@ def describe_run(subject: Subject, settings: Settings, scored: Sequence[ScoredTa
                 "chance": task.chance,
                 "items": len(task.questions),
                 "rows": task.num_rows,
-                "draws": 1 if task.kind == "categorical" else settings.draws,
+                "draws": _num_draws(task, settings),
                 "source": task.source,
             }
             for task in scored
@@ -136,6 +131,29 @@ def _begin(settings: Settings, run: dict[str, Any], ranks: Ranks) -> None:
     ranks.wait()
 
 
+def _answer_missing(
+    subject: Subject,
+    task: ScoredTask,
+    batch: Sequence[Unit],
+    settings: Settings,
+    isolation: Isolation | None,
+    done: Set[tuple[str, str, int]],
+) -> Iterator[dict[str, Any]]:
+    """The lines of a batch that are not `done`. Raises ScoringError for a batch too large for the memory."""
+    missing = {unit.key for unit in batch} - done
+    if not missing:
+        return
+    try:
+        for line in _answer(subject, task, batch, settings, isolation):
+            if (line["task"], line["item"], line["draw"]) in missing:
+                yield line
+    except torch.OutOfMemoryError:
+        raise ScoringError(
+            f"{task.name}: out of memory with {len(batch)} questions at once: give a smaller --batch-size "
+            "(the run continues)"
+        ) from None
+
+
 def _answer(
     subject: Subject, task: ScoredTask, batch: Sequence[Unit], settings: Settings, isolation: Isolation | None
 ) -> Iterator[dict[str, Any]]:
@@ -148,18 +166,21 @@ def _answer(
 
 
 def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
-    """All lines in the tasks' order in items.jsonl, whole or not at all; then the other ranks' files go."""
+    """All lines in the tasks' order in items.jsonl, whole or not at all; then the other ranks' files go.
+
+    What is in order already is left alone: a finished folder may be one that cannot be written to.
+    """
     questions = ((task.name, question.item) for task in scored for question in task.questions)
     place = {(*question, draw): number for number, (question, draw) in enumerate(product(questions, range(draws)))}
     lines = {}
-    for path in sorted(out.glob("items*.jsonl")):
+    paths = sorted(out.glob("items*.jsonl"))
+    for path in paths:
         *whole, _unfinished = path.read_bytes().split(b"\n")  # of a killed rank that this run does not have
         for line in whole:
             item = json.loads(line)
             lines[place[item["task"], item["item"], item["draw"]]] = line
-    partial = out / f".items.{os.getpid()}.partial"
-    partial.write_bytes(b"".join(lines[number] + b"\n" for number in sorted(lines)))
-    sync(partial)
-    partial.replace(out / ITEMS_NAME)
+    in_order = b"".join(lines[number] + b"\n" for number in sorted(lines))
+    if paths != [out / ITEMS_NAME] or paths[0].read_bytes() != in_order:
+        write_whole(out / ITEMS_NAME, in_order)
     for path in out.glob("items-*.jsonl"):
         path.unlink()

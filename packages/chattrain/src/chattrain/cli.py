@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.command import examples, run_command
+from chatdata.command import examples, naming, run_command
 from chattrain.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ POSITIVE = click.IntRange(min=1)
 
 
 def main() -> None:
-    run_command(cli, "chattrain", "interrupted; --resume continues from the last checkpoint")
+    run_command(cli, "chattrain", "interrupted; --resume continues from the last checkpoint", only="run")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -133,7 +133,7 @@ def _train(settings: Settings, ranks: Ranks, as_json: bool) -> None:
     out = settings.out
     if out.exists() and any(out.iterdir()) and not settings.resume:
         raise RunError(f"{out}: already exists; choose another --out, or --resume to continue the run")
-    with StopRequest().listening() as stop:
+    with StopRequest().listening() as stop, naming(out):
         job = prepare(settings, ranks)
         if ranks.is_first:
             out.mkdir(parents=True, exist_ok=True)
