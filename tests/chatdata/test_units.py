@@ -350,7 +350,7 @@ def test_a_text_the_encoder_gives_up_on_is_named(recipe: Path, byte_tokenizer: T
     (recipe.parent / "chats.jsonl").write_text("\n".join(lines))
     source = source_of(recipe)
     renderer = renderer_of(source, byte_tokenizer, tmp_path / "units")
-    with pytest.raises(TokenizerError, match="^chats.jsonl line 21: bytes: the split pattern gives up on a text of "):
+    with pytest.raises(TokenizerError, match=r"^chats.jsonl line 21: bytes: the split pattern gives up on a text of "):
         for unit in cut_units(renderer, 0, np.ones(source.num_rows, dtype=bool)):
             render_unit(renderer, unit)
     assert not list((tmp_path / "units").glob("*.tmp"))

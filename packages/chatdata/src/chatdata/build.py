@@ -63,7 +63,7 @@ class Plan:
 
 
 # called with (source name, rows done, rows in all) and ("all sources", …) while rendering, and with
-# ("write", tokens done, tokens in all)
+# ("write train", tokens done, tokens in all)
 Progress = Callable[[str, int, int], None]
 
 
@@ -295,14 +295,14 @@ def _write_shards(
         part = slice(first, last)
         columns = {key: values[part] for key, values in table.items()}
         index = store.index_table(chosen[part], first, columns, names)
-        chunks = _gather(store, chosen[part], progress, int(lengths[:first].sum()), total)
+        chunks = _gather(store, chosen[part], progress, folder.name, int(lengths[:first].sum()), total)
         dtype, vocab_size = plan.tokenizer.dtype, plan.tokenizer.vocab_size
         records.append(shards.write_shard(folder, number, chunks, lengths[part], index, dtype, vocab_size))
     return records
 
 
 def _gather(
-    store: Documents, chosen: np.ndarray, progress: Progress | None, done: int, total: int
+    store: Documents, chosen: np.ndarray, progress: Progress | None, split: str, done: int, total: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time."""
     for first, last in shards.shard_bounds(store.num_tokens[chosen], GATHER_TOKENS):
@@ -310,7 +310,7 @@ def _gather(
         yield tokens, mask
         done += len(tokens)
         if progress:
-            progress("write", done, total)
+            progress(f"write {split}", done, total)
 
 
 def _ledger(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chatdata.arrow import to_numpy
 from chatdata.conversation import Message
 from chatdata.document import SPAN_ROLES
 from chatdata.render import merged_turns
@@ -134,7 +135,9 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
     role, content = messages.field("role"), messages.field("content")
     if any(array.null_count for array in (column, messages, role, content)):
         return None
-    lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    lengths = np.diff(to_numpy(column.offsets, np.dtype("i8" if pa.types.is_large_list(kind) else "i4"))).astype(
+        np.int64
+    )
     codes = np.array([_MESSAGE_ROLES.get(name, 9) for name in role.to_pylist()], dtype=np.uint8)
     first = np.cumsum(lengths) - lengths
     if not len(lengths) or lengths.min() == 0:

@@ -96,8 +96,6 @@ def _plain_lines() -> Callable[[str, int, int], None]:
         long_work = name.partition(" ")[0] in LONG_WORK
         if done < total and (not long_work or tenths == printed.get(name, 0)):
             return
-        if done == total and printed.get(name) == 10:  # a second split is written
-            started[name] = now, 0
         printed[name] = tenths
         line = f"{name}: {done:,} of {total:,} {_UNITS.get(name.partition(' ')[0], 'rows')}"
         if long_work and now - since >= 1 and done > before:
@@ -131,7 +129,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
         bars: dict[str, Any] = {}
 
         def update(name: str, done: int, total: int) -> None:
-            if name not in bars or done < progress.tasks[bars[name]].completed:  # a second split is written
+            if name not in bars:
                 bars[name] = progress.add_task(escape(name), total=total)
             progress.update(bars[name], completed=done)
 

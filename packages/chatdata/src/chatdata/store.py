@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatdata.arrow import bytes_to_arrow, list_to_arrow, to_arrow
-from chatdata.columns import Columns, digests_of
+from chatdata.columns import SPAN_DTYPE, Columns, digests_of
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
 
@@ -112,7 +112,8 @@ class Documents:
         import pyarrow as pa
 
         places = self._places(chosen, self._span_starts, self._num_spans)
-        spans = np.concatenate([self._blocks[block].spans[start:stop] for block, start, stop in places])
+        parts = [block.spans.view("V9") for block in self._blocks]  # structured ones are joined field by field, slowly
+        spans = np.concatenate([parts[block][start:stop] for block, start, stop in places]).view(SPAN_DTYPE)
         document = np.repeat(np.arange(len(chosen)), self._num_spans[chosen])
         left = self.num_tokens[chosen][document] - spans["start"].astype(np.int64)  # tokens from the span's start on
         kept = left > 0
