@@ -35,6 +35,14 @@ def list_to_arrow(values: pa.Array, counts: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(to_arrow(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)), values)
 
 
+def strings_to_arrow(values: list[str]) -> pa.Array:
+    import pyarrow as pa
+
+    encoded = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
+
+
 def to_numpy(array: pa.Array, dtype: np.dtype) -> np.ndarray:
     """The values of an Arrow array without nulls as they lie in memory: fixed width, whole bytes, nothing copied."""
     start = array.offset * dtype.itemsize

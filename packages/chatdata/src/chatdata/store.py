@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chatdata.arrow import bytes_to_arrow, list_to_arrow, to_arrow
+from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
 from chatdata.columns import SPAN_DTYPE, Columns, digests_of
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
@@ -98,7 +98,7 @@ class Documents:
                 "doc": to_arrow(np.arange(first, first + len(chosen))),
                 "row": to_arrow(columns["row"]),
                 "position": to_arrow(columns["position"]),
-                "task": pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[columns["entry"]]), _strings(names)),
+                "task": pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[columns["entry"]]), strings_to_arrow(names)),
                 "entry": to_arrow(columns["entry"].astype(np.int16)),
                 **{name: to_arrow(getattr(self, name)[chosen].astype(np.int32)) for name in counts},
                 "truncated": to_arrow(self.truncated[chosen].view(np.uint8)).cast(pa.bool_()),
@@ -125,9 +125,3 @@ class Documents:
 
 def _starts(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts, dtype=np.int64) - counts
-
-
-def _strings(values: list[str]) -> pa.Array:
-    import pyarrow as pa
-
-    return pa.array(values)
