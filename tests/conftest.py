@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,12 @@ def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Calla
         return common / name
 
     return build
+
+
+@pytest.fixture(scope="session")
+def build_recipe(shared: Path) -> Callable[..., Path]:
+    """(recipe beside the tests, out, *arguments) → out, built from the shared data."""
+    return partial(build_shared, shared)
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,20 @@ def test_golden_streams(shared: Path, stage: str, request: pytest.FixtureRequest
         assert [list(row) for row in first] == golden["first_order"]
 
 
+@pytest.mark.parametrize("encoder", ["tiktoken", "fastokens", "gigatoken"])
+@pytest.mark.parametrize("recipe", ["golden_mid", "golden_sft"])
+def test_every_encoder_gives_the_golden_streams(
+    build_recipe: Callable, tmp_path: Path, recipe: str, encoder: str, request: pytest.FixtureRequest
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHATDATA_CACHE", str(tmp_path / "cache"))
+        out = build_recipe(recipe, tmp_path / "out", "--encoder", encoder)
+    report = json.loads((out / "report.json").read_text())
+    assert (report["encoder"]["name"], report["units"]["cached"]) == (encoder, 0)
+    assert report["encoder"]["texts_checked"] > 1_000
+    assert (out / "manifest.json").read_bytes() == (request.getfixturevalue(recipe) / "manifest.json").read_bytes()
+
+
 def files_of(build: Path) -> dict[str, str]:
     paths = (path for path in build.rglob("*") if path.is_file() and path.name != "report.json")
     return {str(path.relative_to(build)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

@@ -243,7 +243,7 @@ def test_rows_that_cannot_be_read(tmp_path: Path, byte_tokenizer: Tokenizer, cha
         "splits={'': {'train': 0}})\n"
     )
     for entry, error in [
-        ("task = 'gsm8k'\npath = 'g.parquet'", "g.parquet: text that is not UTF-8 in rows 0 … 1"),
+        ("task = 'gsm8k'\npath = 'g.parquet'", "g.parquet row 0 … 1: text that is not UTF-8"),
         ("task = 'conversations'\npath = 'deep.jsonl'", "deep.jsonl line 1: not valid JSON"),
         ("task = 'mine'\nrows = 1", 'mine train row 0: the row does not fit task "mine": ZeroDivisionError'),
     ]:

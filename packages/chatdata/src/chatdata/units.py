@@ -29,7 +29,7 @@ from chatdata.columns import (
     render_pieces,
 )
 from chatdata.conversation import check_surrogates, parse_conversation
-from chatdata.errors import ChatdataError
+from chatdata.errors import ChatdataError, SourceError
 from chatdata.files import SEGMENT_BYTES, Rows, records_of
 from chatdata.shards import canonical_json, file_sha256
 from chatdata.sources import Source
@@ -172,7 +172,7 @@ def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
                 return pieces
         records = records_of(raw)
     except UnicodeDecodeError:
-        raise ChatdataError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
+        raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
     converted = []
     try:
         for record in records:
