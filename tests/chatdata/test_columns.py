@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from chatdata.columns import (
     USER,
     Columns,
     Pieces,
-    pieces_of_messages,
+    _take_messages,
+    pieces_of_conversations,
     pieces_of_table,
     pieces_of_texts,
     render_pieces,
@@ -75,7 +77,7 @@ def documents(columns: Columns) -> list[tuple[list[int], list[int], list[Span]]]
 @given(st.lists(conversations(), min_size=1, max_size=6))
 @settings(max_examples=300, deadline=None)
 def test_the_same_as_one_by_one(byte_tokenizer: Tokenizer, batch: list[list[dict[str, Any]]]) -> None:
-    columns = render(byte_tokenizer, pieces_of_messages(parse_conversation(c)["messages"] for c in batch))
+    columns = render(byte_tokenizer, pieces_of_conversations(batch))
     expected = [render_conversation(byte_tokenizer, conversation) for conversation in batch]
     assert documents(columns) == [(d.tokens.tolist(), d.mask.tolist(), list(d.spans)) for d in expected]
     assert columns.num_supervised.tolist() == [d.num_supervised for d in expected]
@@ -95,7 +97,7 @@ def test_one_conversation_by_hand(byte_tokenizer: Tokenizer) -> None:
         {"role": "user", "content": "v"},
         {"role": "assistant", "content": []},
     ]
-    pieces = pieces_of_messages([messages])
+    pieces = pieces_of_conversations([messages])
     assert pieces.texts == ["S\n\nu", "", "1", "v", ""]
     assert pieces.codes.tolist() == [USER, TEXT | OPENS, PYTHON | CLOSES, USER, TEXT | OPENS | CLOSES]
     special = dict(zip(SPECIAL_TOKENS, range(256, 265), strict=True))
@@ -106,6 +108,46 @@ def test_one_conversation_by_hand(byte_tokenizer: Tokenizer) -> None:
     assert columns.tokens.tolist() == ids
     assert columns.mask.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1]
     assert columns.spans.tolist() == [(0, 1, 6), (2, 8, 3), (0, 12, 3)]
+
+
+NOISE = st.sampled_from([None, "", [], {}, 1, b"a", "\ud800", ["a"], {"type": "text"}, {"type": [], "text": "a"}])
+
+
+@st.composite
+def odd_conversations(draw: st.DrawFn) -> Any:
+    """A conversation in another accepted form, or with one thing changed that may or may not be accepted."""
+    messages: Any = draw(conversations())
+    place = draw(st.integers(0, len(messages) - 1))
+    change = draw(st.sampled_from(["none", "wrap", "beside", "drop", "key", "value", "part", "sharegpt", "null"]))
+    if change == "drop":
+        del messages[place]
+    elif change == "key":
+        messages[place][draw(st.sampled_from(["weight", "tool_calls"]))] = draw(NOISE)
+    elif change == "value":
+        messages[place][draw(st.sampled_from(["role", "content"]))] = draw(NOISE)
+    elif change == "part" and isinstance(messages[place]["content"], list):
+        messages[place]["content"].append(draw(NOISE))
+    elif change == "sharegpt":
+        return {"conversations": [{"from": m["role"], "value": m["content"]} for m in messages]}
+    elif change == "null":
+        return draw(NOISE)
+    return {"messages": messages} | ({"source": "x"} if change == "beside" else {}) if change != "none" else messages
+
+
+@given(odd_conversations())
+@settings(max_examples=500, deadline=None)
+def test_what_is_taken_at_a_glance_is_what_the_parser_takes(conversation: Any) -> None:
+    try:
+        messages = parse_conversation(conversation)["messages"]
+    except ConversationError as error:
+        with pytest.raises(ConversationError, match=f"^{re.escape(str(error))}$"):
+            pieces_of_conversations([conversation])
+        return
+    texts: list[str] = []
+    codes = bytearray()
+    _take_messages(messages, texts, codes)
+    found = pieces_of_conversations([conversation])
+    assert (found.texts, found.codes.tolist(), found.counts.tolist()) == (texts, list(codes), [len(texts)])
 
 
 @given(st.lists(texts, min_size=1, max_size=5))
@@ -133,7 +175,7 @@ def plain(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
 def test_tables_give_the_pieces_of_their_rows(batch: list[Any], large: bool, first: int) -> None:
     first = min(first, len(batch) - 1)
     found = pieces_of_table(table(batch, large, source=["x"] * len(batch)).slice(first))
-    expected = pieces_of_messages(parse_conversation(row)["messages"] for row in batch[first:])
+    expected = pieces_of_conversations(batch[first:])
     assert found is not None
     assert found.texts == expected.texts
     assert found.codes.tolist() == expected.codes.tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,12 +23,12 @@ from chatdata.columns import (
     SPAN_DTYPE,
     Columns,
     Pieces,
-    pieces_of_messages,
+    pieces_of_conversations,
     pieces_of_table,
     pieces_of_texts,
     render_pieces,
 )
-from chatdata.conversation import check_surrogates, parse_conversation
+from chatdata.conversation import check_surrogates
 from chatdata.errors import ChatdataError, SourceError
 from chatdata.files import SEGMENT_BYTES, Rows, records_of
 from chatdata.shards import canonical_json, file_sha256
@@ -173,17 +173,19 @@ def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
         records = records_of(raw)
     except UnicodeDecodeError:
         raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
-    converted = []
+    done = 0
+
+    def converted() -> Iterator[Any]:
+        nonlocal done
+        for done, record in enumerate(records):  # noqa: B007 - tells which row an error came from
+            yield call_task(task, task.to_conversation, record)
+
     try:
-        for record in records:
-            value = call_task(task, task.to_conversation, record)
-            if task.kind == "text":
-                converted.append(check_surrogates(value, 'key "text"'))
-            else:
-                converted.append(parse_conversation(value)["messages"])
+        if task.kind == "text":
+            return pieces_of_texts([check_surrogates(text, 'key "text"') for text in converted()])
+        return pieces_of_conversations(converted())
     except ChatdataError as error:
-        raise error.at(source.where(int(rows[len(converted)]))) from None
-    return pieces_of_texts(converted) if task.kind == "text" else pieces_of_messages(converted)
+        raise error.at(source.where(int(rows[done]))) from None
 
 
 def _raise_for_row(
