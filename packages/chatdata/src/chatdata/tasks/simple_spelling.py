@@ -19,7 +19,7 @@ from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, read_words, spl
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], str]:
     words = read_words(options["words"])
     random.Random(42).shuffle(words)
-    words = split_words(words, split, options["holdout"])
+    words = split_words(words, options["words"], split, options["holdout"])
     return partial(_make_row, words, TEST_SEED_OFFSET if split == "test" else 0)
 
 

@@ -25,7 +25,7 @@ _QUOTES = ("", "'", '"')
 
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str, str]]:
-    words = split_words(read_words(options["words"]), split, options["holdout"])
+    words = split_words(read_words(options["words"]), options["words"], split, options["holdout"])
     quoted = next((word for word in words if "'" in word or "\\" in word), None)
     if quoted is not None:
         raise SourceError(f"{options['words'].name}: the word {quoted!r} cannot stand in the tool call '…'.count('…')")
