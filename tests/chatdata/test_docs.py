@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,21 @@ def test_add_a_task(tmp_path: Path, demo_mid: Path, chatdata: Callable) -> None:
     (tmp_path / "capitals.jsonl").write_text(json.dumps({"country": "France", "capital": ""}) + "\n")
     result = chatdata(*arguments, "--force", cwd=tmp_path)
     assert result.stderr == 'Error: capitals.jsonl line 1: key "capital": must not be empty\n'
+
+
+def test_building(tmp_path: Path, chatdata: Callable) -> None:
+    text = (ROOT / "docs" / "building.md").read_text()
+    commands = re.findall(r"^    chatdata (.*)$", text, re.M)
+    assert len(commands) == 10
+    for command in commands:
+        if "--engine ray" in command:
+            continue  # test_units.py builds with Ray
+        result = chatdata(*command.split(), cwd=tmp_path)
+        assert result.returncode == ("diff" in command), (command, result.stderr)
+    (tmp_path / "script.py").write_text(blocks("building.md", "python")[0])
+    result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    manifest = json.loads((tmp_path / "out" / "demo-sft" / "manifest.json").read_text())
+    assert result.stdout == f"{manifest['splits']['train']['tokens']}\n", result.stderr
 
 
 def test_reading_without_chatdata(demo_mid: Path) -> None:

@@ -149,7 +149,9 @@ def build_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) ->
     if units["damaged"]:
         how += f" ({units['damaged']} were damaged in the cache)"
     if encoder:
-        how += f", {encoder['name']} (checked on {encoder['texts_checked']:,} of {encoder['texts']:,} texts)"
+        how += f", texts encoded by {encoder['name']}"
+        if encoder["texts_checked"]:
+            how += f", {encoder['texts_checked']:,} of {encoder['texts']:,} also by tiktoken: the same ids"
     console().print(f"\n{how}\n{escape(str(out))}: build {manifest['build_id'][:12]} is complete")
 
 
