@@ -1,7 +1,8 @@
-"""`chatdata build`: recipe → plan → rendered rows → shards in mixture order → manifest, published by one rename.
+"""`chatdata build`: recipe → plan → rendered units → shards in mixture order → manifest, published by one rename.
 
-Rows are rendered once each, in source order, into a store beside OUT; the mixture then only gathers from it. So a row
-that stands in two entries is rendered once, and memory holds counts, not text. OUT appears when everything is written.
+Rows are rendered once each, in units that are kept in the cache; the mixture then only gathers from them. So a row that
+stands in two entries is rendered once, a build that was killed goes on where it was, and memory holds counts, not text.
+OUT appears when everything is written.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from typing import Any
 import numpy as np
 
 from chatdata import shards
+from chatdata.cache import find_units, take_unit, units_folder
+from chatdata.engine import render_units
 from chatdata.errors import BuildError, MissingSource, RecipeError
 from chatdata.mixture import mixture_order, permutation, select
 from chatdata.publish import check_out, partial_folder, publish
 from chatdata.recipe import Entry, Recipe
 from chatdata.sources import Locations, Source, resolve
-from chatdata.store import DROP_REASONS, RenderedStore, render_source
+from chatdata.store import DROP_REASONS, Documents
 from chatdata.tasks import Task
 from chatdata.tokenizer import Tokenizer
 from chatdata.tokenizer_files import save_tokenizer
+from chatdata.units import Rendered, Renderer, Unit, cut_units, read_unit
 
 MAX_ENTRIES = 2**15  # the index numbers entries in int16
-GATHER_TOKENS = 1 << 22  # gathered at a time: 8 MB of tokens, 32 MB of places
+GATHER_TOKENS = 1 << 22  # gathered at a time: 8 MB of tokens, 4 MB of mask
 MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
 
 
@@ -58,7 +62,8 @@ class Plan:
         return list(found.values())
 
 
-# called with (source name, rows done, rows in all) while rendering, and with ("write", tokens done, tokens in all)
+# called with (source name, rows done, rows in all) and ("all sources", …) while rendering, and with
+# ("write train", tokens done, tokens in all)
 Progress = Callable[[str, int, int], None]
 
 
@@ -114,42 +119,63 @@ def _plan_entry(entry: Entry, task: Task, source: Source, limit: int | None) -> 
     return PlannedEntry(entry, task, source, positions)
 
 
-def build(plan: Plan, out: Path, *, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Build `plan` into the folder `out` and return its manifest.
+def build(
+    plan: Plan,
+    out: Path,
+    *,
+    force: bool = False,
+    workers: int = 1,
+    engine: str = "local",
+    encoder: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build `plan` into the folder `out` and return its manifest: the same bytes for any workers, engine and encoder.
 
-    `out` is untouched until the end, and stays so after any error or interruption. Raises BuildError if it exists
-    (with `force`: if it is not a build), if another build writes there, or if the disk is full.
+    `out` is untouched until the end, and stays so after any error or interruption; rendered units stay in the cache.
+    Raises BuildError if it exists (with `force`: if it is not a build), if another build writes there, or if the disk
+    is full. With `workers` over 1 a script needs `if __name__ == "__main__":` around the call.
     """
     out = out.resolve()  # through links: the folder they lead to is written, not the link
     check_out(out, force)
     started = time.perf_counter()
+    report: dict[str, Any] = {"workers": workers, "engine": engine}
     seconds: dict[str, float] = {}
+    writing = units_folder()
     try:
         with partial_folder(out) as partial:
-            store = RenderedStore(partial / "rendered", plan.tokenizer)
-            documents = _render(plan, store, progress)
-            store.finish()
+            documents, found = _render(plan, encoder, engine, workers, report, progress)
             seconds["render"] = time.perf_counter() - started
-            manifest = _write_splits(plan, store, documents, partial, progress)
-            store.delete()
+            writing = out
+            splits = _write_splits(plan, documents, found, partial, progress)
             save_tokenizer(plan.tokenizer, partial / "tokenizer")
-            manifest = _complete_manifest(plan, manifest, partial)
+            manifest = _complete_manifest(plan, splits, partial)
             seconds["total"] = time.perf_counter() - started
-            shards.write_json(partial / "report.json", _report(seconds, manifest))
+            shards.write_json(partial / "report.json", _report(report, seconds, manifest))
             shards.write_json(partial / "manifest.json", manifest)
             check_out(out, force)
             publish(partial, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if writing != out:
+                raise BuildError(
+                    f"{writing}: no space left on the disk for rendered units; CHATDATA_CACHE may name another one"
+                ) from None
             raise BuildError(f"{out}: no space left on the disk; nothing was written there") from None
         raise
     return manifest
 
 
-def _render(plan: Plan, store: RenderedStore, progress: Progress | None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Render every needed row once. Per source: position → row, and row → document of the store (-1: not rendered)."""
-    found = {}
-    for source in plan.sources:
+def _render(
+    plan: Plan, encoder: str, engine: str, workers: int, report: dict[str, Any], progress: Progress | None
+) -> tuple[Documents, dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """All documents of the plan, rendered where the cache does not have them yet, and where rows are among them.
+
+    Per source (by id): position → row, and row → document (-1: not in the build).
+    """
+    renderer = Renderer(tuple(plan.sources), plan.tokenizer, encoder, units_folder())
+    units: list[Unit] = []
+    found, num_documents = {}, 0
+    for number, source in enumerate(renderer.sources):
         ranges = [e.positions for entries in plan.splits.values() for e in entries if e.source is source]
         num_rows = max(r.stop for r in ranges) if source.make_row else source.num_rows
         row_at = permutation(num_rows) if source.task.permuted else np.arange(num_rows)
@@ -157,15 +183,69 @@ def _render(plan: Plan, store: RenderedStore, progress: Progress | None) -> dict
         for positions in ranges:
             wanted[row_at[positions.start : positions.stop]] = True
         document_of_row = np.full(num_rows, -1, dtype=np.int64)
-        document_of_row[wanted] = np.arange(wanted.sum()) + store.num_documents
-        render_source(source, wanted, plan.recipe, store, progress)
+        document_of_row[wanted] = np.arange(wanted.sum()) + num_documents
+        num_documents += int(wanted.sum())
         found[id(source)] = row_at, document_of_row
-    return found
+        units += cut_units(renderer, number, wanted)
+    paths = _render_missing(renderer, units, engine, workers, report, progress)
+    blocks = [block for unit in units for block in read_unit(paths[unit.key], plan.tokenizer.dtype)]
+
+    def where(document: int) -> str:
+        for source in renderer.sources:
+            rows = np.flatnonzero(found[id(source)][1] == document)
+            if len(rows):
+                return source.where(int(rows[0]))
+        raise IndexError(document)
+
+    return Documents(blocks, plan.recipe, where), found
+
+
+def _render_missing(
+    renderer: Renderer,
+    units: list[Unit],
+    engine: str,
+    workers: int,
+    report: dict[str, Any],
+    progress: Progress | None,
+) -> dict[str, Path]:
+    """key → path of every unit; those that the cache lacks, or has damaged, are rendered."""
+    totals = [0] * len(renderer.sources)
+    for unit in units:
+        totals[unit.source] += unit.num_rows
+    done = [0] * len(renderer.sources)
+
+    def on_rows(unit: Unit, num_rows: int) -> None:
+        done[unit.source] += num_rows
+        if progress:
+            progress("all sources", sum(done), sum(totals))
+            progress(renderer.sources[unit.source].name, done[unit.source], totals[unit.source])
+
+    cached = find_units(renderer.folder)
+    there = {unit.key: cached[unit.key] for unit in units if unit.key in cached}
+    paths = {key: path for key, path in there.items() if take_unit(path)}
+    missing = [unit for unit in units if unit.key not in paths]
+    for unit in units:
+        if unit.key in paths:
+            on_rows(unit, unit.num_rows)
+    checked = {"texts": 0, "texts_checked": 0}
+
+    def on_unit(unit: Unit, rendered: Rendered) -> None:
+        paths[unit.key] = rendered.path
+        checked["texts"] += rendered.num_texts
+        checked["texts_checked"] += rendered.num_checked
+
+    damaged = len(there) - len(paths)
+    report["units"] = {"rendered": len(missing), "cached": len(paths), "damaged": damaged}
+    if missing:
+        report["encoder"] = {"name": renderer.encode.name, "version": renderer.encode.version}
+        render_units(renderer, missing, engine, workers, on_rows, on_unit)
+        report["encoder"] |= checked
+    return paths
 
 
 def _write_splits(
     plan: Plan,
-    store: RenderedStore,
+    store: Documents,
     found: dict[int, tuple[np.ndarray, np.ndarray]],
     partial: Path,
     progress: Progress | None,
@@ -201,7 +281,7 @@ def _write_splits(
 
 def _write_shards(
     plan: Plan,
-    store: RenderedStore,
+    store: Documents,
     chosen: np.ndarray,
     table: dict[str, np.ndarray],
     entries: list[PlannedEntry],
@@ -215,30 +295,26 @@ def _write_shards(
         part = slice(first, last)
         columns = {key: values[part] for key, values in table.items()}
         index = store.index_table(chosen[part], first, columns, names)
-        chunks = _gather(store, chosen[part], progress, int(lengths[:first].sum()), total)
+        chunks = _gather(store, chosen[part], progress, folder.name, int(lengths[:first].sum()), total)
         dtype, vocab_size = plan.tokenizer.dtype, plan.tokenizer.vocab_size
         records.append(shards.write_shard(folder, number, chunks, lengths[part], index, dtype, vocab_size))
     return records
 
 
 def _gather(
-    store: RenderedStore, chosen: np.ndarray, progress: Progress | None, done: int, total: int
+    store: Documents, chosen: np.ndarray, progress: Progress | None, split: str, done: int, total: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time."""
-    lengths = store.num_tokens[chosen].astype(np.int64)
-    for first, last in shards.shard_bounds(lengths, GATHER_TOKENS):
-        part = lengths[first:last]
-        ends = np.cumsum(part)
-        # place of every token in the store: its document's start, plus how far into the document it is
-        places = np.arange(ends[-1]) + np.repeat(store.starts[chosen[first:last]] - (ends - part), part)
-        yield store.tokens[places], store.mask[places]
-        done += int(ends[-1])
+    for first, last in shards.shard_bounds(store.num_tokens[chosen], GATHER_TOKENS):
+        tokens, mask = store.gather(chosen[first:last])
+        yield tokens, mask
+        done += len(tokens)
         if progress:
-            progress("write", done, total)
+            progress(f"write {split}", done, total)
 
 
 def _ledger(
-    entries: list[PlannedEntry], store: RenderedStore, numbers: np.ndarray, chosen: np.ndarray
+    entries: list[PlannedEntry], store: Documents, numbers: np.ndarray, chosen: np.ndarray
 ) -> list[dict[str, Any]]:
     """Per entry: rows read, documents, tokens, supervised, truncated, tokens lost, dropped by reason."""
     ledger = []
@@ -289,11 +365,12 @@ def _complete_manifest(plan: Plan, splits: dict[str, Any], partial: Path) -> dic
     return {**manifest, "build_id": shards.build_id_of(manifest)}
 
 
-def _report(seconds: dict[str, float], manifest: dict[str, Any]) -> dict[str, Any]:
+def _report(report: dict[str, Any], seconds: dict[str, float], manifest: dict[str, Any]) -> dict[str, Any]:
     """Everything that may differ between two runs of the same build."""
     tokens = sum(split["tokens"] for split in manifest["splits"].values())
     tools = ("chatdata", "numpy", "pyarrow", "tiktoken", "huggingface_hub")
     return {
+        **report,
         "build_id": manifest["build_id"],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "duration_s": {key: round(value, 3) for key, value in seconds.items()},

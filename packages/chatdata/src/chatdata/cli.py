@@ -50,6 +50,15 @@ cli.add_command(tokenizer)
 @click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
 @click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file defining a TASK of your own.")
 @click.option("--out", type=FILE, help="Output folder (default: out/<recipe>).")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that render (default: one per core).")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who renders.")
+@click.option(
+    "--encoder",
+    type=click.Choice(["auto", "tiktoken", "fastokens", "gigatoken"]),
+    default="auto",
+    show_default=True,
+    help="Who encodes; never changes the ids. auto: the fastest that gives tiktoken's ids.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many rows per entry.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Length rule in place of the recipe's.")
 @click.option(
@@ -68,6 +77,9 @@ def build(
     words: str | None,
     task_files: tuple[Path, ...],
     out: Path | None,
+    workers: int | None,
+    engine: str,
+    encoder: str,
     limit: int | None,
     max_tokens: int | None,
     overflow: str | None,
@@ -79,6 +91,7 @@ def build(
     from chatdata import show
     from chatdata.build import build as run_build
     from chatdata.build import check_out, make_plan
+    from chatdata.engine import available_cpus
     from chatdata.recipe import load_recipe, override
     from chatdata.sources import Locations
     from chatdata.tasks import load_tasks
@@ -114,11 +127,19 @@ def build(
             click.echo(json.dumps(_plan_json(plan, out)))
         return
     with show.build_progress(quiet=as_json) as progress:
-        manifest = run_build(plan, out, force=force, progress=progress)
+        manifest = run_build(
+            plan,
+            out,
+            force=force,
+            workers=workers or available_cpus(),
+            engine=engine,
+            encoder=encoder,
+            progress=progress,
+        )
     if as_json:
         click.echo(json.dumps({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]}))
     else:
-        show.build_result(manifest, out)
+        show.build_result(manifest, json.loads((out / "report.json").read_text()), out)
 
 
 def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
@@ -196,18 +217,74 @@ def stats(path: Path, as_json: bool) -> None:
     click.echo(json.dumps(numbers)) if as_json else show.stats(numbers)
 
 
-@cli.command(epilog=examples("chatdata verify out/demo-mid"))
+@cli.command(
+    epilog=examples(
+        "chatdata verify out/demo-mid",
+        "chatdata verify out/demo-mid --level semantic --share 0.1",
+        "chatdata verify out/mid --level semantic --data-dir hub --identity me.jsonl",
+    )
+)
 @click.argument("path", metavar="BUILD", type=FILE)
-@click.option("--level", type=click.Choice(["quick"]), default="quick", show_default=True)
+@click.option("--level", type=click.Choice(["quick", "full", "semantic"]), default="quick", show_default=True)
+@click.option("--recipe", metavar="NAME|FILE", help="semantic: the build's recipe, if it names files of its own.")
+@click.option("--data-dir", type=FILE, help="semantic: folder of Hub clones, as for build.")
+@click.option("--identity", type=FILE, help="semantic: JSONL of conversations, if build was given one.")
+@click.option("--words", metavar="FILE|URL", help="semantic: word list, if build was given one.")
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="semantic: as for build.")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1),
+    help="semantic: part of the documents to render again; at least 100 per split and one per entry  [default: 0.01]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def verify(path: Path, level: str, as_json: bool) -> int:
+def verify(
+    path: Path,
+    level: str,
+    recipe: str | None,
+    data_dir: Path | None,
+    identity: Path | None,
+    words: str | None,
+    task_files: tuple[Path, ...],
+    share: float | None,
+    as_json: bool,
+) -> int:
     """Check a build on disk. Exit code 3 if damage is found.
 
-    quick: manifest, file sizes and headers, offsets, counts of documents, tokens and index rows.
-    """
-    from chatdata.verify import verify_quick
+    \b
+    quick     manifest, file sizes and headers, offsets, counts of documents, tokens and index rows
+    full      and SHA-256 of every file, unknown files, tokenizer, contract of every document
+    semantic  and the sources, the order of the mixture, and a share of the documents rendered again
 
-    problems = verify_quick(path)
+    Stage, recipe, length rule, limit and tokenizer stand in the build. semantic only has to be told where files lie
+    that are neither shipped nor on the Hub: give what build was given of --data-dir, --identity, --words and
+    --task-file, and --recipe if that file names others (a `path`, a word list) beside it.
+    """
+    from chatdata import show
+    from chatdata.verify import verify_full, verify_quick
+
+    given = {"--recipe": recipe, "--data-dir": data_dir, "--identity": identity, "--words": words}
+    given |= {"--task-file": task_files or None, "--share": share}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle and level != "semantic":
+        raise UsageError(f"{idle[0]} goes with --level semantic")
+    if data_dir and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir}: no such folder")
+    with show.build_progress(quiet=as_json or level == "quick") as progress:
+        if level == "quick":
+            problems = verify_quick(path)
+        elif level == "full":
+            problems = verify_full(path, progress)
+        else:
+            from chatdata.recipe import load_recipe
+            from chatdata.rerender import verify_semantic
+            from chatdata.sources import Locations
+            from chatdata.tasks import load_tasks
+
+            tasks = load_tasks(task_files)
+            loaded = load_recipe(recipe, tasks) if recipe else None
+            locations = Locations(Path(), data_dir, identity, words)
+            share = 0.01 if share is None else share
+            problems = verify_semantic(path, locations, tasks, recipe=loaded, share=share, progress=progress)
     if as_json:
         click.echo(json.dumps({"build": str(path), "level": level, "problems": problems}))
     else:
@@ -215,6 +292,64 @@ def verify(path: Path, level: str, as_json: bool) -> int:
             click.echo(problem, err=True)
         click.echo(f"{path}: {f'{len(problems)} problems' if problems else 'no damage found'} ({level})")
     return 3 if problems else 0
+
+
+@cli.command(
+    epilog=examples(
+        "chatdata cache", "chatdata cache --prune 30", "CHATDATA_CACHE=/data/cache chatdata cache --prune 0"
+    )
+)
+@click.option(
+    "--prune",
+    "unused_days",
+    metavar="DAYS",
+    type=click.FloatRange(min=0),
+    help="Remove units unused for DAYS (0: all).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def cache(unused_days: float | None, as_json: bool) -> None:
+    """Size of the cache of rendered units, and pruning. A build renders again what it misses.
+
+    The cache is $CHATDATA_CACHE, else `chatdata` in the XDG cache folder. It also holds word lists fetched by URL,
+    which are small and stay.
+    """
+    from chatdata import show
+    from chatdata.cache import cached_units, prune, units_folder
+
+    folder = units_folder()
+    removed = prune(folder, unused_days) if unused_days is not None else []
+    left = cached_units(folder)
+    facts = {
+        "folder": str(folder),
+        "units": len(left),
+        "bytes": sum(unit.num_bytes for unit in left),
+        "removed_units": len(removed),
+        "removed_bytes": sum(unit.num_bytes for unit in removed),
+        "oldest_use": left[0].last_used if left else None,
+    }
+    click.echo(json.dumps(facts)) if as_json else show.cache(facts)
+
+
+@cli.command(epilog=examples("chatdata diff out/mid out/mid-new", "chatdata diff out/mid out/mid-new --json"))
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def diff(a: Path, b: Path, as_json: bool) -> int:
+    """What differs between two builds: recipe, sources, tokenizer, mixture, documents.
+
+    Exit code 0 if they are identical, 1 if they differ. Documents are compared by the digests in the index; of those
+    that stand for the same row with other tokens or another mask, the first ones are shown where they part.
+    """
+    from chatdata import open_build
+    from chatdata.diff import diff_builds, lines_of
+
+    found = diff_builds(open_build(a), open_build(b))
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        for line in lines_of(found):
+            click.echo(line)
+    return 0 if found["identical"] else 1
 
 
 @cli.command(name="tasks", epilog=examples("chatdata tasks", "chatdata tasks --task-file my_task.py"))

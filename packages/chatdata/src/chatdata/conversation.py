@@ -90,8 +90,8 @@ def _parse_message(message: Any, turn: int) -> Message:
         if key not in message:
             raise ConversationError(f'message {turn}: no key "{key}"')
     # null extras come from columnar files; anything else (tool_calls, weight, …) would change what is trained on
-    extra = [key for key, value in message.items() if key not in (role_key, content_key) and value not in (None, [])]
-    if extra:
+    others = [key for key in message if key not in (role_key, content_key)] if len(message) > 2 else []
+    if extra := [key for key in others if message[key] not in (None, [])]:
         raise ConversationError(
             f'message {turn}, key "{extra[0]}": not understood; a message has only {role_key} and {content_key}'
         )
@@ -114,7 +114,7 @@ def _parse_content(content: Any, role: Role, turn: int, key: str) -> str | list[
         raise ConversationError(
             f'message {turn}, key "{key}": must be a string or a list of parts, not {_kind(content)}'
         )
-    parts = [_parse_part(part, f'message {turn}, key "{key}", part {i}') for i, part in enumerate(content)]
+    parts = [_parse_part(part, turn, key, i) for i, part in enumerate(content)]
     if role == "assistant":
         return parts
     for i, part in enumerate(parts):
@@ -125,7 +125,13 @@ def _parse_content(content: Any, role: Role, turn: int, key: str) -> str | list[
     return "".join(part["text"] for part in parts)
 
 
-def _parse_part(part: Any, where: str) -> Part:
+def _parse_part(part: Any, turn: int, key: str, i: int) -> Part:
+    # the place is only spelled out when something is wrong: this runs for every part of a build
+    if type(part) is dict and len(part) == 2 and part.get("type") in PART_TYPES:
+        text = part.get("text")
+        if type(text) is str and text.isascii():
+            return {"type": part["type"], "text": text}
+    where = f'message {turn}, key "{key}", part {i}'
     if not isinstance(part, dict) or "type" not in part or "text" not in part:
         raise ConversationError(f'{where}: must be an object with "type" and "text"')
     if part["type"] not in PART_TYPES:

@@ -7,6 +7,7 @@
     ├── RecipeError         a recipe file is wrong: unknown key, wrong type, unknown task
     ├── SourceError         data is empty or unreadable; MissingSource: not at hand
     ├── TokenizerError      a tokenizer cannot be read or is unusable
+    ├── EncoderError        an encoder is not at hand, cannot do the tokenizer, or gives other ids than tiktoken
     ├── BuildError          a build cannot be written where it was asked for
     ├── FormatError         a build on disk is damaged or of an unknown version
     ├── PackingError        documents do not make sequences as asked: one is too long, or an argument is out of range
@@ -53,6 +54,10 @@ class MissingSource(SourceError):
 
 
 class TokenizerError(ChatdataError):
+    pass
+
+
+class EncoderError(ChatdataError):
     pass
 
 

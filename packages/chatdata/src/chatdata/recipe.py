@@ -124,7 +124,7 @@ def load_recipe(name_or_path: str, tasks: Mapping[str, Task]) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{shown}: not valid TOML: {error}") from None
-    return _parse_recipe(table, shown, path, tasks)
+    return parse_recipe(table, shown, path, tasks)
 
 
 def override(recipe: Recipe, *, max_tokens: int | None, overflow: str | None) -> Recipe:
@@ -136,7 +136,7 @@ def override(recipe: Recipe, *, max_tokens: int | None, overflow: str | None) ->
     return changed
 
 
-def _parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[str, Task]) -> Recipe:
+def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[str, Task]) -> Recipe:
     _check_keys(table, _TOP_KEYS, shown)
     if "stage" not in table:
         raise RecipeError(f'{shown}: no key "stage"; one of {", ".join(STAGES)}')

@@ -87,7 +87,7 @@ def _render_messages(tokenizer: Encoder, messages: list[Message]) -> tuple[list[
         add(tokens, supervised)
 
     add([special["<|bos|>"]], 0)
-    for role, content in _merged_turns(messages):
+    for role, content in merged_turns(messages):
         if role == "user":
             text = tokenizer.encode_ordinary(content)
             add_span(_USER, [special["<|user_start|>"], *text, special["<|user_end|>"]], 0)
@@ -106,7 +106,7 @@ def _render_messages(tokenizer: Encoder, messages: list[Message]) -> tuple[list[
     return ids, mask, spans
 
 
-def _merged_turns(messages: list[Message]) -> Iterator[tuple[str, Any]]:
+def merged_turns(messages: list[Message]) -> Iterator[tuple[str, Any]]:
     """(role, content) per user and assistant message; a leading system text stands in front of the first user text."""
     system = ""
     for message in messages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from chatdata.build import Plan
 
-PLAIN_LINE_EVERY = 0.25  # without a terminal: a progress line per quarter of a source, not per row
+_UNITS = {"write": "tokens", "check": "tokens", "hash": "bytes"}  # of progress that does not count a source's rows
+LONG_WORK = ("all", *_UNITS)  # "all sources"
 
 
 def console() -> Console:
@@ -79,15 +81,29 @@ def build_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | No
         with _bars() as update:
             yield update
     else:
-        printed: dict[str, float] = {}
+        yield _plain_lines()
 
-        def plain(name: str, done: int, total: int) -> None:
-            if done == total or done / total - printed.get(name, 0.0) >= PLAIN_LINE_EVERY:
-                printed[name] = done / total
-                unit = "tokens" if name == "write" else "rows"
-                print(f"{name}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
 
-        yield plain
+def _plain_lines() -> Callable[[str, int, int], None]:
+    """A line when a source is done; for all rows and for writing, which take long, one per tenth with the time left."""
+    started: dict[str, tuple[float, int]] = {}  # name → when it was first heard of, and how much was done then
+    printed: dict[str, int] = {}
+
+    def plain(name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        since, before = started.setdefault(name, (now, done))
+        tenths = 10 * done // total
+        long_work = name.partition(" ")[0] in LONG_WORK
+        if done < total and (not long_work or tenths == printed.get(name, 0)):
+            return
+        printed[name] = tenths
+        line = f"{name}: {done:,} of {total:,} {_UNITS.get(name.partition(' ')[0], 'rows')}"
+        if long_work and now - since >= 1 and done > before:
+            rate = (done - before) / (now - since)
+            line += f", {rate:,.0f}/s" + (f", {(total - done) / rate:,.0f} s left" if done < total else "")
+        print(line, file=sys.stderr, flush=True)
+
+    return plain
 
 
 @contextmanager
@@ -105,6 +121,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.speed:,.0f}/s", style="progress.data.speed"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -112,21 +129,28 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
         bars: dict[str, Any] = {}
 
         def update(name: str, done: int, total: int) -> None:
-            if name not in bars or done < progress.tasks[bars[name]].completed:  # a second split is written
+            if name not in bars:
                 bars[name] = progress.add_task(escape(name), total=total)
             progress.update(bars[name], completed=done)
 
         yield update
 
 
-def build_result(manifest: dict[str, Any], out: Path) -> None:
+def build_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> None:
     for split, contents in manifest["splits"].items():
         rows = [_ledger_row(entries) for entries in _copies(contents["entries"], ("task", "subset", "split", "source"))]
         totals = [sum(row[i] for row in rows) for i in (1, 2, 3, 5, 6, 7)]  # type: ignore[misc]
         total = ("all", *totals[:3], share(totals[2], totals[1]), *totals[3:])
         columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
         table(f"\n{split}", columns, rows, total)
-    console().print(f"\n{escape(str(out))}: build {manifest['build_id'][:12]} is complete")
+    units, encoder = report["units"], report.get("encoder")
+    num_units = units["rendered"] + units["cached"]
+    how = f"{report['duration_s']['total']:.1f} s, {units['rendered']:,} of {num_units:,} units rendered"
+    if units["damaged"]:
+        how += f" ({units['damaged']} were damaged in the cache)"
+    if encoder:
+        how += f", {encoder['name']} (checked on {encoder['texts_checked']:,} of {encoder['texts']:,} texts)"
+    console().print(f"\n{how}\n{escape(str(out))}: build {manifest['build_id'][:12]} is complete")
 
 
 def _copies(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -176,6 +200,20 @@ def stats(numbers: dict[str, Any]) -> None:
         ]
         table(f"\n{split}", columns, listed)
     console().print(f"\nstage {numbers['stage']}, build {numbers['build_id'][:12]}")
+
+
+def cache(facts: dict[str, Any]) -> None:
+    lines = [f"{facts['folder']}: {facts['units']:,} units, {megabytes(facts['bytes'])}"]
+    if facts["oldest_use"] is not None:
+        days = (time.time() - facts["oldest_use"]) / 86_400
+        lines[0] += f", the longest unused for {days:.1f} days"
+    if facts["removed_units"]:
+        lines.append(f"removed: {facts['removed_units']:,} units, {megabytes(facts['removed_bytes'])}")
+    console().print(escape("\n".join(lines)))
+
+
+def megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def tasks(listed: list[dict[str, Any]]) -> None:

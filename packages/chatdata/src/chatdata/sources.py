@@ -1,7 +1,7 @@
 """Where rows come from: a path in the recipe, `--data-dir` (a folder of Hub clones), then the Hub.
 
 `resolve` finds the files of one recipe entry, or raises MissingSource with the command that fetches them; no row is
-read before every source of a build is found. `Source.read` then streams the wanted rows in file order.
+read before every source of a build is found. `Source.read` then streams the wanted rows in file order (files.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,78 +18,113 @@ import numpy as np
 
 from chatdata import hub
 from chatdata.errors import MissingSource, SourceError
+from chatdata.files import ROWS_PER_BATCH, Rows, SourceFile, read_file, records_of
 from chatdata.recipe import Entry, file_label
-from chatdata.shards import file_sha256
-from chatdata.tasks import Task
+from chatdata.tasks import Task, call_task
 
-ROWS_PER_BATCH = 1024  # rows turned into Python objects at a time: about 3 MB of smoltalk
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    path: Path
-    name: str  # relative to its dataset, no machine's folders in it
-
-    @cached_property
-    def sha256(self) -> str:
-        return file_sha256(self.path)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.path.stat().st_size
+ROWS_PER_SEGMENT = 4096  # of a source that is not read from files by us
+GENERATED_ROW_BYTES = 256  # what a generated row is taken to weigh beside rows of files
 
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one entry: files (Parquet, JSONL, text), a Hub dataset read by `datasets`, or a generator."""
+    """The rows of one entry: files (Parquet, JSONL, text), a Hub dataset read by `datasets`, or a generator.
+
+    Can be pickled: workers read from their own copy.
+    """
 
     name: str
     task: Task
     files: tuple[SourceFile, ...] = ()
     revision: str | None = None
     dataset: Any = None
-    make_row: Callable[[int], Any] | None = None
+    split: str = ""  # split and options are a generated task's, with files in place of names
+    options: Mapping[str, Any] = field(default_factory=dict)
     option_files: Mapping[str, SourceFile] = field(default_factory=dict)
 
     @cached_property
-    def file_rows(self) -> list[int]:
-        """Rows per file (for a generated or `datasets` source: one number)."""
-        if self.dataset is not None:
-            return [len(self.dataset)]
-        return [_count_rows(file.path) for file in self.files]
+    def make_row(self) -> Callable[[int], Any] | None:
+        """position → raw row of a generated task, else None."""
+        return self.task.generate(self.split, self.options) if self.task.generate else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker makes a generator that is a closure anew; a partial travels, with the word list it has read
+        travels = isinstance(self.__dict__.get("make_row"), partial)
+        return {key: value for key, value in self.__dict__.items() if key != "make_row" or travels}
 
     @cached_property
     def num_rows(self) -> int:
-        return sum(self.file_rows)
+        return len(self.dataset) if self.dataset is not None else sum(file.num_rows for file in self.files)
+
+    def segments(self, num_rows: int) -> list[tuple[int, int]]:
+        """(rows, bytes) of consecutive runs of rows that can be read each by itself, `num_rows` in all."""
+        if self.dataset is None and self.make_row is None:
+            return [(segment.num_rows, segment.num_bytes) for file in self.files for segment in file.segments]
+        row_bytes = GENERATED_ROW_BYTES
+        if self.dataset is not None:
+            row_bytes = max(1, self.dataset.data.nbytes // len(self.dataset))
+        lengths = [min(ROWS_PER_SEGMENT, num_rows - first) for first in range(0, num_rows, ROWS_PER_SEGMENT)]
+        return [(length, length * row_bytes) for length in lengths]
 
     def read(self, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
         """(row, raw row) for every row where `wanted` (bool [num_rows]) holds, in source order."""
-        if self.make_row is not None:
-            for row in np.flatnonzero(wanted).tolist():
-                yield row, self.make_row(row)
+        for rows, raw in self.read_batches(0, wanted):
+            yield from zip(rows.tolist(), records_of(raw), strict=True)
+
+    def read_batches(self, first: int, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:
+        """(rows, raw rows) in source order, some at a time: of the rows from `first` on those that are `wanted`.
+
+        wanted: bool [rows]. rows: int64. Raw rows are a list, or for Parquet a record batch.
+        """
+        if not self.files or self.dataset is not None:
+            rows = np.flatnonzero(wanted) + first
+            for start in range(0, len(rows), ROWS_PER_BATCH):
+                part = rows[start : start + ROWS_PER_BATCH]
+                yield part, [self._row(row) for row in part.tolist()]
             return
-        if self.dataset is not None:
-            for row in np.flatnonzero(wanted).tolist():
-                yield row, self.dataset[row]
-            return
-        first = 0
-        for file, num_rows in zip(self.files, self.file_rows, strict=True):
-            part = wanted[first : first + num_rows]
-            if part.any():
-                for row, record in _read_file(file, part):
-                    yield first + row, record
-            first += num_rows
+        for file in self.files:
+            if first < file.num_rows and len(wanted):
+                part = wanted[: file.num_rows - first]
+                base = sum(f.num_rows for f in self.files[: self.files.index(file)])
+                for rows, records in read_file(file, first, part):
+                    yield rows + base, records
+                wanted, first = wanted[len(part) :], 0
+            else:
+                first -= file.num_rows
+
+    def _row(self, row: int) -> Any:
+        return self.dataset[row] if self.dataset is not None else call_task(self.task, self.make_row, row)
+
+    def content(self, first: int, num_rows: int) -> Any:
+        """What rows [first, first + num_rows) are made from, as plain data without paths: equal means equal rows."""
+        options = {key: str(value) for key, value in self.options.items() if key not in self.option_files}
+        described: dict[str, Any] = {"options": options, "split": self.split}
+        described["option_files"] = {key: file.sha256 for key, file in self.option_files.items()}
+        if self.dataset is not None or self.make_row is not None:
+            described |= {"first": first, "files": [file.sha256 for file in self.files]}
+            if self.dataset is not None:
+                from importlib.metadata import version
+
+                described |= {"name": self.name, "datasets": version("datasets")}
+            return described
+        parts = []
+        for file in self.files:
+            if first < file.num_rows and num_rows > 0:
+                taken = min(num_rows, file.num_rows - first)
+                parts.append([file.sha256, file.path.suffix, first, taken])
+                first, num_rows = 0, num_rows - taken
+            else:
+                first -= file.num_rows
+        return {**described, "files": parts}
 
     def where(self, row: int) -> str:
         """A row's place for error messages: `identity.jsonl line 3`, `train-00000-of-00001.parquet row 17`."""
         if not self.files:
             return f"{self.name} row {row}"
-        for file, num_rows in zip(self.files, self.file_rows, strict=True):
-            if row < num_rows:
-                if file.path.suffix == ".jsonl":
-                    return f"{file.name} line {_line_of_row(file.path, row)}"
-                return f"{file.name} row {row}" if file.path.suffix == ".parquet" else file.name
-            row -= num_rows
+        for file in self.files:
+            if row < file.num_rows:
+                return file.where(row)
+            row -= file.num_rows
         raise IndexError(row)
 
     def describe(self) -> dict[str, Any]:
@@ -118,8 +153,9 @@ def resolve(entry: Entry, task: Task, locations: Locations) -> Source:
     """The source of `entry`. Raises MissingSource if it is not at hand and cannot be fetched, SourceError if empty."""
     if task.generate is not None:
         options, option_files = _resolve_options(entry, task, locations)
-        make_row = task.generate(entry.split, options)
-        return Source(entry.label, task, make_row=make_row, option_files=option_files)
+        source = Source(entry.label, task, split=entry.split, options=options, option_files=option_files)
+        source.make_row  # noqa: B018 - a word list that cannot be used is an error before anything is rendered
+        return source
     source = _resolve_files(entry, task, locations)
     if source.num_rows == 0:
         raise SourceError(f"{entry.label}: {source.name} has no rows")
@@ -233,73 +269,6 @@ def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[di
             )
         options[key], files[key] = path, file
     return options, files
-
-
-def _count_rows(path: Path) -> int:
-    if path.suffix == ".parquet":
-        return _open_parquet(path).metadata.num_rows
-    if path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            return sum(1 for line in file if line.strip())
-    return 1 if path.stat().st_size else 0
-
-
-def _read_file(file: SourceFile, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
-    if file.path.suffix == ".parquet":
-        yield from _read_parquet(file.path, wanted)
-    elif file.path.suffix == ".jsonl":
-        yield from _read_jsonl(file, wanted)
-    else:
-        try:
-            yield 0, {"text": file.path.read_bytes().decode("utf-8-sig")}
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{file.name}: not UTF-8 at byte {error.start}") from None
-
-
-def _open_parquet(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except pa.ArrowException as error:
-        raise SourceError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _read_parquet(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
-    first = 0
-    for batch in _open_parquet(path).iter_batches(batch_size=ROWS_PER_BATCH):
-        rows = np.flatnonzero(wanted[first : first + batch.num_rows])
-        if len(rows):
-            try:
-                records = batch.take(rows).to_pylist()
-            except UnicodeDecodeError:
-                raise SourceError(f"{path.name}: text that is not UTF-8 in rows {first} … {rows[-1] + first}") from None
-            yield from zip((rows + first).tolist(), records, strict=True)
-        first += batch.num_rows
-
-
-def _read_jsonl(file: SourceFile, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
-    row = 0
-    with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():  # a blank line is not a row
-                continue
-            if wanted[row]:
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
-                    reason = getattr(error, "msg", str(error))
-                    column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                    raise SourceError(f"{file.name} line {number}: not valid JSON{column}: {reason}") from None
-                yield row, record
-            row += 1
-
-
-def _line_of_row(path: Path, row: int) -> int:
-    with path.open("rb") as lines:
-        filled = (number for number, line in enumerate(lines, start=1) if line.strip())
-        return next(number for i, number in enumerate(filled) if i == row)
 
 
 def _hash_rows(dataset: Any) -> str:

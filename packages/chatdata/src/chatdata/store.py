@@ -1,91 +1,88 @@
-"""Rendered documents on disk before they are put in order: one token file, one mask file, columns of counts."""
+"""All rendered documents of a build, in source and row order, as views of the units they lie in."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from array import array
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chatdata.document import Document, Span
-from chatdata.errors import BuildError, ChatdataError, ConversationError
+from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
+from chatdata.columns import SPAN_DTYPE, Columns, digests_of
+from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
-from chatdata.render import render_conversation, render_text
-from chatdata.sources import Source
-from chatdata.tasks import Task, call_task
-from chatdata.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 DROP_REASONS = ("", "overflow", "zero_supervised")  # a document's drop_reason is a place in this tuple; 0 = kept
-PROGRESS_ROWS = 500
 
 
-class RenderedStore:
-    """Documents in the order they were rendered. After `finish`, all columns are numpy arrays, [num_documents].
+class Documents:
+    """Columns over all documents, [num_documents]: those of the units, after the recipe's policies.
 
-    A document costs about 90 bytes of memory (counts, digest, spans); tokens and mask stay on disk.
+    num_tokens, num_supervised and digest are those of the document as it is cut; original_tokens is its length before.
+    A document costs about 60 bytes of memory; tokens, mask and spans stay on disk.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        self.folder, self.tokenizer = folder, tokenizer
-        folder.mkdir()
-        self._tokens_file = (folder / "tokens.bin").open("wb", buffering=1 << 20)
-        self._mask_file = (folder / "mask.bin").open("wb", buffering=1 << 20)
-        names = {
-            "num_tokens": "i",
-            "num_supervised": "i",
-            "original_tokens": "i",
-            "num_turns": "i",
-            "num_tool_calls": "i",
-        }
-        names |= {"truncated": "B", "drop_reason": "B", "num_spans": "i"}
-        names |= {"span_role": "B", "span_start": "I", "span_length": "I"}
-        self._columns = {name: array(code) for name, code in names.items()}
-        self._digests = bytearray()
-        self.num_documents = 0
+    def __init__(self, blocks: Sequence[Columns], recipe: Recipe, where: Callable[[int], str]) -> None:
+        """`where(document)` names a document's row in errors."""
+        self._blocks = blocks
+        self._first = np.cumsum([0, *(len(block.num_tokens) for block in blocks)])  # document where a block starts
+        self.original_tokens = np.concatenate([block.num_tokens for block in blocks])
+        self.num_supervised = np.concatenate([block.num_supervised for block in blocks])
+        self.num_turns = np.concatenate([block.num_turns for block in blocks])
+        self.num_tool_calls = np.concatenate([block.num_tool_calls for block in blocks])
+        self.digests = np.concatenate([block.digests for block in blocks])
+        self._num_spans = np.concatenate([block.num_spans for block in blocks])
+        self._token_starts = np.concatenate([_starts(block.num_tokens) for block in blocks])  # within the block
+        self._span_starts = np.concatenate([_starts(block.num_spans) for block in blocks])
+        self.num_tokens = self.original_tokens
+        self.drop_reason = np.zeros(len(self.num_tokens), dtype=np.uint8)
+        self.truncated = np.zeros(len(self.num_tokens), dtype=bool)
+        self._apply_policies(recipe, where)
 
-    def add(self, document: Document, original: Document, drop_reason: int) -> None:
-        """Append `document`; `original` is the same before any cut."""
-        self._tokens_file.write(document.tokens.data.cast("B"))
-        self._mask_file.write(document.mask.data)
-        roles = [span.role for span in original.spans]
-        special = self.tokenizer.special_ids
-        columns = self._columns
-        columns["num_tokens"].append(len(document))
-        columns["num_supervised"].append(document.num_supervised)
-        columns["original_tokens"].append(len(original))
-        starts = special["<|user_start|>"], special["<|assistant_start|>"]
-        columns["num_turns"].append(sum(int(np.count_nonzero(original.tokens == start)) for start in starts))
-        columns["num_tool_calls"].append(roles.count(2))
-        columns["truncated"].append(len(document) < len(original))
-        columns["drop_reason"].append(drop_reason)
-        columns["num_spans"].append(len(document.spans))
-        for span in document.spans:
-            columns["span_role"].append(span.role)
-            columns["span_start"].append(span.start)
-            columns["span_length"].append(span.length)
-        self._digests += document_digest(document.tokens, document.mask)
-        self.num_documents += 1
+    def _apply_policies(self, recipe: Recipe, where: Callable[[int], str]) -> None:
+        limit = recipe.max_tokens
+        if limit is not None and recipe.overflow != "keep":
+            over = np.flatnonzero(self.original_tokens > limit)
+            if recipe.overflow == "error" and len(over):
+                length = int(self.original_tokens[over[0]])
+                raise BuildError(
+                    f'{where(int(over[0]))}: {length:,} tokens, over max_tokens = {limit:,} (overflow = "error")'
+                )
+            if recipe.overflow == "drop":
+                self.drop_reason[over] = DROP_REASONS.index("overflow")
+            else:
+                self._truncate(over, limit)
+        if recipe.zero_supervised != "keep":
+            unsupervised = np.flatnonzero((self.num_supervised == 0) & (self.drop_reason == 0))
+            if recipe.zero_supervised == "error" and len(unsupervised):
+                raise ConversationError(
+                    f'{where(int(unsupervised[0]))}: no supervised token is left (zero_supervised = "error")'
+                )
+            self.drop_reason[unsupervised] = DROP_REASONS.index("zero_supervised")
 
-    def finish(self) -> None:
-        """Close the files, map them, and turn the columns into arrays."""
-        for file in (self._tokens_file, self._mask_file):
-            file.close()
-        for name, column in self._columns.items():
-            setattr(self, name, np.frombuffer(column, dtype=np.dtype(column.typecode)))
-        self.tokens = np.memmap(self.folder / "tokens.bin", dtype=self.tokenizer.dtype, mode="r")
-        self.mask = np.memmap(self.folder / "mask.bin", dtype=np.uint8, mode="r")
-        self.starts = np.concatenate([[0], np.cumsum(self.num_tokens, dtype=np.int64)])[:-1]
-        self._span_starts = np.concatenate([[0], np.cumsum(self.num_spans, dtype=np.int64)])[:-1]
+    def _truncate(self, documents: np.ndarray, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens; no end token is added."""
+        self.num_tokens = np.minimum(self.original_tokens, num_tokens)
+        self.truncated[documents] = True
+        for document in documents.tolist():
+            tokens, mask = self.gather(np.array([document]))
+            self.num_supervised[document] = np.count_nonzero(mask)
+            self.digests[document] = digests_of(tokens, mask, np.array([num_tokens]))[0]
 
-    def delete(self) -> None:
-        del self.tokens, self.mask
-        shutil.rmtree(self.folder)
+    def gather(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, mask) of the chosen documents back to back."""
+        places = self._places(chosen, self._token_starts, self.num_tokens)
+        tokens = [self._blocks[block].tokens[start:stop] for block, start, stop in places]
+        mask = [self._blocks[block].mask[start:stop] for block, start, stop in places]
+        return np.concatenate(tokens), np.concatenate(mask)
+
+    def _places(self, chosen: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> list[tuple[int, int, int]]:
+        block = np.searchsorted(self._first, chosen, side="right") - 1
+        start = starts[chosen]
+        return list(zip(block.tolist(), start.tolist(), (start + counts[chosen]).tolist(), strict=True))
 
     def index_table(
         self, chosen: np.ndarray, first: int, columns: dict[str, np.ndarray], task_names: list[str]
@@ -95,92 +92,36 @@ class RenderedStore:
 
         names = list(dict.fromkeys(task_names))
         task_of_entry = np.array([names.index(name) for name in task_names], dtype=np.int32)
-        counts = self.num_spans[chosen].astype(np.int64)
-        ends = np.cumsum(counts)
-        places = np.arange(counts.sum()) + np.repeat(self._span_starts[chosen] - (ends - counts), counts)
-        spans = pa.StructArray.from_arrays(
-            [_arrow(values[places]) for values in (self.span_role, self.span_start, self.span_length)],
-            ["role", "start", "length"],
-        )
-        offsets = _arrow(np.concatenate([[0], ends]).astype(np.int32))
-        digests = np.frombuffer(self._digests, dtype="V16")[chosen].tobytes()
+        counts = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "original_tokens")
         return pa.table(
             {
-                "doc": _arrow(np.arange(first, first + len(chosen))),
-                "row": _arrow(columns["row"]),
-                "position": _arrow(columns["position"]),
-                "task": pa.DictionaryArray.from_arrays(_arrow(task_of_entry[columns["entry"]]), pa.array(names)),
-                "entry": _arrow(columns["entry"].astype(np.int16)),
-                **{
-                    name: _arrow(getattr(self, name)[chosen].astype(np.int32))
-                    for name in ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "original_tokens")
-                },
-                "truncated": _arrow(self.truncated[chosen]).cast(pa.bool_()),
-                "digest": pa.FixedSizeBinaryArray.from_buffers(
-                    pa.binary(16), len(chosen), [None, pa.py_buffer(digests)]
-                ),
-                "spans": pa.ListArray.from_arrays(offsets, spans),
+                "doc": to_arrow(np.arange(first, first + len(chosen))),
+                "row": to_arrow(columns["row"]),
+                "position": to_arrow(columns["position"]),
+                "task": pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[columns["entry"]]), strings_to_arrow(names)),
+                "entry": to_arrow(columns["entry"].astype(np.int16)),
+                **{name: to_arrow(getattr(self, name)[chosen].astype(np.int32)) for name in counts},
+                "truncated": to_arrow(self.truncated[chosen].view(np.uint8)).cast(pa.bool_()),
+                "digest": bytes_to_arrow(self.digests[chosen]),
+                "spans": self._span_lists(chosen),
             }
         )
 
+    def _span_lists(self, chosen: np.ndarray) -> pa.Array:
+        """Spans of the chosen documents, clipped where a document was cut."""
+        import pyarrow as pa
 
-def _arrow(values: np.ndarray) -> pa.Array:
-    """An Arrow array over the same memory. `pa.array` would do, but imports pandas first: 1.8 s of every build."""
-    import pyarrow as pa
-
-    values = np.ascontiguousarray(values)
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
-
-
-def document_digest(tokens: np.ndarray, mask: np.ndarray) -> bytes:
-    """BLAKE2b (16 bytes) of the ids as `<u4` bytes followed by the mask bytes: the same for either token width."""
-    return hashlib.blake2b(tokens.astype("<u4").tobytes() + mask.tobytes(), digest_size=16).digest()
-
-
-def render_source(
-    source: Source, wanted: np.ndarray, recipe: Recipe, store: RenderedStore, progress: Any = None
-) -> None:
-    """Render the wanted rows of a source into the store, in source order. Errors name file and row (or line)."""
-    total = int(wanted.sum())
-    for done, (row, raw) in enumerate(source.read(wanted), start=1):
-        try:
-            original = _render_row(source.task, raw, store.tokenizer)
-            document, drop_reason = apply_policies(original, recipe)
-        except ChatdataError as error:
-            raise error.at(source.where(row)) from None
-        store.add(document, original, drop_reason)
-        if progress and (done % PROGRESS_ROWS == 0 or done == total):
-            progress(source.name, done, total)
+        places = self._places(chosen, self._span_starts, self._num_spans)
+        parts = [block.spans.view("V9") for block in self._blocks]  # structured ones are joined field by field, slowly
+        spans = np.concatenate([parts[block][start:stop] for block, start, stop in places]).view(SPAN_DTYPE)
+        document = np.repeat(np.arange(len(chosen)), self._num_spans[chosen])
+        left = self.num_tokens[chosen][document] - spans["start"].astype(np.int64)  # tokens from the span's start on
+        kept = left > 0
+        spans["length"] = np.minimum(spans["length"], np.maximum(left, 0))
+        arrays = [to_arrow(spans[name][kept]) for name in ("role", "start", "length")]
+        structs = pa.StructArray.from_arrays(arrays, ["role", "start", "length"])
+        return list_to_arrow(structs, np.bincount(document[kept], minlength=len(chosen)))
 
 
-def _render_row(task: Task, raw: Any, tokenizer: Tokenizer) -> Document:
-    converted = call_task(task, task.to_conversation, raw)
-    if task.kind == "text":
-        return render_text(tokenizer, converted)
-    return render_conversation(tokenizer, converted)
-
-
-def apply_policies(document: Document, recipe: Recipe) -> tuple[Document, int]:
-    """The document after the recipe's length rule, and its place in DROP_REASONS (0 = kept)."""
-    limit = recipe.max_tokens
-    if limit is not None and len(document) > limit and recipe.overflow != "keep":
-        if recipe.overflow == "error":
-            raise BuildError(f'{len(document):,} tokens, over max_tokens = {limit:,} (overflow = "error")')
-        if recipe.overflow == "drop":
-            return document, DROP_REASONS.index("overflow")
-        document = truncate(document, limit)
-    if document.num_supervised == 0 and recipe.zero_supervised != "keep":
-        if recipe.zero_supervised == "error":
-            raise ConversationError('no supervised token is left (zero_supervised = "error")')
-        return document, DROP_REASONS.index("zero_supervised")
-    return document, 0
-
-
-def truncate(document: Document, num_tokens: int) -> Document:
-    """The first `num_tokens` tokens; spans are clipped, no end token is added."""
-    spans = tuple(
-        Span(span.role, span.start, min(span.length, num_tokens - span.start))
-        for span in document.spans
-        if span.start < num_tokens
-    )
-    return Document(document.tokens[:num_tokens], document.mask[:num_tokens], spans, document.tokenizer)
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.cumsum(counts, dtype=np.int64) - counts

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,6 +112,17 @@ class Tokenizer:
     def token_bytes(self) -> dict[int, bytes]:
         """id → the bytes it stands for, from the merges themselves; special tokens stand for none."""
         return {rank: token for token, rank in self.ranks.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.ranks, self.pattern, self.special_ids, self.name)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 over everything that decides the ids of a text: entries, pattern, special tokens."""
+        digest = hashlib.sha256(repr((self.pattern, sorted(self.special_ids.items()))).encode())
+        for token, rank in sorted(self.ranks.items(), key=itemgetter(1)):
+            digest.update(b"%d %d " % (rank, len(token)) + token)
+        return digest.hexdigest()
 
     @cached_property
     def canary_sha256(self) -> str:

@@ -35,7 +35,8 @@ _TO_BYTE = {char: byte for byte, char in _TO_CHAR.items()}
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: the same bytes for the same tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = {_to_text(token): rank for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
+    texts = {token: _to_text(token) for token in tokenizer.ranks}
+    vocab = {texts[token]: rank for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -47,7 +48,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         # tiktoken looks a whole piece up before it merges; so must tokenizers
         "ignore_merges": True,
         "vocab": vocab,
-        "merges": [[_to_text(left), _to_text(right)] for left, right in _merges(tokenizer.ranks)],
+        "merges": [[texts[left], texts[right]] for left, right in _merges(tokenizer.ranks)],
     }
     added = [
         {
@@ -95,10 +96,13 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Pairs in merge order. tiktoken joins *any* two neighbours whose bytes are a token, so every split of a token
     into two tokens is a merge, not only the one it was trained with."""
     merges = []
-    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [(left, right) for left, right in splits if left in ranks and right in ranks]
-        merges.extend(sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])))
+    for token in sorted(ranks, key=ranks.__getitem__):
+        pairs = [
+            (left, right)
+            for i in range(1, len(token))
+            if (left := token[:i]) in ranks and (right := token[i:]) in ranks
+        ]
+        merges.extend(sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])) if len(pairs) > 1 else pairs)
     return merges
 
 
@@ -242,7 +246,7 @@ def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
 
 
 def _to_text(token: bytes) -> str:
-    return "".join(_TO_CHAR[byte] for byte in token)
+    return token.decode("latin-1").translate(_TO_CHAR)
 
 
 def _to_bytes(text: str, path: Path) -> bytes:

@@ -78,6 +78,8 @@ class Task:
     permuted: rows are put in the order of `numpy.random.default_rng(42).permutation(n)` before anything is selected.
     scored_only: the scorer uses it; a build refuses it.
     scoring: how chateval grades answers to its rows, if it does.
+    kind: "conversation", or "text" for plain text (stage base).
+    rows_are_conversations: `to_conversation` returns the row as it is, so that Parquet is rendered column by column.
     """
 
     name: str
@@ -91,12 +93,28 @@ class Task:
     scored_only: bool = False
     scoring: Scoring | None = None
     kind: str = "conversation"
+    rows_are_conversations: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
-    code_sha256: str | None = None  # set for a user's own task file: its content is part of the build
+    # set for a user's own task file: its content is part of the build
+    code_sha256: str | None = None
+    file: Path | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("conversation", "text"):
             raise TaskError(f'task "{self.name}": kind is {self.kind!r}, must be "conversation" or "text"')
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A task travels to a worker by name: its functions need not be importable from there."""
+        return _task_again, (self.name, self.file, self.code_sha256)
+
+
+def _task_again(name: str, file: Path | None, code_sha256: str | None) -> Task:
+    if file is None:
+        return find_task(name, _shipped_tasks())
+    task = _load_task_file(file)
+    if task.code_sha256 != code_sha256:
+        raise TaskError(f"{file}: not the same file as where the build started")
+    return task
 
 
 def call_task(task: Task, function: Callable[..., Any], row: Any, *arguments: Any) -> Any:
@@ -116,17 +134,18 @@ def load_tasks(task_files: tuple[Path, ...] = ()) -> dict[str, Task]:
 
     Raises TaskError if a file does not define TASK, cannot be imported, or repeats a name.
     """
-    tasks = {}
-    for module in pkgutil.iter_modules(__path__):
-        task = getattr(import_module(f"{__name__}.{module.name}"), "TASK", None)
-        if task is not None:
-            tasks[task.name] = task
+    tasks = _shipped_tasks()
     for path in task_files:
         task = _load_task_file(path)
         if task.name in tasks:
             raise TaskError(f'{path}: the task name "{task.name}" is taken; choose another')
         tasks[task.name] = task
     return tasks
+
+
+def _shipped_tasks() -> dict[str, Task]:
+    modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {module.TASK.name: module.TASK for module in modules if hasattr(module, "TASK")}
 
 
 def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
@@ -153,4 +172,4 @@ def _load_task_file(path: Path) -> Task:
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task):
         raise TaskError(f"{path}: defines no TASK = chatdata.tasks.Task(...)")
-    return replace(task, code_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    return replace(task, code_sha256=hashlib.sha256(path.read_bytes()).hexdigest(), file=path.resolve())

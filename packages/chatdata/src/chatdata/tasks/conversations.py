@@ -23,4 +23,5 @@ TASK = Task(
     summary="your own conversations: path (JSONL, Parquet) or repo (a Hub dataset)",
     licence="yours",
     to_conversation=to_conversation,
+    rows_are_conversations=True,
 )

@@ -15,4 +15,5 @@ TASK = Task(
     summary="who the assistant is: --identity FILE or path",
     licence="yours",
     to_conversation=to_conversation,
+    rows_are_conversations=True,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from chatdata.grading import Grade
@@ -19,8 +20,11 @@ def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], str]:
     words = read_words(options["words"])
     random.Random(42).shuffle(words)
     words = split_words(words, split, options["holdout"])
-    offset = TEST_SEED_OFFSET if split == "test" else 0
-    return lambda position: random.Random(offset + position).choice(words)
+    return partial(_make_row, words, TEST_SEED_OFFSET if split == "test" else 0)
+
+
+def _make_row(words: list[str], offset: int, position: int) -> str:
+    return random.Random(offset + position).choice(words)
 
 
 def to_conversation(word: str) -> dict[str, Any]:

@@ -26,4 +26,5 @@ TASK = Task(
     splits={"": {"train": 460_341, "test": 24_229}},
     permuted=True,
     to_conversation=to_conversation,
+    rows_are_conversations=True,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,18 @@ def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str
     if quoted is not None:
         raise SourceError(f"{options['words'].name}: the word {quoted!r} cannot stand in the tool call '…'.count('…')")
     phrasings = read_phrasings(options["phrasings"])
-    offset = TEST_SEED_OFFSET if split == "test" else 0
+    return partial(_make_row, words, phrasings, TEST_SEED_OFFSET if split == "test" else 0)
 
-    def make_row(position: int) -> dict[str, str]:
-        draw = random.Random(offset + position)
-        word = draw.choice(words)
-        letter = draw.choice(word) if draw.random() < 0.9 else draw.choice(ALPHABET)
-        phrasing = draw.choice(phrasings)
-        letter_quote, word_quote = draw.choice(_QUOTES), draw.choice(_QUOTES)
-        question = phrasing.replace("{letter}", f"{letter_quote}{letter}{letter_quote}")
-        question = question.replace("{word}", f"{word_quote}{word}{word_quote}")
-        return {"word": word, "letter": letter, "question": question}
 
-    return make_row
+def _make_row(words: list[str], phrasings: list[str], offset: int, position: int) -> dict[str, str]:
+    draw = random.Random(offset + position)
+    word = draw.choice(words)
+    letter = draw.choice(word) if draw.random() < 0.9 else draw.choice(ALPHABET)
+    phrasing = draw.choice(phrasings)
+    letter_quote, word_quote = draw.choice(_QUOTES), draw.choice(_QUOTES)
+    question = phrasing.replace("{letter}", f"{letter_quote}{letter}{letter_quote}")
+    question = question.replace("{word}", f"{word_quote}{word}{word_quote}")
+    return {"word": word, "letter": letter, "question": question}
 
 
 def read_phrasings(path: Path) -> list[str]:

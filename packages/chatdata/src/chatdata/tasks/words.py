@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from chatdata.errors import SourceError
@@ -21,6 +22,11 @@ WORD_OPTIONS = {
 
 def read_words(path: Path) -> list[str]:
     """Words of a file, one a line, stripped. Raises SourceError for an empty line or an empty file."""
+    return list(_read_words(path, path.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=1)  # the two spelling tasks read the same 370,000 words
+def _read_words(path: Path, changed_ns: int) -> list[str]:
     try:
         words = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:

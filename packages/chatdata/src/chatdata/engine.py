@@ -1,0 +1,142 @@
+"""Who renders the units: this process, worker processes, or a Ray cluster. The files they write are the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from multiprocessing.connection import wait
+from typing import Any
+
+from chatdata.errors import BuildError
+from chatdata.files import SEGMENT_BYTES
+from chatdata.units import Rendered, Renderer, Unit, render_unit
+
+ENGINES = ("local", "ray")
+OnRows = Callable[[Unit, int], None]  # some rows of a unit were rendered
+OnUnit = Callable[[Unit, Rendered], None]  # a unit was finished
+
+_renderer: Renderer  # a worker process has one
+
+
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def render_units(
+    renderer: Renderer, units: list[Unit], engine: str, workers: int, on_rows: OnRows, on_unit: OnUnit
+) -> None:
+    """Render `units`, in any order. What was finished when an error or an interruption comes is kept.
+
+    Raises the error of the first unit that cannot be rendered, BuildError if a worker was killed.
+    """
+    renderer.folder.mkdir(parents=True, exist_ok=True)
+    # a worker starts in about a second: what one process renders in that time is not shared out
+    workers = min(workers, len(units), max(1, sum(unit.num_bytes for unit in units) // SEGMENT_BYTES))
+    if engine == "ray":
+        _render_on_ray(renderer, units, on_rows, on_unit)
+    elif workers <= 1:
+        for unit in units:
+            on_unit(unit, render_unit(renderer, unit, lambda num_rows, unit=unit: on_rows(unit, num_rows)))
+    else:
+        _render_in_processes(renderer, units, workers, on_rows, on_unit)
+
+
+def _render_in_processes(renderer: Renderer, units: list[Unit], workers: int, on_rows: OnRows, on_unit: OnUnit) -> None:
+    # a fork of this process would take over its threads' locks; the fork server has none and imports only once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["chatdata.units"])
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(renderer,))
+    try:
+        longest_first = sorted(units, key=lambda unit: -unit.num_bytes)
+        futures = {pool.submit(_render_in_worker, unit): unit for unit in longest_first}
+        for future in as_completed(list(futures)):
+            unit = futures.pop(future)
+            on_unit(unit, future.result())
+            on_rows(unit, unit.num_rows)
+    except BaseException as error:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise BuildError(
+                "a worker was killed (out of memory?); what was rendered is kept: run the same command again, "
+                "with fewer --workers if memory is short"
+            ) from None
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _render_on_ray(renderer: Renderer, units: list[Unit], on_rows: OnRows, on_unit: OnUnit) -> None:
+    """The same on a Ray cluster (RAY_ADDRESS), or on one started here. Ray runs a unit again if its worker is lost.
+
+    Sources and cache must lie under the same paths on all machines.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise BuildError('--engine ray needs Ray: pip install "chatdata[ray]"') from None
+    started_here = not ray.is_initialized()
+    if started_here:
+        # a cluster runs what is installed on it: nothing of this folder is uploaded
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        shared = [ray.put(renderer)]  # in a list it stays a reference: read once by a worker, not with each unit
+        remote = ray.remote(num_cpus=1, max_retries=3)(_render_remotely)
+        waiting = {remote.remote(shared, unit): unit for unit in sorted(units, key=lambda unit: -unit.num_bytes)}
+        while waiting:
+            (done, *_), _ = ray.wait(list(waiting), num_returns=1)
+            unit = waiting.pop(done)
+            rendered = ray.get(done)
+            if not rendered.path.is_file():
+                raise BuildError(
+                    f"{rendered.path}: a Ray worker wrote it, but it is not here; CHATDATA_CACHE must name a folder "
+                    "that all machines share"
+                )
+            on_unit(unit, rendered)
+            on_rows(unit, unit.num_rows)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BuildError(f"Ray gave up on a unit: {reason}; what was rendered is kept") from None
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+@cache
+def _renderer_of(shared: Any) -> Renderer:
+    import ray
+
+    return ray.get(shared)
+
+
+def _render_remotely(shared: list[Any], unit: Unit) -> Rendered:
+    return render_unit(_renderer_of(shared[0]), unit)
+
+
+def _start_worker(renderer: Renderer) -> None:
+    global _renderer
+    _renderer = renderer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one stops the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose build was killed -9 would wait for its next unit for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _render_in_worker(unit: Unit) -> Rendered:
+    return render_unit(_renderer, unit)

@@ -1,0 +1,250 @@
+"""Work units: runs of rows of one source, rendered each by itself into a file of the cache.
+
+A unit is named by what it is made from (source bytes, rows, task code, tokenizer), never by a path, a worker or an
+encoder. So any process on any machine may render it, and what is there already is not rendered again.
+Documents are whole in it: length and supervision policies are applied when a build reads it (store.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chatdata import encoders
+from chatdata.arrow import bytes_to_arrow, list_to_arrow, map_batches, to_arrow, to_numpy
+from chatdata.columns import (
+    SPAN_DTYPE,
+    Columns,
+    Pieces,
+    pieces_of_messages,
+    pieces_of_table,
+    pieces_of_texts,
+    render_pieces,
+)
+from chatdata.conversation import check_surrogates, parse_conversation
+from chatdata.errors import ChatdataError
+from chatdata.files import SEGMENT_BYTES, Rows, records_of
+from chatdata.shards import canonical_json, file_sha256
+from chatdata.sources import Source
+from chatdata.tasks import call_task
+from chatdata.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+UNIT_FORMAT = 1
+MAX_CHARS = 4 << 20  # encoded at a time: bounds memory where documents are long
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows of one source to render: those from `first` on that are `wanted` (bool)."""
+
+    source: int  # place in Renderer.sources
+    first: int
+    wanted: np.ndarray
+    num_bytes: int  # of their text, about
+    key: str
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.wanted.sum())
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A unit on disk, and what its encoder was checked on."""
+
+    path: Path
+    num_texts: int = 0
+    num_checked: int = 0
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Everything a worker needs; can be pickled."""
+
+    sources: tuple[Source, ...]
+    tokenizer: Tokenizer
+    encoder: str
+    folder: Path  # where units are kept
+
+    @cached_property
+    def encode(self) -> encoders.Encoder:
+        return encoders.find_encoder(self.encoder, self.tokenizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "encode"}
+
+
+def cut_units(renderer: Renderer, number: int, wanted: np.ndarray) -> list[Unit]:
+    """The wanted rows (bool [rows]) of source `number` as units of about SEGMENT_BYTES of text, in row order."""
+    source = renderer.sources[number]
+    units, first, row, num_bytes = [], 0, 0, 0.0
+    for num_rows, segment_bytes in source.segments(len(wanted)):
+        num_bytes += segment_bytes * float(wanted[row : row + num_rows].mean()) if num_rows else 0.0
+        row += num_rows
+        if num_bytes >= SEGMENT_BYTES / 2 or row >= len(wanted):
+            if wanted[first:row].any():
+                units.append(_unit(renderer, number, first, wanted[first:row], int(num_bytes)))
+            first, num_bytes = row, 0.0
+    return units
+
+
+def _unit(renderer: Renderer, number: int, first: int, wanted: np.ndarray, num_bytes: int) -> Unit:
+    source = renderer.sources[number]
+    content = {
+        "format": UNIT_FORMAT,
+        "code": _code_sha256(),
+        "task": source.task.name,
+        "task_code": source.task.code_sha256,
+        "tokenizer": renderer.tokenizer.sha256,
+        "source": source.content(first, len(wanted)),
+        "wanted": hashlib.sha256(np.packbits(wanted)).hexdigest(),
+    }
+    return Unit(number, first, wanted, num_bytes, hashlib.sha256(canonical_json(content)).hexdigest()[:32])
+
+
+@cache
+def _code_sha256() -> str:
+    """Over all of chatdata's own code: what renders is not told apart from what does not, so nothing stale is kept."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] | None = None) -> Rendered:
+    """Render one unit into the folder of units, by a temporary name and a rename.
+
+    Errors a row causes name its file and row (or line).
+    """
+    import pyarrow as pa
+
+    source, tokenizer = renderer.sources[unit.source], renderer.tokenizer
+    partial = renderer.folder / f"{unit.key}.{os.uname().nodename}-{os.getpid()}.tmp"
+    num_texts = num_checked = 0
+
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal num_texts, num_checked
+        ids, counts = renderer.encode.encode_batch(texts)
+        num_texts += len(texts)
+        num_checked += encoders.check_sample(renderer.encode, tokenizer, texts, ids, counts, source.name)
+        return ids, counts
+
+    def render(pieces: Pieces) -> Columns:
+        return render_pieces(pieces, encode, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size)
+
+    try:
+        with partial.open("wb") as file, pa.ipc.new_file(pa.PythonFile(file), _schema(tokenizer.dtype)) as writer:
+            for rows, raw in source.read_batches(unit.first, unit.wanted):
+                done = 0
+                for pieces in pieces_of_rows(source, rows, raw).split(MAX_CHARS):
+                    try:
+                        columns = render(pieces)
+                    except ChatdataError as error:
+                        _raise_for_row(render, pieces, source, rows[done:], error)
+                    writer.write_batch(_to_batch(columns))
+                    done += len(pieces)
+                if progress:
+                    progress(len(rows))
+        path = renderer.folder / f"{unit.key}-{file_sha256(partial)[:32]}.arrow"
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Rendered(path, num_texts, num_checked)
+
+
+def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
+    """Rows as pieces: columns of a table as they are where they hold well-formed conversations, else row by row."""
+    task = source.task
+    try:
+        if task.rows_are_conversations and not isinstance(raw, list):
+            pieces = pieces_of_table(raw)
+            if pieces is not None:
+                return pieces
+        records = records_of(raw)
+    except UnicodeDecodeError:
+        raise ChatdataError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
+    converted = []
+    try:
+        for record in records:
+            value = call_task(task, task.to_conversation, record)
+            if task.kind == "text":
+                converted.append(check_surrogates(value, 'key "text"'))
+            else:
+                converted.append(parse_conversation(value)["messages"])
+    except ChatdataError as error:
+        raise error.at(source.where(int(rows[len(converted)]))) from None
+    return pieces_of_texts(converted) if task.kind == "text" else pieces_of_messages(converted)
+
+
+def _raise_for_row(
+    render: Callable[[Pieces], Columns], pieces: Pieces, source: Source, rows: np.ndarray, error: ChatdataError
+) -> None:
+    """Raise the error of the first document that cannot be rendered alone, with its place; else `error`."""
+    for i in range(len(pieces)):
+        try:
+            render(pieces.part(i, i + 1))
+        except ChatdataError as own:
+            raise own.at(source.where(int(rows[i]))) from None
+    raise error
+
+
+def _schema(dtype: np.dtype) -> pa.Schema:
+    """A row per document. Lists of fixed-width values: read back as views of the mapped file."""
+    import pyarrow as pa
+
+    counts = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans")
+    return pa.schema(
+        [
+            ("tokens", pa.list_(pa.from_numpy_dtype(dtype))),
+            ("mask", pa.list_(pa.uint8())),
+            *((name, pa.int32()) for name in counts),
+            ("spans", pa.list_(pa.binary(SPAN_DTYPE.itemsize))),
+            ("digest", pa.binary(16)),
+        ]
+    )
+
+
+def _to_batch(columns: Columns) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    counts = {
+        name: to_arrow(getattr(columns, name).astype(np.int32))
+        for name in ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans")
+    }
+    arrays = {
+        "tokens": list_to_arrow(to_arrow(columns.tokens), columns.num_tokens),
+        "mask": list_to_arrow(to_arrow(columns.mask), columns.num_tokens),
+        **counts,
+        "spans": list_to_arrow(bytes_to_arrow(columns.spans), columns.num_spans),
+        "digest": bytes_to_arrow(columns.digests),
+    }
+    return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+
+
+def read_unit(path: Path, dtype: np.dtype) -> list[Columns]:
+    """A unit's documents as views of the mapped file, a Columns per record batch."""
+    counts = np.dtype(np.int32)
+    return [
+        Columns(
+            tokens=to_numpy(batch.column("tokens").values, dtype),
+            mask=to_numpy(batch.column("mask").values, np.dtype(np.uint8)),
+            num_tokens=to_numpy(batch.column("num_tokens"), counts),
+            num_supervised=to_numpy(batch.column("num_supervised"), counts),
+            num_turns=to_numpy(batch.column("num_turns"), counts),
+            num_tool_calls=to_numpy(batch.column("num_tool_calls"), counts),
+            num_spans=to_numpy(batch.column("num_spans"), counts),
+            spans=to_numpy(batch.column("spans").values, SPAN_DTYPE),
+            digests=to_numpy(batch.column("digest"), np.dtype("V16")),
+        )
+        for batch in map_batches(path)
+    ]
