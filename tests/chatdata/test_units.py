@@ -77,9 +77,11 @@ def small_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CHATDATA_CACHE", str(tmp_path / "cache"))
 
 
-def run(recipe: Path, tokenizer: Tokenizer, out: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def run(
+    recipe: Path, tokenizer: Tokenizer, out: Path, task_files: tuple[Path, ...] = (), **options: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Manifest and report of a build."""
-    tasks = load_tasks()
+    tasks = load_tasks(task_files)
     loaded = load_recipe(str(recipe), tasks)
     plan = make_plan(loaded, tasks, tokenizer, Locations(loaded.folder))
     manifest = build(plan, out, **options)
@@ -285,6 +287,29 @@ def test_an_error_in_a_worker_names_the_row(recipe: Path, tokenizer_file: Path, 
     assert process.returncode == 1
     expected = 'Error: chats.jsonl line 181: the row does not fit task "mine": no key "content"'
     assert errors.strip().splitlines()[-1] == expected
+
+
+def test_ray_gives_the_same_bytes_though_a_worker_is_killed(
+    recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    marker = tmp_path / "killed"
+    with_task(recipe, f"Path({str(marker)!r}).exists() or (Path({str(marker)!r}).touch(), os.kill(os.getpid(), 9))")
+    marker.touch()
+    alone, _ = run(recipe, byte_tokenizer, tmp_path / "alone", task_files=(recipe.parent / "task.py",))
+    cache.prune(cache.units_folder(), 0)
+    marker.unlink()
+    options = {"engine": "ray", "task_files": (recipe.parent / "task.py",)}
+    by_ray, report = run(recipe, byte_tokenizer, tmp_path / "ray", **options)
+    assert marker.exists()  # the worker that came to row 150 first was killed there, and Ray ran its unit again
+    assert by_ray == alone
+    assert report["units"] == {"rendered": NUM_UNITS, "cached": 0, "damaged": 0}
+
+
+def test_without_ray_the_extra_is_named(recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        with pytest.raises(BuildError, match=r'^--engine ray needs Ray: pip install "chatdata\[ray\]"$'):
+            run(recipe, byte_tokenizer, tmp_path / "out", engine="ray")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

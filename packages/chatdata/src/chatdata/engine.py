@@ -78,14 +78,14 @@ def _render_on_ray(renderer: Renderer, units: list[Unit], on_rows: OnRows, on_un
 
     Sources and cache must lie under the same paths on all machines.
     """
+    # under `uv run` Ray would upload this folder and have its workers run from the copy (0: read when it is imported)
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ImportError:
         raise BuildError('--engine ray needs Ray: pip install "chatdata[ray]"') from None
     started_here = not ray.is_initialized()
     if started_here:
-        # a cluster runs what is installed on it: nothing of this folder is uploaded
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         shared = [ray.put(renderer)]  # in a list it stays a reference: read once by a worker, not with each unit

@@ -98,7 +98,9 @@ class Documents:
                 "doc": to_arrow(np.arange(first, first + len(chosen))),
                 "row": to_arrow(columns["row"]),
                 "position": to_arrow(columns["position"]),
-                "task": pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[columns["entry"]]), strings_to_arrow(names)),
+                "task": pa.DictionaryArray.from_arrays(
+                    to_arrow(task_of_entry[columns["entry"]]), strings_to_arrow(names)
+                ),
                 "entry": to_arrow(columns["entry"].astype(np.int16)),
                 **{name: to_arrow(getattr(self, name)[chosen].astype(np.int32)) for name in counts},
                 "truncated": to_arrow(self.truncated[chosen].view(np.uint8)).cast(pa.bool_()),
