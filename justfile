@@ -3,7 +3,7 @@
 default: test lint
 
 test *arguments:
-    uv run pytest {{arguments}}
+    uv run pytest -n 2 --dist worksteal {{arguments}}
 
 lint:
     uv run ruff check .

@@ -137,8 +137,7 @@ def save_random(tokenizer: Tokenizer, demo_mid: Path) -> Callable[..., Path]:
 def run_ranks(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--standalone"]
     command = [*launcher, "-m", "chateval", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -153,8 +152,6 @@ def chateval(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Comple
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         out, err, code = io.StringIO(), io.StringIO(), 0
         before = signal.getsignal(signal.SIGTERM)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as the processes of the tests, whose files are compared to the byte
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 main()
@@ -162,7 +159,6 @@ def chateval(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Comple
             code = end.code
         finally:
             signal.signal(signal.SIGTERM, before)
-            torch.set_num_threads(threads)
         return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
     return run

@@ -102,12 +102,10 @@ def test_kill_9_in_the_middle(arguments, chateval, tmp_path) -> None:
     """Killed twice, then left alone: only what is missing is answered, and the files are those of a run left alone."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     assert chateval(*arguments, "--out", alone).returncode == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kept = 0
     for wanted in (25, 70):
         process = subprocess.Popen(
             [sys.executable, "-m", "chateval", *map(str, arguments), "--out", str(killed)],
-            env=environment,
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,11 +39,8 @@ from chattrain.settings import Settings
 from chattrain.telemetry import read_log
 from chattrain.trace import trace_step, write_run
 
-# one thread here and in every process: models this small are slower on two, and then sums have one order everywhere
-torch.set_num_threads(1)
 ONE = Ranks(0, 1, torch.device("cpu"))
 BYTES = {bytes([byte]): byte for byte in range(256)}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def write_build(folder: Path, stage: str, num: int = 90, seed: int = 0) -> Path:
@@ -191,60 +191,76 @@ def test_gradients_do_not_depend_on_micro_batches_and_sabotage_shows(builds: dic
 
 
 RANK_SCRIPT = """
-import sys
-from dataclasses import replace
+import contextlib, json, os, sys
 from pathlib import Path
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from chattrain.batches import read_step
 from chattrain.distributed import join_ranks
 from chattrain.loop import prepare, backward
 from chattrain.settings import Settings
-import contextlib
 
-build, out, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(1)
-with join_ranks("cpu") as ranks:
-    settings = Settings(data=build, out=out, init="random:d1", seq_len=64, device_batch_size=size,
-                        total_batch_tokens=12 * 64, steps=20)
-    job = prepare(replace(settings), ranks)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in job.model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    job.model.double()
-    if ranks.num_ranks > 1:
-        from torch.nn.parallel import DistributedDataParallel
-        job.parallel = DistributedDataParallel(job.model)  # buckets of the float64 model
-    step = read_step(job.plan, 0, ranks.rank, ranks.num_ranks, size)
-    for number, batch in enumerate(step.batches):
-        last = number + 1 == len(step.batches)
-        with contextlib.nullcontext() if last or ranks.num_ranks == 1 else job.parallel.no_sync():
-            backward(job, batch, step.num_targets)
-    if ranks.is_first:
-        torch.save(torch.cat([p.grad.flatten() for p in job.model.parameters()]), out)
+build, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+for num_ranks, size, port in cases:
+    if int(os.environ["RANK"]) >= num_ranks:
+        continue
+    os.environ |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with join_ranks("cpu") as ranks:
+        settings = Settings(data=build, out=folder, init="random:d1", seq_len=64, device_batch_size=size,
+                            total_batch_tokens=12 * 64, steps=20)
+        job = prepare(settings, ranks)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in job.model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        job.model.double()
+        if ranks.num_ranks > 1:
+            job.parallel = DistributedDataParallel(job.model)  # buckets of the float64 model
+        step = read_step(job.plan, 0, ranks.rank, ranks.num_ranks, size)
+        for number, batch in enumerate(step.batches):
+            last = number + 1 == len(step.batches)
+            with contextlib.nullcontext() if last or ranks.num_ranks == 1 else job.parallel.no_sync():
+                backward(job, batch, step.num_targets)
+        if ranks.is_first:
+            torch.save(torch.cat([p.grad.flatten() for p in job.model.parameters()]), folder / f"{num_ranks}.pt")
 """
+
+
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def test_gradients_do_not_depend_on_ranks(builds: dict[str, Path], tmp_path: Path) -> None:
+    """Ranks × micro-batches 1×4, 2×2, 4×1, 3×4 of a step of 12 sequences, float64: equal to 1e-12.
+
+    Four processes take part in as many groups as they are in, one after the other: starting one takes seconds.
+    """
+    cases = [(*case, port) for case, port in zip([(1, 3), (2, 3), (4, 3), (3, 1)], free_ports(4), strict=True)]
+    command = [sys.executable, "-c", RANK_SCRIPT, str(builds["sft"]), str(tmp_path), json.dumps(cases)]
+    processes = [
+        subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(4)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()  # those that wait for one that failed
+    found = {number: torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (1, 2, 3, 4)}
+    for num_ranks in (2, 3, 4):
+        difference = (found[num_ranks] - found[1]).abs().max() / found[1].abs().max()
+        assert difference <= 1e-12, (num_ranks, difference)
 
 
 def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
-    )
-
-
-def test_gradients_do_not_depend_on_ranks(builds: dict[str, Path], tmp_path: Path) -> None:
-    """Ranks × micro-batches 1×4, 2×2, 4×1, 3×4 of a step of 12 sequences, float64: equal to 1e-12."""
-    script = tmp_path / "ranks.py"
-    script.write_text(RANK_SCRIPT)
-    found = {}
-    for num_ranks, size in ((1, 3), (2, 3), (4, 3), (3, 1)):
-        out = tmp_path / f"{num_ranks}.pt"
-        result = torchrun(num_ranks, script, builds["sft"], out, size)
-        assert result.returncode == 0, result.stderr[-3000:]
-        found[num_ranks] = torch.load(out, weights_only=True)
-    for num_ranks in (2, 3, 4):
-        difference = (found[num_ranks] - found[1]).abs().max() / found[1].abs().max()
-        assert difference <= 1e-12, (num_ranks, difference)
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 def test_ranks_may_change_on_resume(builds: dict[str, Path], tmp_path: Path) -> None:
@@ -253,7 +269,7 @@ def test_ranks_may_change_on_resume(builds: dict[str, Path], tmp_path: Path) -> 
     arguments += ["--total-batch-tokens", 12 * 64, "--steps", 12, "--out", tmp_path / "changing", "--device", "cpu"]
     for num_ranks, stop_at in ((2, 4), (1, 8), (3, 12)):
         if num_ranks == 1:
-            cli.main([*map(str, arguments), "--stop-at", str(stop_at), "--resume"], standalone_mode=False)
+            chattrain(*arguments, "--stop-at", stop_at, "--resume")
             continue
         result = torchrun(num_ranks, "-m", "chattrain", *arguments, "--stop-at", stop_at, "--resume")
         assert result.returncode == 0, result.stderr[-3000:]
@@ -310,9 +326,12 @@ def chattrain_command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "chattrain", *map(str, arguments)]
 
 
-def chattrain(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = chattrain_command(*arguments)
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+def chattrain(*arguments: object) -> str:
+    """What `chattrain` prints, in this process, where torch is loaded already."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        cli.main([*map(str, arguments)], standalone_mode=False)
+    return printed.getvalue()
 
 
 def small_run(builds: dict[str, Path], stage: str, out: Path, *arguments: object) -> list[object]:
@@ -323,12 +342,12 @@ def small_run(builds: dict[str, Path], stage: str, out: Path, *arguments: object
 def test_command_line_run_trace_and_dry_run(builds: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = small_run(builds, "sft", out, "--steps", 3, "--eval-every", 2)
-    dry = json.loads(chattrain(*arguments, "--dry-run", "--json").stdout)
+    dry = json.loads(chattrain(*arguments, "--dry-run", "--json"))
     assert (dry["steps"], dry["stage"], dry["device"], out.exists()) == (3, "sft", "cpu", False)
     assert dry["parameters"] == sum(
         p.numel() for p in prepare(settings_for(builds, "sft", out), ONE).model.parameters()
     )
-    result = chattrain(*arguments)
+    result = subprocess.run(chattrain_command(*arguments), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "3 of 3 steps done; checkpoint " in result.stdout and (out / "loss.png").stat().st_size > 5_000
     assert not list(Path(tmp_path).rglob("*.partial"))
@@ -343,7 +362,7 @@ def test_command_line_run_trace_and_dry_run(builds: dict[str, Path], tmp_path: P
     ]
     keys = {"loss", "multiplier", "tokens", "targets", "tokens_per_s", "mfu", "memory_bytes", "data_wait_share"}
     assert keys | {"gradient_norm", "batch"} <= set(log[1]) and log[1]["mfu"] == "unknown"
-    traced = json.loads(chattrain("trace", out, "--step", 1, "--json").stdout)
+    traced = json.loads(chattrain("trace", out, "--step", 1, "--json"))
     assert traced["log"] == log[2]
     plan = prepare(settings_for(builds, "sft", out), ONE).plan
     expected = [
@@ -352,7 +371,7 @@ def test_command_line_run_trace_and_dry_run(builds: dict[str, Path], tmp_path: P
     ]
     assert [d["doc"] for d in traced["documents"]] == [document for row in expected for document in row]
     assert {d["task"] for d in traced["documents"]} == {"conversations", "identity"}
-    assert "identity" in chattrain("trace", out, "--step", 1).stdout
+    assert "identity" in chattrain("trace", out, "--step", 1)
     assert trace_step(out, 1 + plan.num_steps)["documents"] == traced["documents"]  # the next epoch repeats the plan
 
 
@@ -382,7 +401,8 @@ def test_command_line_errors(builds: dict[str, Path], tmp_path: Path) -> None:
         assert message in str(caught.value) and "\n" not in str(caught.value), arguments
         assert caught.value.exit_code == 1  # type: ignore[attr-defined]
         assert not out.exists()
-    result = chattrain(*small_run(builds, "sft", out, *bad[0][0]))
+    command = chattrain_command(*small_run(builds, "sft", out, *bad[0][0]))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and result.stderr.startswith(f"Error: {bad[0][1]}") and result.stderr.count("\n") == 1
 
 
@@ -406,7 +426,7 @@ def test_sigterm_saves_and_ends_well(builds: dict[str, Path], tmp_path: Path, mo
     arguments = small_run(builds, "mid", out, "--steps", 5000)
     if moment == "validation":
         arguments += ["--eval-every", 1]  # most of the time is validation
-    process = subprocess.Popen(chattrain_command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(chattrain_command(*arguments), stdout=subprocess.PIPE, text=True)
     wait_for(lambda: log_kinds(out).count("train") >= 3, process, "three steps")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -421,12 +441,12 @@ def test_kill_9_then_resume(builds: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = small_run(builds, "mid", out, "--steps", 60, "--save-every", 1, "--resume")
     for seen in (3, 12, 25):
-        process = subprocess.Popen(chattrain_command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(chattrain_command(*arguments), stdout=subprocess.DEVNULL)
         wait_for(lambda seen=seen: len(log_kinds(out)) >= seen, process, f"{seen} steps")
         process.kill()
         process.wait()
         assert last_checkpoint(out) is None or last_checkpoint(out).weights()
-    assert chattrain(*arguments).returncode == 0
+    assert "60 of 60 steps done" in chattrain(*arguments)
     alone = run(settings_for(builds, "mid", tmp_path / "alone", steps=60))
     assert steps_of(read_log(out), "batch", "loss") == steps_of(alone, "batch", "loss")
     assert tensors_of(out) == tensors_of(tmp_path / "alone")
@@ -483,8 +503,7 @@ def test_sft_goes_on_from_mid_and_exports(builds: dict[str, Path], tmp_path: Pat
     write_json(other / "manifest.json", manifest)
     with pytest.raises(RunError, match="was trained with another tokenizer"):
         prepare(replace(sft, data=other, out=tmp_path / "x"), ONE)
-    result = chattrain("export", sft.out, "--out", tmp_path / "exported", "--verify")
-    assert result.returncode == 0, result.stderr
+    chattrain("export", sft.out, "--out", tmp_path / "exported", "--verify")
     names = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path / "exported")) == [*names, "tokenizer.json", "tokenizer_config.json"]
 
@@ -498,7 +517,7 @@ def test_chattrain_needs_no_polars(tmp_path: Path) -> None:
         f"for name in {blocked}:\n    sys.modules[name] = None\n"
         f"for name in {names}:\n    importlib.import_module(name)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
