@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def list_to_arrow(values: pa.Array, counts: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(to_arrow(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)), values)
 
 
-def strings_to_arrow(values: list[str]) -> pa.Array:
+def strings_to_arrow(values: Sequence[str]) -> pa.Array:
     import pyarrow as pa
 
     encoded = [value.encode() for value in values]

@@ -11,6 +11,7 @@ import errno
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,11 +22,13 @@ import numpy as np
 
 from chatdata import shards
 from chatdata.cache import find_units, take_unit, units_folder
+from chatdata.contract import Rules, check_documents
 from chatdata.engine import render_units
 from chatdata.errors import BuildError, MissingSource, RecipeError
 from chatdata.mixture import mixture_order, permutation, select
 from chatdata.publish import check_out, partial_folder, publish
 from chatdata.recipe import Entry, Recipe
+from chatdata.replay import KINDS
 from chatdata.sources import Locations, Source, resolve
 from chatdata.store import DROP_REASONS, Documents
 from chatdata.tasks import Task
@@ -35,6 +38,7 @@ from chatdata.units import Rendered, Renderer, Unit, cut_units, read_unit
 
 MAX_ENTRIES = 2**15  # the index numbers entries in int16
 GATHER_TOKENS = 1 << 22  # gathered at a time: 8 MB of tokens, 4 MB of mask
+MAX_LISTED_CALLS = 1_000  # mismatches listed in report.json, 100 bytes each; all of them are counted
 MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
 
 
@@ -138,7 +142,7 @@ def build(
     out = out.resolve()  # through links: the folder they lead to is written, not the link
     check_out(out, force)
     started = time.perf_counter()
-    report: dict[str, Any] = {"workers": workers, "engine": engine}
+    report: dict[str, Any] = {"workers": workers, "engine": engine, "tool_calls": {}}
     seconds: dict[str, float] = {}
     writing = units_folder()
     try:
@@ -146,7 +150,7 @@ def build(
             documents, found = _render(plan, encoder, engine, workers, report, progress)
             seconds["render"] = time.perf_counter() - started
             writing = out
-            splits = _write_splits(plan, documents, found, partial, progress)
+            splits = _write_splits(plan, documents, found, partial, report, progress)
             save_tokenizer(plan.tokenizer, partial / "tokenizer")
             manifest = _complete_manifest(plan, splits, partial)
             seconds["total"] = time.perf_counter() - started
@@ -217,8 +221,9 @@ def _render_missing(
     def on_rows(unit: Unit, num_rows: int) -> None:
         done[unit.source] += num_rows
         if progress:
-            progress("all sources", sum(done), sum(totals))
             progress(renderer.sources[unit.source].name, done[unit.source], totals[unit.source])
+            if len(totals) > 1:
+                progress("all sources", sum(done), sum(totals))
 
     cached = find_units(renderer.folder)
     there = {unit.key: cached[unit.key] for unit in units if unit.key in cached}
@@ -248,6 +253,7 @@ def _write_splits(
     store: Documents,
     found: dict[int, tuple[np.ndarray, np.ndarray]],
     partial: Path,
+    report: dict[str, Any],
     progress: Progress | None,
 ) -> dict[str, Any]:
     splits = {}
@@ -276,7 +282,27 @@ def _write_splits(
         written = _write_shards(plan, store, chosen[kept], table, entries, partial / split, progress)
         splits[split] = {"documents": int(kept.sum()), "entries": ledger, "shards": written}
         splits[split] |= {key: sum(shard[key] for shard in written) for key in ("tokens", "supervised")}
+        report["tool_calls"][split] = _tool_calls(entries, store, table, chosen[kept])
     return splits
+
+
+def _tool_calls(
+    entries: list[PlannedEntry], store: Documents, table: dict[str, np.ndarray], chosen: np.ndarray
+) -> dict[str, Any]:
+    """What the tool calls of a split gave when they were worked out again: counts per entry with any, and a list."""
+    mismatches = store.mismatches(chosen)
+    counts = {}
+    for number, planned in enumerate(entries):
+        num_calls = int(store.num_tool_calls[chosen[table["entry"] == number]].sum(dtype=np.int64))
+        if num_calls:
+            kinds = Counter(found.kind for i, found in mismatches if table["entry"][i] == number)
+            by_kind = {kind: kinds[kind] for kind in KINDS if kinds[kind]}
+            counts[str(number)] = {"task": planned.entry.task, "calls": num_calls, **by_kind}
+    listed = [
+        {"entry": int(table["entry"][i]), "row": int(table["row"][i]), **found._asdict()}
+        for i, found in mismatches[:MAX_LISTED_CALLS]
+    ]
+    return {"entries": counts, "mismatches": len(mismatches), "listed": listed}
 
 
 def _write_shards(
@@ -295,18 +321,28 @@ def _write_shards(
         part = slice(first, last)
         columns = {key: values[part] for key, values in table.items()}
         index = store.index_table(chosen[part], first, columns, names)
-        chunks = _gather(store, chosen[part], progress, folder.name, int(lengths[:first].sum()), total)
+        chunks = _gather(plan, store, chosen[part], progress, folder.name, int(lengths[:first].sum()), total)
         dtype, vocab_size = plan.tokenizer.dtype, plan.tokenizer.vocab_size
         records.append(shards.write_shard(folder, number, chunks, lengths[part], index, dtype, vocab_size))
     return records
 
 
 def _gather(
-    store: Documents, chosen: np.ndarray, progress: Progress | None, split: str, done: int, total: int
+    plan: Plan, store: Documents, chosen: np.ndarray, progress: Progress | None, split: str, done: int, total: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time."""
+    """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time, each held to the contract."""
+    recipe, tokenizer = plan.recipe, plan.tokenizer
+    policies = (recipe.max_tokens, recipe.overflow, recipe.zero_supervised)
+    rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, recipe.stage, *policies)
     for first, last in shards.shard_bounds(store.num_tokens[chosen], GATHER_TOKENS):
-        tokens, mask = store.gather(chosen[first:last])
+        part = chosen[first:last]
+        tokens, mask = store.gather(part)
+        offsets = np.concatenate([[0], np.cumsum(store.num_tokens[part], dtype=np.int64)])
+        for finding in check_documents(tokens, mask, offsets, store.contract_columns(part), rules):
+            document, position = int(part[finding.documents[0]]), int(finding.positions[0])
+            raise BuildError(
+                f"{store.where(document)}: {finding.kind}, position {position}: a defect of chatdata, please report it"
+            )
         yield tokens, mask
         done += len(tokens)
         if progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,9 @@ def cached_units(folder: Path) -> list[CachedUnit]:
     found = []
     for entry in os.scandir(folder) if folder.is_dir() else ():
         if entry.name.endswith((UNIT_SUFFIX, PARTIAL_SUFFIX)):
-            stat = entry.stat()
-            found.append(CachedUnit(Path(entry.path), stat.st_size, stat.st_mtime))
+            with suppress(FileNotFoundError):  # another build renamed or pruned it a moment ago
+                stat = entry.stat()
+                found.append(CachedUnit(Path(entry.path), stat.st_size, stat.st_mtime))
     return sorted(found, key=lambda unit: (unit.last_used, unit.path))
 
 

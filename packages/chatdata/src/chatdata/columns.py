@@ -8,7 +8,7 @@ mask value around it. render.py is the specification: both give the same documen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from chatdata.arrow import to_numpy
 from chatdata.conversation import Message, parse_conversation
 from chatdata.document import SPAN_ROLES
 from chatdata.render import merged_turns
+from chatdata.replay import replay_calls
 from chatdata.shards import check_range
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Columns:
     num_spans: np.ndarray
     spans: np.ndarray
     digests: np.ndarray  # "V16"
+    num_mismatches: np.ndarray  # tool calls whose recorded output is not what the calculator gives (replay.py)
+    mismatches: Sequence[str]
 
 
 def pieces_of_conversations(conversations: Iterable[Any]) -> Pieces:
@@ -258,6 +261,10 @@ def render_pieces(
     def per_document(values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values, first_piece, dtype=np.int64)
 
+    calls = np.flatnonzero(role == PYTHON)
+    mismatches, mismatched = replay_calls(pieces.texts, role, calls)
+    conversation = np.searchsorted(np.cumsum(pieces.counts), mismatched, side="right")
+    num_mismatches = np.bincount(conversation, minlength=len(pieces))
     has_span = body > 0
     spans = np.empty(int(has_span.sum()), dtype=SPAN_DTYPE)
     spans["role"] = role[has_span]
@@ -273,6 +280,8 @@ def render_pieces(
         num_spans=per_document(has_span),
         spans=spans,
         digests=digests_of(tokens, mask, num_tokens),
+        num_mismatches=num_mismatches,
+        mismatches=mismatches,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from chatdata.replay import KINDS
 
 if TYPE_CHECKING:
     from chatdata.build import Plan
@@ -143,6 +146,7 @@ def build_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) ->
         total = ("all", *totals[:3], share(totals[2], totals[1]), *totals[3:])
         columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
         table(f"\n{split}", columns, rows, total)
+        tool_calls(report["tool_calls"][split])
     units, encoder = report["units"], report.get("encoder")
     num_units = units["rendered"] + units["cached"]
     how = f"{report['duration_s']['total']:.1f} s, {units['rendered']:,} of {num_units:,} units rendered"
@@ -153,6 +157,21 @@ def build_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) ->
         if encoder["texts_checked"]:
             how += f", {encoder['texts_checked']:,} of {encoder['texts']:,} also by tiktoken: the same ids"
     console().print(f"\n{how}\n{escape(str(out))}: build {manifest['build_id'][:12]} is complete")
+
+
+def tool_calls(replayed: dict[str, Any]) -> None:
+    """Per task: calls in a split, and what the calculator gives for them against what is recorded."""
+    tasks: dict[str, Counter[str]] = {}
+    for counts in replayed["entries"].values():
+        numbers = {key: value for key, value in counts.items() if key != "task"}
+        tasks.setdefault(counts["task"], Counter()).update(numbers)
+    kinds = [kind for kind in KINDS if any(counts[kind] for counts in tasks.values())]
+    if tasks and not kinds:
+        total = sum(counts["calls"] for counts in tasks.values())
+        console().print(f"\n{total:,} tool calls: the calculator gives what is recorded for all of them")
+    elif tasks:
+        rows = [(task, counts["calls"], *(counts[kind] for kind in kinds)) for task, counts in tasks.items()]
+        table("\ntool calls that do not give what is recorded", ("task", "calls", *kinds), rows)
 
 
 def _copies(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:

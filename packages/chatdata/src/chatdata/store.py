@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,12 @@ from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_a
 from chatdata.columns import SPAN_DTYPE, Columns, digests_of
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
+from chatdata.replay import Mismatch
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "original_tokens")
 DROP_REASONS = ("", "overflow", "zero_supervised")  # a document's drop_reason is a place in this tuple; 0 = kept
 
 
@@ -35,21 +38,24 @@ class Documents:
         self.num_tool_calls = np.concatenate([block.num_tool_calls for block in blocks])
         self.digests = np.concatenate([block.digests for block in blocks])
         self._num_spans = np.concatenate([block.num_spans for block in blocks])
+        self._num_mismatches = np.concatenate([block.num_mismatches for block in blocks])
+        self._mismatch_starts = np.concatenate([_starts(block.num_mismatches) for block in blocks])
         self._token_starts = np.concatenate([_starts(block.num_tokens) for block in blocks])  # within the block
         self._span_starts = np.concatenate([_starts(block.num_spans) for block in blocks])
         self.num_tokens = self.original_tokens
         self.drop_reason = np.zeros(len(self.num_tokens), dtype=np.uint8)
         self.truncated = np.zeros(len(self.num_tokens), dtype=bool)
-        self._apply_policies(recipe, where)
+        self.where = where
+        self._apply_policies(recipe)
 
-    def _apply_policies(self, recipe: Recipe, where: Callable[[int], str]) -> None:
+    def _apply_policies(self, recipe: Recipe) -> None:
         limit = recipe.max_tokens
         if limit is not None and recipe.overflow != "keep":
             over = np.flatnonzero(self.original_tokens > limit)
             if recipe.overflow == "error" and len(over):
                 length = int(self.original_tokens[over[0]])
                 raise BuildError(
-                    f'{where(int(over[0]))}: {length:,} tokens, over max_tokens = {limit:,} (overflow = "error")'
+                    f'{self.where(int(over[0]))}: {length:,} tokens, over max_tokens = {limit:,} (overflow = "error")'
                 )
             if recipe.overflow == "drop":
                 self.drop_reason[over] = DROP_REASONS.index("overflow")
@@ -59,7 +65,7 @@ class Documents:
             unsupervised = np.flatnonzero((self.num_supervised == 0) & (self.drop_reason == 0))
             if recipe.zero_supervised == "error" and len(unsupervised):
                 raise ConversationError(
-                    f'{where(int(unsupervised[0]))}: no supervised token is left (zero_supervised = "error")'
+                    f'{self.where(int(unsupervised[0]))}: no supervised token is left (zero_supervised = "error")'
                 )
             self.drop_reason[unsupervised] = DROP_REASONS.index("zero_supervised")
 
@@ -92,7 +98,8 @@ class Documents:
 
         names = list(dict.fromkeys(task_names))
         task_of_entry = np.array([names.index(name) for name in task_names], dtype=np.int32)
-        counts = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "original_tokens")
+        spans, num_spans = self.spans(chosen)
+        structs = pa.StructArray.from_arrays([to_arrow(spans[name]) for name in spans.dtype.names], spans.dtype.names)
         return pa.table(
             {
                 "doc": to_arrow(np.arange(first, first + len(chosen))),
@@ -102,17 +109,15 @@ class Documents:
                     to_arrow(task_of_entry[columns["entry"]]), strings_to_arrow(names)
                 ),
                 "entry": to_arrow(columns["entry"].astype(np.int16)),
-                **{name: to_arrow(getattr(self, name)[chosen].astype(np.int32)) for name in counts},
+                **{name: to_arrow(getattr(self, name)[chosen].astype(np.int32)) for name in INDEX_COUNTS},
                 "truncated": to_arrow(self.truncated[chosen].view(np.uint8)).cast(pa.bool_()),
                 "digest": bytes_to_arrow(self.digests[chosen]),
-                "spans": self._span_lists(chosen),
+                "spans": list_to_arrow(structs, num_spans),
             }
         )
 
-    def _span_lists(self, chosen: np.ndarray) -> pa.Array:
-        """Spans of the chosen documents, clipped where a document was cut."""
-        import pyarrow as pa
-
+    def spans(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Spans of the chosen documents (SPAN_DTYPE), clipped where a document was cut, and how many each has."""
         places = self._places(chosen, self._span_starts, self._num_spans)
         parts = [block.spans.view("V9") for block in self._blocks]  # structured ones are joined field by field, slowly
         spans = np.concatenate([parts[block][start:stop] for block, start, stop in places]).view(SPAN_DTYPE)
@@ -120,9 +125,27 @@ class Documents:
         left = self.num_tokens[chosen][document] - spans["start"].astype(np.int64)  # tokens from the span's start on
         kept = left > 0
         spans["length"] = np.minimum(spans["length"], np.maximum(left, 0))
-        arrays = [to_arrow(spans[name][kept]) for name in ("role", "start", "length")]
-        structs = pa.StructArray.from_arrays(arrays, ["role", "start", "length"])
-        return list_to_arrow(structs, np.bincount(document[kept], minlength=len(chosen)))
+        return spans[kept], np.bincount(document[kept], minlength=len(chosen))
+
+    def contract_columns(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """What contract.check_documents wants to know of the chosen documents, but for digests, which are made of the
+        same arrays here."""
+        spans, num_spans = self.spans(chosen)
+        return {
+            **{name: getattr(self, name)[chosen] for name in (*INDEX_COUNTS, "truncated")},
+            **{f"span_{name}": spans[name] for name in SPAN_DTYPE.names or ()},
+            "num_spans": num_spans,
+        }
+
+    def mismatches(self, chosen: np.ndarray) -> list[tuple[int, Mismatch]]:
+        """(place in `chosen`, mismatch) of every tool call that does not give what is recorded behind it."""
+        places = self._places(chosen, self._mismatch_starts, self._num_mismatches)
+        return [
+            (i, Mismatch(*json.loads(text)))
+            for i in np.flatnonzero(self._num_mismatches[chosen]).tolist()
+            for block, start, stop in [places[i]]
+            for text in self._blocks[block].mismatches[start:stop].to_pylist()
+        ]
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

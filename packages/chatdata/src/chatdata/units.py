@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatdata import encoders
-from chatdata.arrow import bytes_to_arrow, list_to_arrow, map_batches, to_arrow, to_numpy
+from chatdata.arrow import bytes_to_arrow, list_to_arrow, map_batches, strings_to_arrow, to_arrow, to_numpy
 from chatdata.columns import (
     SPAN_DTYPE,
     Columns,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 UNIT_FORMAT = 1
+_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans", "num_mismatches")
 MAX_CHARS = 4 << 20  # encoded at a time: bounds memory where documents are long
 
 
@@ -205,14 +206,14 @@ def _schema(dtype: np.dtype) -> pa.Schema:
     """A row per document. Lists of fixed-width values: read back as views of the mapped file."""
     import pyarrow as pa
 
-    counts = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans")
     return pa.schema(
         [
             ("tokens", pa.list_(pa.from_numpy_dtype(dtype))),
             ("mask", pa.list_(pa.uint8())),
-            *((name, pa.int32()) for name in counts),
+            *((name, pa.int32()) for name in _COUNTS),
             ("spans", pa.list_(pa.binary(SPAN_DTYPE.itemsize))),
             ("digest", pa.binary(16)),
+            ("mismatches", pa.list_(pa.string())),
         ]
     )
 
@@ -220,34 +221,28 @@ def _schema(dtype: np.dtype) -> pa.Schema:
 def _to_batch(columns: Columns) -> pa.RecordBatch:
     import pyarrow as pa
 
-    counts = {
-        name: to_arrow(getattr(columns, name).astype(np.int32))
-        for name in ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans")
-    }
+    counts = {name: to_arrow(getattr(columns, name).astype(np.int32)) for name in _COUNTS}
     arrays = {
         "tokens": list_to_arrow(to_arrow(columns.tokens), columns.num_tokens),
         "mask": list_to_arrow(to_arrow(columns.mask), columns.num_tokens),
         **counts,
         "spans": list_to_arrow(bytes_to_arrow(columns.spans), columns.num_spans),
         "digest": bytes_to_arrow(columns.digests),
+        "mismatches": list_to_arrow(strings_to_arrow(columns.mismatches), columns.num_mismatches),
     }
     return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
 
 
 def read_unit(path: Path, dtype: np.dtype) -> list[Columns]:
     """A unit's documents as views of the mapped file, a Columns per record batch."""
-    counts = np.dtype(np.int32)
     return [
         Columns(
             tokens=to_numpy(batch.column("tokens").values, dtype),
             mask=to_numpy(batch.column("mask").values, np.dtype(np.uint8)),
-            num_tokens=to_numpy(batch.column("num_tokens"), counts),
-            num_supervised=to_numpy(batch.column("num_supervised"), counts),
-            num_turns=to_numpy(batch.column("num_turns"), counts),
-            num_tool_calls=to_numpy(batch.column("num_tool_calls"), counts),
-            num_spans=to_numpy(batch.column("num_spans"), counts),
+            **{name: to_numpy(batch.column(name), np.dtype(np.int32)) for name in _COUNTS},
             spans=to_numpy(batch.column("spans").values, SPAN_DTYPE),
             digests=to_numpy(batch.column("digest"), np.dtype("V16")),
+            mismatches=batch.column("mismatches").values,
         )
         for batch in map_batches(path)
     ]
