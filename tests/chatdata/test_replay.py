@@ -101,7 +101,7 @@ def test_gsm8k(golden_mid: Path) -> None:
 @pytest.mark.parametrize(
     ("supervised", "problem"),
     [
-        ([0, 1, 1, 1], "output_start supervised, position 5"),
+        ([0, 1, 1, 1], "output_start supervised, position"),
         ([1, 1, 1, 0], "user_start supervised, position 1"),
         ([0, 0, 1, 0], "unsupervised token inside assistant text, position"),
     ],

@@ -22,7 +22,7 @@ import numpy as np
 
 from chatdata import shards
 from chatdata.cache import find_units, take_unit, units_folder
-from chatdata.contract import Rules, check_documents
+from chatdata.contract import Rules, check_documents, raise_defect
 from chatdata.engine import render_units
 from chatdata.errors import BuildError, MissingSource, RecipeError
 from chatdata.mixture import mixture_order, permutation, select
@@ -201,7 +201,21 @@ def _render(
                 return source.where(int(rows[0]))
         raise IndexError(document)
 
-    return Documents(blocks, plan.recipe, where), found
+    documents = Documents(blocks, plan.recipe, where)
+    _check_cut(plan, documents)
+    return documents, found
+
+
+def _check_cut(plan: Plan, documents: Documents) -> None:
+    """Hold the truncated documents to the contract; whole ones were held to it when they were rendered (units.py)."""
+    rules = Rules(plan.tokenizer.special_ids, plan.tokenizer.vocab_size, plan.recipe.stage, plan.recipe.max_tokens)
+    rules = replace(rules, overflow="truncate")
+    cut = np.flatnonzero(documents.truncated)
+    for first, last in shards.shard_bounds(documents.num_tokens[cut], GATHER_TOKENS):
+        part = cut[first:last]
+        offsets = np.concatenate([[0], np.cumsum(documents.num_tokens[part], dtype=np.int64)])
+        findings = check_documents(*documents.gather(part), offsets, documents.contract_columns(part), rules)
+        raise_defect(findings, lambda i, part=part: documents.where(int(part[i])))
 
 
 def _render_missing(
@@ -321,28 +335,18 @@ def _write_shards(
         part = slice(first, last)
         columns = {key: values[part] for key, values in table.items()}
         index = store.index_table(chosen[part], first, columns, names)
-        chunks = _gather(plan, store, chosen[part], progress, folder.name, int(lengths[:first].sum()), total)
+        chunks = _gather(store, chosen[part], progress, folder.name, int(lengths[:first].sum()), total)
         dtype, vocab_size = plan.tokenizer.dtype, plan.tokenizer.vocab_size
         records.append(shards.write_shard(folder, number, chunks, lengths[part], index, dtype, vocab_size))
     return records
 
 
 def _gather(
-    plan: Plan, store: Documents, chosen: np.ndarray, progress: Progress | None, split: str, done: int, total: int
+    store: Documents, chosen: np.ndarray, progress: Progress | None, split: str, done: int, total: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time, each held to the contract."""
-    recipe, tokenizer = plan.recipe, plan.tokenizer
-    policies = (recipe.max_tokens, recipe.overflow, recipe.zero_supervised)
-    rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, recipe.stage, *policies)
+    """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time."""
     for first, last in shards.shard_bounds(store.num_tokens[chosen], GATHER_TOKENS):
-        part = chosen[first:last]
-        tokens, mask = store.gather(part)
-        offsets = np.concatenate([[0], np.cumsum(store.num_tokens[part], dtype=np.int64)])
-        for finding in check_documents(tokens, mask, offsets, store.contract_columns(part), rules):
-            document, position = int(part[finding.documents[0]]), int(finding.positions[0])
-            raise BuildError(
-                f"{store.where(document)}: {finding.kind}, position {position}: a defect of chatdata, please report it"
-            )
+        tokens, mask = store.gather(chosen[first:last])
         yield tokens, mask
         done += len(tokens)
         if progress:

@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 
 from chatdata.document import SPAN_ROLES
+from chatdata.errors import BuildError
 from chatdata.shards import shard_bounds
 from chatdata.tokenizer import SPECIAL_TOKENS
 
@@ -115,6 +116,14 @@ def check_documents(
         order = np.lexsort([positions, documents])  # one kind may come of several delimiters
         findings += _first(file, kind, documents[order], positions[order])
     return findings
+
+
+def raise_defect(findings: list[Finding], where: Callable[[int], str]) -> None:
+    """For who has just rendered the documents: raise BuildError for the first of `findings`, if there is any."""
+    for finding in findings:
+        place, position = where(int(finding.documents[0])), int(finding.positions[0])
+        at = "" if position == WHOLE_DOCUMENT else f", position {position}"
+        raise BuildError(f"{place}: {finding.kind}{at}: a defect of chatdata, please report it")
 
 
 def _check_piece(
