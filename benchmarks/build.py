@@ -63,7 +63,9 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         default=Path("../shared/data"),
         help="folder with hub/, tokenizer/tokenizer.pkl, words_alpha.txt, identity_conversations.jsonl",
     )
-    parser.add_argument("--limit", type=int, help="at most this many rows per entry, to try the script out")
+    parser.add_argument(
+        "--limit", type=int, help="at most this many rows per entry, to try it out; too few for 2 workers"
+    )
 
 
 def build_command(arguments: argparse.Namespace, out: Path, *more: str, recipe: Path | None = None) -> list[str]:

@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--bound-mib", type=float, help="another bound for the watcher, to see it enforced")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     arguments = parser.parse_args()
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="chatdata-growth-", dir=arguments.work) as folder:
         results = run(arguments, Path(folder))
     if arguments.json:

@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=10, help="seconds a worker may outlive it (default: 10)")
     parser.add_argument("--work", type=Path, help="folder for cache and builds (default: a temporary one)")
     arguments = parser.parse_args()
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="chatdata-kill-", dir=arguments.work) as folder:
         sys.exit(run(arguments, Path(folder)))
 
