@@ -36,8 +36,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from build import add_inputs, build_command
+from build import build_command
 from build_growth import processes_of_session
+from build_sides import add_inputs
 
 from chatdata.shards import file_sha256
 
