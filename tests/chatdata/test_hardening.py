@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,10 +128,51 @@ def test_an_interruption_while_replacing_brings_the_old_build_back(
         publish(partial, out)
     monkeypatch.undo()
     assert (out / "manifest.json").read_bytes() == before
-    # killed between the two renames: the next build finds it
-    out.rename(tmp_path / ".out.old")
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+
+
+DIE = """
+import os, shutil
+from pathlib import Path
+from chatdata import publish
+place, rename, remove, sync, unlink = {place!r}, Path.rename, publish._remove, publish.sync, Path.unlink
+def dying_sync(path):
+    if place == ("synced" if path.name.endswith(".partial") else "renamed"): os._exit(137)
+    sync(path)
+def dying_rename(self, to):
+    if place == "between" and self.name.endswith(".partial"): os._exit(137)
+    return rename(self, to)
+def dying_unlink(self, missing_ok=False):
+    unlink(self, missing_ok)
+    if place == "removing" and self.parent.name.endswith(".old") and self.name == "manifest.json": os._exit(137)
+publish.sync, Path.rename, Path.unlink = dying_sync, dying_rename, dying_unlink
+from chatdata.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("place", ["synced", "between", "renamed", "removing"])
+def test_killed_at_any_place_of_publishing_the_next_build_goes_on(
+    tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable, place: str
+) -> None:
+    out = tmp_path / "out"
+    assert build_of(tmp_path, byte_tokenizer, chatdata, [HI]).returncode == 0
+    before = (out / "manifest.json").read_bytes()
+    flags = ["--max-tokens", "3", "--overflow", "truncate", "--force"]
+    again = ["build", "--recipe", tmp_path / "r.toml", "--tokenizer", tmp_path / "t", "--out", out, *flags]
+    killed = subprocess.run([sys.executable, "-c", DIE.format(place=place), *map(str, again)], capture_output=True)
+    assert killed.returncode == 137, killed.stderr
+    if place != "between":  # and then it is beside it, and comes back
+        assert library.open_build(out).manifest
+        assert ((out / "manifest.json").read_bytes() == before) == (place == "synced")
     with partial_folder(out):
-        assert (out / "manifest.json").read_bytes() == before
+        assert library.open_build(out).manifest
+        assert ((out / "manifest.json").read_bytes() == before) == (place in ("synced", "between"))
+    result = chatdata(*again)
+    assert result.returncode == 0, result.stderr
+    assert (out / "manifest.json").read_bytes() != before
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+    assert chatdata("verify", out, "--level", "full").returncode == 0
 
 
 def test_links_are_followed_and_kept(tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable) -> None:

@@ -6,14 +6,14 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chatdata.errors import BuildError, ChatdataError
 from chatdata.shards import read_manifest
 
-OUR_NAMES = {"manifest.json", "report.json", "tokenizer", "train", "val"}
 MARK = ".chatdata-build"  # in a partial folder from its first moment on, so that no other folder is ever cleared
+OUR_NAMES = {"manifest.json", "report.json", "tokenizer", "train", "val", MARK}
 
 
 def check_out(out: Path, force: bool) -> None:
@@ -37,10 +37,13 @@ def check_out(out: Path, force: bool) -> None:
 
 @contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
-    """The folder beside `out` where the build grows: locked against a second build, removed on any failure."""
+    """The folder beside `out` where the build grows: locked against a second build, removed on any failure.
+
+    What a build that was killed left is put in order first: its partial folder is cleared, an old build that stepped
+    aside comes back, or goes if the new one is complete.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
-    _restore(out)
     while True:
         if partial.exists() and any(partial.iterdir()) and not (partial / MARK).exists():
             raise BuildError(f"{partial}: in the way and not a build's; move it or choose another --out")
@@ -57,46 +60,61 @@ def partial_folder(out: Path) -> Iterator[Path]:
         os.close(handle)
     try:
         (partial / MARK).touch()
-        for leftover in partial.iterdir():  # of a build that was killed
+        for leftover in partial.iterdir():
             if leftover.name != MARK:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        _settle(out)
         yield partial
     finally:
         if partial.exists() and partial.stat().st_ino == os.fstat(handle).st_ino:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         os.close(handle)
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Put the finished `partial` in the place of `out`. An old build steps aside and comes back if anything fails."""
-    (partial / MARK).unlink()
+    """Put the finished `partial` in the place of `out`. An old build steps aside and comes back if anything fails.
+
+    Killed at any moment, what is there is told apart by MARK: it is in a partial folder until that stands as `out`, and
+    in an old build that stepped aside.
+    """
     sync(partial)
     old = _old(out)
     replacing = out.exists() and any(out.iterdir())
     try:
         if replacing:
+            if old.exists():
+                raise BuildError(f"{old}: in the way and not a build's; move it or choose another --out")
+            (out / MARK).touch()
             out.rename(old)
         partial.rename(out)
     except BaseException:
-        _restore(out)
+        _settle(out)
         raise
     sync(out.parent)
-    if replacing:
-        shutil.rmtree(old, ignore_errors=True)
+    _settle(out)
 
 
 def _old(out: Path) -> Path:
-    old = out.parent / f".{out.name}.old"
-    if old.exists():
-        raise BuildError(f"{old}: in the way; it may be a build that was being replaced: look at it and move it")
-    return old
+    return out.parent / f".{out.name}.old"
 
 
-def _restore(out: Path) -> None:
-    """Put back a build that stepped aside for one that never came (killed between two renames)."""
-    old = out.parent / f".{out.name}.old"
-    if not out.exists() and (old / "manifest.json").is_file():
-        old.rename(out)
+def _settle(out: Path) -> None:
+    """Finish or undo a replacement that stopped half way, and remove the marks."""
+    old = _old(out)
+    if (old / MARK).exists():
+        if not out.exists():
+            old.rename(out)
+        elif (out / "manifest.json").is_file():
+            _remove(old)
+    (out / MARK).unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder of ours, its mark last: until then what is left of it is known as ours."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MARK):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with suppress(OSError):  # a file that would not go: the next build tries again
+        folder.rmdir()
 
 
 def sync(path: Path) -> None:

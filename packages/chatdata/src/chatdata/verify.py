@@ -20,6 +20,7 @@ import numpy as np
 from chatdata.contract import WHOLE_DOCUMENT, Finding, Rules, check_documents
 from chatdata.errors import ChatdataError, FormatError
 from chatdata.manifest import manifest_problems
+from chatdata.publish import MARK
 from chatdata.shards import KINDS, Build, Split, file_sha256, index_schema, parse_manifest
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _hash_problems(build: Build, progress: Progress | None) -> list[str]:
 
 
 def _unknown_files(build: Build) -> list[str]:
-    known = {build.path / name for name in ("manifest.json", "report.json")}
+    known = {build.path / name for name in ("manifest.json", "report.json", MARK)}
     known |= {build.path / "tokenizer" / name for name in build.manifest["tokenizer"]["files"]}
     known |= {file for file, _ in _build_files(build)}
     folders = {build.path, *(file.parent for file in known)}
