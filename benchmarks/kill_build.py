@@ -40,6 +40,7 @@ from build import build_command
 from build_growth import processes_of_session
 from build_sides import add_inputs
 
+from chatdata.publish import MARK
 from chatdata.shards import file_sha256
 
 VARIANTS = ([], ["--max-tokens", "256", "--overflow", "truncate"])
@@ -99,8 +100,10 @@ def inode(path: Path) -> int | None:
 
 
 def hashes(build: Path) -> dict[str, str]:
-    """File → SHA-256, of all but report.json, whose times differ from run to run."""
-    files = sorted(path for path in build.rglob("*") if path.is_file() and path.name != "report.json")
+    """File → SHA-256, of all but report.json, whose times differ from run to run, and the mark of a kill just before
+    or after the rename, which the next start removes."""
+    others = ("report.json", MARK)
+    files = sorted(path for path in build.rglob("*") if path.is_file() and path.name not in others)
     return {str(path.relative_to(build)): file_sha256(path) for path in files}
 
 
