@@ -113,7 +113,7 @@ def test_files_are_what_the_format_says(small: chatdata.Build) -> None:
 def test_ids_are_checked_before_the_cast(tmp_path: Path) -> None:
     def write(ids: np.ndarray, dtype: str, vocab_size: int) -> None:
         chunks = iter([(ids, np.zeros(len(ids), dtype=np.uint8))])
-        shards.write_shard(tmp_path, 0, chunks, np.array([len(ids)]), None, np.dtype(dtype), vocab_size)  # type: ignore[arg-type]
+        shards.write_shard(tmp_path, 0, chunks, np.array([len(ids)]), [], np.dtype(dtype), vocab_size)
 
     with pytest.raises(FormatError, match=r"^token id 65536 is outside 0 … 65535"):
         write(np.array([1, 65_536]), "<u2", 70_000)

@@ -333,8 +333,11 @@ def _write_shards(
     names = [planned.entry.task for planned in entries]
     for number, (first, last) in enumerate(shards.shard_bounds(lengths)):
         part = slice(first, last)
-        columns = {key: values[part] for key, values in table.items()}
-        index = store.index_table(chosen[part], first, columns, names)
+        index = (
+            store.index_table(chosen[rows], rows.start, {key: values[rows] for key, values in table.items()}, names)
+            for start in range(first, last, shards.INDEX_ROWS)
+            for rows in [slice(start, min(start + shards.INDEX_ROWS, last))]
+        )
         chunks = _gather(store, chosen[part], progress, folder.name, int(lengths[:first].sum()), total)
         dtype, vocab_size = plan.tokenizer.dtype, plan.tokenizer.vocab_size
         records.append(shards.write_shard(folder, number, chunks, lengths[part], index, dtype, vocab_size))

@@ -93,7 +93,7 @@ class Documents:
     def index_table(
         self, chosen: np.ndarray, first: int, columns: dict[str, np.ndarray], task_names: list[str]
     ) -> pa.Table:
-        """The index of one shard: `chosen` documents, numbered from `first` within their split."""
+        """A part of the index: `chosen` documents, numbered from `first` within their split."""
         import pyarrow as pa
 
         names = list(dict.fromkeys(task_names))
