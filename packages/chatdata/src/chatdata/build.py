@@ -182,11 +182,11 @@ def _render(
     for number, source in enumerate(renderer.sources):
         ranges = [e.positions for entries in plan.splits.values() for e in entries if e.source is source]
         num_rows = max(r.stop for r in ranges) if source.make_row else source.num_rows
-        row_at = permutation(num_rows) if source.task.permuted else np.arange(num_rows)
+        row_at = (permutation(num_rows) if source.task.permuted else np.arange(num_rows)).astype(np.int32)
         wanted = np.zeros(num_rows, dtype=bool)
         for positions in ranges:
             wanted[row_at[positions.start : positions.stop]] = True
-        document_of_row = np.full(num_rows, -1, dtype=np.int64)
+        document_of_row = np.full(num_rows, -1, dtype=np.int32)
         document_of_row[wanted] = np.arange(wanted.sum()) + num_documents
         num_documents += int(wanted.sum())
         found[id(source)] = row_at, document_of_row
@@ -272,20 +272,16 @@ def _write_splits(
 ) -> dict[str, Any]:
     splits = {}
     for split, entries in plan.splits.items():
-        rows, documents, numbers, positions = [], [], [], []
-        for number, planned in enumerate(entries):
-            row_at, document_of_row = found[id(planned.source)]
-            taken = np.arange(planned.positions.start, planned.positions.stop)
-            rows.append(row_at[taken])
-            documents.append(document_of_row[rows[-1]])
-            numbers.append(np.full(len(taken), number))
-            positions.append(taken)
-        order = mixture_order([len(part) for part in rows], plan.recipe.seed, plan.recipe.shuffle[split])
-        chosen = np.concatenate(documents)[order]
+        ranges = [planned.positions for planned in entries]
+        maps = [found[id(planned.source)] for planned in entries]
+        order = mixture_order([len(r) for r in ranges], plan.recipe.seed, plan.recipe.shuffle[split])
+        # a column at a time: together they are what a large build needs most memory for
+        rows = [row_at[r.start : r.stop] for (row_at, _), r in zip(maps, ranges, strict=True)]
+        chosen = _in_order([places[part] for (_, places), part in zip(maps, rows, strict=True)], order)
         table = {
-            "row": np.concatenate(rows)[order],
-            "position": np.concatenate(positions)[order],
-            "entry": np.concatenate(numbers)[order],
+            "row": _in_order(rows, order),
+            "position": _in_order([np.arange(r.start, r.stop, dtype=np.int32) for r in ranges], order),
+            "entry": _in_order([np.full(len(r), i, dtype=np.int16) for i, r in enumerate(ranges)], order),
         }
         ledger = _ledger(entries, store, table["entry"], chosen)
         kept = store.drop_reason[chosen] == 0  # documents removed by a policy are removed after the shuffle
@@ -298,6 +294,10 @@ def _write_splits(
         splits[split] |= {key: sum(shard[key] for shard in written) for key in ("tokens", "supervised")}
         report["tool_calls"][split] = _tool_calls(entries, store, table, chosen[kept])
     return splits
+
+
+def _in_order(parts: list[np.ndarray], order: np.ndarray) -> np.ndarray:
+    return np.concatenate(parts)[order]
 
 
 def _tool_calls(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import numpy as np
 
@@ -35,15 +36,15 @@ def select(num_rows: int, start: int | None, stop: int | None, rows: int | None,
 
 
 def mixture_order(lengths: list[int], seed: int, shuffle: bool) -> np.ndarray:
-    """Order of all (entry, place in entry) pairs, as indices into their concatenation (int64 [sum(lengths)]).
+    """Order of all (entry, place in entry) pairs, as indices into their concatenation (int32 [sum(lengths)]).
 
     `random.Random(seed).shuffle` moves places, not values, so shuffling indices gives the order of the pairs
     (karpathy/nanochat@790f3be:tasks/common.py, TaskMixture).
     """
-    order = list(range(sum(lengths)))
+    order = array("i", range(sum(lengths)))  # a list of Python's integers takes ten times the memory
     if shuffle:
-        random.Random(seed).shuffle(order)
-    return np.array(order, dtype=np.int64)
+        random.Random(seed).shuffle(order)  # type: ignore[arg-type]
+    return np.frombuffer(order, dtype=np.int32)
 
 
 def _from_end(bound: int, num_rows: int) -> int:
