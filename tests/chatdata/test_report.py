@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatdata import open_build, render_conversation, report
+from chatdata import open_build, render_conversation, report, shards
 from chatdata.build import build, make_plan
 from chatdata.cli import cli
 from chatdata.document import SPAN_ROLES
@@ -123,8 +123,20 @@ def test_numbers_by_hand(small: Path) -> None:
     assert vocabulary["coverage"] == {10: 11 + 5 * 3 + 3 * 2 + 1}
 
 
+def test_numbers_do_not_depend_on_shards(
+    tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, numbers = {"c.jsonl": TRAIN, "v.jsonl": VAL}, []
+    for max_tokens, num_shards in ((1_000, 1), (20, 3)):
+        monkeypatch.setattr(shards.shard_bounds, "__defaults__", (max_tokens,))
+        opened = open_build(build_of(tmp_path, byte_tokenizer, sources, RECIPE, f"out{max_tokens}"))
+        assert len(opened["train"].shards) == num_shards
+        numbers.append(report_numbers(opened) | {"build_id": ""})
+    assert numbers[0] == numbers[1]
+
+
 def test_numbers_of_a_build_counted_document_by_document(demo_mid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "BLOCK_TOKENS", 1_000)  # many blocks, documents on every side of their bounds
+    monkeypatch.setattr(collect, "BLOCK_TOKENS", 1_000)  # documents on every side of the blocks' bounds
     opened = open_build(demo_mid)
     numbers = report_numbers(opened)
     for name, split in opened.splits.items():

@@ -112,9 +112,9 @@ def lengths(split: str, task: dict[str, Any]) -> alt.Chart:
     return (
         _chart(rows, f"{split}, {task['task']}: documents by length in tokens")
         .encode(
-            x=alt.X("from:Q", title=None, bin="binned", axis=alt.Axis(tickCount=5, grid=False)),
+            x=alt.X("from:Q", title=None, bin="binned", axis=_integers(rows[0]["from"], rows[-1]["end"], grid=False)),
             x2="end:Q",
-            y=alt.Y("documents:Q", title=None, axis=alt.Axis(tickCount=3, tickMinStep=1, format="~s")),
+            y=alt.Y("documents:Q", title=None, axis=_integers(0, max(row["documents"] for row in rows))),
             color=alt.condition("datum.longer", alt.value("var(--c1)"), alt.value(BAR)),
             tooltip=[
                 alt.Tooltip("from:Q", title="tokens from", format=","),
@@ -151,6 +151,13 @@ def frequency(vocabulary: dict[str, Any], tokenizer: Tokenizer) -> alt.Chart:
 
 def _chart(rows: list[dict[str, Any]], description: str) -> alt.Chart:
     return alt.Chart(alt.InlineData(values=rows), description=description)
+
+
+def _integers(first: int, last: int, **options: Any) -> alt.Axis:
+    """An axis of few ticks, all of them integers."""
+    if last - first <= 4:
+        return alt.Axis(values=list(range(first, last + 1)), format="d", **options)
+    return alt.Axis(tickCount=4, format=",", **options)
 
 
 def _tasks() -> alt.Y:

@@ -12,7 +12,7 @@ import numpy as np
 
 from chatdata.document import SPAN_ROLES
 from chatdata.errors import FormatError
-from chatdata.shards import Build, Split
+from chatdata.shards import Build, Split, shard_bounds
 from chatdata.stats import build_stats
 from chatdata.tokenizer import Tokenizer
 from chatdata.verify import index_arrays, read_index
@@ -75,7 +75,7 @@ def count_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
         if (end > offsets[document + 1]).any() or (start[1:] < end[:-1]).any() or (index["span_role"] > 3).any():
             raise _damaged(f"{file}: spans overlap, leave their document or have an unknown role")
         first_span = np.concatenate([[0], np.cumsum(index["num_spans"])])
-        for first, last in _blocks(offsets):
+        for first, last in shard_bounds(np.diff(offsets), BLOCK_TOKENS):
             begin, stop = int(offsets[first]), int(offsets[last])
             ids = split.map("tokens", number)[begin:stop]
             if int(ids.max()) >= vocab_size:
@@ -94,16 +94,6 @@ def count_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
         if found != [line[key] for line in contents["entries"]]:
             raise _damaged(f"{split.build.path / split.name}: {key} per entry are not those of the manifest")
     return occurrences, by_role
-
-
-def _blocks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
-    """[first, last) documents of about BLOCK_TOKENS tokens, at least one document each."""
-    first = 0
-    while first < len(offsets) - 1:
-        last = int(np.searchsorted(offsets, offsets[first] + BLOCK_TOKENS, side="right")) - 1
-        last = max(first + 1, last)
-        yield first, last
-        first = last
 
 
 def _damaged(problem: str) -> FormatError:

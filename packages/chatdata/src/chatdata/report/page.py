@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatdata.command import naming
 from chatdata.errors import FormatError, UsageError
 from chatdata.shards import Build, open_build
 from chatdata.verify import verify_quick
@@ -37,8 +38,8 @@ def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
     """Write the report of the build at `path` to `out` (see `default_out`), whole or not at all; return its numbers
     (see `report_numbers`) with `out`, `bytes` and `documents_shown`.
 
-    Raises UsageError if the extra `report` is not installed or `out` is a folder or inside the build, FormatError if
-    the build is damaged.
+    Raises UsageError if the extra `report` is not installed or `out` is a folder, in none or inside the build,
+    FormatError if the build is damaged.
     """
     try:
         import altair  # noqa: F401
@@ -54,15 +55,20 @@ def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
         raise UsageError(f"--out {out} is inside the build, where every file is accounted for; choose another folder")
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; name a file")
-    problems = verify_quick(path)
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}")
+    build, problems = open_build(path), verify_quick(path)
     if problems:
-        raise FormatError(f"{problems[0]}; a damaged build is not reported on: see `chatdata verify {path}`")
-    build = open_build(path)
+        raise FormatError(f"{problems[0]}; a damaged build is not reported on (see `chatdata verify`)")
     numbers, documents = report_numbers(build), shown_documents(build)
     page = render(build, numbers, documents).encode("utf-8")
     partial = out.with_name(out.name + ".tmp")
-    partial.write_bytes(page)
-    partial.replace(out)
+    try:
+        with naming(out):
+            partial.write_bytes(page)
+            partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
     return {"out": str(out), "bytes": len(page), "documents_shown": len(documents), **numbers}
 
 
@@ -81,7 +87,7 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": lambda n: f"{n:,}", "share": _share, "keys": _keys}
+    environment.filters |= {"count": lambda n: f"{n:,}", "share": _share, "options": _options}
     scripts = [_inline(_vega()), _inline(_file("page.js"))]
     vocabulary = numbers["vocabulary"]
     return environment.get_template("page.html").render(
@@ -143,8 +149,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "–"
 
 
-def _keys(table: dict[str, Any]) -> str:
-    """The keys of a recipe's entry that say something."""
-    return ", ".join(
-        f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items() if value not in (None, "")
-    )
+def _options(entry: dict[str, Any]) -> str:
+    """What a recipe's entry says beside its task."""
+    said = {key: value for key, value in entry.items() if key != "task" and value not in (None, "")}
+    return ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in said.items())
