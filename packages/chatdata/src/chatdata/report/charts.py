@@ -157,7 +157,7 @@ def _integers(first: int, last: int, **options: Any) -> alt.Axis:
     """An axis of few ticks, all of them integers."""
     if last - first <= 4:
         return alt.Axis(values=list(range(first, last + 1)), format="d", **options)
-    return alt.Axis(tickCount=4, format=",", **options)
+    return alt.Axis(tickCount=4, format=",d", **options)
 
 
 def _tasks() -> alt.Y:
