@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from chatdata.cli_report import report
 from chatdata.cli_tokenizer import tokenizer, tokenizer_of
 from chatdata.command import examples, run_command
 from chatdata.errors import UsageError
@@ -30,6 +31,7 @@ def cli(debug: bool) -> None:
 
 
 cli.add_command(tokenizer)
+cli.add_command(report)
 
 
 @cli.command(

@@ -1,0 +1,37 @@
+"use strict";
+
+// Charts, one after the other. `ast` interprets Vega's expressions, so that no text is ever evaluated as code, which the
+// page's policy would refuse anyway.
+async function draw() {
+  const specs = JSON.parse(document.getElementById("charts").textContent);
+  for (const [id, spec] of Object.entries(specs)) {
+    const chart = document.getElementById(id);
+    try {
+      await vegaEmbed(chart, spec, { renderer: "svg", actions: false, ast: true });
+    } catch (error) {
+      chart.textContent = `no chart: ${error.message}`;
+    }
+  }
+}
+draw();
+
+// Documents: those with the text searched for, of the split and task chosen.
+const search = document.getElementById("search");
+const task = document.getElementById("task");
+const found = document.getElementById("found");
+const documents = [...document.querySelectorAll("#documents > article")];
+let texts = null; // lower case, made when something is first searched for
+
+function filter() {
+  texts ??= documents.map((shown) => shown.textContent.toLowerCase());
+  const wanted = search.value.toLowerCase();
+  let number = 0;
+  documents.forEach((shown, i) => {
+    shown.hidden = !texts[i].includes(wanted) || (task.value !== "" && shown.dataset.group !== task.value);
+    number += !shown.hidden;
+  });
+  found.textContent = `${number} of ${documents.length} shown`;
+}
+
+search.addEventListener("input", filter);
+task.addEventListener("change", filter);
