@@ -100,7 +100,7 @@ def covered(ranges: Ranges, starts: np.ndarray, counts: np.ndarray) -> np.ndarra
     """Whether tokens starts[i] … starts[i] + counts[i] of the split lie in a range, for each i: bool [counts.sum()]."""
     first = np.searchsorted(ranges.stops, starts, side="right")
     last = np.searchsorted(ranges.starts, starts + counts)
-    overlaps = np.maximum(last - first, 0)
+    overlaps = np.where(counts > 0, np.maximum(last - first, 0), 0)
     of = np.repeat(np.arange(len(starts)), overlaps)
     which = first[of] + np.arange(len(of)) - (np.cumsum(overlaps) - overlaps)[of]
     ends = np.cumsum(counts, dtype=np.int64)

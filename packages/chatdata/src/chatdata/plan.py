@@ -143,7 +143,7 @@ def _epoch_positions(epoch: Epoch) -> int:
 
 
 def _positions(packing: Packing, rows: Rows, batch_size: int, num_sequences: int | None = None) -> int:
-    """Positions of the first `num_sequences` (by default all), padding too; a batch of pad is as wide as its longest."""
+    """Positions of the first `num_sequences` (default: all), padding too; a batch of pad is as wide as its longest."""
     num_sequences = packing.num_sequences if num_sequences is None else num_sequences
     if rows == "pack":
         return num_sequences * packing.seq_len

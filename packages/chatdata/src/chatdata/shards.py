@@ -26,6 +26,7 @@ from chatdata.errors import FormatError
 from chatdata.masks import apply_policy
 
 if TYPE_CHECKING:
+    import datasets
     import polars as pl
     import pyarrow as pa
 
@@ -370,6 +371,12 @@ class Split:
             if stop <= last:
                 return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             start, number = last, number + 1
+
+    def to_dataset(self, policy: MaskPolicy = "supervised") -> datasets.Dataset:
+        """The split for `datasets` and TRL: input_ids, labels, assistant_masks, a row per document (dataset.py)."""
+        from chatdata.dataset import to_dataset
+
+        return to_dataset(self, policy)
 
     def index_table(self) -> pa.Table:
         """The index as a pyarrow table (see `index_schema`), without polars."""
