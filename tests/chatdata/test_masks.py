@@ -141,6 +141,17 @@ def test_documents_cut_by_the_build(
     assert supervised_text(split, "tools-only") == tools_only
 
 
+def test_plain_text_has_no_messages(byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "abc"}\n{"text": "de"}\n')
+    (tmp_path / "r.toml").write_text('stage = "base"\n[[train]]\ntask = "text"\npath = "t.jsonl"\n')
+    tasks = load_tasks()
+    planned = make_plan(load_recipe(str(tmp_path / "r.toml"), tasks), tasks, byte_tokenizer, Locations(tmp_path))
+    build(planned, tmp_path / "build", workers=1)
+    split = open_build(tmp_path / "build")["train"]
+    sums = {policy: int(split.mask(0, split.num_tokens, policy).sum()) for policy in ("supervised", *SPAN_POLICIES)}
+    assert sums == {"supervised": 5, "last-turn": 0, "tools-only": 0, "no-tools": 5}
+
+
 def walked(tokens: list[int], mask: list[int], special: dict[str, int]) -> dict[str, list[int]]:
     """Every policy of one document, by walking over its tokens."""
     starts = [i for i, token in enumerate(tokens) if token == special["<|assistant_start|>"]]
