@@ -15,7 +15,9 @@ import torch
 from click.testing import CliRunner
 
 from chatdata.build import build, make_plan
+from chatdata.cli import cli as chatdata_cli
 from chatdata.recipe import load_recipe
+from chatdata.sequences import MASK_NAMES
 from chatdata.shards import Split, open_build, shard_bounds
 from chatdata.sources import Locations
 from chatdata.tasks import load_tasks
@@ -159,6 +161,13 @@ def chattrain(*arguments: object) -> str:
     result = CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def test_both_commands_take_every_mask() -> None:
+    """Their lists are written out: reading them from chatdata.sequences would load numpy for --help."""
+    for command in (cli.commands["run"], chatdata_cli.commands["plan"]):
+        (option,) = [option for option in command.params if option.name == "mask"]
+        assert tuple(option.type.choices) == MASK_NAMES  # type: ignore[attr-defined]
 
 
 def test_run_resume_and_trace(path: Path, tmp_path: Path) -> None:
