@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from chatdata.build import build, make_plan
 from chatdata.cli import cli as chatdata_cli
+from chatdata.errors import PlanError
 from chatdata.recipe import load_recipe
 from chatdata.sequences import MASK_NAMES
 from chatdata.shards import Split, open_build, shard_bounds
@@ -25,7 +26,6 @@ from chatdata.tokenizer import SPLIT_PATTERN, Tokenizer, append_special_tokens
 from chattrain import plan as plans
 from chattrain.batches import IGNORED, read_rows, read_step
 from chattrain.cli import cli
-from chattrain.errors import PlanError
 from chattrain.nanochat_order import make_nanochat_plan
 
 BYTES = {bytes([byte]): byte for byte in range(256)}

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import chatdata.sequences
-from chatdata.errors import PackingError
+from chatdata.errors import PackingError, PlanError
 from chatdata.sequences import document_targets
-from chattrain.errors import PlanError
 from chattrain.nanochat_order import make_nanochat_plan
 from chattrain.plan import check_cut, make_plan, require_same_plan
 from chattrain.spans import documents_of_sequences, documents_of_step, name_documents

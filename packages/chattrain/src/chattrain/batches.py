@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chatdata.errors import PlanError
 from chatdata.masks import apply_policy
-from chattrain.errors import PlanError
 from chattrain.loss import IGNORED
 from chattrain.plan import BatchPlan, check_cut
 from chattrain.spans import documents_of_sequences

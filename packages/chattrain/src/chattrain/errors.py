@@ -16,12 +16,10 @@ ValueError
     └── ExportError            an export that cannot be written
         └── VerifyError        an export that cannot be checked, or that is not the same model
 
-PlanError is chatdata's, which plans the sequences: a plan that cannot be made, cut for these ranks, or continued.
+A plan that cannot be made, cut for these ranks, or continued is a PlanError of chatdata, which plans the sequences.
 """
 
 from collections.abc import Iterable
-
-from chatdata.errors import PlanError as PlanError
 
 
 def named(names: Iterable[str], most: int = 4) -> str:

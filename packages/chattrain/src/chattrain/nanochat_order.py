@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chatdata.errors import PlanError
 from chatdata.packing import Packing
 from chatdata.sequences import LeftOut, check_sizes, document_targets, mask_use, sums, too_small
-from chattrain.errors import PlanError
 from chattrain.plan import BatchPlan
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from chatdata.errors import PlanError
 from chatdata.packing import Long
 from chatdata.sequences import Epoch, Rows, plan_epoch
-from chattrain.errors import PlanError
 
 if TYPE_CHECKING:
     from chatdata.shards import Split
