@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from chatdata.packing import pack
+from chatdata.sequences import document_targets
 from chatdata.shards import open_build
-from chattrain.plan import document_targets
 
 NUM_DOCUMENTS, SEQ_LEN, RUNS = 850_000, 2048, 5
 

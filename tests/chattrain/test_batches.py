@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import chattrain.batches
+from chatdata.errors import PlanError
 from chattrain.batches import IGNORED, digest_text, read_ahead, read_rows, read_step, target_documents
-from chattrain.errors import PlanError
 from chattrain.nanochat_order import make_nanochat_plan
 from chattrain.plan import BatchPlan, make_plan
 from chattrain.spans import documents_of_step

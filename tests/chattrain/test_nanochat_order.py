@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chatdata.errors import PlanError
 from chattrain.batches import IGNORED, read_step
-from chattrain.errors import PlanError
 from chattrain.nanochat_order import line_tokens, make_nanochat_plan, wrap_micro_batch
 from chattrain.plan import BatchPlan, check_cut
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import chattrain.plan
-from chatdata.errors import PackingError
-from chattrain.errors import PlanError
+import chatdata.sequences
+from chatdata.errors import PackingError, PlanError
+from chatdata.sequences import document_targets
 from chattrain.nanochat_order import make_nanochat_plan
-from chattrain.plan import check_cut, document_targets, make_plan, require_same_plan
+from chattrain.plan import check_cut, make_plan, require_same_plan
 from chattrain.spans import documents_of_sequences, documents_of_step, name_documents
 
 # six documents a … f with 5, 7, 3, 6, 1, 2 tokens: 24 tokens in all
@@ -129,7 +129,7 @@ def test_the_first_token_of_a_document_is_never_its_target(make_split) -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 1000])
 def test_targets_are_counted_alike_in_chunks_of_any_size(split, monkeypatch, chunk_tokens) -> None:
-    monkeypatch.setattr(chattrain.plan, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(chatdata.sequences, "CHUNK_TOKENS", chunk_tokens)
     assert document_targets(split, "apply", 6).tolist() == [2, 4, 0, 3, 0, 1]
     assert document_targets(split, "apply", 2).tolist() == [0, 1, 0, 1, 0, 1]
     assert document_targets(split, "ignore", 2).tolist() == [2, 2, 2, 2, 0, 1]

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chatdata.build import build, make_plan
+from chatdata.errors import PlanError
 from chatdata.recipe import load_recipe
 from chatdata.shards import open_build
 from chatdata.sources import Locations
@@ -33,7 +34,7 @@ from chattrain.batches import IGNORED, Batch, read_step
 from chattrain.checkpoint import last_checkpoint, read_checkpoint
 from chattrain.cli import cli
 from chattrain.distributed import Ranks, StopRequest
-from chattrain.errors import ChattrainError, CheckpointError, NonFiniteError, PlanError, ResumeError, RunError
+from chattrain.errors import ChattrainError, CheckpointError, NonFiniteError, ResumeError, RunError
 from chattrain.loop import Job, backward, prepare, train
 from chattrain.settings import Settings
 from chattrain.telemetry import read_log

@@ -221,6 +221,44 @@ def stats(path: Path, as_json: bool) -> None:
 
 @cli.command(
     epilog=examples(
+        "chatdata plan out/demo-sft --seq-len 512", "chatdata plan out/demo-sft --seq-len 512 --mask last-turn --json"
+    )
+)
+@click.argument("path", metavar="BUILD", type=FILE)
+@click.option("--seq-len", type=click.IntRange(min=1), required=True, help="T, positions of a sequence.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="G, sequences of a step on all ranks.",
+)
+@click.option("--split", default="train", show_default=True)
+@click.option(
+    "--mask",
+    type=click.Choice(["ignore", "apply", "last-turn", "tools-only", "no-tools", "all", "supervised"]),
+    help="In place of the stage's own, as in chattrain run.",
+)
+@click.option(
+    "--long",
+    type=click.Choice(["error", "drop", "truncate"]),
+    default="error",
+    show_default=True,
+    help="Documents of more than T + 1 tokens in pack and pad.",
+)
+@click.option("--seed", type=int, default=42, show_default=True, help="Of the order of sequences in pack and pad.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def plan(path: Path, seq_len: int, as_json: bool, **options: Any) -> None:
+    """Sequences, steps, padding and targets that chattrain would make of a build; what if T or the rows were others."""
+    from chatdata import open_build, show
+    from chatdata.plan import plan_numbers
+
+    numbers = plan_numbers(open_build(path), seq_len, **options)
+    click.echo(json.dumps(numbers)) if as_json else show.epoch_plan(numbers)
+
+
+@cli.command(
+    epilog=examples(
         "chatdata verify out/demo-mid",
         "chatdata verify out/demo-mid --level semantic --share 0.1",
         "chatdata verify out/mid --level semantic --data-dir hub --identity me.jsonl",

@@ -11,6 +11,7 @@
     ├── BuildError          a build cannot be written where it was asked for
     ├── FormatError         a build on disk is damaged or of an unknown version
     ├── PackingError        documents do not make sequences as asked: one is too long, or an argument is out of range
+    ├── PlanError           a plan of sequences that cannot be made of a split
     └── CalculatorError     a tool call is not arithmetic or a count, or its result is out of bounds
 
 Each message is one line: what was wrong, where (file, row, key), what would be right.
@@ -70,6 +71,10 @@ class FormatError(ChatdataError):
 
 
 class PackingError(ChatdataError):
+    pass
+
+
+class PlanError(ChatdataError):
     pass
 
 

@@ -23,11 +23,14 @@ import numpy as np
 
 from chatdata.document import Document
 from chatdata.errors import FormatError
+from chatdata.masks import apply_policy
 
 if TYPE_CHECKING:
+    import datasets
     import polars as pl
     import pyarrow as pa
 
+    from chatdata.masks import MaskPolicy, Ranges
     from chatdata.tokenizer import Tokenizer
 
 FORMAT, VERSION = "chatdata", 1
@@ -346,9 +349,17 @@ class Split:
         """Tokens [start, stop) of the split: a view within one shard, a copy only where the range crosses shards."""
         return self._range("tokens", start, stop)
 
-    def mask(self, start: int, stop: int) -> np.ndarray:
-        """Mask [start, stop) of the split, as `tokens`."""
-        return self._range("mask", start, stop)
+    def mask(self, start: int, stop: int, policy: MaskPolicy = "supervised") -> np.ndarray:
+        """Mask [start, stop) of the split, as `tokens`; a new array under another policy (masks.py) than the stored."""
+        stored = self._range("mask", start, stop)
+        if policy == "supervised":
+            return stored
+        return apply_policy(self, policy, stored, np.array([start]), np.array([stop - start]))
+
+    @cached_property
+    def ranges(self) -> dict[str, Ranges]:
+        """What mask policies have read of the index (filled by masks.py)."""
+        return {}
 
     def _range(self, kind: str, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= self.num_tokens:
@@ -361,6 +372,12 @@ class Split:
             if stop <= last:
                 return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             start, number = last, number + 1
+
+    def to_dataset(self, policy: MaskPolicy = "supervised") -> datasets.Dataset:
+        """The split for `datasets` and TRL: input_ids, labels, assistant_masks, a row per document (dataset.py)."""
+        from chatdata.dataset import to_dataset
+
+        return to_dataset(self, policy)
 
     def index_table(self) -> pa.Table:
         """The index as a pyarrow table (see `index_schema`), without polars."""

@@ -223,6 +223,63 @@ def stats(numbers: dict[str, Any]) -> None:
     console().print(f"\nstage {numbers['stage']}, build {numbers['build_id'][:12]}")
 
 
+def epoch_plan(numbers: dict[str, Any]) -> None:
+    """What `chatdata plan` found: the plan at its T, what is left out, and the what-if table."""
+    plans = {rows: found for rows, found in numbers["plans"].items() if "refused" not in found}
+    console().print(
+        f"stage {numbers['stage']} (rows {numbers['stage_rows']}), {numbers['split']}: {numbers['documents']:,} "
+        f"documents, {numbers['tokens']:,} tokens · mask {numbers['mask']} · "
+        f"{numbers['batch_size']:,} × {numbers['seq_len']:,} positions a step"
+    )
+    columns = ("rows", "steps", "sequences", "input tokens", "targets", "targets/step", "least", "most", "padding", "")
+    listed = []
+    for rows, found in plans.items():
+        per_step = found["targets_per_step"]
+        cells = (found["steps"], found["sequences"], found["input_tokens"], found["targets"])
+        steps = (f"{per_step['mean']:,.1f}", per_step["min"], per_step["max"])
+        listed.append((rows, *cells, *steps, found["padding"], share(found["padding"], found["positions"])))
+    if listed:
+        table("\nan epoch", columns, listed)
+    for rows, found in numbers["plans"].items():
+        if "refused" in found:
+            console().print(f"{rows}: {escape(found['refused'])}")
+            continue
+        left = [f"{value:,} {name.replace('_', ' ')}" for name, value in found["left_out"].items() if value]
+        console().print(f"{rows}, left out: {', '.join(left) or 'nothing'}")
+    columns = (
+        "T",
+        "rows",
+        "sequences",
+        "documents cut",
+        "",
+        "supervised lost",
+        "if dropped",
+        "padding",
+        "filled",
+        "targets/position",
+    )
+    listed = [
+        (
+            f"{row['seq_len']:,}",
+            row["rows"],
+            row["sequences"],
+            row["documents_cut"],
+            share(row["documents_cut"], numbers["documents"]),
+            row["supervised_lost"],
+            row["supervised_lost_if_dropped"] if row["rows"] != "stream" else "–",
+            row["padding"],
+            f"{100 * row['filled']:.1f}%",
+            f"{100 * row['efficiency']:.1f}%",
+        )
+        for row in numbers["what_if"]
+    ]
+    table(
+        "\nwhat if (pack and pad with --long truncate; stream splits documents, and loses only its tail)",
+        columns,
+        listed,
+    )
+
+
 def cache(facts: dict[str, Any]) -> None:
     lines = [f"{facts['folder']}: {facts['units']:,} units, {megabytes(facts['bytes'])}"]
     if facts["oldest_use"] is not None:

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chattrain.errors import PlanError
+from chatdata.errors import PlanError
+from chatdata.masks import apply_policy
 from chattrain.loss import IGNORED
 from chattrain.plan import BatchPlan, check_cut
 from chattrain.spans import documents_of_sequences
@@ -168,8 +169,8 @@ def _stream_rows(plan: BatchPlan, first: int, last: int) -> RowArrays:
     start, stop = first * plan.seq_len, last * plan.seq_len
     line = split.tokens(start, stop + 1)  # a row's last target is the next one's first input
     inputs, targets = line[:-1].astype(np.int64), line[1:].astype(np.int64)
-    if plan.mask == "apply":
-        targets[split.mask(start + 1, stop + 1) == 0] = IGNORED
+    if plan.mask != "ignore":
+        targets[split.mask(start + 1, stop + 1, plan.policy) == 0] = IGNORED
     return RowArrays(inputs.reshape(shape), targets.reshape(shape), None)
 
 
@@ -182,8 +183,9 @@ def _document_rows(plan: BatchPlan, first: int, last: int, width: int | None) ->
     targets = np.full_like(inputs, IGNORED)
     inputs.reshape(-1)[place.position] = _take(split, "tokens", place.token, place.starts)
     following = _take(split, "tokens", place.token + 1, place.starts).astype(np.int64)
-    if plan.mask == "apply":
-        following[_take(split, "mask", place.token + 1, place.starts) == 0] = IGNORED
+    if plan.mask != "ignore":
+        stored = _take(split, "mask", place.token + 1, place.starts)
+        following[apply_policy(split, plan.policy, stored, place.starts + 1, place.counts) == 0] = IGNORED
     targets.reshape(-1)[place.position] = following
     lengths = None
     if plan.rows == "pack":
@@ -201,6 +203,7 @@ class _Places:
     token: np.ndarray  # int64 [input tokens], of the split
     position: np.ndarray  # int64 [input tokens], row · W + column
     starts: np.ndarray  # int64 [documents], first token of each, of the split
+    counts: np.ndarray  # int64 [documents], input tokens of each
     width: int
 
 
@@ -214,7 +217,7 @@ def _places(plan: BatchPlan, first: int, last: int, width: int | None) -> _Place
     ends = np.concatenate([[0], np.cumsum(counts)])
     row_ends = ends[bounds - bounds[0]]
     position = _ranges(np.arange(last - first) * width, np.diff(row_ends))
-    return _Places(_ranges(starts, counts), position, starts, width)
+    return _Places(_ranges(starts, counts), position, starts, counts, width)
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -60,7 +60,11 @@ def cli(debug: bool) -> None:
 @click.option("--keep-last", type=POSITIVE, default=2, show_default=True, help="Checkpoints kept.")
 @click.option("--eval-every", type=POSITIVE, help="Steps between validations: bits per byte, in total and per task.")
 @click.option("--rows", type=click.Choice(["stream", "pack", "pad"]), help="In place of the stage's own.")
-@click.option("--mask", type=click.Choice(["ignore", "apply"]), help="In place of the stage's own.")
+@click.option(
+    "--mask",
+    type=click.Choice(["ignore", "apply", "last-turn", "tools-only", "no-tools", "all", "supervised"]),
+    help="In place of the stage's own. all: as ignore; supervised: as apply.",
+)
 @click.option("--order", type=click.Choice(["plan", "nanochat"]), default="plan", show_default=True)
 @click.option(
     "--long",

@@ -5,7 +5,6 @@ ValueError
     ├── ConfigError            model sizes that do not fit together, unknown or missing config keys
     ├── WeightsError           unknown, missing or wrongly shaped tensors, in a model or an optimizer state
     ├── UnknownStageError      a stage that stages.toml does not have
-    ├── PlanError              a plan of batches that cannot be made, cut for these ranks, or continued
     ├── RunError               a run that cannot be done as asked
     │   └── ResumeError        a run that cannot be continued: another recipe
     ├── NonFiniteError         a loss or gradient that is not finite, before the update
@@ -16,6 +15,8 @@ ValueError
     ├── ImportNanochatError    a nanochat checkpoint folder that is incomplete or contradicts itself
     └── ExportError            an export that cannot be written
         └── VerifyError        an export that cannot be checked, or that is not the same model
+
+A plan that cannot be made, cut for these ranks, or continued is a PlanError of chatdata, which plans the sequences.
 """
 
 from collections.abc import Iterable
@@ -49,10 +50,6 @@ class WeightsError(ChattrainError):
 
 class UnknownStageError(ChattrainError):
     """A stage that stages.toml does not have."""
-
-
-class PlanError(ChattrainError):
-    """A plan of batches that cannot be made from this split, cut for these ranks, or continued."""
 
 
 class RunError(ChattrainError):

@@ -22,22 +22,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chatdata.errors import PlanError
 from chatdata.packing import Packing
-from chattrain.errors import PlanError
-from chattrain.plan import BatchPlan, LeftOut, MaskUse, check_sizes, document_targets, sums, too_small
+from chatdata.sequences import LeftOut, check_sizes, document_targets, mask_use, sums, too_small
+from chattrain.plan import BatchPlan
 
 if TYPE_CHECKING:
     from chatdata.shards import Split
 
 
-def make_nanochat_plan(
-    split: Split, *, mask: MaskUse, seq_len: int, num_ranks: int, device_batch_size: int
-) -> BatchPlan:
+def make_nanochat_plan(split: Split, *, mask: str, seq_len: int, num_ranks: int, device_batch_size: int) -> BatchPlan:
     """Plan the first epoch in nanochat's order: its midtraining loader (mask="ignore") or its sft loader ("apply").
 
-    Raises PlanError for a split too small for one step, and for a document of more than T + 1 tokens where the mask is
-    applied (nanochat cuts when it renders: build with max_tokens).
+    Raises PlanError for a split too small for one step, for a mask that nanochat does not have, and for a document of
+    more than T + 1 tokens where the mask is applied (nanochat cuts when it renders: build with max_tokens).
     """
+    mask = mask_use(mask)
+    if mask not in ("ignore", "apply"):
+        raise PlanError(f"order nanochat has the masks ignore and apply, not {mask}; leave out --order for others")
     step_sequences = num_ranks * device_batch_size
     check_sizes(seq_len, step_sequences)
     if mask == "ignore":

@@ -6,8 +6,8 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal
 
+from chatdata.sequences import MaskUse, Rows
 from chattrain.errors import UnknownStageError
 
 
@@ -16,8 +16,8 @@ class Stage:
     """The policy of one stage. The fields are explained in stages.toml."""
 
     name: str
-    rows: Literal["stream", "pack", "pad"]
-    mask: Literal["ignore", "apply"]
+    rows: Rows
+    mask: MaskUse
     lr_fraction: float
     lr_constant: float
     momentum: tuple[float, float]

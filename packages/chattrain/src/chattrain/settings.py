@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatdata.packing import Long
+from chatdata.sequences import Rows
 from chattrain.errors import ResumeError
-from chattrain.plan import MaskUse, Order, Rows
+from chattrain.plan import Order
 
 Dtype = Literal["float32", "bfloat16"]
 NonFinite = Literal["raise", "skip"]
@@ -34,7 +35,7 @@ class Settings:
     keep_last: int = 2
     eval_every: int | None = None
     rows: Rows | None = None
-    mask: MaskUse | None = None
+    mask: str | None = None  # one of chatdata.sequences.MASK_NAMES
     order: Order = "plan"
     long: Long = "error"
     non_finite: NonFinite = "raise"

@@ -1,0 +1,127 @@
+"""Mask policies: which stored tokens count as supervised, chosen when reading. Nothing is rendered again.
+
+    bos US u UE AS t PS p PE OS o OE t AE US u UE AS t AE     user, assistant, python, output: Start, End
+    1   1  1 1  1  1 1  1 1  1  1 1  1 1  1  1 1  1  1 1      all         every token
+    0   0  0 0  0  1 1  1 1  0  0 0  1 1  0  0 0  0  1 1      supervised  as stored
+    0   0  0 0  0  0 0  0 0  0  0 0  0 0  0  0 0  0  1 1      last-turn   as stored in the last assistant message
+    0   0  0 0  0  0 1  1 1  0  0 0  0 0  0  0 0  0  0 0      tools-only  python parts with their delimiters
+    0   0  0 0  0  1 0  0 0  0  0 0  1 1  0  0 0  0  1 1      no-tools    as stored, without them
+
+assistant_end belongs to its message and to no part: last-turn keeps the last message's, no-tools keeps all, tools-only
+none. So tools-only and no-tools share no token and make up supervised. A policy speaks of the document as it is stored:
+of one cut in the build, the last assistant message that is left, be it without its end; a cut of the trainer comes
+after. Plain text (stage base) has no message and no part: last-turn and tools-only leave nothing of it.
+
+The last three come from the index's spans: 16 bytes of memory per document (last-turn) or python part, read a piece of
+the index at a time with pyarrow. The delimiters' ids would do as well, but every batch would have to scan its documents
+for them, and a sequence that begins inside one also what lies before and behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from chatdata.document import SPAN_ROLES
+from chatdata.errors import PlanError, nearest
+
+if TYPE_CHECKING:
+    from chatdata.shards import Split
+
+MaskPolicy = Literal["supervised", "all", "last-turn", "tools-only", "no-tools"]
+_USER, _PYTHON = SPAN_ROLES.index("user"), SPAN_ROLES.index("python")
+_AT_ONCE = 2**16  # index rows read at a time: smoltalk has 14 spans a document, so 10 MB
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Runs of tokens, ascending, none empty, none overlapping: [starts, stops) of the split, each int64 [n]."""
+
+    starts: np.ndarray
+    stops: np.ndarray
+
+
+def apply_policy(
+    split: Split, policy: MaskPolicy, stored: np.ndarray, starts: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """The mask under a policy, of some runs of tokens of the split, back to back.
+
+    stored: uint8 [counts.sum()], the mask on disk of tokens starts[i] … starts[i] + counts[i] of the split for each i.
+    Returns uint8 of the same shape: `stored` itself for "supervised", else a new array. Raises PlanError for an unknown
+    policy.
+    """
+    if policy not in get_args(MaskPolicy):
+        raise PlanError(f"unknown mask policy {policy!r}{nearest(policy, get_args(MaskPolicy))}")
+    if policy == "supervised":
+        return stored
+    if policy == "all":
+        return np.ones_like(stored)
+    inside = covered(policy_ranges(split, policy), starts, counts)
+    return stored & (~inside if policy == "no-tools" else inside)
+
+
+def policy_ranges(split: Split, policy: MaskPolicy) -> Ranges:
+    """last-turn: the last assistant messages · tools-only, no-tools: the python parts. Read once per split."""
+    kind = "last-turn" if policy == "last-turn" else "python"
+    if kind not in split.ranges:
+        parts = [last_messages(*piece) if kind == "last-turn" else python_parts(*piece) for piece in _pieces(split)]
+        starts, stops = (np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*parts, strict=True))
+        split.ranges[kind] = Ranges(starts, stops)
+    return split.ranges[kind]
+
+
+def last_messages(bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and stops of the last assistant messages: from the end of the last user message that anything follows.
+
+    bounds: int64 [documents + 1], where the documents lie in the split. document: int64 [n], of each span, from 0.
+    spans: int64 [3, n], role, start in the document, length. An empty message has no span, so its own do not tell.
+    """
+    role, start, length = spans
+    ends = bounds[document] + start + length
+    followed = (role == _USER) & (ends < bounds[document + 1])
+    begins = np.full(len(bounds) - 1, -1)
+    np.maximum.at(begins, document[followed], ends[followed])
+    there = begins >= 0
+    return begins[there], bounds[1:][there]
+
+
+def python_parts(bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and stops of the python parts with their delimiters. Arguments as for `last_messages`."""
+    role, start, length = spans
+    chosen = role == _PYTHON
+    starts = (bounds[document] + start)[chosen]
+    return starts, starts + length[chosen]
+
+
+def covered(ranges: Ranges, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Whether tokens starts[i] … starts[i] + counts[i] of the split lie in a range, for each i: bool [counts.sum()]."""
+    first = np.searchsorted(ranges.stops, starts, side="right")
+    last = np.searchsorted(ranges.starts, starts + counts)
+    overlaps = np.where(counts > 0, np.maximum(last - first, 0), 0)
+    of = np.repeat(np.arange(len(starts)), overlaps)
+    which = first[of] + np.arange(len(of)) - (np.cumsum(overlaps) - overlaps)[of]
+    ends = np.cumsum(counts, dtype=np.int64)
+    begin = (ends - counts)[of]  # in the result, of the run each overlap lies in
+    edges = np.zeros((ends[-1] if len(ends) else 0) + 1, np.int8)
+    # ranges do not overlap, so no place is raised or lowered twice
+    edges[begin + np.maximum(ranges.starts[which] - starts[of], 0)] += 1
+    edges[begin + np.minimum(ranges.stops[which] - starts[of], counts[of])] -= 1
+    return np.cumsum(edges[:-1], dtype=np.int8).view(bool)
+
+
+def _pieces(split: Split) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(bounds, document, spans) of some documents at a time, in order; as `last_messages` takes them."""
+    import pyarrow.parquet as pq
+
+    first = 0
+    for number in range(len(split.shards)):
+        with pq.ParquetFile(split.path("index", number)) as file:
+            for batch in file.iter_batches(_AT_ONCE, columns=["spans"]):
+                lists = batch.column("spans")
+                document = np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy(zero_copy_only=False))
+                spans = np.stack([field.to_numpy().astype(np.int64) for field in lists.flatten().flatten()])
+                yield split.offsets[first : first + len(lists) + 1], document, spans
+                first += len(lists)
