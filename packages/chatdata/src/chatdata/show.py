@@ -143,6 +143,8 @@ def build_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) ->
         total = ("all", *totals[:3], share(totals[2], totals[1]), *totals[3:])
         columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
         table(f"\n{split}", columns, rows, total)
+    if "firewall" in report:
+        firewall(report["firewall"], out)
     units, encoder = report["units"], report.get("encoder")
     num_units = units["rendered"] + units["cached"]
     how = f"{report['duration_s']['total']:.1f} s, {units['rendered']:,} of {num_units:,} units rendered"
@@ -153,6 +155,25 @@ def build_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) ->
         if encoder["texts_checked"]:
             how += f", {encoder['texts_checked']:,} of {encoder['texts']:,} also by tiktoken: the same ids"
     console().print(f"\n{how}\n{escape(str(out))}: build {manifest['build_id'][:12]} is complete")
+
+
+def firewall(report: dict[str, Any], out: Path) -> None:
+    """Training rows that hold scored items: a row per task, a column per scored set, and what was not checked."""
+    columns = [name for name, counts in report["checked"].items() if counts["flagged"]]
+    if columns:
+        rows = [(task, *(sets.get(name, 0) for name in columns)) for task, sets in report["rows"].items()]
+        items = [f"{report['checked'][name]['flagged']:,} of {report['checked'][name]['items']:,}" for name in columns]
+        done = "left out" if report["decontaminate"] == "drop" else "kept; leave them out with --decontaminate drop"
+        title = f"\nfirewall: {report['flagged_rows']:,} training rows hold scored items ({done})"
+        table(title, ("rows of", *columns), rows, ("scored items", *items))
+        lines = [f"listed with their rows in {out.name}-firewall.json"]
+    else:
+        num_items = sum(counts["items"] for counts in report["checked"].values())
+        lines = [f"\nfirewall: no training row holds any of {num_items:,} scored items"]
+    for reason in dict.fromkeys(report["not_checked"].values()):
+        names = ", ".join(name for name, why in report["not_checked"].items() if why == reason)
+        lines.append(f"not checked: {names} ({reason})")
+    console().print(escape("\n".join(lines)))
 
 
 def _copies(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
