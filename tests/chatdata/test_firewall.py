@@ -252,12 +252,17 @@ def test_precision_and_recall_on_planted_questions(shared: Path, run, data_dir: 
         truth.append((change, f"mmlu all test row {number}"))
     chats += [multiple_choice(row["question"], row["choices"], LETTERS, "A")["messages"] for row in others]
     _, listed = run(chats, "planted")
-    pairs = {(row["row"], item["item"]) for item in listed["items"] for row in item["rows"] if item["set"] == "mmlu"}
+    pairs = {(r["row"], i["item"]): r["method"] for i in listed["items"] for r in i["rows"] if i["set"] == "mmlu"}
     recall = Counter(change for i, (change, item) in enumerate(truth) if (i, item) in pairs)
-    flagged_rows = {row for row, _ in pairs}
-    wrong = sum(row >= len(chosen) for row in flagged_rows)
-    print(dict(recall), f"{wrong} of {len(others)} others flagged, {len(pairs)} pairs")
+    # 20 of these validation questions are test questions word for word, which nobody planted: not wrong
+    same = {key for key, method in pairs.items() if key[0] >= len(chosen) and method == "exact"}
+    for row, item in same:
+        one, other = others[row - len(chosen)], rows[int(item.split()[-1])]
+        assert normalise(one["question"]) == normalise(other["question"])
+        assert sorted(map(normalise, one["choices"])) == sorted(map(normalise, other["choices"]))
+    alike = {row for row, item in pairs if row >= len(chosen) and (row, item) not in same}
+    print(dict(recall), f"others: {len(same)} the same, {len(alike)} alike, of {len(others)}")
     for change in ("exact", "case and white space", "choices reordered", "punctuation"):
         assert recall[change] >= 99, change
     assert recall["one word in 20 changed"] >= 40 and recall["words in another order"] <= 5
-    assert wrong <= 6
+    assert len(same) >= 15 and len(alike) <= 6

@@ -21,6 +21,8 @@ NUM_WORDS = 8  # of an n-gram of a long text; one changed word in a question of 
 SIZES = (NUM_WORDS, 4, 2, 1)  # a shorter text is looked for by n-grams of the longest of these sizes it has
 CHUNK_TOKENS = 1 << 16  # arrays of this length stay in the processor's cache, twice as fast as 2^20
 STRIDE = {NUM_WORDS: 4}  # n-grams of a long text that are looked for: those at words 0, 4, 8, ...
+MAX_OWNERS = 4  # an n-gram of more texts than this is boilerplate ("which of the following statements about the"),
+# and is passed over in a text that has others: MMLU has 895 questions that share their first 60 words
 FILTER_PLACES = 16  # for each n-gram, or up to 32: 3 to 6 % of other n-grams are looked up in vain
 MAX_WORD_BYTES = 1024  # of a longer word the powers begin again
 _R, _Q = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93  # odd, and no small multiple of each other
@@ -106,7 +108,7 @@ class Ngrams:
 
 @dataclass(frozen=True)
 class Index:
-    """Texts to look for: their n-grams by size, and how many distinct ones each has [num_texts]."""
+    """Texts to look for: their n-grams by size, and how many distinct ones of each are looked for [num_texts]."""
 
     ngrams: dict[int, Ngrams]
     num_ngrams: np.ndarray
@@ -136,6 +138,11 @@ def index_texts(texts: Sequence[str]) -> Index:
             values, owners = hashes[order], text_of_word[order]  # of one n-gram the texts ascend: repeats are together
             fresh = np.append(True, (values[1:] != values[:-1]) | (owners[1:] != owners[:-1]))
             values, owners = values[fresh], owners[fresh]
+            starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
+            num_owners = np.diff(np.append(starts, len(values)))
+            rare = np.repeat(num_owners <= MAX_OWNERS, num_owners)
+            kept = rare | (np.bincount(owners[rare], minlength=len(texts)) == 0)[owners]
+            values, owners = values[kept], owners[kept]
             num_ngrams += np.bincount(owners, minlength=len(texts))
             starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
             there = np.zeros(1 << (len(starts) * FILTER_PLACES).bit_length(), dtype=bool)
@@ -156,7 +163,7 @@ def _ngram_hashes(words: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int
         if size in sizes:
             yield size, words
         size *= 2
-        if size > max(sizes) or len(words) <= size // 2:
+        if size > max(sizes, default=0) or len(words) <= size // 2:
             return
         words = words[: -(size // 2)] + words[size // 2 :] * _Q_POWERS[size // 2]
 
@@ -164,7 +171,7 @@ def _ngram_hashes(words: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int
 def find_texts(
     index: Index, table: WordTable, tokens: np.ndarray, num_tokens: np.ndarray, num_kept: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(document, text, share of the text's distinct n-grams in the document) wherever that is not 0.
+    """(document, text, share of the text's indexed n-grams in the document) wherever that is not 0.
 
     tokens: documents back to back, `num_tokens` of each, of which only the first `num_kept` count.
     """
