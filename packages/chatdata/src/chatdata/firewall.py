@@ -10,11 +10,9 @@ It cannot see a question told in other words or another language, nor an answer 
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +32,10 @@ if TYPE_CHECKING:
 
 FIREWALL_FORMAT, VERSION = "chatdata-firewall", 1
 DECONTAMINATE = ("report", "drop", "off")
+PROMPT_START, PROMPT_END = "Multiple Choice question: ", "\nRespond only with"  # of tasks/multiple_choice.py
 MIN_WORDS, MIN_SHARE = 13, 0.5
 LOOK_SHARE = 0.6  # of the n-grams looked for, every fourth one, from which on the text itself is compared
-MIN_EXACT_WORDS = 6  # of question and choices: "for 1" with choices 1, 2, 3 and 4 is in any long chat
+MIN_EXACT_WORDS = 8  # of question and choices: "−4 + (−3)=" with −7, −1, 1 and 7 is in any chat of sums
 
 
 @dataclass(frozen=True)
@@ -157,17 +156,16 @@ def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
 
 def _parts(question: str, letters: Any) -> tuple[str, ...]:
     """(question, *choices) of a prompt made by tasks.multiple_choice, (prompt,) of any other."""
-    if letters:
-        found = _prompt_pattern(tuple(letters)).fullmatch(question)
-        if found:
-            return found.groups()
-    return (question,)
-
-
-@cache
-def _prompt_pattern(letters: tuple[str, ...]) -> re.Pattern[str]:
-    choices = "".join(rf"\n- (.*?)={re.escape(letter)}" for letter in letters)
-    return re.compile(rf"Multiple Choice question: (.*?){choices}\n\nRespond [^\n]*", re.DOTALL)
+    asked, end, _ = question.removeprefix(PROMPT_START).rpartition(PROMPT_END)
+    if not letters or not end or not question.startswith(PROMPT_START):
+        return (question,)
+    choices: list[str] = []
+    for letter in reversed(letters):  # from the end: three times as fast as a pattern over the whole prompt
+        asked, dash, choice = asked.rpartition("\n- ")
+        if not dash or not choice.rstrip("\n").endswith(f"={letter}"):
+            return (question,)
+        choices.insert(0, choice.rstrip("\n").removesuffix(f"={letter}"))
+    return (asked, *choices)
 
 
 def _find(

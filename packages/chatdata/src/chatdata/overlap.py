@@ -24,7 +24,7 @@ STRIDE = {NUM_WORDS: 4}  # n-grams of a long text that are looked for: those at 
 MAX_OWNERS = 4  # an n-gram of more texts than this is boilerplate ("which of the following statements about the"),
 # and is passed over in a text that has others: MMLU has 895 questions that share their first 60 words
 FILTER_PLACES = 16  # for each n-gram, or up to 32: 3 to 6 % of other n-grams are looked up in vain
-MAX_WORD_BYTES = 1024  # of a longer word the powers begin again
+MAX_WORD_BYTES = 1024  # a power of two; of a longer word the powers begin again
 _R, _Q = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93  # odd, and no small multiple of each other
 _LETTERS, _BREAK_BEFORE, _BREAK_AFTER = 1, 2, 4  # flags of a token
 
@@ -87,7 +87,7 @@ def word_table(tokenizer: Tokenizer) -> WordTable:
 def _hashes(letters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Hash of each of the words that lie back to back in `letters` (uint8); 0 for an empty one."""
     starts = np.cumsum(lengths) - lengths
-    terms = letters * _POWERS[(np.arange(len(letters)) - np.repeat(starts, lengths)) % MAX_WORD_BYTES]
+    terms = letters * _POWERS[(np.arange(len(letters)) - np.repeat(starts, lengths)) & (MAX_WORD_BYTES - 1)]
     hashes = np.zeros(len(lengths), dtype=np.uint64)
     filled = np.flatnonzero(lengths)
     if len(filled):
@@ -220,7 +220,7 @@ def _words(table: WordTable, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray
         num_bytes = table.num_bytes[tokens[places[several]]]
         before = np.cumsum(num_bytes) - num_bytes
         before -= np.maximum.accumulate(np.where(begins[several], before, 0))
-        hashes[several] *= _POWERS[before % MAX_WORD_BYTES]
+        hashes[several] *= _POWERS[before & (MAX_WORD_BYTES - 1)]
         hashes = np.add.reduceat(hashes, starts)
     return hashes, places[starts]
 
