@@ -37,7 +37,7 @@ def test_add_a_task(tmp_path: Path, demo_mid: Path, chatdata: Callable) -> None:
 def test_building(tmp_path: Path, chatdata: Callable) -> None:
     text = (ROOT / "docs" / "building.md").read_text()
     commands = re.findall(r"^    chatdata (.*)$", text, re.M)
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         if "--engine ray" in command:
             continue  # test_units.py builds with Ray

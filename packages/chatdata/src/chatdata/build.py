@@ -12,15 +12,15 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chatdata import shards
+from chatdata import firewall, shards
 from chatdata.cache import find_units, take_unit, units_folder
 from chatdata.contract import Rules, check_documents, raise_defect
 from chatdata.engine import render_units
@@ -58,6 +58,8 @@ class Plan:
     tokenizer: Tokenizer
     splits: dict[str, list[PlannedEntry]]
     limit: int | None
+    tasks: Mapping[str, Task] = field(default_factory=dict)  # all, for the firewall: also those that are only scored
+    locations: Locations = field(default_factory=lambda: Locations(Path()))
 
     @property
     def sources(self) -> list[Source]:
@@ -103,7 +105,7 @@ def make_plan(
         split: [_plan_entry(entry, tasks[entry.task], sources[_source_key(entry)], limit) for entry in entries]
         for split, entries in recipe.splits.items()
     }
-    return Plan(recipe, tokenizer, splits, limit)
+    return Plan(recipe, tokenizer, splits, limit, tasks, locations)
 
 
 def _source_key(entry: Entry) -> Any:
@@ -131,11 +133,14 @@ def build(
     workers: int = 1,
     engine: str = "local",
     encoder: str = "auto",
+    decontaminate: str = "report",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build `plan` into the folder `out` and return its manifest: the same bytes for any workers, engine and encoder.
 
     `out` is untouched until the end, and stays so after any error or interruption; rendered units stay in the cache.
+    decontaminate: "report" lists training documents that hold scored items (firewall.py) beside `out`, "drop" leaves
+    them out as well, "off" does not look for them.
     Raises BuildError if it exists (with `force`: if it is not a build), if another build writes there, or if the disk
     is full. With `workers` over 1 a script needs `if __name__ == "__main__":` around the call.
     """
@@ -149,15 +154,24 @@ def build(
         with partial_folder(out) as partial:
             documents, found = _render(plan, encoder, engine, workers, report, progress)
             seconds["render"] = time.perf_counter() - started
+            findings = firewall.check(plan, documents, found) if decontaminate != "off" else None
+            dropped = findings.documents if findings and decontaminate == "drop" else np.zeros(0, dtype=np.int64)
+            if findings:
+                report["firewall"] = {"decontaminate": decontaminate, **firewall.summary(findings, plan, found)}
+                seconds["firewall"] = time.perf_counter() - started - seconds["render"]
             writing = out
-            splits = _write_splits(plan, documents, found, partial, report, progress)
+            splits = _write_splits(plan, documents, found, dropped, partial, report, progress)
             save_tokenizer(plan.tokenizer, partial / "tokenizer")
-            manifest = _complete_manifest(plan, splits, partial)
+            manifest = _complete_manifest(plan, splits, partial, decontaminate)
             seconds["total"] = time.perf_counter() - started
             shards.write_json(partial / "report.json", _report(report, seconds, manifest))
             shards.write_json(partial / "manifest.json", manifest)
             check_out(out, force)
             publish(partial, out)
+            firewall.firewall_path(out).unlink(missing_ok=True)  # of a build that was replaced
+            if findings:
+                listed = firewall.listing(findings, plan, found, manifest["build_id"])
+                shards.write_json(firewall.firewall_path(out), listed)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             if writing != out:
@@ -266,10 +280,12 @@ def _write_splits(
     plan: Plan,
     store: Documents,
     found: dict[int, tuple[np.ndarray, np.ndarray]],
+    contaminated: np.ndarray,
     partial: Path,
     report: dict[str, Any],
     progress: Progress | None,
 ) -> dict[str, Any]:
+    """Documents that are `contaminated` (numbers) are left out of train."""
     splits = {}
     for split, entries in plan.splits.items():
         ranges = [planned.positions for planned in entries]
@@ -283,8 +299,11 @@ def _write_splits(
             "position": _in_order([np.arange(r.start, r.stop, dtype=np.int32) for r in ranges], order),
             "entry": _in_order([np.full(len(r), i, dtype=np.int16) for i, r in enumerate(ranges)], order),
         }
-        ledger = _ledger(entries, store, table["entry"], chosen)
-        kept = store.drop_reason[chosen] == 0  # documents removed by a policy are removed after the shuffle
+        reasons = store.drop_reason[chosen]
+        if split == "train":
+            reasons[np.isin(chosen, contaminated)] = DROP_REASONS.index("contaminated")
+        ledger = _ledger(entries, store, table["entry"], chosen, reasons)
+        kept = reasons == 0  # documents removed by a policy are removed after the shuffle
         if not kept.any():
             raise BuildError(f"{split}: the recipe's policies drop all {len(kept):,} documents; nothing to write")
         table = {key: values[kept] for key, values in table.items()}
@@ -357,13 +376,12 @@ def _gather(
 
 
 def _ledger(
-    entries: list[PlannedEntry], store: Documents, numbers: np.ndarray, chosen: np.ndarray
+    entries: list[PlannedEntry], store: Documents, numbers: np.ndarray, chosen: np.ndarray, drop_reasons: np.ndarray
 ) -> list[dict[str, Any]]:
     """Per entry: rows read, documents, tokens, supervised, truncated, tokens lost, dropped by reason."""
     ledger = []
     for number, planned in enumerate(entries):
-        documents = chosen[numbers == number]
-        reasons = store.drop_reason[documents]
+        documents, reasons = chosen[numbers == number], drop_reasons[numbers == number]
         kept = documents[reasons == 0]
         tokens, original = (values[kept].sum(dtype=np.int64) for values in (store.num_tokens, store.original_tokens))
         ledger.append(
@@ -385,15 +403,16 @@ def _ledger(
     return ledger
 
 
-def _complete_manifest(plan: Plan, splits: dict[str, Any], partial: Path) -> dict[str, Any]:
+def _complete_manifest(plan: Plan, splits: dict[str, Any], partial: Path, decontaminate: str) -> dict[str, Any]:
     tokenizer = plan.tokenizer
+    dropping = {"decontaminate": "drop"} if decontaminate == "drop" else {}  # a report changes no byte
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     files = {name: shards.file_sha256(partial / "tokenizer" / name) for name in names}
     manifest = {
         "format": shards.FORMAT,
         "version": shards.VERSION,
         "stage": plan.recipe.stage,
-        "recipe": plan.recipe.resolved() | {"limit": plan.limit},
+        "recipe": plan.recipe.resolved() | {"limit": plan.limit} | dropping,
         "sources": [source.describe() for source in plan.sources],
         "tokenizer": {
             "files": files,

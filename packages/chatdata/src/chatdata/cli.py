@@ -66,6 +66,13 @@ cli.add_command(report)
 @click.option(
     "--overflow", type=click.Choice(["keep", "truncate", "drop", "error"]), help="What happens to longer ones."
 )
+@click.option(
+    "--decontaminate",
+    type=click.Choice(["report", "drop", "off"]),
+    default="report",
+    show_default=True,
+    help="Training documents that hold items chateval scores: list them beside OUT, leave them out too, do not look.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -85,6 +92,7 @@ def build(
     limit: int | None,
     max_tokens: int | None,
     overflow: str | None,
+    decontaminate: str,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -136,6 +144,7 @@ def build(
             workers=workers or available_cpus(),
             engine=engine,
             encoder=encoder,
+            decontaminate=decontaminate,
             progress=progress,
         )
     if as_json:

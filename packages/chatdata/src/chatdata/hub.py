@@ -27,6 +27,7 @@ from chatdata.errors import MissingSource, SourceError
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})")
 URL_TIMEOUT = 10  # seconds without an answer; the Hub's own is HF_HUB_ETAG_TIMEOUT, 10 by default
 NOT_AGAIN = 30  # seconds a host that did not answer is not asked again: five missing sources wait once, not five times
+_may_fetch = [True]
 _unreachable: dict[str, tuple[float, str]] = {}  # host → when it may be asked again, and what went wrong
 
 
@@ -60,6 +61,16 @@ def snapshot(repo: str, pattern: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name
 
 
+@contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Inside, what is not in a cache raises MissingSource: no request is made."""
+    _may_fetch.append(False)
+    try:
+        yield
+    finally:
+        _may_fetch.pop()
+
+
 def _ask_hub(repo: str, revision: str) -> None:
     """One request that is not tried again: does the Hub answer, and does it have this? Raises SourceError if not."""
     from huggingface_hub import HfApi, constants
@@ -72,6 +83,8 @@ def _ask_hub(repo: str, revision: str) -> None:
     )
 
     host, not_here = constants.ENDPOINT, f"{repo} is not in the Hub's cache"
+    if not _may_fetch[-1]:
+        raise MissingSource(not_here)
     try:
         _check_reachable(host)
         with _quiet():
@@ -233,6 +246,8 @@ def fetch_url(url: str, instead: str) -> Path:
     path = folder / (Path(urlsplit(url).path).name or "file")
     if path.is_file():
         return path
+    if not _may_fetch[-1]:
+        raise MissingSource(f"{url} is not in the cache; {instead}")
     host = urlsplit(url).netloc
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     folder.mkdir(parents=True, exist_ok=True)

@@ -176,6 +176,15 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
     )
 
 
+def scored_entry(task: Task, name: str) -> Entry:
+    """The rows of the task's scored set `name`, as an entry: what chateval asks, and what the firewall looks for."""
+    assert task.scoring is not None
+    scored = task.scoring.sets[name]
+    options = {key: option.default for key, option in task.options.items()} | dict(scored.options)
+    files = tuple(key for key, option in task.options.items() if option.is_file)
+    return Entry(task.name, scored.split, scored.subset, rows=scored.rows, options=options, file_options=files)
+
+
 def _parse_entries(tables: list[Any], where: str, tasks: Mapping[str, Task]) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     for number, table in enumerate(tables, start=1):

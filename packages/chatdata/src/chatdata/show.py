@@ -147,6 +147,8 @@ def build_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) ->
         columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
         table(f"\n{split}", columns, rows, total)
         tool_calls(report["tool_calls"][split])
+    if "firewall" in report:
+        firewall(report["firewall"], out)
     units, encoder = report["units"], report.get("encoder")
     num_units = units["rendered"] + units["cached"]
     how = f"{report['duration_s']['total']:.1f} s, {units['rendered']:,} of {num_units:,} units rendered"
@@ -172,6 +174,25 @@ def tool_calls(replayed: dict[str, Any]) -> None:
     elif tasks:
         rows = [(task, counts["calls"], *(counts[kind] for kind in kinds)) for task, counts in tasks.items()]
         table("\ntool calls that do not give what is recorded", ("task", "calls", *kinds), rows)
+
+
+def firewall(report: dict[str, Any], out: Path) -> None:
+    """Training rows that hold scored items: a row per task, a column per scored set, and what was not checked."""
+    columns = [name for name, counts in report["checked"].items() if counts["flagged"]]
+    if columns:
+        rows = [(task, *(sets.get(name, 0) for name in columns)) for task, sets in report["rows"].items()]
+        items = [f"{report['checked'][name]['flagged']:,} of {report['checked'][name]['items']:,}" for name in columns]
+        done = "left out" if report["decontaminate"] == "drop" else "kept; leave them out with --decontaminate drop"
+        title = f"\nfirewall: {report['flagged_rows']:,} training rows hold scored items ({done})"
+        table(title, ("rows of", *columns), rows, ("scored items", *items))
+        lines = [f"listed with their rows in {out.name}-firewall.json"]
+    else:
+        num_items = sum(counts["items"] for counts in report["checked"].values())
+        lines = [f"\nfirewall: no training row holds any of {num_items:,} scored items"]
+    for reason in dict.fromkeys(report["not_checked"].values()):
+        names = ", ".join(name for name, why in report["not_checked"].items() if why == reason)
+        lines.append(f"not checked: {names} ({reason})")
+    console().print(escape("\n".join(lines)))
 
 
 def _copies(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:

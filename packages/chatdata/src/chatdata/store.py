@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "original_tokens")
-DROP_REASONS = ("", "overflow", "zero_supervised")  # a document's drop_reason is a place in this tuple; 0 = kept
+# a document's drop_reason is a place in this tuple; 0 = kept
+DROP_REASONS = ("", "overflow", "zero_supervised", "contaminated")
 
 
 class Documents:
@@ -75,6 +76,10 @@ class Documents:
             tokens, mask = self.gather(np.array([document]))
             self.num_supervised[document] = np.count_nonzero(mask)
             self.digests[document] = digests_of(tokens, mask, np.array([num_tokens]))[0]
+
+    def blocks(self) -> Iterator[tuple[int, Columns]]:
+        """(first document, documents) of every run that lies back to back, whole: num_tokens before any cut."""
+        return zip(self._first.tolist(), self._blocks, strict=False)
 
     def gather(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, mask) of the chosen documents back to back."""

@@ -58,6 +58,7 @@ def sampling_options(command: Any) -> Any:
 @click.option("--draws", type=POSITIVE, default=1, show_default=True, help="Answers to each generative question.")
 @sampling_options
 @click.option("--allow-code", is_flag=True, help="Run programs the model writes, in isolation.")
+@click.option("--firewall", type=PATH, help="A build's OUT-firewall.json: score items it was trained on apart.")
 @click.option(
     "--out", type=PATH, help="Results folder, one for each set of tasks (default: scores/<hash of the weights>)."
 )
@@ -86,6 +87,7 @@ def run(**options: Any) -> None:
             sampling=sampling,
             **{key: options[key] for key in ("data_dir", "words", "task_files", "limit", "batch_size", "draws")},
             allow_code=options["allow_code"],
+            firewall=options["firewall"],
         )
         score(subject, settings, ranks, Progress(ranks.is_first))
         if not ranks.is_first:

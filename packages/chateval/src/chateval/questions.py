@@ -15,7 +15,7 @@ import numpy as np
 from chatdata.conversation import parse_conversation
 from chatdata.errors import ChatdataError, MissingSource, TaskError, nearest
 from chatdata.mixture import permutation, select
-from chatdata.recipe import Entry
+from chatdata.recipe import Entry, scored_entry
 from chatdata.render import render_conversation, render_for_completion
 from chatdata.sources import Locations, Source, resolve
 from chatdata.tasks import Scoring, Task, call_task
@@ -97,7 +97,7 @@ def load_questions(
     locations = Locations(Path(), data_dir=data_dir, words=words)
     found, missing = [], []
     for name in dict.fromkeys(names):
-        entry = _entry(name, owners[name])
+        entry = scored_entry(owners[name], name)
         try:
             found.append((name, entry, resolve(entry, owners[name], locations)))
         except MissingSource as error:
@@ -105,14 +105,6 @@ def load_questions(
     if missing:
         raise MissingSource("sources missing: " + " · ".join(missing))
     return [_read(name, owners[name], entry, source, tokenizer, limit) for name, entry, source in found]
-
-
-def _entry(name: str, task: Task) -> Entry:
-    assert task.scoring is not None
-    scored = task.scoring.sets[name]
-    options = {key: option.default for key, option in task.options.items()} | dict(scored.options)
-    files = tuple(key for key, option in task.options.items() if option.is_file)
-    return Entry(task.name, scored.split, scored.subset, rows=scored.rows, options=options, file_options=files)
 
 
 def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokenizer, limit: int | None) -> ScoredTask:

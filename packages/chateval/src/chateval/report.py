@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 REPORT_NAME, PICTURE_NAME = "report.md", "scores.png"
 NO_PICTURE = "No picture: matplotlib is not installed (`pip install 'chateval[plot]'`)."
+FIREWALL_TITLE = "## Items that training documents hold (flagged), and others (clean)"
 # Okabe and Ito's colours, told apart by colour-blind readers; chance has a line of its own form as well
 BAR_COLOUR, CHANCE_COLOUR = "#56B4E9", "#D55E00"
 INCOMPLETE = {"facecolor": "#EEEEEE", "edgecolor": "#AAAAAA", "hatch": "///"}  # pale: whiskers must stand out
@@ -92,8 +93,34 @@ def show_results(results: Results) -> RenderableType:
         )
         for name, task in results.tasks.items()
     ]
-    lines = [*_incomplete_lines(results), chat_core_line(results.chat_core, results.chat_core_missing)]
-    return Group(plain_table(columns, rows), Text(printable("\n".join(lines), keep="\n")))
+    apart = [
+        (
+            name,
+            *(cell for score in sides for cell in (str(score.items), percent(score.accuracy), score_interval(score))),
+        )
+        for name, sides in _firewall_rows(results).items()
+    ]
+    lines = [
+        *_incomplete_lines(results),
+        *_unchecked_line(results),
+        chat_core_line(results.chat_core, results.chat_core_missing),
+    ]
+    tables = [plain_table(columns, rows)]
+    if apart:
+        tables.append(plain_table(("firewall", "clean", "right %", "95 %", "flagged", "right %", "95 %"), apart))
+    return Group(*tables, Text(printable("\n".join(lines), keep="\n")))
+
+
+def _firewall_rows(results: Results) -> dict[str, tuple[Score, Score]]:
+    """(clean, flagged) of the tasks that a firewall file checked."""
+    return {n: (task.clean, task.flagged) for n, task in results.tasks.items() if task.clean and task.flagged}
+
+
+def _unchecked_line(results: Results) -> list[str]:
+    """Which tasks the firewall file says nothing about, if there is one."""
+    checked = _firewall_rows(results)
+    missing = [name for name in results.tasks if name not in checked]
+    return [f"firewall: not checked: {', '.join(missing)}"] if checked and missing else []
 
 
 def _items(task: TaskResult) -> str:
@@ -141,6 +168,8 @@ def markdown_report(run: Mapping[str, Any], results: Results, picture: bool = Fa
     ]
     parts += [f"**{escape_markdown(line)}**" for line in _incomplete_lines(results)]
     parts += [f"![scores]({PICTURE_NAME})" if picture else NO_PICTURE, _score_table(results)]
+    if apart := _firewall_rows(results):
+        parts += [FIREWALL_TITLE, *map(escape_markdown, _unchecked_line(results)), _firewall_table(apart)]
     parts += [_detail_list(name, task) for name, task in results.tasks.items()]
     for name, task in results.tasks.items():
         if task.subjects:
@@ -168,6 +197,16 @@ def _score_table(results: Results) -> str:
             "–" if task.bits_per_byte is None else f"{task.bits_per_byte:.4f}",
         )
         for name, task in results.tasks.items()
+    )
+    return markdown_table(columns, rows)
+
+
+def _firewall_table(apart: Mapping[str, tuple[Score, Score]]) -> str:
+    columns = ("task", "items", "count", "accuracy %", "95 % interval")
+    rows = (
+        (escape_markdown(name), kind, str(score.items), percent(score.accuracy), score_interval(score))
+        for name, sides in apart.items()
+        for kind, score in zip(("clean", "flagged"), sides, strict=True)
     )
     return markdown_table(columns, rows)
 

@@ -57,6 +57,9 @@ class TaskResult:
     expected: int  # items the run is to answer
     unfinished: int  # items with only some of their draws, in no figure
     score: Score
+    # where a firewall file checked the set: items that no training document holds, and those that one holds
+    clean: Score | None
+    flagged: Score | None
     subjects: dict[str, Score]
     flexible: Score | None  # generative: any last number counts, whatever stands around it
     endings: dict[str, int]  # draws by why they ended
@@ -181,7 +184,11 @@ def compute_results(run: Mapping[str, Any], items: Iterable[Item]) -> Results:
     Raises ResultsError for items that the run does not list.
     """
     finished, unfinished = finished_items(run, items)
-    tasks = {name: _task_result(task, finished[name], unfinished[name]) for name, task in run["tasks"].items()}
+    flagged = run.get("firewall", {}).get("flagged", {})
+    tasks = {
+        name: _task_result(task, finished[name], unfinished[name], flagged.get(name))
+        for name, task in run["tasks"].items()
+    }
     # under a limit a task may be complete, but it is not the task that ChatCORE means
     whole = {name for name, task in run["tasks"].items() if task.get("rows", task["items"]) == task["items"]}
     accuracy = {n: t.score.accuracy for n, t in tasks.items() if n in whole and t.complete and t.score.items}
@@ -227,7 +234,10 @@ def finished_items(
     return finished, unfinished
 
 
-def _task_result(task: Mapping[str, Any], items: Mapping[str, list[Item]], unfinished: int) -> TaskResult:
+def _task_result(
+    task: Mapping[str, Any], items: Mapping[str, list[Item]], unfinished: int, flagged: Sequence[str] | None
+) -> TaskResult:
+    """`flagged`: items that training documents hold, None if that is not known."""
     answers = [answer for draws in items.values() for answer in draws]
     by_subject: dict[str, list[bool]] = {}
     for answer in answers:
@@ -237,6 +247,8 @@ def _task_result(task: Mapping[str, Any], items: Mapping[str, list[Item]], unfin
     gold = [(a.gold_nats, a.gold_bytes) for a in answers if a.gold_nats is not None and a.gold_bytes is not None]
     gold_bytes = sum(num_bytes for _, num_bytes in gold)
     draws = task["draws"]
+    held = frozenset(flagged or ())
+    apart = {side: [answer.correct for answer in answers if (answer.item in held) is side] for side in (False, True)}
     return TaskResult(
         scoring=task["scoring"],
         chance=task["chance"],
@@ -244,6 +256,8 @@ def _task_result(task: Mapping[str, Any], items: Mapping[str, list[Item]], unfin
         expected=task["items"],
         unfinished=unfinished,
         score=_score([answer.correct for answer in answers], draws),
+        clean=_score(apart[False], draws) if flagged is not None else None,
+        flagged=_score(apart[True], draws) if flagged is not None else None,
         subjects={subject: _score(by_subject[subject], draws) for subject in sorted(by_subject)},
         flexible=_score([bool(answer.flexible_correct) for answer in answers], draws) if generative else None,
         endings=dict(sorted(Counter(answer.ending for answer in answers).items())),
@@ -276,6 +290,9 @@ def _check_run(run: Any, where: str) -> None:
     if run.get("version") != VERSION:
         raise ResultsError(f"{where}: version {run.get('version')!r}; this chateval reads version {VERSION}")
     _check_fields(run, RUN_FIELDS, where)
+    firewall = run.get("firewall", {"flagged": {}})
+    if not isinstance(firewall, dict) or not isinstance(firewall.get("flagged"), dict):
+        raise ResultsError(f"{where}: firewall is {firewall!r}: it must be an object with `flagged`")
     for name, task in run["tasks"].items():
         if not isinstance(task, Mapping):
             raise ResultsError(f"{where}: task {name} is {task!r}: it must be an object")

@@ -22,11 +22,12 @@ from chatdata.tasks import load_tasks
 from chateval.answers import Unit, answer_letters, answer_programs, answer_texts
 from chateval.checkpoints import Subject
 from chateval.errors import ScoringError, UsageError
+from chateval.firewall import read_firewall
 from chateval.generate import Sampling
 from chateval.items import ITEMS_NAME, append_item, open_items, read_items
 from chateval.progress import Progress
 from chateval.questions import ScoredTask, load_questions, scored_sets
-from chateval.results import RUN_FORMAT, RUN_NAME, VERSION, require_same_run, write_run, write_whole
+from chateval.results import RUN_FORMAT, RUN_NAME, VERSION, read_run, require_same_run, write_run, write_whole
 from chattrain.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
     draws: int = 1
     allow_code: bool = False
+    firewall: Path | None = None
 
 
 def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress) -> None:
@@ -57,7 +59,10 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
     tasks = load_tasks(settings.task_files)
     isolation = _isolation(settings, [name for name, task in scored_sets(tasks).items() if task.scoring.program])  # type: ignore[union-attr]
     scored = load_questions(settings.tasks, tasks, subject.tokenizer, settings.data_dir, settings.words, settings.limit)
-    _begin(settings, describe_run(subject, settings, scored), ranks)
+    run = describe_run(subject, settings, scored)
+    if settings.firewall is not None:
+        run["firewall"] = read_firewall(settings.firewall, run["tasks"])
+    _begin(settings, run, ranks)
     done = {item.key for item in read_items(settings.out)}
     ranks.wait()  # all have read before any writes
     asked = [(task, list(batches_of(task, settings, ranks))) for task in scored]
@@ -126,7 +131,11 @@ def _isolation(settings: Settings, code_tasks: Sequence[str]) -> Isolation | Non
 def _begin(settings: Settings, run: dict[str, Any], ranks: Ranks) -> None:
     require_same_run(settings.out, run)  # on every rank: all refuse, rather than one while the others wait for it
     ranks.wait()
-    if ranks.is_first and not (settings.out / RUN_NAME).is_file():
+    # a firewall file changes no answer: a folder that is there, even a finished one, takes it on
+    if ranks.is_first and (
+        not (settings.out / RUN_NAME).is_file()
+        or ("firewall" in run and read_run(settings.out).get("firewall") != run["firewall"])
+    ):
         write_run(settings.out, run)
     ranks.wait()
 

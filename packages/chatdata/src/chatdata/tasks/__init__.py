@@ -52,6 +52,7 @@ class Scoring:
     grade: (row, generated text without tool calls) → Grade.
     program: (row, generated text) → a Python program that ends without an error if the answer is right.
     subject_key: the row's key to give figures for separately.
+    word: row → the word it is about. A training row about a scored word is contaminated, whatever it asks.
     """
 
     sets: Mapping[str, ScoredSet]
@@ -59,6 +60,7 @@ class Scoring:
     grade: Callable[[Any, str], Grade] | None = None
     program: Callable[[Any, str], str] | None = None
     subject_key: str | None = None
+    word: Callable[[Any], str] | None = None
 
     def __post_init__(self) -> None:
         if sum(way is not None for way in (self.letters, self.grade, self.program)) != 1:

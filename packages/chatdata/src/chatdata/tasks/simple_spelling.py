@@ -13,13 +13,12 @@ from typing import Any
 
 from chatdata.grading import Grade
 from chatdata.tasks import ScoredSet, Scoring, Task
-from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, read_words, split_words
+from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, shuffled_words, split_words
 
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], str]:
-    words = read_words(options["words"])
-    random.Random(42).shuffle(words)
-    words = split_words(words, options["words"], split, options["holdout"])
+    path = options["words"]
+    words = split_words(shuffled_words(path, path.stat().st_mtime_ns), path, split, options["holdout"])
     return partial(_make_row, words, TEST_SEED_OFFSET if split == "test" else 0)
 
 
@@ -50,7 +49,9 @@ TASK = Task(
     licence="Unlicense",
     splits={"": {"train": 0, "test": 0}},
     generate=generate,
-    scoring=Scoring(sets={"simple_spelling": ScoredSet(rows=256, options={"holdout": True})}, grade=grade),
+    scoring=Scoring(
+        sets={"simple_spelling": ScoredSet(rows=256, options={"holdout": True})}, grade=grade, word=lambda word: word
+    ),
     options=WORD_OPTIONS,
     to_conversation=to_conversation,
 )

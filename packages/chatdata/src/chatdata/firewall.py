@@ -1,0 +1,315 @@
+"""The firewall between training and scoring: which training documents hold items that chateval scores.
+
+A document counts as holding an item
+  exact    if all words of the question are in it in one run and, for multiple choice, all choices near them in any
+           order: white space, case, punctuation, accents and the order of choices make no difference;
+  n-gram   if a question of at least MIN_WORDS words is there in most of its n-grams (MIN_SHARE of them);
+  word     if it is a row about a word (spelling) that is scored.
+It cannot see a question told in other words or another language, nor an answer without its question.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chatdata import hub
+from chatdata.errors import ChatdataError, MissingSource
+from chatdata.overlap import NUM_WORDS, WordTable, find_texts, index_texts, normalise, word_table
+from chatdata.recipe import scored_entry
+from chatdata.sources import Locations, Source, resolve
+from chatdata.store import Documents
+from chatdata.tasks import Task, call_task
+from chatdata.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from chatdata.build import Plan
+
+FIREWALL_FORMAT, VERSION = "chatdata-firewall", 1
+DECONTAMINATE = ("report", "drop", "off")
+PROMPT_START, PROMPT_END = "Multiple Choice question: ", "\nRespond only with"  # of tasks/multiple_choice.py
+MIN_WORDS, MIN_SHARE = 13, 0.5
+LOOK_SHARE = 0.6  # of the n-grams looked for, every fourth one, from which on the text itself is compared
+MIN_EXACT_WORDS = 8  # of question and choices: "−4 + (−3)=" with −7, −1, 1 and 7 is in any chat of sums
+
+
+@dataclass(frozen=True)
+class ScoredItem:
+    """A scored row: `parts` are its question, then its choices if it has any; `word` what a spelling row is about."""
+
+    set: str
+    item: str  # as chateval names it: "mmlu all test row 812"
+    parts: tuple[str, ...]
+    word: str | None
+
+    @property
+    def key_text(self) -> str:
+        """What it is looked for by: the question, or its longest part if that is under NUM_WORDS words."""
+        question = self.parts[0]
+        if len(self.parts) == 1 or len(question.split()) >= NUM_WORDS:
+            return question
+        return max(self.parts, key=lambda part: len(part.split()))
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A training document that holds a scored item. share: of the question's n-grams; 1.0 but for "n-gram"."""
+
+    document: int
+    item: ScoredItem
+    method: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """checked: scored set → its source; not_checked: scored set → why."""
+
+    hits: tuple[Hit, ...]
+    checked: Mapping[str, Source]
+    not_checked: Mapping[str, str]
+    num_items: Mapping[str, int]
+    cpu_s: float
+
+    @property
+    def documents(self) -> np.ndarray:
+        """The flagged ones, ascending (int64)."""
+        return np.unique(np.array([hit.document for hit in self.hits], dtype=np.int64))
+
+
+def firewall_path(out: Path) -> Path:
+    """Where the flagged items of the build `out` are listed: beside it, for a build holds nothing but itself."""
+    return out.with_name(f"{out.name}-firewall.json")
+
+
+def check(plan: Plan, store: Documents, found: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Findings:
+    """Compare the documents of train, as they are cut, with all scored items at hand. Nothing is downloaded.
+
+    found: per source (by id) position → row, and row → document.
+    """
+    started = time.process_time()
+    items, checked, not_checked = scored_items(plan)
+    in_train = np.zeros(len(store.num_tokens), dtype=bool)
+    about_words = np.zeros(len(store.num_tokens), dtype=bool)
+    for planned in plan.splits["train"]:
+        row_at, document_of_row = found[id(planned.source)]
+        documents = document_of_row[row_at[planned.positions.start : planned.positions.stop]]
+        in_train[documents] = True
+        about_words[documents] = _word_of(planned.task) is not None
+    in_train &= store.drop_reason == 0
+    table = word_table(plan.tokenizer)
+    hits = list(_find(plan.tokenizer, table, items, store, in_train & ~about_words))
+    hits += _find_words(plan, table, items, store, found, in_train & about_words)
+    num_items = {name: sum(item.set == name for item in items) for name in checked}
+    return Findings(tuple(hits), checked, not_checked, num_items, time.process_time() - started)
+
+
+def scored_items(plan: Plan) -> tuple[list[ScoredItem], dict[str, Source], dict[str, str]]:
+    """The items of all scored sets at hand, the sets' sources, and why others are not checked."""
+    used = {planned.entry.task for planned in plan.splits["train"]}
+    has_words = any(_word_of(plan.tasks[name]) for name in used)
+    # a recipe's own word list, if the command line names none: the words scored are those of one list
+    lists = (planned.source.option_files.get("words") for planned in plan.splits["train"])
+    words = plan.locations.words or next((str(file.path) for file in lists if file), None)
+    locations = Locations(Path(), data_dir=plan.locations.data_dir, words=words)
+    items: list[ScoredItem] = []
+    checked: dict[str, Source] = {}
+    not_checked: dict[str, str] = {}
+    for task in plan.tasks.values():
+        if task.scoring is None or (task.generate and task.name not in used and _word_of(task) is None):
+            continue
+        for name in task.scoring.sets:
+            if task.generate and task.name not in used and not has_words:
+                not_checked[name] = "the recipe has no rows about words"
+                continue
+            try:
+                with hub.nothing_fetched():
+                    source = resolve(scored_entry(task, name), task, locations)
+                items += _items_of(task, name, source)
+            except MissingSource:
+                not_checked[name] = "not at hand"
+            except ChatdataError as error:
+                not_checked[name] = str(error)
+            else:
+                checked[name] = source
+    return items, checked, not_checked
+
+
+def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
+    assert task.scoring is not None
+    entry, word_of = scored_entry(task, name), task.scoring.word
+    num_rows = source.num_rows if task.generate is None else (entry.rows or 0)
+    items = []
+    for number, row in source.read(np.ones(num_rows, dtype=bool)):
+        messages = call_task(task, task.to_conversation, row)["messages"]
+        question = "\n".join(message["content"] for message in messages if message["role"] == "user")
+        letters = call_task(task, task.scoring.letters, row) if task.scoring.letters else ()
+        word = call_task(task, word_of, row) if word_of else None
+        items.append(ScoredItem(name, f"{entry.label} row {number}", _parts(question, letters), word))
+    return items
+
+
+def _parts(question: str, letters: Any) -> tuple[str, ...]:
+    """(question, *choices) of a prompt made by tasks.multiple_choice, (prompt,) of any other."""
+    asked, end, _ = question.removeprefix(PROMPT_START).rpartition(PROMPT_END)
+    if not letters or not end or not question.startswith(PROMPT_START):
+        return (question,)
+    choices: list[str] = []
+    for letter in reversed(letters):  # from the end: three times as fast as a pattern over the whole prompt
+        asked, dash, choice = asked.rpartition("\n- ")
+        if not dash or not choice.rstrip("\n").endswith(f"={letter}"):
+            return (question,)
+        choices.insert(0, choice.rstrip("\n").removesuffix(f"={letter}"))
+    return (asked, *choices)
+
+
+def _find(
+    tokenizer: Tokenizer, table: WordTable, items: list[ScoredItem], store: Documents, wanted: np.ndarray
+) -> Iterator[Hit]:
+    """Hits of questions among the `wanted` documents (bool)."""
+    texts: dict[int, str] = {}
+    for document, number, share in _candidates(table, [item.key_text for item in items], store, wanted):
+        item, text = items[number], texts.get(document)
+        if text is None:
+            texts.clear()  # candidates come by document
+            text = texts[document] = _normalised(tokenizer, store, document)
+        if _holds(text, item.parts):
+            yield Hit(document, item, "exact", 1.0)
+        elif (share := ngram_share(text, normalise(item.parts[0]))) >= MIN_SHARE:
+            yield Hit(document, item, "n-gram", round(share, 3))
+
+
+def _candidates(
+    table: WordTable, texts: list[str], store: Documents, wanted: np.ndarray
+) -> Iterator[tuple[int, int, float]]:
+    """(document, text, share) worth a closer look, documents ascending."""
+    if not texts or not wanted.any():
+        return
+    index = index_texts(texts)
+    for first, block in store.blocks():
+        part = slice(first, first + len(block.num_tokens))
+        if wanted[part].any():
+            kept = np.where(wanted[part], store.num_tokens[part], 0)
+            documents, numbers, shares = find_texts(index, table, block.tokens, block.num_tokens, kept)
+            close = shares >= LOOK_SHARE
+            columns = documents[close] + first, numbers[close], shares[close]
+            yield from zip(*(column.tolist() for column in columns), strict=True)
+
+
+def _normalised(tokenizer: Tokenizer, store: Documents, document: int) -> str:
+    text = tokenizer.decode(store.gather(np.array([document]))[0].tolist())
+    for name in tokenizer.special_ids:
+        text = text.replace(name, " ")
+    return f" {normalise(text)} "
+
+
+def _holds(text: str, parts: tuple[str, ...]) -> bool:
+    """Whether a normalised text has the question in one run, and close behind it all choices in any order."""
+    question, *choices = (f" {normalise(part)} " for part in parts)
+    if len("".join((question, *choices)).split()) < MIN_EXACT_WORDS and choices:
+        return False
+    reach = 2 * (len(question) + sum(map(len, choices))) + 100  # letters and signs of the choices, a few words between
+    start = text.find(question)
+    while start >= 0:
+        behind = text[start + len(question) - 1 : start + reach]
+        if all(choice in behind for choice in choices if choice.strip()):
+            return True
+        start = text.find(question, start + 1)
+    return False
+
+
+def ngram_share(text: str, question: str) -> float:
+    """Share of the distinct n-grams of a normalised question that a normalised text has; 0 under MIN_WORDS words."""
+    words = question.split()
+    if len(words) < MIN_WORDS:
+        return 0.0
+    ngrams = {" ".join(words[i : i + NUM_WORDS]) for i in range(len(words) - NUM_WORDS + 1)}
+    return sum(f" {ngram} " in text for ngram in ngrams) / len(ngrams)
+
+
+def _word_of(task: Task) -> Any:
+    return task.scoring.word if task.scoring else None
+
+
+def _find_words(
+    plan: Plan,
+    table: WordTable,
+    items: list[ScoredItem],
+    store: Documents,
+    found: Mapping[int, Any],
+    wanted: np.ndarray,
+) -> Iterator[Hit]:
+    """Documents of tasks about words whose word is scored. Rows that hold such a word anywhere are read again."""
+    scored: dict[str, list[ScoredItem]] = {}
+    for item in items:
+        if item.word is not None:
+            scored.setdefault(normalise(item.word), []).append(item)
+    candidates = np.zeros(len(wanted), dtype=bool)
+    for document, _, share in _candidates(table, list(scored), store, wanted):
+        candidates[document] |= share == 1
+    for source in plan.sources:
+        document_of_row = found[id(source)][1]
+        rows = (document_of_row >= 0) & candidates[document_of_row]
+        if rows.any():
+            for row, raw in source.read(rows):
+                word = call_task(source.task, _word_of(source.task), raw)
+                for item in scored.get(normalise(word), ()):
+                    yield Hit(int(document_of_row[row]), item, "word", 1.0)
+
+
+def summary(findings: Findings, plan: Plan, found: Mapping[int, Any]) -> dict[str, Any]:
+    """For report.json: hits (training rows) by task and scored set, flagged items by set, what was not checked."""
+    task_of = _places(findings, plan, found)
+    rows: dict[str, dict[str, set[int]]] = {}
+    for hit in findings.hits:
+        rows.setdefault(task_of[hit.document]["task"], {}).setdefault(hit.item.set, set()).add(hit.document)
+    flagged = {name: len({h.item.item for h in findings.hits if h.item.set == name}) for name in findings.checked}
+    return {
+        "checked": {name: {"items": n, "flagged": flagged[name]} for name, n in findings.num_items.items()},
+        "not_checked": dict(findings.not_checked),
+        "rows": {task: {name: len(found) for name, found in sets.items()} for task, sets in rows.items()},
+        "flagged_rows": len(findings.documents),
+        "cpu_s": round(findings.cpu_s, 3),
+    }
+
+
+def listing(findings: Findings, plan: Plan, found: Mapping[int, Any], build_id: str) -> dict[str, Any]:
+    """For `<OUT>-firewall.json`: every flagged item with its training rows, and which sets were checked."""
+    places = _places(findings, plan, found)
+    items: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for hit in findings.hits:
+        rows = items.setdefault((hit.item.set, hit.item.item), [])
+        rows.append({**places[hit.document], "method": hit.method, "share": hit.share})
+    return {
+        "format": FIREWALL_FORMAT,
+        "version": VERSION,
+        "build_id": build_id,
+        "checked": {
+            name: {"items": findings.num_items[name], "source": source.describe()}
+            for name, source in findings.checked.items()
+        },
+        "not_checked": dict(findings.not_checked),
+        "items": [{"set": name, "item": item, "rows": rows} for (name, item), rows in sorted(items.items())],
+    }
+
+
+def _places(findings: Findings, plan: Plan, found: Mapping[int, Any]) -> dict[int, dict[str, Any]]:
+    """Document → its task, source, file and row in that file, counted from 0."""
+    places = {}
+    for source in plan.sources:
+        document_of_row = found[id(source)][1]
+        for row in np.flatnonzero(np.isin(document_of_row, findings.documents)).tolist():
+            file, first = None, 0
+            for candidate in source.files:
+                if row - first < candidate.num_rows:
+                    file = candidate.name
+                    break
+                first += candidate.num_rows
+            place = {"task": source.task.name, "source": source.name, "file": file, "row": row - first}
+            places[int(document_of_row[row])] = place
+    return places
