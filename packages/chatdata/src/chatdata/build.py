@@ -220,7 +220,7 @@ def _check_cut(plan: Plan, documents: Documents) -> None:
     for first, last in shards.shard_bounds(documents.num_tokens[cut], GATHER_TOKENS):
         part = cut[first:last]
         offsets = np.concatenate([[0], np.cumsum(documents.num_tokens[part], dtype=np.int64)])
-        findings = check_documents(*documents.gather(part), offsets, documents.contract_columns(part), rules)
+        findings = check_documents(*documents.gather(part), offsets, {"truncated": documents.truncated[part]}, rules)
         raise_defect(findings, lambda i, part=part: documents.where(int(part[i])))
 
 

@@ -46,6 +46,8 @@ _MISFIT = re.compile(r"[0-9.,]+|.", re.DOTALL)
 _SIGNED_NUMBER = re.compile(rf"-?(?:{_NUMBER})")
 _STRING = r"'([^'\\\n\r\0]*)'|\"([^\"\\\n\r\0]*)\""
 _COUNT = re.compile(rf" *(?:{_STRING})\.count\((?:{_STRING})\) *")
+_PLAIN = re.compile(r"([0-9]{1,8})([-+*/])([0-9]{1,8})")  # every result stays far below _LIMIT
+_PLAIN_SUMS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _SUMS = {"+": operator.add, "-": operator.sub}
 _PRODUCTS = {"*": operator.mul, "/": operator.truediv, "//": operator.floordiv}
 _SMALLEST, _LIMIT = Decimal("1e-18"), Decimal("1e18")  # of results but 0, either sign; GSM8K's largest: 2,920,000,000
@@ -61,6 +63,12 @@ def calculate(expression: str) -> str:
     """
     if len(expression) > MAX_CHARACTERS:
         raise CalculatorError(f"an expression has at most {MAX_CHARACTERS} characters, not {len(expression)}")
+    if match := _PLAIN.fullmatch(expression):  # two thirds of GSM8K's calls, in a tenth of the time
+        left, right = int(match[1]), int(match[3])
+        if match[2] != "/":
+            return str(_PLAIN_SUMS[match[2]](left, right))
+        if right and left % right == 0:
+            return str(left // right)
     if match := _COUNT.fullmatch(expression):
         text, counted = (group for group in match.groups() if group is not None)
         return str(text.count(counted))

@@ -192,7 +192,9 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
     lengths = np.diff(to_numpy(column.offsets, np.dtype("i8" if pa.types.is_large_list(kind) else "i4"))).astype(
         np.int64
     )
-    codes = np.array([_MESSAGE_ROLES.get(name, 9) for name in role.to_pylist()], dtype=np.uint8)
+    roles = role.dictionary_encode()  # three strings, and a number for each message
+    code_of = np.array([_MESSAGE_ROLES.get(name, 9) for name in roles.dictionary.to_pylist()], dtype=np.uint8)
+    codes = code_of[to_numpy(roles.indices, np.dtype("i4"))]
     first = np.cumsum(lengths) - lengths
     if not len(lengths) or lengths.min() == 0:
         return None

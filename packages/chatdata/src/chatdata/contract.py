@@ -94,13 +94,14 @@ def check_documents(
     """Everything wrong with the documents of one shard, one Finding per kind; [] if they keep the contract.
 
     tokens: unsigned integers [num_tokens]. mask: uint8 [num_tokens]. offsets: int64 [documents + 1], rising from 0 to
-    num_tokens. index: num_tokens, num_supervised, num_turns, num_tool_calls, original_tokens, truncated and num_spans,
-    each [documents]; span_role, span_start and span_length, each [sum of num_spans]; and, where it is to be checked,
-    digest, uint8 [documents, 16].
+    num_tokens. index: truncated [documents]; and, where they are to be checked, num_tokens, num_supervised, num_turns,
+    num_tool_calls and original_tokens, each [documents]; num_spans [documents] with span_role, span_start and
+    span_length, each [sum of num_spans]; digest, uint8 [documents, 16].
     progress is called with the tokens done. Of several faults of one kind in one document, the first is reported.
     """
     merged: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
-    first_spans = np.concatenate([[0], np.cumsum(index["num_spans"], dtype=np.int64)])
+    num_spans = index.get("num_spans", np.zeros(len(offsets) - 1, dtype=np.int64))
+    first_spans = np.concatenate([[0], np.cumsum(num_spans, dtype=np.int64)])
     for first, last in shard_bounds(np.diff(offsets), PIECE_TOKENS):
         begin, end = int(offsets[first]), int(offsets[last])
         spans = slice(int(first_spans[first]), int(first_spans[last]))
@@ -138,8 +139,10 @@ def _check_piece(
         broken[finding.documents] = True
         yield finding
     yield from _check_mask(walk, mask, offsets, broken, rules)
-    yield from _check_counts(walk, mask, offsets, index, truncated, rules)
-    yield from _check_spans(walk, index, broken, rules)
+    if "num_tokens" in index:
+        yield from _check_counts(walk, mask, offsets, index, truncated, rules)
+    if "num_spans" in index:
+        yield from _check_spans(walk, index, broken, rules)
     if "digest" in index:
         yield from _whole("index", "digest differs from tokens and mask", _digests_differ(tokens, mask, offsets, index))
 

@@ -130,16 +130,6 @@ class Documents:
         spans["length"] = np.minimum(spans["length"], np.maximum(left, 0))
         return spans[kept], np.bincount(document[kept], minlength=len(chosen))
 
-    def contract_columns(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """What contract.check_documents wants to know of the chosen documents, but for digests, which are made of the
-        same arrays here."""
-        spans, num_spans = self.spans(chosen)
-        return {
-            **{name: getattr(self, name)[chosen] for name in (*INDEX_COUNTS, "truncated")},
-            **{f"span_{name}": spans[name] for name in SPAN_DTYPE.names or ()},
-            "num_spans": num_spans,
-        }
-
     def mismatches(self, chosen: np.ndarray) -> list[tuple[int, Mismatch]]:
         """(place in `chosen`, mismatch) of every tool call that does not give what is recorded behind it."""
         texts: dict[int, list[str]] = {}  # few documents have any

@@ -155,7 +155,11 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
                         columns = render(pieces)
                     except ChatdataError as error:
                         _raise_for_row(render, pieces, source, rows[done:], error)
-                    findings = check_documents(*_contract_arrays(columns), rules)
+                    offsets = np.concatenate([[0], np.cumsum(columns.num_tokens)])
+                    whole = {
+                        "truncated": np.zeros(len(pieces), dtype=bool)
+                    }  # counts and spans are made of the same arrays
+                    findings = check_documents(columns.tokens, columns.mask, offsets, whole, rules)
                     raise_defect(findings, lambda i, rows=rows[done:]: source.where(int(rows[i])))
                     writer.write_batch(_to_batch(columns))
                     done += len(pieces)
@@ -166,15 +170,6 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
     finally:
         partial.unlink(missing_ok=True)
     return Rendered(path, num_texts, num_checked)
-
-
-def _contract_arrays(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """What contract.check_documents takes, for whole documents; without digests, which were just made."""
-    offsets = np.concatenate([[0], np.cumsum(columns.num_tokens)])
-    index = {name: getattr(columns, name) for name in ("num_tokens", "num_supervised", "num_turns", "num_tool_calls")}
-    index |= {f"span_{name}": columns.spans[name] for name in SPAN_DTYPE.names or ()}
-    index |= {"num_spans": columns.num_spans, "original_tokens": columns.num_tokens}
-    return columns.tokens, columns.mask, offsets, index | {"truncated": np.zeros(len(columns.num_tokens), dtype=bool)}
 
 
 def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
