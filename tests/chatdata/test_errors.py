@@ -300,7 +300,7 @@ def test_output_folder_exists(tmp_path: Path, chatdata: Callable) -> None:
     assert result.stderr == f"Error: {out}: already exists; choose another --out, or --force to replace a build\n"
     assert chatdata("build", "--stage", "sft", "--demo", "--limit", 20, "--out", out, "--force").returncode == 0
     assert (out / "manifest.json").read_bytes() != before
-    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out-firewall.json"]
     mine = tmp_path / "thesis"
     mine.mkdir()
     (mine / "chapter1.tex").write_text("precious")
@@ -358,7 +358,7 @@ def test_killed_then_built_again(tmp_path: Path, chatdata: Callable) -> None:
     assert os.listdir(tmp_path) == [".out.partial"]
     result = chatdata(*DEMO, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out-firewall.json"]
     assert len(open_build(tmp_path / "out")["train"]) > 0
 
 

@@ -147,7 +147,12 @@ def _ledger(
                 "supervised": int(store.num_supervised[kept].sum(dtype=np.int64)),
                 "truncated": int(store.truncated[kept].sum()),
                 "tokens_lost": int(original - tokens),
-                "dropped": {reason: int((reasons == i).sum()) for i, reason in enumerate(DROP_REASONS) if i},
+                "dropped": {
+                    reason: num_dropped
+                    for i, reason in enumerate(DROP_REASONS)
+                    # builds that do not drop contaminated documents have no such line, as before there was a firewall
+                    if i and ((num_dropped := int((reasons == i).sum())) or reason != "contaminated")
+                },
             }
         )
     return ledger
