@@ -18,6 +18,7 @@ import tokenizers
 import chatdata as library
 from chatdata import shards
 from chatdata.build import build, make_plan
+from chatdata.manifest import build_id_of
 from chatdata.recipe import load_recipe
 from chatdata.sources import Locations
 from chatdata.tasks import load_tasks
@@ -177,7 +178,7 @@ def shard_file(manifest: dict, kind: str) -> dict:
 def rewrite(out: Path, change: Callable[[dict], object]) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     change(manifest)
-    shards.write_json(out / "manifest.json", manifest | {"build_id": shards.build_id_of(manifest)})
+    shards.write_json(out / "manifest.json", manifest | {"build_id": build_id_of(manifest)})
 
 
 def flip(file: Path) -> None:

@@ -14,6 +14,7 @@ import chatdata
 from chatdata import shards
 from chatdata.build import build, make_plan
 from chatdata.errors import FormatError
+from chatdata.manifest import build_id_of
 from chatdata.recipe import load_recipe
 from chatdata.sources import Locations
 from chatdata.tasks import load_tasks
@@ -125,7 +126,7 @@ def test_ids_are_checked_before_the_cast(tmp_path: Path) -> None:
 
 def change_manifest(build: chatdata.Build, **changes: object) -> None:
     manifest = {**build.manifest, **changes}
-    manifest["build_id"] = shards.build_id_of(manifest)
+    manifest["build_id"] = build_id_of(manifest)
     shards.write_json(build.path / "manifest.json", manifest)
 
 

@@ -22,7 +22,7 @@ from chatdata.contract import Rules, check_documents
 from chatdata.document import Document
 from chatdata.errors import MissingSource, RecipeError
 from chatdata.index import index_arrays
-from chatdata.manifest import manifest_problems
+from chatdata.manifest import build_id_of, manifest_problems
 from chatdata.recipe import load_recipe
 from chatdata.rerender import choose, verify_semantic
 from chatdata.sources import Locations
@@ -113,7 +113,7 @@ def sign(built: Path, change: Callable[[dict[str, Any]], None] = lambda manifest
             for record in shard["files"].values():
                 content = (built / name / record["file"]).read_bytes()
                 record |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    manifest["build_id"] = shards.build_id_of(manifest)
+    manifest["build_id"] = build_id_of(manifest)
     shards.write_json(built / "manifest.json", manifest)
 
 
@@ -280,7 +280,7 @@ def test_nothing_leaves_the_folder(built: Path) -> None:
 
     manifest = json.loads((built / "manifest.json").read_text())
     rename(manifest)
-    manifest["build_id"] = shards.build_id_of(manifest)
+    manifest["build_id"] = build_id_of(manifest)
     shards.write_json(built / "manifest.json", manifest)
     problems = verify_full(built)
     assert any("'../train'" in problem and problem.startswith(f"{built}/manifest.json: splits") for problem in problems)
@@ -457,7 +457,7 @@ def test_no_manifest_crashes_quick(demo_mid: Path, tmp_path: Path, data: st.Data
     else:
         del parent[key]
     with contextlib.suppress(UnicodeEncodeError):
-        manifest["build_id"] = shards.build_id_of(manifest) if "build_id" in manifest else "x"
+        manifest["build_id"] = build_id_of(manifest) if "build_id" in manifest else "x"
     (folder / "manifest.json").write_text(json.dumps(manifest))
     problems = verify_quick(folder)
     assert all(problem.startswith(str(folder)) and "\n" not in problem for problem in problems)

@@ -543,7 +543,8 @@ def test_sft_goes_on_from_mid_and_exports(builds: dict[str, Path], tmp_path: Pat
     other = write_build(tmp_path / "wide", "sft")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["tokenizer"]["canary_sha256"] = "0" * 64
-    from chatdata.shards import build_id_of, write_json
+    from chatdata.manifest import build_id_of
+    from chatdata.shards import write_json
 
     manifest["build_id"] = build_id_of(manifest)
     write_json(other / "manifest.json", manifest)

@@ -26,6 +26,7 @@ from chatdata.cache import find_units, remove_abandoned, take_unit, units_folder
 from chatdata.contract import Rules, check_documents, raise_defect
 from chatdata.engine import render_units
 from chatdata.errors import BuildError, MissingSource, RecipeError
+from chatdata.manifest import FORMAT, VERSION, build_id_of
 from chatdata.mixture import permutation, select
 from chatdata.progress import Progress
 from chatdata.publish import check_out, partial_folder, publish
@@ -283,8 +284,8 @@ def _complete_manifest(plan: Plan, splits: dict[str, Any], partial: Path, decont
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     files = {name: shards.file_sha256(partial / "tokenizer" / name) for name in names}
     manifest = {
-        "format": shards.FORMAT,
-        "version": shards.VERSION,
+        "format": FORMAT,
+        "version": VERSION,
         "stage": plan.recipe.stage,
         "recipe": plan.recipe.resolved() | {"limit": plan.limit} | dropping,
         "sources": [source.describe() for source in plan.sources],
@@ -298,7 +299,7 @@ def _complete_manifest(plan: Plan, splits: dict[str, Any], partial: Path, decont
         "mask": MASK_MEANING,
         "splits": splits,
     }
-    return {**manifest, "build_id": shards.build_id_of(manifest)}
+    return {**manifest, "build_id": build_id_of(manifest)}
 
 
 def _report(report: dict[str, Any], seconds: dict[str, float], manifest: dict[str, Any]) -> dict[str, Any]:

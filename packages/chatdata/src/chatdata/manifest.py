@@ -1,4 +1,5 @@
-"""What a manifest of format version 1 looks like: every key, its type and its range (docs/format.md).
+"""The manifest: read, its build_id, and what one of format version 1 looks like: every key, its type and its range
+(docs/format.md).
 
 A manifest may come from anywhere. After `manifest_problems` found nothing, every number fits int64, every file name
 is the one the format gives it, so that no path leaves the build, and no list or table is missing.
@@ -6,12 +7,17 @@ is the one the format gives it, so that no path leaves the build, and no list or
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from chatdata.shards import KINDS, file_name
+from chatdata.errors import FormatError
 from chatdata.tokenizer import MAX_UINT16_VOCAB, SPECIAL_TOKENS
 
+FORMAT, VERSION = "chatdata", 1
+KINDS = ("tokens", "mask", "offsets", "index")  # files of a shard
 MAX_COUNT = 2**53  # exact as a float as well; a build of this size is 16 petabytes
 _COUNT = range(MAX_COUNT)
 _SHA256 = "sha256"  # stands for a string of 64 hexadecimal digits
@@ -55,6 +61,54 @@ _MANIFEST = {
         str: {**dict.fromkeys(("documents", "tokens", "supervised"), _COUNT), "shards": [_SHARD], "entries": [_ENTRY]}
     },
 }
+
+
+def file_name(kind: str, number: int) -> str:
+    return f"{kind}-{number:05d}.{'parquet' if kind == 'index' else 'npy'}"
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling for one value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def build_id_of(manifest: dict[str, Any]) -> str:
+    """SHA-256 over everything in the manifest but the id itself."""
+    return hashlib.sha256(canonical_json({k: v for k, v in manifest.items() if k != "build_id"})).hexdigest()
+
+
+def parse_manifest(folder: Path) -> Any:
+    """The manifest of a build as it stands there, of our format and version and with its own build_id, but not checked
+    any further. Raises FormatError."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        absent = "not a folder" if folder.exists() else "no such folder"
+        what = "an unfinished build or no build" if folder.is_dir() else absent
+        raise FormatError(f"{folder}: {what} (no manifest.json)")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise FormatError(f"{path}: format {manifest['format']!r}, not {FORMAT!r}")
+        if manifest["version"] != VERSION:
+            raise FormatError(
+                f"{path}: format version {manifest['version']}; this chatdata reads version {VERSION}: "
+                "build it again, or read it with the chatdata that wrote it"
+            )
+        if build_id_of(manifest) != manifest["build_id"]:
+            raise FormatError(f"{path}: does not match its build_id: the manifest was changed after the build")
+    except FormatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # 5,000 digits, 1,000 brackets
+        raise FormatError(f"{path}: damaged: {type(error).__name__} {str(error).splitlines()[0]}") from None
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a build. Raises FormatError if there is none, it is damaged, or its version is unknown."""
+    manifest = parse_manifest(folder)
+    for problem in manifest_problems(manifest):
+        raise FormatError(f"{folder / 'manifest.json'}: {problem}")
+    return manifest
 
 
 def manifest_problems(manifest: Any) -> list[str]:

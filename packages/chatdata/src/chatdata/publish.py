@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chatdata.disk import sync
 from chatdata.errors import BuildError, ChatdataError
-from chatdata.shards import read_manifest
+from chatdata.manifest import read_manifest
 
 MARK = ".chatdata-build"  # in a partial folder from its first moment on, so that no other folder is ever cleared
 OUR_NAMES = {"manifest.json", "report.json", "tokenizer", "train", "val", MARK}

@@ -26,6 +26,7 @@ import numpy as np
 from chatdata.disk import write_whole
 from chatdata.document import Document
 from chatdata.errors import FormatError
+from chatdata.manifest import KINDS, file_name, read_manifest
 from chatdata.masks import apply_policy
 
 if TYPE_CHECKING:
@@ -36,14 +37,8 @@ if TYPE_CHECKING:
     from chatdata.masks import MaskPolicy, Ranges
     from chatdata.tokenizer import Tokenizer
 
-FORMAT, VERSION = "chatdata", 1
 MAX_SHARD_TOKENS = 2**27  # 256 MiB of uint16 tokens: few files, and a shard still copies in seconds
 INDEX_ROWS = 1 << 17  # in a row group of the index: its spans take about 30 MB while it is made
-KINDS = ("tokens", "mask", "offsets", "index")
-
-
-def file_name(kind: str, number: int) -> str:
-    return f"{kind}-{number:05d}.{'parquet' if kind == 'index' else 'npy'}"
 
 
 def index_schema() -> pa.Schema:
@@ -190,55 +185,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def canonical_json(value: Any) -> bytes:
-    """One spelling for one value: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-
-
-def build_id_of(manifest: dict[str, Any]) -> str:
-    """SHA-256 over everything in the manifest but the id itself."""
-    return hashlib.sha256(canonical_json({k: v for k, v in manifest.items() if k != "build_id"})).hexdigest()
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a file of sorted keys, whole or not at all."""
     write_whole(path, (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode())
-
-
-def parse_manifest(folder: Path) -> Any:
-    """The manifest of a build as it stands there, of our format and version and with its own build_id, but not checked
-    any further. Raises FormatError."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        absent = "not a folder" if folder.exists() else "no such folder"
-        what = "an unfinished build or no build" if folder.is_dir() else absent
-        raise FormatError(f"{folder}: {what} (no manifest.json)")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise FormatError(f"{path}: format {manifest['format']!r}, not {FORMAT!r}")
-        if manifest["version"] != VERSION:
-            raise FormatError(
-                f"{path}: format version {manifest['version']}; this chatdata reads version {VERSION}: "
-                "build it again, or read it with the chatdata that wrote it"
-            )
-        if build_id_of(manifest) != manifest["build_id"]:
-            raise FormatError(f"{path}: does not match its build_id: the manifest was changed after the build")
-    except FormatError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # 5,000 digits, 1,000 brackets
-        raise FormatError(f"{path}: damaged: {type(error).__name__} {str(error).splitlines()[0]}") from None
-    return manifest
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a build. Raises FormatError if there is none, it is damaged, or its version is unknown."""
-    from chatdata.manifest import manifest_problems
-
-    manifest = parse_manifest(folder)
-    for problem in manifest_problems(manifest):
-        raise FormatError(f"{folder / 'manifest.json'}: {problem}")
-    return manifest
 
 
 def open_build(path: str | Path) -> Build:

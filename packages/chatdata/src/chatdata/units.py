@@ -32,7 +32,8 @@ from chatdata.contract import Rules, check_documents, raise_defect
 from chatdata.conversation import check_surrogates
 from chatdata.errors import ChatdataError, SourceError
 from chatdata.files import SEGMENT_BYTES, Rows, forget_readers, records_of
-from chatdata.shards import canonical_json, file_sha256
+from chatdata.manifest import canonical_json
+from chatdata.shards import file_sha256
 from chatdata.sources import Source
 from chatdata.tasks import call_task
 from chatdata.tokenizer import Tokenizer

@@ -21,10 +21,10 @@ from chatdata.arrow import values_of
 from chatdata.contract import WHOLE_DOCUMENT, Finding, Rules, check_documents
 from chatdata.errors import ChatdataError, FormatError
 from chatdata.index import index_arrays, read_index
-from chatdata.manifest import manifest_problems
+from chatdata.manifest import KINDS, manifest_problems, parse_manifest
 from chatdata.progress import Progress
 from chatdata.publish import MARK
-from chatdata.shards import KINDS, Build, Split, file_sha256, parse_manifest
+from chatdata.shards import Build, Split, file_sha256
 
 SHOWN_PER_KIND = 10  # problems of one kind named one by one; the rest is counted
 HEADER_BYTES = 128

@@ -103,7 +103,7 @@ def cli(debug: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train on a build. SIGTERM and SIGINT save and exit 0."""
-    from chatdata.shards import read_manifest
+    from chatdata.manifest import read_manifest
     from chattrain.distributed import join_ranks
     from chattrain.settings import Settings
 
