@@ -7,11 +7,14 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 import chatdata as library
+from chatdata.build import build
+from chatdata.errors import UsageError
 from chatdata.tasks.words import is_test_word
 from chatdata.tokenizer import Tokenizer
 from chatdata.tokenizer_files import save_tokenizer
@@ -304,3 +307,10 @@ def test_the_demo_tokenizer_is_the_same_for_every_stage_and_limit(
     assert chatdata("build", "--stage", "sft", "--demo", "--limit", 5, "--out", tmp_path / "sft").returncode == 0
     name = "tokenizer/tokenizer.json"
     assert (tmp_path / "sft" / name).read_bytes() == (demo_mid / name).read_bytes()
+
+
+@pytest.mark.parametrize("option", [{"engine": "rya"}, {"decontaminate": "dorp"}])
+def test_an_unknown_word_as_option_is_refused(option: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'rya': give one of local, ray|'dorp': give one of report, drop, off"):
+        build(cast(Any, None), tmp_path / "out", **cast(Any, option))
+    assert not list(tmp_path.iterdir())

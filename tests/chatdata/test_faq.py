@@ -50,7 +50,7 @@ def test_an_error_says_what_the_page_says(
         else:
             subprocess.run(command, shell=True, cwd=folder, check=True)
     result = command_line(commands[-1], folder)
-    said = result.stderr.replace(str(folder), "/home/me").splitlines()
+    said = result.stderr.replace(str(folder), "…").splitlines()
     assert said[-len(expected) :] == expected and expected, said
     assert "Traceback" not in result.stderr
     assert result.returncode == EXIT_CODES.get(title, 1)

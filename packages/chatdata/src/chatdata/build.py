@@ -24,8 +24,8 @@ import numpy as np
 from chatdata import firewall, shards
 from chatdata.cache import find_units, remove_abandoned, take_unit, units_folder
 from chatdata.contract import Rules, check_documents, raise_defect
-from chatdata.engine import render_units
-from chatdata.errors import BuildError, MissingSource, RecipeError
+from chatdata.engine import ENGINES, render_units
+from chatdata.errors import BuildError, MissingSource, RecipeError, UsageError
 from chatdata.manifest import FORMAT, VERSION, build_id_of
 from chatdata.mixture import permutation, select
 from chatdata.progress import Progress
@@ -138,10 +138,14 @@ def build(
     `out` is untouched until the end, and stays so after any error or interruption; rendered units stay in the cache.
     decontaminate: "report" lists training documents that hold scored items (firewall.py) beside `out`, "drop" leaves
     them out as well, "off" does not look for them.
-    Raises BuildError if it exists (with `force`: if it is not a build), if another build writes there, if a policy
-    of the recipe is "error" or leaves nothing, or if the disk is full; EncoderError, and the named error of the first
-    row that cannot be rendered. With `workers` over 1 a script needs `if __name__ == "__main__":` around the call.
+    Raises UsageError for an unknown engine, encoder or `decontaminate`; BuildError if `out` exists (with `force`: if it
+    is not a build), if another build writes there, if a policy of the recipe is "error" or leaves nothing, or if the
+    disk is full; EncoderError, and the named error of the first row that cannot be rendered. With `workers` over 1 a
+    script needs `if __name__ == "__main__":` around the call.
     """
+    for value, known in ((engine, ENGINES), (decontaminate, firewall.CHOICES)):
+        if value not in known:
+            raise UsageError(f"{value!r}: give one of {', '.join(known)}")
     out = out.resolve()  # through links: the folder they lead to is written, not the link
     check_out(out, force)
     started = time.perf_counter()

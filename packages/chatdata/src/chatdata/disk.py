@@ -5,6 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from chatdata.errors import UsageError
+
+
+def check_file(out: Path) -> None:
+    """Raise UsageError if `out` is a folder or would lie in none."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; name a file")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}")
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file to a hidden name beside `path`, sync it, rename it. Raises OSError."""

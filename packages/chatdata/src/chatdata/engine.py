@@ -25,6 +25,7 @@ from chatdata.units import Rendered, Renderer, Unit, render_unit
 BYTES_PER_WORKER = 8 << 20
 # by the fork server, once for all workers; what is not installed is passed over
 PRELOADED = ["chatdata.units", "pyarrow.parquet", "tiktoken", "gigatoken", "fastokens"]
+ENGINES = ("local", "ray")
 OnRows = Callable[[Unit, int], None]  # some rows of a unit were rendered
 OnUnit = Callable[[Unit, Rendered], None]  # a unit was finished
 

@@ -35,6 +35,7 @@ from chatdata.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from chatdata.build import Plan
 
+CHOICES = ("report", "drop", "off")  # of --decontaminate
 FIREWALL_FORMAT, VERSION = "chatdata-firewall", 1
 MIN_WORDS, MIN_SHARE = 13, 0.5
 LOOK_SHARE = 0.6  # of the n-grams looked for, every fourth one, from which on the text itself is compared

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from chatdata.command import naming
 from chatdata.conversation import Conversation, Role
-from chatdata.disk import write_whole
+from chatdata.disk import check_file, write_whole
 from chatdata.errors import BuildError, PersonaError, UsageError
 from chatdata.persona import SENTENCE_ENDS, Persona
 from chatdata.recipe import read_toml
@@ -106,10 +106,7 @@ def check_out(out: Path, force: bool) -> None:
     """Raise UsageError or BuildError if `out` may not be written: a folder, in none, not JSONL, or there already."""
     if out.suffix != ".jsonl":
         raise UsageError(f"--out {out}: name a file that ends in .jsonl, as `chatdata build --identity` reads it")
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; name a file")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.parent}")
+    check_file(out)
     if not force and (out.exists() or out.is_symlink()):
         raise BuildError(f"{out}: already exists; choose another --out, or --force to replace it")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatdata.command import naming
-from chatdata.disk import write_whole
+from chatdata.disk import check_file, write_whole
 from chatdata.errors import FormatError, UsageError
 from chatdata.shards import Build, open_build
 from chatdata.verify import verify_quick
@@ -54,10 +54,7 @@ def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
     out = out or default_out(path)
     if out.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--out {out} is inside the build, where every file is accounted for; choose another folder")
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; name a file")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.parent}")
+    check_file(out)
     build, problems = open_build(path), verify_quick(path)
     if problems:
         raise FormatError(f"{problems[0]}; a damaged build is not reported on (see `chatdata verify`)")
