@@ -11,13 +11,13 @@ import errno
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,8 @@ from chatdata.units import Rendered, Renderer, Unit, cut_units, read_unit
 
 MAX_ENTRIES = 2**15  # the index numbers entries in int16
 MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,17 @@ def build(
     writing = units_folder()
     try:
         with partial_folder(out) as partial:
-            documents, row_maps = _render(plan, encoder, engine, workers, report, progress)
+
+            def prepare() -> firewall.Scored | None:
+                nonlocal writing
+                writing = out
+                save_tokenizer(plan.tokenizer, partial / "tokenizer")
+                writing = units_folder()
+                return firewall.read_scored(plan) if decontaminate != "off" else None
+
+            documents, row_maps, scored = _render(plan, encoder, engine, workers, report, progress, prepare)
             seconds["render"] = time.perf_counter() - started
-            findings = firewall.check(plan, documents, row_maps, workers) if decontaminate != "off" else None
+            findings = firewall.check(plan, scored, documents, row_maps, workers) if scored else None
             dropped = findings.documents if findings and decontaminate == "drop" else np.zeros(0, dtype=np.int64)
             if findings:
                 report["firewall"] = {"decontaminate": decontaminate, **firewall.summary(findings)}
@@ -164,7 +174,6 @@ def build(
             writing = out
             with ThreadPoolExecutor(1) if workers > 1 else nullcontext() as threads:
                 splits = write_splits(plan, documents, row_maps, dropped, partial, report, progress, threads)
-            save_tokenizer(plan.tokenizer, partial / "tokenizer")
             manifest = _complete_manifest(plan, splits, partial, decontaminate)
             seconds["total"] = time.perf_counter() - started
             shards.write_json(partial / "report.json", _report(report, seconds, manifest))
@@ -190,9 +199,16 @@ def build(
 
 
 def _render(
-    plan: Plan, encoder: str, engine: str, workers: int, report: dict[str, Any], progress: Progress | None
-) -> tuple[Documents, dict[Source, RowMap]]:
-    """All documents of the plan, rendered where the cache does not have them yet, and where rows are among them."""
+    plan: Plan,
+    encoder: str,
+    engine: str,
+    workers: int,
+    report: dict[str, Any],
+    progress: Progress | None,
+    prepare: Callable[[], _T],
+) -> tuple[Documents, dict[Source, RowMap], _T]:
+    """All documents of the plan, rendered where the cache does not have them yet, where rows are among them, and what
+    `prepare` returned, which this process calls while others start."""
     renderer = Renderer(tuple(plan.sources), plan.tokenizer, encoder, units_folder())
     units: list[Unit] = []
     row_maps: dict[Source, RowMap] = {}
@@ -209,7 +225,7 @@ def _render(
         num_documents += int(wanted.sum())
         row_maps[source] = RowMap(row_at, document_of)
         units += cut_units(renderer, number, wanted)
-    paths = _render_missing(renderer, units, engine, workers, report, progress)
+    paths, prepared = _render_missing(renderer, units, engine, workers, report, progress, prepare)
     blocks = [block for unit in units for block in read_unit(paths[unit.key], plan.tokenizer.dtype)]
 
     def where(document: int) -> str:
@@ -221,7 +237,7 @@ def _render(
 
     documents = Documents(blocks, plan.recipe, where)
     _check_cut(plan, documents)
-    return documents, row_maps
+    return documents, row_maps, prepared
 
 
 def _check_cut(plan: Plan, documents: Documents) -> None:
@@ -243,8 +259,9 @@ def _render_missing(
     workers: int,
     report: dict[str, Any],
     progress: Progress | None,
-) -> dict[str, Path]:
-    """key → path of every unit; those that the cache lacks, or has damaged, are rendered."""
+    prepare: Callable[[], _T],
+) -> tuple[dict[str, Path], _T]:
+    """key → path of every unit, and what `prepare` returned; what the cache lacks, or has damaged, is rendered."""
     totals = [0] * len(renderer.sources)
     for unit in units:
         totals[unit.source] += unit.num_rows
@@ -274,12 +291,11 @@ def _render_missing(
 
     damaged = len(there) - len(paths)
     report["units"] = {"rendered": len(missing), "cached": len(paths), "damaged": damaged}
+    prepared = render_units(renderer, missing, engine, workers, on_rows, on_unit, prepare)
     if missing:
-        report["encoder"] = {"name": renderer.encoder.name, "version": renderer.encoder.version}
-        render_units(renderer, missing, engine, workers, on_rows, on_unit)
-        report["encoder"] |= checked
+        report["encoder"] = {"name": renderer.encoder.name, "version": renderer.encoder.version, **checked}
         renderer.forget()
-    return paths
+    return paths, prepared
 
 
 def _complete_manifest(plan: Plan, splits: dict[str, Any], partial: Path, decontaminate: str) -> dict[str, Any]:

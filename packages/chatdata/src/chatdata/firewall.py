@@ -24,7 +24,7 @@ from chatdata import hub
 from chatdata.columns import Columns
 from chatdata.conversation import parse_conversation
 from chatdata.errors import ChatdataError, MissingSource
-from chatdata.overlap import NUM_WORDS, WordTable, find_texts, index_texts, normalise, word_table
+from chatdata.overlap import NUM_WORDS, Index, WordTable, find_texts, index_texts, normalise, word_table
 from chatdata.recipe import scored_entry
 from chatdata.sources import Locations, Source, resolve
 from chatdata.store import Documents, RowMap
@@ -58,6 +58,19 @@ class ScoredItem:
         if len(self.parts) == 1 or len(question.split()) >= NUM_WORDS:
             return question
         return max(self.parts, key=lambda part: len(part.split()))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is looked for: all items, an index over their `key_text`, the tokenizer's words, and where the items are
+    from. checked: scored set → its source; not_checked: scored set → why; cpu_s: what finding this out took."""
+
+    items: list[ScoredItem]
+    index: Index
+    table: WordTable
+    checked: Mapping[str, Source]
+    not_checked: Mapping[str, str]
+    cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -95,10 +108,11 @@ def firewall_path(out: Path) -> Path:
     return out.with_name(f"{out.name}-firewall.json")
 
 
-def check(plan: Plan, store: Documents, row_maps: Mapping[Source, RowMap], num_threads: int) -> Findings:
-    """Compare the documents of train, as they are cut, with all scored items at hand. Nothing is downloaded."""
+def check(
+    plan: Plan, scored: Scored, store: Documents, row_maps: Mapping[Source, RowMap], num_threads: int
+) -> Findings:
+    """Compare the documents of train, as they are cut, with what is `scored`."""
     started = time.process_time()
-    items, checked, not_checked = scored_items(plan)
     in_train = np.zeros(len(store.num_tokens), dtype=bool)
     about_words = np.zeros(len(store.num_tokens), dtype=bool)
     for planned in plan.splits["train"]:
@@ -107,13 +121,23 @@ def check(plan: Plan, store: Documents, row_maps: Mapping[Source, RowMap], num_t
         in_train[documents] = True
         about_words[documents] = _word_of(planned.task) is not None
     in_train &= store.drop_reason == 0
-    table = word_table(plan.tokenizer)
     with ThreadPoolExecutor(num_threads) as threads:
-        hits = list(_find(plan.tokenizer, table, items, store, in_train & ~about_words, threads))
-        hits += _find_words(table, items, store, row_maps, in_train & about_words, threads)
-    num_items = {name: sum(item.set == name for item in items) for name in checked}
+        hits = list(_find(plan.tokenizer, scored, store, in_train & ~about_words, threads))
+        hits += _find_words(scored, store, row_maps, in_train & about_words, threads)
+    num_items = {name: sum(item.set == name for item in scored.items) for name in scored.checked}
     places = _places({hit.document for hit in hits}, row_maps)
-    return Findings(tuple(hits), places, checked, not_checked, num_items, time.process_time() - started)
+    cpu_s = scored.cpu_s + time.process_time() - started
+    return Findings(tuple(hits), places, scored.checked, scored.not_checked, num_items, cpu_s)
+
+
+def read_scored(plan: Plan) -> Scored:
+    """What chateval scores, as far as it is at hand: nothing is downloaded. A second, whatever the build: it is
+    known before anything is rendered, so it can be read beside that."""
+    started = time.thread_time()
+    items, checked, not_checked = scored_items(plan)
+    index = index_texts([item.key_text for item in items])
+    table = word_table(plan.tokenizer)
+    return Scored(items, index, table, checked, not_checked, time.thread_time() - started)
 
 
 def scored_items(plan: Plan) -> tuple[list[ScoredItem], dict[str, Source], dict[str, str]]:
@@ -166,17 +190,12 @@ def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
 
 
 def _find(
-    tokenizer: Tokenizer,
-    table: WordTable,
-    items: list[ScoredItem],
-    store: Documents,
-    wanted: np.ndarray,
-    threads: Executor,
+    tokenizer: Tokenizer, scored: Scored, store: Documents, wanted: np.ndarray, threads: Executor
 ) -> Iterator[Hit]:
     """Hits of questions among the `wanted` documents (bool)."""
     texts: dict[int, str] = {}
-    for document, number, _ in _candidates(table, [item.key_text for item in items], store, wanted, threads):
-        item, text = items[number], texts.get(document)
+    for document, number, _ in _candidates(scored.table, scored.index, store, wanted, threads):
+        item, text = scored.items[number], texts.get(document)
         if text is None:
             texts.clear()  # candidates come by document
             text = texts[document] = _normalised(tokenizer, store, document)
@@ -187,12 +206,11 @@ def _find(
 
 
 def _candidates(
-    table: WordTable, texts: list[str], store: Documents, wanted: np.ndarray, threads: Executor
+    table: WordTable, index: Index, store: Documents, wanted: np.ndarray, threads: Executor
 ) -> Iterator[tuple[int, int, float]]:
     """(document, text, share) worth a closer look, documents ascending."""
-    if not texts or not wanted.any():
+    if not index.ngrams or not wanted.any():
         return
-    index = index_texts(texts)
 
     def find(place: tuple[int, Columns]) -> tuple[np.ndarray, ...]:
         first, block = place
@@ -243,27 +261,22 @@ def _word_of(task: Task) -> Any:
 
 
 def _find_words(
-    table: WordTable,
-    items: list[ScoredItem],
-    store: Documents,
-    row_maps: Mapping[Source, RowMap],
-    wanted: np.ndarray,
-    threads: Executor,
+    scored: Scored, store: Documents, row_maps: Mapping[Source, RowMap], wanted: np.ndarray, threads: Executor
 ) -> Iterator[Hit]:
     """Documents of tasks about words whose word is scored. Rows that hold such a word anywhere are read again."""
-    scored: dict[str, list[ScoredItem]] = {}
-    for item in items:
+    words: dict[str, list[ScoredItem]] = {}
+    for item in scored.items:
         if item.word is not None:
-            scored.setdefault(normalise(item.word), []).append(item)
+            words.setdefault(normalise(item.word), []).append(item)
     candidates = np.zeros(len(wanted), dtype=bool)
-    for document, _, share in _candidates(table, list(scored), store, wanted, threads):
+    for document, _, share in _candidates(scored.table, index_texts(list(words)), store, wanted, threads):
         candidates[document] |= share == 1
     for source, row_map in row_maps.items():
         rows = (row_map.document_of >= 0) & candidates[row_map.document_of]
         if rows.any():
             for row, raw in source.read(rows):
                 word = call_task(source.task, _word_of(source.task), raw)
-                for item in scored.get(normalise(word), ()):
+                for item in words.get(normalise(word), ()):
                     yield Hit(int(row_map.document_of[row]), item, "word", 1.0)
 
 

@@ -35,8 +35,8 @@ _TO_BYTE = {char: byte for byte, char in _TO_CHAR.items()}
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: the same bytes for the same tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {token: _to_text(token) for token in tokenizer.ranks}
-    vocab = {texts[token]: rank for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
+    ranks = tokenizer.ranks
+    vocab = {_to_text(token): ranks[token] for token in sorted(ranks, key=ranks.__getitem__)}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -48,7 +48,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         # tiktoken looks a whole piece up before it merges; so must tokenizers
         "ignore_merges": True,
         "vocab": vocab,
-        "merges": [[texts[left], texts[right]] for left, right in _merges(tokenizer.ranks)],
+        "merges": _merges(vocab),
     }
     added = [
         {
@@ -92,17 +92,13 @@ def chat_template() -> str:
     return resources.files("chatdata").joinpath("chat_template.jinja").read_text(encoding="utf-8")
 
 
-def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Pairs in merge order. tiktoken joins *any* two neighbours whose bytes are a token, so every split of a token
-    into two tokens is a merge, not only the one it was trained with."""
+def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Pairs in merge order, of a vocabulary in the order of its ids. tiktoken joins *any* two neighbours whose bytes
+    are a token, so every split of a token into two tokens is a merge, not only the one it was trained with."""
     merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = [
-            (left, right)
-            for i in range(1, len(token))
-            if (left := token[:i]) in ranks and (right := token[i:]) in ranks
-        ]
-        merges.extend(sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])) if len(pairs) > 1 else pairs)
+    for token in vocab:
+        lefts = [left for i in range(1, len(token)) if (left := token[:i]) in vocab and token[i:] in vocab]
+        merges += [(left, token[len(left) :]) for left in sorted(lefts, key=vocab.__getitem__)]
     return merges
 
 
