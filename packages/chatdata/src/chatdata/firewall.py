@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -42,8 +42,7 @@ LOOK_SHARE = 0.6  # of the n-grams looked for, every fourth one, from which on t
 MIN_EXACT_WORDS = 8  # of question and choices: "−4 + (−3)=" with −7, −1, 1 and 7 is in any chat of sums
 
 
-@dataclass(frozen=True)
-class ScoredItem:
+class ScoredItem(NamedTuple):
     """A scored row: `parts` are its question, then its choices if it has any; `word` what a spelling row is about."""
 
     set: str
@@ -55,7 +54,7 @@ class ScoredItem:
     def key_text(self) -> str:
         """What it is looked for by: the question, or its longest part if that is under NUM_WORDS words."""
         question = self.parts[0]
-        if len(self.parts) == 1 or len(question.split()) >= NUM_WORDS:
+        if len(self.parts) == 1 or len(question.split(None, NUM_WORDS)) >= NUM_WORDS:  # no word beyond is looked at
             return question
         return max(self.parts, key=lambda part: len(part.split()))
 

@@ -30,6 +30,7 @@ def question_and_choices(prompt: str, letters: Sequence[str]) -> tuple[str, ...]
     if not letters or not prompt.startswith(_START) or not prompt.endswith(_END):
         return (prompt,)
     question, *options = prompt[len(_START) : -len(_END) - 1].rsplit("\n- ", len(letters))
-    if len(options) != len(letters) or not all(map(str.endswith, options, (f"={letter}" for letter in letters))):
+    endings = [f"={letter}" for letter in letters]
+    if len(options) != len(letters) or not all(map(str.endswith, options, endings)):
         return (prompt,)
-    return question, *(option[: -len(letter) - 1] for option, letter in zip(options, letters, strict=True))
+    return question, *map(str.removesuffix, options, endings)
