@@ -76,7 +76,9 @@ def test_the_wheels_hold_every_file_of_their_package(wheels: dict[str, Path]) ->
         expected = {name for name in expected if "__pycache__" not in name}
         with zipfile.ZipFile(path) as wheel:
             held = {name for name in wheel.namelist() if ".dist-info/" not in name and not name.endswith("/")}
+            licences = [wheel.read(name) for name in wheel.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
         assert held == expected
+        assert licences == [(ROOT / "LICENSE").read_bytes()]
         assert f"{package}/py.typed" in held
     with zipfile.ZipFile(wheels["chatdata"]) as wheel:
         held = set(wheel.namelist())

@@ -92,7 +92,7 @@ def test_a_persona_file(korvo: Persona) -> None:
             'name = "X"\nlanguages = ["English", "english"]',
             'key "languages": "english" stands there twice; leave one out',
         ),
-        ('name = "X"\nfacts = {}', 'key "facts": must be list, not dict {}'),
+        ('name = "X"\nfacts = {}', 'key "facts": must be list, not dict {}; write [[facts]]'),
         (
             'name = "X"\nfacts = ["I am.", 5]',
             'key "facts", fact 2: must be a sentence or a table of question and answer, not 5',

@@ -212,8 +212,15 @@ def _section(title: str, listed: list[dict[str, Any]]) -> list[str]:
 def _value(value: Any) -> str:
     if value is None or value == ABSENT:
         return "none" if value is None else "–"
-    text = f"{value:,}" if type(value) is int else printable(str(value)).replace("\n", "\\n")
+    text = f"{value:,}" if type(value) is int else printable(_toml(value)).replace("\n", "\\n")
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _toml(value: Any) -> str:
+    """A table or a list as a recipe would have it, what is not set left out; anything else by its own words."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items() if inner is not None) + "}"
+    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else str(value)
 
 
 def _document_lines(name: str, found: dict[str, Any]) -> list[str]:

@@ -207,7 +207,9 @@ def _read_jsonl(file: SourceFile, first: int, wanted: np.ndarray) -> Iterator[tu
 
 def _parse_line(file: SourceFile, number: int, line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{file.name} line {number}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
         reason = getattr(error, "msg", str(error)).removesuffix(" at")  # json's words for where it stands
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""

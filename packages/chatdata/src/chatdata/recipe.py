@@ -266,7 +266,8 @@ def check_keys(
         # bool is an int in Python, but `rows = true` is a mistake; 1 is a fine float
         if type(value) not in expected and not (expected == (float,) and type(value) is int):
             names = " or ".join(kind.__name__ for kind in expected)
-            raise wrong(f'{where}, key "{key}": must be {names}, not {type(value).__name__} {value!r}')
+            what = f'{where}, key "{key}": must be {names}, not {type(value).__name__} {value!r}'
+            raise wrong(f"{what}; write [[{key}]]" if type(value) is dict and list in expected else what)
 
 
 def _check_overflow(overflow: str, max_tokens: int | None, where: str) -> None:
