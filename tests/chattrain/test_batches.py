@@ -325,6 +325,8 @@ def test_tokens_of_a_step_are_its_inputs(plan_of_12) -> None:
         num_inputs = (spans.stop - spans.start).sum() - (12 if plan.rows == "stream" else len(spans))
         read = read_step(plan, step)
         assert plan.tokens_per_step[step] == num_inputs == read.num_tokens
+        longest = int((spans.stop - spans.start).max()) - 1
+        assert {batch.inputs.shape[1] for batch in read.batches} == {longest if plan.rows == "pad" else plan.seq_len}
         assert {type(read.num_tokens), type(read.num_targets), type(read.digest)} == {int}  # they are logged as JSON
 
 
@@ -400,7 +402,9 @@ def test_targets_know_their_document(make_split, data) -> None:
     plan = data.draw(splits_and_plans(make_split))
     if plan is None:
         return
-    rows, documents = read_rows(plan, 0, plan.step_sequences), target_documents(plan, 0, plan.step_sequences)
+    first = data.draw(st.integers(0, plan.num_steps - 1)) * plan.step_sequences
+    last = first + plan.step_sequences
+    rows, documents = read_rows(plan, first, last), target_documents(plan, first, last)
     assert documents.shape == rows.targets.shape
     at = rows.targets != IGNORED
     expected = np.searchsorted(plan.split.offsets, rows.targets[at] - 100, side="right") - 1
