@@ -97,6 +97,13 @@ def test_every_position_has_its_own_loss():
         assert abs(plain_loss(x[None], weight, target[None], VOCAB) - loss) <= 1e-12
 
 
+def test_position_losses_of_bf16_hidden_states():
+    hidden, weight, targets = problem(torch.float32, kept=0.5)
+    losses = position_losses(hidden.bfloat16(), weight, targets, VOCAB)
+    assert losses.dtype == torch.float32
+    assert relative(losses, position_losses(hidden, weight, targets, VOCAB)) <= 2e-2
+
+
 def test_logits_are_held_for_as_many_targets_as_asked(monkeypatch):
     hidden, weight, targets = problem(torch.float64, kept=1.0)
     targets.view(-1)[12:] = -100
