@@ -46,7 +46,7 @@ def look_into(*objects):
     texts.update(text for text in gc.get_referents(*objects) if type(text) in (str, bytes))
 frame = sys._getframe()
 while frame:
-    look_into(frame, frame.f_locals, frame.f_globals, frame.f_code.co_consts)
+    look_into(frame, dict(frame.f_locals), frame.f_globals, frame.f_code.co_consts)
     frame = frame.f_back
 look_into(*map(vars, list(sys.modules.values())))
 look_into(*gc.get_objects())

@@ -102,7 +102,7 @@ def test_plain_text(byte_tokenizer: Tokenizer) -> None:
     assert (document.tokens.tolist(), document.mask.tolist()) == ([BOS, A, B], [0, 1, 1])
     assert (document.tokens.dtype, document.mask.dtype) == (np.dtype("<u2"), np.dtype("|u1"))
     assert [tuple(span) for span in document.spans] == [(1, 1, 2)]
-    with pytest.raises(ConversationError, match='^key "text": lone surrogate U\\+D800'):
+    with pytest.raises(ConversationError, match=r'^key "text": lone surrogate U\+D800'):
         render_text(byte_tokenizer, "a\ud800")
     empty = render_text(byte_tokenizer, "")
     assert (empty.tokens.tolist(), empty.spans) == ([BOS], ())
