@@ -113,13 +113,15 @@ def gigatoken_route(tokenizer: Tokenizer) -> EncodeBatch:
 
     def encode_batch(texts: list[str]) -> Ids:
         nonlocal fast, num_bytes
-        apart = _texts_with_long_white_space(texts)
+        apart = set()
         if (data := _join(texts)) is None:
-            apart |= {i for i, text in enumerate(texts) if _MARK_OR_SURROGATE.search(text)}
+            apart = {i for i, text in enumerate(texts) if _MARK_OR_SURROGATE.search(text)}
             data = _join(_without(texts, apart))
             assert data is not None  # all texts with a mark or a surrogate are left out
         buffer = np.frombuffer(data, np.uint8)
         ends = np.flatnonzero(buffer == ord(_END))
+        if np.diff(ends, prepend=-1).max(initial=0) > _LONG:  # a text of that many bytes, its mark counted
+            apart |= _texts_with_long_white_space(texts)
         apart |= {*_texts_with_other_numerals(buffer, ends), *_texts_with_inner_newline_at_end(texts, buffer, ends)}
         cuts = _cuts_between_digits(buffer)
         if len(cuts):
