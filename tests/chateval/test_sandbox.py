@@ -208,12 +208,12 @@ def test_weaker_isolation_is_refused(isolation, tmp_path, monkeypatch):
     (tmp_path / "readable").write_text("")
     with pytest.raises(SandboxError, match="weaker than promised here: AssertionError: / shows"):
         verify(dataclasses.replace(isolation, binds=(*isolation.binds, (str(tmp_path), "/shown"))))
-    rlimits = sandbox._rlimits(Limits())
+    rlimits = sandbox._rlimits(Limits(), isolation.as_root)
     for name, wrong in [("RLIMIT_NPROC", (100, 100)), ("RLIMIT_AS", (2**40, 2**40))]:
         # the first call is the probe's, for what to expect; the second sets the limits
         answers = iter([rlimits, rlimits | {name: wrong}])
         with monkeypatch.context() as patch:
-            patch.setattr(sandbox, "_rlimits", lambda limits, answers=answers: next(answers))
+            patch.setattr(sandbox, "_rlimits", lambda *_, answers=answers: next(answers))
             with pytest.raises(SandboxError, match=f"limit {name} is not in force"):
                 verify(isolation)
     monkeypatch.setattr(sandbox, "build_filter", lambda machine: struct.pack("=HBBI", 6, 0, 0, 0x7FFF0000))
@@ -241,12 +241,15 @@ def test_works_for_an_ordinary_user(isolation, tmp_path):
         shutil.copytree(Path(sandbox.__file__).parent, package / "chateval")
         package.chmod(0o755)
         script = f"import sys\nsys.path.insert(0, {str(package)!r})\nfrom chateval.sandbox import *\n"
-        script += f"print(run_code(find_isolation(), {DOUBLE + TESTS!r}).ending)"
+        script += f"here = find_isolation()\nprint(run_code(here, {DOUBLE + TESTS!r}).ending)\n"
+        # the limit is the program's own here too, for all that has the same user beside it
+        forks = "import os\nos.fork() or os._exit(0)"
+        script += f"print([run_code(here, {forks!r}, limits=Limits(num_processes=n)).ending for n in (1, 2)])"
         drop = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
         result = subprocess.run([*drop, python, "-BIc", script], capture_output=True, text=True, cwd="/")
     finally:
         shutil.rmtree(package)
-    assert (result.stdout, result.stderr) == ("passed\n", "")
+    assert (result.stdout, result.stderr) == ("passed\n['failed', 'passed']\n", "")
 
 
 def test_refusals_name_the_reason(isolation, tmp_path, monkeypatch):

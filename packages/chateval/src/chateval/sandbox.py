@@ -139,7 +139,7 @@ def verify(isolation: Isolation) -> None:
     limits = Limits()
     known = {
         "HOST_FOLDER": str(ROOM.parent),
-        "RLIMITS": _rlimits(limits),
+        "RLIMITS": _rlimits(limits, isolation.as_root),
         "FOLDER_BYTES": limits.folder_bytes,
     }
     program = "".join(f"{name} = {value!r}\n" for name, value in known.items()) + PROBE
@@ -291,15 +291,16 @@ def _settings(isolation: Isolation, limits: Limits, channel: int) -> dict[str, o
         "links": isolation.links,
         "covered": isolation.covered,
         "folder_bytes": limits.folder_bytes,
-        "rlimits": _rlimits(limits),
+        "rlimits": _rlimits(limits, isolation.as_root),
     }
 
 
-def _rlimits(limits: Limits) -> dict[str, tuple[int, int]]:
+def _rlimits(limits: Limits, as_root: bool) -> dict[str, tuple[int, int]]:
     """Soft and hard limits by their names in `resource`."""
+    same_user = 1 if as_root else 2  # process 1; in a user namespace also unshare, which waits for it outside
     values = {
         "RLIMIT_AS": limits.memory_bytes,
-        "RLIMIT_NPROC": limits.num_processes + 1,  # process 1 has the same user
+        "RLIMIT_NPROC": limits.num_processes + same_user,
         "RLIMIT_FSIZE": limits.file_bytes,
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
