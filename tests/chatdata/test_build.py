@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import click
 import numpy as np
 import pytest
 
@@ -307,6 +308,22 @@ def test_the_demo_tokenizer_is_the_same_for_every_stage_and_limit(
     assert chatdata("build", "--stage", "sft", "--demo", "--limit", 5, "--out", tmp_path / "sft").returncode == 0
     name = "tokenizer/tokenizer.json"
     assert (tmp_path / "sft" / name).read_bytes() == (demo_mid / name).read_bytes()
+
+
+def test_the_command_line_offers_what_the_library_takes() -> None:
+    from chatdata import (
+        cli,
+        encoders,
+        engine,
+        firewall,
+    )  # its choices are spelt out there: `--help` imports none of them
+
+    offered = {
+        p.name: tuple(p.type.choices) for p in cli.cli.commands["build"].params if isinstance(p.type, click.Choice)
+    }
+    assert offered["engine"] == engine.ENGINES
+    assert offered["encoder"] == ("auto", *encoders.ENCODERS)
+    assert offered["decontaminate"] == firewall.CHOICES
 
 
 @pytest.mark.parametrize("option", [{"engine": "rya"}, {"decontaminate": "dorp"}])

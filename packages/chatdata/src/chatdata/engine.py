@@ -200,7 +200,7 @@ def _render_remotely(shared: list[Any], unit: Unit) -> Rendered:
 def _start_worker(renderer: Renderer) -> None:
     global _renderer
     _renderer = renderer
-    gc.freeze()
+    gc.freeze()  # as the command does: what it starts with stays
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one stops the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

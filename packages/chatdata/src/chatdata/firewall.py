@@ -133,13 +133,13 @@ def read_scored(plan: Plan) -> Scored:
     """What chateval scores, as far as it is at hand: nothing is downloaded. A second, whatever the build: it is
     known before anything is rendered, so it can be read beside that."""
     started = time.thread_time()
-    items, checked, not_checked = scored_items(plan)
+    items, checked, not_checked = _scored_items(plan)
     index = index_texts([item.key_text for item in items])
     table = word_table(plan.tokenizer)
     return Scored(items, index, table, checked, not_checked, time.thread_time() - started)
 
 
-def scored_items(plan: Plan) -> tuple[list[ScoredItem], dict[str, Source], dict[str, str]]:
+def _scored_items(plan: Plan) -> tuple[list[ScoredItem], dict[str, Source], dict[str, str]]:
     """The items of all scored sets at hand, the sets' sources, and why others are not checked."""
     used = {planned.entry.task for planned in plan.splits["train"]}
     has_words = any(_word_of(plan.tasks[name]) for name in used)
