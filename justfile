@@ -16,7 +16,7 @@ format:
 
 # docs/commands.md, from the commands themselves
 commands:
-    uv run python tests/chatdata/test_docs_commands.py
+    uv run python tests/docs/test_commands.py
 
 # both stages of the demo, no download
 demo-data:

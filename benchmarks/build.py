@@ -41,7 +41,7 @@ from build_sides import (
     add_template_share,
     conversations_in_memory,
     distinct_positions,
-    make_plan,
+    make_build_plan,
 )
 
 SIDES_FILE = Path(__file__).parent / "build_sides.py"
@@ -229,7 +229,7 @@ def main() -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         sys.exit("prctl(PR_SET_CHILD_SUBREAPER) failed: CPU time of workers could not be counted")
 
-    plan = make_plan(arguments)
+    plan = make_build_plan(arguments)
     num_listed = sum(len(planned.positions) for entries in plan.splits.values() for planned in entries)
     num_rows = len(distinct_positions(plan))
     texts = [json.dumps(messages) for messages in conversations_in_memory(plan)]

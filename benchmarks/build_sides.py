@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chatdata.build import Plan
-    from chatdata.sources import Source
+    from chatdata.build.plan import BuildPlan
+    from chatdata.sources.source import Source
 
 RECIPE = Path(__file__).parent.parent / "tests" / "chatdata" / "recipes" / "shared_mid.toml"
 
@@ -50,12 +50,12 @@ def add_template_share(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_plan(arguments: argparse.Namespace) -> Plan:
-    from chatdata import build
+def make_build_plan(arguments: argparse.Namespace) -> BuildPlan:
+    from chatdata.build import run as build
     from chatdata.recipe import load_recipe
-    from chatdata.sources import Locations
+    from chatdata.sources.find import Locations
     from chatdata.tasks import load_tasks
-    from chatdata.tokenizer import load_tokenizer
+    from chatdata.tokenizer.load import load_tokenizer
 
     shared, tasks = arguments.shared, load_tasks()
     recipe = load_recipe(str(arguments.recipe), tasks)
@@ -65,12 +65,12 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         recipe.folder, shared / "hub", shared / "identity_conversations.jsonl", str(shared / "words_alpha.txt")
     )
     tokenizer = load_tokenizer(shared / "tokenizer" / "tokenizer.pkl")
-    return build.make_plan(recipe, tasks, tokenizer, locations, arguments.limit)
+    return build.make_build_plan(recipe, tasks, tokenizer, locations, arguments.limit)
 
 
-def distinct_positions(plan: Plan) -> list[tuple[Source, int]]:
+def distinct_positions(plan: BuildPlan) -> list[tuple[Source, int]]:
     """(source, position) of every row of the mixture in its order, once."""
-    from chatdata.mixture import mixture_order
+    from chatdata.build.mixture import mixture_order
 
     found: dict[tuple[int, int], tuple[Source, int]] = {}
     for split, entries in plan.splits.items():
@@ -82,11 +82,11 @@ def distinct_positions(plan: Plan) -> list[tuple[Source, int]]:
     return list(found.values())
 
 
-def wanted_rows(plan: Plan) -> Iterator[tuple[Source, Any]]:
+def wanted_rows(plan: BuildPlan) -> Iterator[tuple[Source, Any]]:
     """Every source with bool [num_rows]: which of its rows the mixture holds."""
     import numpy as np
 
-    from chatdata.mixture import permutation
+    from chatdata.build.mixture import permutation
 
     for source in plan.sources:
         ranges = [p.positions for entries in plan.splits.values() for p in entries if p.source is source]
@@ -98,7 +98,7 @@ def wanted_rows(plan: Plan) -> Iterator[tuple[Source, Any]]:
         yield source, wanted
 
 
-def conversations_in_memory(plan: Plan) -> list[list[dict[str, Any]]]:
+def conversations_in_memory(plan: BuildPlan) -> list[list[dict[str, Any]]]:
     from chatdata.conversation import parse_conversation
 
     found = []
@@ -108,7 +108,7 @@ def conversations_in_memory(plan: Plan) -> list[list[dict[str, Any]]]:
     return found
 
 
-def plain_render(plan: Plan) -> Callable[[Any], tuple[list[int], list[int]]]:
+def plain_render(plan: BuildPlan) -> Callable[[Any], tuple[list[int], list[int]]]:
     """messages → (ids, mask): the loop everyone writes first (DESIGN 4), text by text, nothing checked."""
     encode, special = plan.tokenizer.encoding.encode_ordinary, plan.tokenizer.special_ids
     bos, user, user_end = special["<|bos|>"], special["<|user_start|>"], special["<|user_end|>"]
@@ -150,7 +150,7 @@ def plain_render(plan: Plan) -> Callable[[Any], tuple[list[int], list[int]]]:
 
 
 def bare_loop(arguments: argparse.Namespace, folder: Path) -> Callable[[], int]:
-    plan = make_plan(arguments)
+    plan = make_build_plan(arguments)
     conversations, render = conversations_in_memory(plan), plain_render(plan)
     return lambda: sum(len(render(messages)[0]) for messages in conversations)
 
@@ -158,7 +158,7 @@ def bare_loop(arguments: argparse.Namespace, folder: Path) -> Callable[[], int]:
 def datasets_loop(arguments: argparse.Namespace, folder: Path) -> Callable[[], int]:
     from datasets import Dataset
 
-    plan = make_plan(arguments)
+    plan = make_build_plan(arguments)
     rows: dict[int, Any] = {}
     for source in plan.sources:
         if source.make_row:
@@ -190,9 +190,9 @@ def chat_template(arguments: argparse.Namespace, folder: Path) -> Callable[[], i
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from chatdata.tokenizer_files import save_tokenizer
+    from chatdata.tokenizer.formats import save_tokenizer
 
-    plan = make_plan(arguments)
+    plan = make_build_plan(arguments)
     save_tokenizer(plan.tokenizer, folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     conversations, render = conversations_in_memory(plan)[:: arguments.template_share], plain_render(plan)
@@ -221,10 +221,10 @@ def chat_template(arguments: argparse.Namespace, folder: Path) -> Callable[[], i
 
 def encoder_alone(arguments: argparse.Namespace, folder: Path) -> Callable[[], int]:
     """Ids of texts only: delimiters are not among its tokens."""
-    from chatdata.encoders import find_encoder
-    from chatdata.units import MAX_CHARS, pieces_of_rows
+    from chatdata.build.units import MAX_CHARS, pieces_of_rows
+    from chatdata.tokenizer.encoders import find_encoder
 
-    plan = make_plan(arguments)
+    plan = make_build_plan(arguments)
     encode = find_encoder("auto", plan.tokenizer).encode_batch
     batches = [
         part.texts

@@ -9,8 +9,8 @@ from functools import cache
 
 import numpy as np
 
-from chateval.report import markdown_table
-from chateval.stats import mcnemar_exact, paired_bootstrap, wilson_interval
+from chateval.results.intervals import mcnemar_exact, paired_bootstrap, wilson_interval
+from chateval.results.report import markdown_table
 
 RATES, SIZES, DISCORDANCE = (0.02, 0.1, 0.25, 0.5, 0.9), (20, 100, 1000), (0.02, 0.1, 0.3, 0.6)
 RUNS, BOOTSTRAP_RUNS, BOOTSTRAP_DRAWS = 100_000, 1000, 1000

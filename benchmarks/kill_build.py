@@ -40,8 +40,8 @@ from build import build_command
 from build_growth import processes_of_session
 from build_sides import add_inputs
 
-from chatdata.publish import MARK
-from chatdata.shards import file_sha256
+from chatdata.build.publish import MARK
+from chatdata.disk import file_sha256
 
 VARIANTS = ([], ["--max-tokens", "256", "--overflow", "truncate"])
 PHASES = ("starting", "rendering", "writing", "publishing")

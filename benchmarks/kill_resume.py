@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 from chattrain.checkpoint import last_checkpoint
-from chattrain.telemetry import read_log
+from chattrain.run.telemetry import read_log
 
 # validating before the first step and after the last: more often, and most kills would fall on validations
 SAVE_EVERY, EVAL_EVERY = 8, 1_000_000

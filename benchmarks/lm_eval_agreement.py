@@ -18,13 +18,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from chatdata.tasks import load_tasks
-from chatdata.tokenizer import load_tokenizer
-from chatdata.tokenizer_files import save_tokenizer
-from chateval.categorical import choose_letters
-from chateval.checkpoints import load_subject
-from chateval.questions import load_questions
-from chattrain.export import export_transformers
+from chatdata.tokenizer.formats import save_tokenizer
+from chatdata.tokenizer.load import load_tokenizer
+from chateval.ask.letters import choose_letters
+from chateval.ask.questions import load_questions
+from chateval.ask.subject import load_subject
 from chattrain.model import parameter_shapes, random_config
+from chattrain.nanochat.export import export_transformers
 
 
 def main() -> None:

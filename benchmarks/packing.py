@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from chatdata.packing import pack
-from chatdata.sequences import document_targets
-from chatdata.shards import open_build
+from chatdata.packing.epoch import document_targets
+from chatdata.packing.layouts import pack
+from chatdata.shards.read import open_build
 
 NUM_DOCUMENTS, SEQ_LEN, RUNS = 850_000, 2048, 5
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from chatdata.tasks import load_tasks
-from chatdata.tokenizer import load_tokenizer
-from chateval.categorical import choose_letters
-from chateval.checkpoints import Subject
-from chateval.generate import Prompt, Sampling, generate
-from chateval.questions import ScoredTask, load_questions
+from chatdata.tokenizer.load import load_tokenizer
+from chateval.ask.generate import Prompt, Sampling, generate
+from chateval.ask.letters import choose_letters
+from chateval.ask.questions import ScoredTask, load_questions
+from chateval.ask.subject import Subject
 from chattrain.model import load_model, parameter_shapes, random_config, softcap
 
 NEW_TOKENS, BATCH = 96, 32

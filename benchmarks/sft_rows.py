@@ -20,20 +20,20 @@ from pathlib import Path
 
 import torch
 
-from chatdata.shards import open_build
-from chattrain.attention import pack_documents
+from chatdata.shards.read import open_build
+from chattrain.attention import pack_sequences
 from chattrain.batches import Batch, read_step
 from chattrain.loss import chunked_loss, plain_loss
 from chattrain.model import GPT, initial_weights, load_model, random_config
-from chattrain.nanochat_order import make_nanochat_plan
+from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import make_optimizers
-from chattrain.plan import BatchPlan, make_plan
+from chattrain.plan import TrainingPlan, make_training_plan
 
 SEQ_LEN = 2048
 
 
 def packed_loss(model: GPT, batch: Batch) -> torch.Tensor:
-    documents = pack_documents(batch.lengths or (), SEQ_LEN)
+    documents = pack_sequences(batch.lengths or (), SEQ_LEN)
     return chunked_loss(model(batch.inputs, documents), model.lm_head.weight, batch.targets, model.config.vocab_size)
 
 
@@ -41,7 +41,9 @@ def padded_loss(model: GPT, batch: Batch) -> torch.Tensor:
     return plain_loss(model(batch.inputs), model.lm_head.weight, batch.targets, model.config.vocab_size)
 
 
-def side(plan: BatchPlan, loss_of: Callable[[GPT, Batch], torch.Tensor], num_steps: int) -> Iterator[tuple[int, float]]:
+def side(
+    plan: TrainingPlan, loss_of: Callable[[GPT, Batch], torch.Tensor], num_steps: int
+) -> Iterator[tuple[int, float]]:
     """(targets, seconds) of `num_steps` steps at a time."""
     vocab_size = plan.split.build.manifest["tokenizer"]["vocab_size"]
     config = random_config("d4", vocab_size, SEQ_LEN)
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     split = open_build(arguments.build)["train"]
-    packed = make_plan(split, rows="pack", mask="apply", seq_len=SEQ_LEN, step_sequences=1)
+    packed = make_training_plan(split, layout="pack", mask="apply", seq_len=SEQ_LEN, step_sequences=1)
     padded = make_nanochat_plan(split, mask="apply", seq_len=SEQ_LEN, num_ranks=1, device_batch_size=4)
     # as many steps of the padded side as have about the same number of targets
     more = round(packed.targets_per_step.mean() / padded.targets_per_step.mean())

@@ -15,7 +15,7 @@ if [ -e "$out" ]; then
 fi
 mkdir -p "$out"
 tasks=demo_math,simple_spelling,spelling_bee,demo_choice
-words=packages/chatdata/src/chatdata/texts/words.txt
+words=packages/chatdata/src/chatdata/demo/words.txt
 
 step() { # print the command and its duration
     local started=$SECONDS

@@ -82,9 +82,9 @@ def test_the_wheels_hold_every_file_of_their_package(wheels: dict[str, Path]) ->
         assert f"{package}/py.typed" in held
     with zipfile.ZipFile(wheels["chatdata"]) as wheel:
         held = set(wheel.namelist())
-    stages = ("base", "mid", "sft", "demo-mid", "demo-sft", "nanochat-2025-12-mid", "nanochat-2025-12-sft")
+    stages = ("base", "mid", "sft", "nanochat-2025-12-mid", "nanochat-2025-12-sft")
     assert held >= {f"chatdata/recipes/{stage}.toml" for stage in stages}
-    assert held >= {"chatdata/chat_template.jinja", "chatdata/texts/words.txt", "chatdata/texts/persona.toml"}
+    assert held >= {"chatdata/tokenizer/chat_template.jinja", "chatdata/demo/demo-mid.toml", "chatdata/demo/words.txt"}
 
 
 def test_the_metadata_says_what_is_needed(wheels: dict[str, Path]) -> None:

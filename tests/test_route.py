@@ -19,28 +19,28 @@ import numpy as np
 import pytest
 import torch
 
-from chatdata.build import build as run_build
-from chatdata.build import make_plan
-from chatdata.packing import pack, stream
+from chatdata.build.plan import make_build_plan
+from chatdata.build.run import build as run_build
+from chatdata.packing.epoch import document_targets
+from chatdata.packing.layouts import pack, stream
 from chatdata.recipe import load_recipe
-from chatdata.render import render_conversation, render_for_completion
-from chatdata.sequences import document_targets
-from chatdata.shards import Build, Split, open_build
-from chatdata.sources import Locations
+from chatdata.render.specification import render_conversation, render_for_completion
+from chatdata.shards.read import Build, Split, open_build
+from chatdata.sources.find import Locations
 from chatdata.tasks import gsm8k, load_tasks
-from chatdata.tokenizer import SPLIT_PATTERN, Tokenizer, append_special_tokens
-from chateval.answers import Unit, answer_texts
-from chateval.checkpoints import Subject
-from chateval.generate import Sampling
-from chateval.questions import Question
+from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
+from chateval.ask.answers import Draw, answer_texts
+from chateval.ask.generate import Sampling
+from chateval.ask.questions import Question
+from chateval.ask.subject import Subject
 from chattrain.batches import Step, read_step
 from chattrain.checkpoint import save_checkpoint
-from chattrain.distributed import Ranks, StopRequest
 from chattrain.evaluate import bits_per_byte, token_byte_counts
 from chattrain.loop import Job, hidden_states, prepare, train_step
 from chattrain.loss import chunked_loss, position_losses
 from chattrain.model import parameter_shapes, random_config
-from chattrain.settings import Settings
+from chattrain.run.ranks import Ranks, StopRequest
+from chattrain.run.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -91,10 +91,10 @@ class Hop(NamedTuple):
 
 ROUTE = (
     Hop(("tasks/gsm8k.py",), (gsm8k.to_conversation,), "a row becomes a conversation"),
-    Hop(("render.py",), (render_conversation, render_for_completion), "… becomes tokens and mask"),
-    Hop(("build.py",), (make_plan, run_build), "… is built, with others, into a folder"),
-    Hop(("shards.py",), (open_build,), "… lies on disk, and is read back without a copy"),
-    Hop(("packing.py",), (stream, pack), "… is placed in a sequence"),
+    Hop(("render/specification.py",), (render_conversation, render_for_completion), "… becomes tokens and mask"),
+    Hop(("build/plan.py", "build/run.py"), (make_build_plan, run_build), "… is built, with others, into a folder"),
+    Hop(("shards/read.py",), (open_build,), "… lies on disk, and is read back without a copy"),
+    Hop(("packing/layouts.py",), (stream, pack), "… is placed in a sequence"),
     Hop(("batches.py",), (read_step,), "… becomes inputs and targets: the only place that shifts"),
     Hop(
         ("loop.py", "loss.py"),
@@ -134,7 +134,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     )
     tasks = load_tasks()
     recipe = load_recipe(str(folder / "recipe.toml"), tasks)
-    run_build(make_plan(recipe, tasks, tokenizer, Locations(folder)), folder / "build")
+    run_build(make_build_plan(recipe, tasks, tokenizer, Locations(folder)), folder / "build")
     return folder / "build"
 
 
@@ -267,8 +267,8 @@ def test_hop_4_the_build_is_read_back(build: Build, train: Split) -> None:
     known = {"doc": 2, "row": 0, "position": 2, "task": "gsm8k", "entry": 0, "num_tokens": 42, "num_supervised": 21}
     known |= {"num_turns": 2, "num_tool_calls": 1, "original_tokens": 42, "truncated": False}
     assert {key: line[key] for key in known} == known
-    spans = [tuple(span.values()) for span in line["spans"]]  # role (user 0, text 1, python 2, output 3), start, length
-    assert spans == [(0, 1, 16), (1, 18, 8), (2, 26, 5), (3, 31, 3), (1, 34, 7)]
+    reads = [tuple(span.values()) for span in line["spans"]]  # role (user 0, text 1, python 2, output 3), start, length
+    assert reads == [(0, 1, 16), (1, 18, 8), (2, 26, 5), (3, 31, 3), (1, 34, 7)]
     assert build["val"].offsets.tolist() == [0, 42]
     heading(ROUTE[3])
     print(f"    offsets   {train.offsets.tolist()}: the conversation is document 2, tokens 39 … 80")
@@ -287,8 +287,8 @@ def test_hop_5_a_document_is_placed_in_a_sequence(train: Split, job: Callable[[s
     assert packing.lengths.tolist() == [25, 42, 14]
 
     mid, sft = job("mid").plan, job("sft").plan
-    assert (mid.rows, mid.mask, mid.num_steps, mid.targets_per_step.tolist()) == ("stream", "ignore", 1, [80])
-    assert (sft.rows, sft.mask, sft.num_steps, sft.targets_per_step.tolist()) == ("pack", "apply", 1, [40])
+    assert (mid.layout, mid.mask, mid.num_steps, mid.targets_per_step.tolist()) == ("stream", "ignore", 1, [80])
+    assert (sft.layout, sft.mask, sft.num_steps, sft.targets_per_step.tolist()) == ("pack", "apply", 1, [40])
     assert sft.packing.documents.tolist() == packing.documents.tolist()
     heading(ROUTE[4])
     for k in range(5):
@@ -406,7 +406,7 @@ def test_back_to_the_task_file(build: Build, job: Callable[[str], Job]) -> None:
 
     def ask(label: str) -> dict:
         subject = Subject(made.model.eval(), tokenizer, ONE.device, torch.float32, "", label, None)
-        (item,) = answer_texts(subject, load_tasks()["gsm8k"], [Unit(question, 0)], Sampling(max_new_tokens=40))
+        (item,) = answer_texts(subject, load_tasks()["gsm8k"], [Draw(question, 0)], Sampling(max_new_tokens=40))
         verdict = "right" if item["correct"] else "wrong"
         print(f"    {label:16}{item['output']!r}\n{'':20}read as {item['extracted']!r}, gold '21': {verdict}")
         return item

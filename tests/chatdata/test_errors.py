@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from chatdata import open_build
-from chatdata.tokenizer import SPLIT_PATTERN, Tokenizer
-from chatdata.tokenizer_files import save_tokenizer
+from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer
+from chatdata.tokenizer.formats import save_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CONVERSATIONS = 'stage = "mid"\n[[train]]\ntask = "conversations"\npath = "c.jsonl"\n'

@@ -14,17 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 
 import chatdata as library
-from chatdata.cache import take_unit
+from chatdata.build.cache import take_unit
+from chatdata.build.publish import check_out, partial_folder, publish
 from chatdata.errors import BuildError, ConversationError, RecipeError, SourceError, TokenizerError
-from chatdata.hub import check_complete
-from chatdata.publish import check_out, partial_folder, publish
 from chatdata.recipe import load_recipe
-from chatdata.render import render_text
+from chatdata.render.specification import render_text
+from chatdata.sources.hub import check_complete
+from chatdata.sources.training_texts import read_texts
 from chatdata.tasks import load_tasks, spelling_bee
 from chatdata.tasks.words import read_words
-from chatdata.tokenizer import Tokenizer, append_special_tokens, train_tokenizer
-from chatdata.tokenizer_files import read_json, save_tokenizer
-from chatdata.training_texts import read_texts
+from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
+from chatdata.tokenizer.formats import read_json, save_tokenizer
+from chatdata.tokenizer.train import train_tokenizer
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 SPECIALS = append_special_tokens(BYTES)
@@ -136,7 +137,7 @@ def test_an_interruption_while_replacing_brings_the_old_build_back(
 DIE = """
 import os, shutil
 from pathlib import Path
-from chatdata import publish
+from chatdata.build import publish
 place, rename, remove, sync, unlink = {place!r}, Path.rename, publish._remove, publish.sync, Path.unlink
 def dying_sync(path):
     if place == ("synced" if path.name.endswith(".partial") else "renamed"): os._exit(137)
@@ -363,5 +364,5 @@ def test_a_unit_that_may_not_be_read_is_rendered_again(tmp_path: Path, monkeypat
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "key-hash.arrow").touch()
-    monkeypatch.setattr("chatdata.cache.file_sha256", refuse)
+    monkeypatch.setattr("chatdata.build.cache.file_sha256", refuse)
     assert not take_unit(tmp_path / "key-hash.arrow")

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chatdata.build.mixture import mixture_order, permutation, select
 from chatdata.errors import RecipeError
-from chatdata.mixture import mixture_order, permutation, select
-from chatdata.recipe import load_recipe, override, recipe_names
+from chatdata.recipe import load_recipe, override, shipped_recipes
 from chatdata.tasks import load_tasks
 
 TASKS = load_tasks()
@@ -19,7 +19,7 @@ def write(tmp_path: Path, text: str) -> str:
 
 
 def test_all_named_recipes_load() -> None:
-    assert recipe_names() == [
+    assert list(shipped_recipes()) == [
         "base",
         "demo-mid",
         "demo-sft",
@@ -28,7 +28,7 @@ def test_all_named_recipes_load() -> None:
         "nanochat-2025-12-sft",
         "sft",
     ]
-    for name in recipe_names():
+    for name in shipped_recipes():
         recipe = load_recipe(name, TASKS)
         assert recipe.stage in name
         scored = {("mmlu", "test"), ("arc", "test"), ("gsm8k", "test"), ("humaneval", "test")}

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 import chatdata
-from chatdata.tokenizer import Tokenizer, load_tokenizer
-from chateval.checkpoints import Subject
+from chatdata.tokenizer.bpe import Tokenizer
+from chatdata.tokenizer.load import load_tokenizer
+from chateval.ask.subject import Subject
 from chateval.cli import main
 from chateval.errors import SandboxError
-from chateval.sandbox import Isolation, find_isolation
+from chateval.sandbox.isolation import Isolation, find_isolation
 from chattrain.checkpoint import save_checkpoint
 from chattrain.model import ModelConfig, load_model, parameter_shapes, random_config
 
@@ -166,7 +167,7 @@ def chateval(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Comple
 
 @pytest.fixture(scope="session")
 def words() -> Path:
-    return Path(chatdata.__file__).parent / "texts" / "words.txt"
+    return Path(chatdata.__file__).parent / "demo" / "words.txt"
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-import chateval.answers
+import chateval.ask.answers
 from chatdata.errors import MissingSource
 from chatdata.tasks import load_tasks
-from chateval.answers import Unit, answer_programs
+from chateval.ask.answers import Draw, answer_programs
+from chateval.ask.generate import Completion, Sampling
+from chateval.ask.questions import load_questions
 from chateval.errors import UsageError
-from chateval.generate import Completion, Sampling
-from chateval.questions import load_questions
 
 TASKS = "demo_choice,demo_math,simple_spelling,spelling_bee"
 
@@ -308,16 +308,16 @@ def test_the_tasks_are_listed(chateval) -> None:
 def test_programs_are_run_and_graded(shared, random_subject, isolation, monkeypatch) -> None:
     """The canonical solutions of 4 HumanEval rows pass, as bare code and fenced; an empty body does not."""
     (task,) = load_questions(["humaneval"], load_tasks(), random_subject.tokenizer, shared / "data" / "hub", limit=4)
-    units = [Unit(question, 0) for question in task.questions]
+    draws = [Draw(question, 0) for question in task.questions]
 
     def answer_with(text_of_row):
         def generate(subject, prompts, sampling):
-            for number, unit in enumerate(units):
-                tokens = tuple(subject.tokenizer.encode_ordinary(text_of_row(unit.question.row)))
+            for number, draw in enumerate(draws):
+                tokens = tuple(subject.tokenizer.encode_ordinary(text_of_row(draw.question.row)))
                 yield number, Completion(tokens, (False,) * len(tokens), "assistant_end", 0, 0)
 
-        monkeypatch.setattr(chateval.answers, "generate", generate)
-        return list(answer_programs(random_subject, task.task, units, Sampling(), isolation))
+        monkeypatch.setattr(chateval.ask.answers, "generate", generate)
+        return list(answer_programs(random_subject, task.task, draws, Sampling(), isolation))
 
     whole = answer_with(lambda row: row["prompt"] + row["canonical_solution"])
     fenced = answer_with(lambda row: f"Here:\n```python\n{row['prompt']}{row['canonical_solution']}\n```\nDone.")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chatdata.shards import Build, Split, open_build
+from chatdata.shards.read import Build, Split, open_build
 from chattrain.model import ModelConfig, initial_weights, load_model
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from chattrain import attention
-from chattrain.attention import pack_documents
+from chattrain.attention import pack_sequences
 from chattrain.errors import AttentionError, ConfigError
 from chattrain.loss import plain_loss
 from chattrain.model import hidden_one_by_one, load_model
@@ -21,7 +21,7 @@ TOKENS = torch.randint(101, (4, 24), generator=torch.Generator().manual_seed(1))
 
 
 def test_positions_and_lengths():
-    documents = pack_documents([[3, 2], [4]], sequence_len=6)
+    documents = pack_sequences([[3, 2], [4]], sequence_len=6)
     assert documents.lengths == (3, 2, 1, 4, 2)  # what is left of a row is a document of its own
     assert documents.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]]
     assert documents.block_mask is None
@@ -29,7 +29,7 @@ def test_positions_and_lengths():
 
 @pytest.mark.parametrize("form", ["split", "flex"])
 def test_packed_equals_one_by_one(small_model, form):
-    documents = pack_documents(ROWS, 24, form=form)
+    documents = pack_sequences(ROWS, 24, form=form)
     with torch.no_grad():
         expected = small_model.logits(hidden_one_by_one(small_model, TOKENS, documents))
         packed = small_model.logits(small_model(TOKENS, documents))
@@ -47,7 +47,7 @@ def test_positions_that_do_not_restart_are_seen(tiny_config, tiny_weights):
     """Rotary attention depends on distances only, so it takes bf16 tables, where a position has its own rounding, to
     see in the logits that positions restart. With fp32 tables `test_positions_and_lengths` has to see it."""
     model = load_model(tiny_config, tiny_weights)
-    documents = pack_documents([[10, 20, 18]], 48)
+    documents = pack_sequences([[10, 20, 18]], 48)
     tokens = torch.randint(512, (1, 48), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = model.logits(hidden_one_by_one(model, tokens, documents))
@@ -61,13 +61,13 @@ def test_positions_that_do_not_restart_are_seen(tiny_config, tiny_weights):
 def test_any_packing_equals_one_by_one(small_weights, small_config, rows):
     model = load_model(small_config, small_weights)
     tokens = torch.randint(101, (len(rows), 24))
-    documents = pack_documents(rows, 24)
+    documents = pack_sequences(rows, 24)
     with torch.no_grad():
         assert torch.allclose(model(tokens, documents), hidden_one_by_one(model, tokens, documents), atol=1e-5)
 
 
 def test_packed_gradients_equal_one_by_one(small_model):
-    model, documents = small_model.double(), pack_documents(ROWS, 24)
+    model, documents = small_model.double(), pack_sequences(ROWS, 24)
     found = []
     for hidden in (model(TOKENS, documents), hidden_one_by_one(model, TOKENS, documents)):
         model.zero_grad()
@@ -79,16 +79,16 @@ def test_packed_gradients_equal_one_by_one(small_model):
 
 def test_flex_refuses_a_gradient_on_cpu(small_model):
     with pytest.raises(AttentionError, match="no backward on CPU: train with 'split'"):
-        small_model(TOKENS, pack_documents(ROWS, 24, form="flex"))
+        small_model(TOKENS, pack_sequences(ROWS, 24, form="flex"))
 
 
 def test_unknown_form_and_lengths_that_do_not_fit():
     with pytest.raises(AttentionError, match=r"'split' .* or 'flex'"):
-        pack_documents(ROWS, 24, form="dense")
+        pack_sequences(ROWS, 24, form="dense")
     with pytest.raises(ConfigError, match=r"row 1: document lengths \[20, 5\] must be positive and fit 24"):
-        pack_documents([[24], [20, 5]], 24)
+        pack_sequences([[24], [20, 5]], 24)
     with pytest.raises(ConfigError, match="row 0"):
-        pack_documents([[0, 3]], 24)
+        pack_sequences([[0, 3]], 24)
 
 
 @pytest.mark.parametrize("form", ["split", "flex"])
@@ -97,7 +97,7 @@ def test_compiled_once_for_all_batches(small_model, form):
     torch._dynamo.reset()
     compiled = torch.compile(small_model, backend="eager", fullgraph=form == "flex")
     with torch.no_grad():
-        batches = [pack_documents(rows, 24, form=form) for rows in (ROWS, ROWS[::-1], [[24], [1, 23], [2], [3, 3]])]
+        batches = [pack_sequences(rows, 24, form=form) for rows in (ROWS, ROWS[::-1], [[24], [1, 23], [2], [3, 3]])]
         assert torch.allclose(compiled(TOKENS, batches[0]), small_model(TOKENS, batches[0]), atol=1e-6)
         with torch._dynamo.config.patch(error_on_recompile=True):
             for documents in batches[1:]:

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 import chattrain.batches
 from chatdata.errors import PlanError
-from chattrain.attention import pack_documents
+from chattrain.attention import pack_sequences
 from chattrain.batches import IGNORED, digest_text, read_ahead, read_rows, read_step, target_documents
-from chattrain.nanochat_order import make_nanochat_plan
-from chattrain.plan import BatchPlan, make_plan
-from chattrain.spans import documents_of_step
+from chattrain.nanochat.order import make_nanochat_plan
+from chattrain.plan import TrainingPlan, make_training_plan
+from chattrain.reads import reads_of_step
 
 PAD = 9  # conftest's <|assistant_end|>
 # a, b and c hold the padding id as a token of their own: what is padding is known by position
@@ -32,11 +32,11 @@ MASKS = [[0, 0, 1, 1], [0, 0, 1, 0, 1, 1], [0, 1, 1]]
 CUTS = [(1, 3), (2, 3), (4, 3), (3, 1), (1, 12), (12, 1)]
 
 
-def plan_of(split, rows="pack", mask="apply", seq_len=6, step_sequences=1, **more) -> BatchPlan:
-    return make_plan(split, rows=rows, mask=mask, seq_len=seq_len, step_sequences=step_sequences, **more)
+def plan_of(split, layout="pack", mask="apply", seq_len=6, step_sequences=1, **more) -> TrainingPlan:
+    return make_training_plan(split, layout=layout, mask=mask, seq_len=seq_len, step_sequences=step_sequences, **more)
 
 
-def whole(plan: BatchPlan, step: int, num_ranks: int = 1, batch: int | None = None):
+def whole(plan: TrainingPlan, step: int, num_ranks: int = 1, batch: int | None = None):
     """The step of all ranks and micro-batches put together: inputs, targets, lengths, digest."""
     shares = [read_step(plan, step, rank, num_ranks, batch) for rank in range(num_ranks)]
     batches = [b for share in shares for b in share.batches]
@@ -56,7 +56,7 @@ def whole(plan: BatchPlan, step: int, num_ranks: int = 1, batch: int | None = No
     ],
 )
 def test_stream_rows(make_split, mask, targets) -> None:
-    plan = plan_of(make_split(DOCUMENTS, MASKS), rows="stream", mask=mask, seq_len=5, step_sequences=2)
+    plan = plan_of(make_split(DOCUMENTS, MASKS), layout="stream", mask=mask, seq_len=5, step_sequences=2)
     (batch,) = read_step(plan, 0).batches
     assert batch.inputs.tolist() == [[10, 11, 12, 9, 20], [21, 9, 22, 23, 9]]
     assert batch.targets.tolist() == targets
@@ -89,7 +89,7 @@ def test_pack_rows(make_split, mask, targets) -> None:
 )
 def test_pad_rows(make_split, mask, targets) -> None:
     """Rows are as wide as the longest document of the step, not as T."""
-    plan = plan_of(make_split(DOCUMENTS, MASKS), rows="pad", mask=mask, seq_len=100, step_sequences=3)
+    plan = plan_of(make_split(DOCUMENTS, MASKS), layout="pad", mask=mask, seq_len=100, step_sequences=3)
     (batch,) = read_step(plan, 0).batches
     inputs = {10: [10, 11, 12, PAD, PAD], 20: [20, 21, 9, 22, 23], 30: [30, 31, PAD, PAD, PAD]}
     assert sorted(batch.inputs.tolist()) == [inputs[first] for first in (10, 20, 30)]
@@ -109,24 +109,24 @@ def test_a_cut_document_ends_with_its_last_target(make_split) -> None:
 
 def test_ids_of_a_large_vocabulary(make_split) -> None:
     split = make_split([[70_000, 80_000, 4_000_000_000 % 2**31, 5]], dtype="<u4")
-    for rows, seq_len in (("stream", 3), ("pack", 3), ("pad", 9)):
-        (batch,) = read_step(plan_of(split, rows=rows, seq_len=seq_len), 0).batches
+    for layout, seq_len in (("stream", 3), ("pack", 3), ("pad", 9)):
+        (batch,) = read_step(plan_of(split, layout=layout, seq_len=seq_len), 0).batches
         assert batch.inputs.tolist() == [[70_000, 80_000, 1_852_516_352]]
         assert batch.targets.tolist() == [[80_000, 1_852_516_352, 5]]
 
 
-@pytest.mark.parametrize(("rows", "width"), [("stream", 5), ("pack", 5), ("pad", 0)])
-def test_no_sequences_are_no_rows(make_split, rows, width) -> None:
-    plan = plan_of(make_split(DOCUMENTS, MASKS), rows=rows, seq_len=5)
+@pytest.mark.parametrize(("layout", "width"), [("stream", 5), ("pack", 5), ("pad", 0)])
+def test_no_sequences_are_no_rows(make_split, layout, width) -> None:
+    plan = plan_of(make_split(DOCUMENTS, MASKS), layout=layout, seq_len=5)
     none = read_rows(plan, 2, 2)
     assert none.inputs.shape == none.targets.shape == (0, width)
-    assert none.lengths == (() if rows == "pack" else None)
+    assert none.lengths == (() if layout == "pack" else None)
 
 
 # a plain statement of every row, and what must always hold
 
 
-def plain_rows(plan: BatchPlan, first: int, last: int) -> tuple[list[list[int]], list[list[int]]]:
+def plain_rows(plan: TrainingPlan, first: int, last: int) -> tuple[list[list[int]], list[list[int]]]:
     """The specification of `read_rows`, one token at a time."""
     split, all_inputs, all_targets = plan.split, [], []
     tokens, mask = split.tokens(0, split.num_tokens).tolist(), split.mask(0, split.num_tokens).tolist()
@@ -144,7 +144,7 @@ def plain_rows(plan: BatchPlan, first: int, last: int) -> tuple[list[list[int]],
             targets.append(tokens[position + 1] if is_target else IGNORED)
         all_inputs.append(inputs)
         all_targets.append(targets)
-    width = max(map(len, all_inputs)) if plan.rows == "pad" else plan.seq_len
+    width = max(map(len, all_inputs)) if plan.layout == "pad" else plan.seq_len
     for inputs, targets in zip(all_inputs, all_targets, strict=True):
         inputs.extend([PAD] * (width - len(inputs)))
         targets.extend([IGNORED] * (width - len(targets)))
@@ -152,7 +152,7 @@ def plain_rows(plan: BatchPlan, first: int, last: int) -> tuple[list[list[int]],
 
 
 @st.composite
-def splits_and_plans(draw: st.DrawFn, make_split, rows: str | None = None, shards: bool = True):
+def splits_and_plans(draw: st.DrawFn, make_split, layout: str | None = None, shards: bool = True):
     """A split whose token ids are all different (id = place in the split + 100), and a plan of it."""
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=40))
     ids = iter(range(100, 100 + sum(lengths)))
@@ -161,7 +161,7 @@ def splits_and_plans(draw: st.DrawFn, make_split, rows: str | None = None, shard
     cut = draw(st.integers(1, len(lengths))) if shards else len(lengths)
     split = make_split(documents, masks, [c for c in (cut, len(lengths) - cut) if c])
     arguments = {
-        "rows": rows or draw(st.sampled_from(["stream", "pack", "pad"])),
+        "layout": layout or draw(st.sampled_from(["stream", "pack", "pad"])),
         "mask": draw(st.sampled_from(["ignore", "apply"])),
         "seq_len": draw(st.integers(1, 15)),
         "seed": draw(st.integers(0, 5)),
@@ -169,16 +169,16 @@ def splits_and_plans(draw: st.DrawFn, make_split, rows: str | None = None, shard
         "step_sequences": 1,
     }
     try:
-        plan = make_plan(split, **arguments)
+        plan = make_training_plan(split, **arguments)
     except PlanError:  # nothing to train on
         return None
     return replace_steps(plan, draw(st.integers(1, plan.num_steps)))
 
 
-def replace_steps(plan: BatchPlan, step_sequences: int) -> BatchPlan:
-    return make_plan(
+def replace_steps(plan: TrainingPlan, step_sequences: int) -> TrainingPlan:
+    return make_training_plan(
         plan.split,
-        rows=plan.rows,
+        layout=plan.layout,
         mask=plan.mask,
         seq_len=plan.seq_len,
         step_sequences=step_sequences,
@@ -196,20 +196,20 @@ def test_rows_equal_the_plain_statement(make_split, data) -> None:
         rows = read_rows(plan, first, first + plan.step_sequences)
         inputs, targets = plain_rows(plan, first, first + plan.step_sequences)
         assert rows.inputs.tolist() == inputs and rows.targets.tolist() == targets
-        assert (rows.lengths is None) == (plan.rows != "pack")
+        assert (rows.lengths is None) == (plan.layout != "pack")
         if rows.lengths is not None:
             bounds = plan.packing.bounds[first : first + plan.step_sequences + 1].tolist()
             positions = (plan.packing.lengths - 1).tolist()
             assert rows.lengths == tuple(tuple(positions[a:b]) for a, b in pairwise(bounds))
 
 
-def check_every_target_once(plan: BatchPlan) -> None:
+def check_every_target_once(plan: TrainingPlan) -> None:
     """Over one epoch, against the split alone (ids are place + 100): which targets, after which input, how often."""
     split = plan.split
     offsets = split.offsets
     taken = np.minimum(np.diff(offsets), plan.seq_len + 1)
     supervised = split.mask(0, split.num_tokens).astype(bool) | (plan.mask == "ignore")
-    if plan.rows == "stream":
+    if plan.layout == "stream":
         expected = np.arange(1, split.num_tokens - plan.left_out.tail_tokens)
     else:
         kept = [d for d in range(len(taken)) if plan.long == "truncate" or np.diff(offsets)[d] <= plan.seq_len + 1]
@@ -226,7 +226,7 @@ def check_every_target_once(plan: BatchPlan) -> None:
         at = rows.targets != IGNORED
         assert (rows.targets[at] == rows.inputs[at] + 1).all()  # the token after its input
         found.update((rows.targets[at] - 100).tolist())
-        if plan.rows != "stream":
+        if plan.layout != "stream":
             document = np.searchsorted(offsets, rows.inputs[at] - 100, side="right")
             assert (document == np.searchsorted(offsets, rows.targets[at] - 100, side="right")).all()
     assert found == expected
@@ -244,7 +244,7 @@ LESSONS = [[100, 101, 102, 103, 104], [105, 106, 107], [108, 109, 110, 111]]
 LESSON_MASKS = [[0, 0, 1, 1, 0], [0, 1, 1], [0, 0, 0, 1]]
 
 
-def check_against(monkeypatch, plan: BatchPlan, broken: BatchPlan) -> None:
+def check_against(monkeypatch, plan: TrainingPlan, broken: TrainingPlan) -> None:
     """Hold what is read by the `broken` plan to what the true one promises."""
     original = chattrain.batches.read_rows
     for module in (chattrain.batches, sys.modules[__name__]):
@@ -252,7 +252,7 @@ def check_against(monkeypatch, plan: BatchPlan, broken: BatchPlan) -> None:
     check_every_target_once(plan)
 
 
-@pytest.mark.parametrize("rows", ["stream", "pack", "pad"])
+@pytest.mark.parametrize("layout", ["stream", "pack", "pad"])
 @pytest.mark.parametrize(
     ("break_mask", "is_noticed"),
     [
@@ -263,8 +263,8 @@ def check_against(monkeypatch, plan: BatchPlan, broken: BatchPlan) -> None:
     ],
     ids=["whole", "shifted", "flipped", "dropped"],
 )
-def test_a_broken_mask_is_noticed(make_split, monkeypatch, rows, break_mask, is_noticed) -> None:
-    plan = plan_of(make_split(LESSONS, LESSON_MASKS), rows=rows, seq_len=5, seed=0)
+def test_a_broken_mask_is_noticed(make_split, monkeypatch, layout, break_mask, is_noticed) -> None:
+    plan = plan_of(make_split(LESSONS, LESSON_MASKS), layout=layout, seq_len=5, seed=0)
     arrays = {**plan.split.arrays[0], "mask": break_mask(plan.split.arrays[0]["mask"])}
     broken = replace(plan, split=replace(plan.split, arrays=(arrays,)))
     if not is_noticed:
@@ -286,11 +286,11 @@ def test_a_target_across_documents_is_noticed(make_split, monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module", params=["stream", "pack", "pad"])
-def plan_of_12(request, make_split) -> BatchPlan:
+def plan_of_12(request, make_split) -> TrainingPlan:
     generator = np.random.default_rng(3)
     documents = [generator.integers(0, 60_000, generator.integers(2, 40)).tolist() for _ in range(400)]
     masks = [[0, *generator.integers(0, 2, len(d) - 2).tolist(), 1] for d in documents]
-    return plan_of(make_split(documents, masks, [150, 250]), rows=request.param, seq_len=48, step_sequences=12)
+    return plan_of(make_split(documents, masks, [150, 250]), layout=request.param, seq_len=48, step_sequences=12)
 
 
 @pytest.mark.parametrize(("num_ranks", "batch"), CUTS)
@@ -321,22 +321,22 @@ def test_an_epoch_repeats_the_plan(plan_of_12) -> None:
 def test_tokens_of_a_step_are_its_inputs(plan_of_12) -> None:
     plan = plan_of_12
     for step in range(plan.num_steps):
-        spans = documents_of_step(plan, step)
-        num_inputs = (spans.stop - spans.start).sum() - (12 if plan.rows == "stream" else len(spans))
+        reads = reads_of_step(plan, step)
+        num_inputs = (reads.stop - reads.start).sum() - (12 if plan.layout == "stream" else len(reads))
         read = read_step(plan, step)
         assert plan.tokens_per_step[step] == num_inputs == read.num_tokens
-        longest = int((spans.stop - spans.start).max()) - 1
-        assert {batch.inputs.shape[1] for batch in read.batches} == {longest if plan.rows == "pad" else plan.seq_len}
+        longest = int((reads.stop - reads.start).max()) - 1
+        assert {batch.inputs.shape[1] for batch in read.batches} == {longest if plan.layout == "pad" else plan.seq_len}
         assert {type(read.num_tokens), type(read.num_targets), type(read.digest)} == {int}  # they are logged as JSON
 
 
 def test_the_digest_sees_every_difference(make_split) -> None:
     split = make_split(DOCUMENTS, MASKS)
-    plan = plan_of(split, rows="pad", step_sequences=3)
+    plan = plan_of(split, layout="pad", step_sequences=3)
     swapped = replace(plan, packing=replace(plan.packing, documents=plan.packing.documents[[1, 0, 2]]))
     swapped = replace(swapped, packing=replace(swapped.packing, lengths=plan.packing.lengths[[1, 0, 2]]))
-    other_token = plan_of(make_split([[10, 11, 13, 9], *DOCUMENTS[1:]], MASKS), rows="pad", step_sequences=3)
-    other_mask = plan_of(make_split(DOCUMENTS, [[0, 1, 1, 1], *MASKS[1:]]), rows="pad", step_sequences=3)
+    other_token = plan_of(make_split([[10, 11, 13, 9], *DOCUMENTS[1:]], MASKS), layout="pad", step_sequences=3)
+    other_mask = plan_of(make_split(DOCUMENTS, [[0, 1, 1, 1], *MASKS[1:]]), layout="pad", step_sequences=3)
     digests = [read_step(p, 0).digest for p in (plan, swapped, other_token, other_mask)]
     assert len(set(digests)) == 4
     # the same tokens in one document or in two: attention differs, so the digest does
@@ -416,7 +416,7 @@ def test_targets_know_their_document(make_split, data) -> None:
 def test_pack_lengths_suit_the_model(plan_of_12) -> None:
     step = read_step(plan_of_12, 0, 0, 1, 3)
     for batch in step.batches:
-        documents = pack_documents(batch.lengths, 48)
+        documents = pack_sequences(batch.lengths, 48)
         assert documents.positions.shape == batch.inputs.shape
         assert sum(documents.lengths) == batch.inputs.numel()
     assert sum(sum(row) for batch in step.batches for row in batch.lengths) == step.num_tokens
@@ -518,7 +518,7 @@ def test_reading_needs_neither_polars_nor_pyarrow() -> None:
     code = """
 import sys
 sys.modules.update(polars=None, pyarrow=None, datasets=None, tiktoken=None)
-import chatdata.shards, chattrain.batches, chattrain.nanochat_order
+import chatdata.shards.read, chattrain.batches, chattrain.nanochat.order
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -546,7 +546,7 @@ def test_golden_sft_packed(golden_sft) -> None:
 
 def test_golden_mid_stream(golden_mid) -> None:
     """12,376,420 tokens in 6,043 sequences of 2,048 targets, the first token and 355 at the end left over."""
-    plan = plan_of(golden_mid["train"], rows="stream", mask="ignore", seq_len=2048, step_sequences=12)
+    plan = plan_of(golden_mid["train"], layout="stream", mask="ignore", seq_len=2048, step_sequences=12)
     split = golden_mid["train"]
     assert plan.num_steps == 503 and plan.left_out.sequences == 7 and plan.left_out.tail_tokens == 355
     assert plan.targets_per_step.sum() + 7 * 2048 + 355 + 1 == split.num_tokens == 12_376_420

@@ -8,29 +8,31 @@ import sys
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from chatdata.build import build, make_plan
-from chatdata.cli import cli as chatdata_cli
+from chatdata.build.plan import make_build_plan
+from chatdata.build.run import build
+from chatdata.cli.app import cli as chatdata_cli
 from chatdata.errors import PlanError
 from chatdata.recipe import load_recipe
-from chatdata.sequences import MASK_NAMES
-from chatdata.shards import Split, open_build, shard_bounds
-from chatdata.sources import Locations
+from chatdata.shards.masks import MaskPolicy
+from chatdata.shards.read import Split, open_build
+from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
-from chatdata.tokenizer import SPLIT_PATTERN, Tokenizer, append_special_tokens
+from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
 from chattrain import plan as plans
 from chattrain.batches import IGNORED, read_rows, read_step
 from chattrain.cli import cli
-from chattrain.nanochat_order import make_nanochat_plan
+from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.schedule import stages
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
-POLICIES = ("supervised", "last-turn", "tools-only", "no-tools", "all")
+POLICIES = ("apply", "last-turn", "tools-only", "no-tools", "ignore")
 TOOL = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
 
 
@@ -57,9 +59,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "r.toml").write_text('stage = "sft"\n[[train]]\ntask = "conversations"\npath = "c.jsonl"\n')
     tasks = load_tasks()
     tokenizer = Tokenizer(BYTES, SPLIT_PATTERN, append_special_tokens(BYTES), "bytes")
-    planned = make_plan(load_recipe(str(folder / "r.toml"), tasks), tasks, tokenizer, Locations(folder))
+    planned = make_build_plan(load_recipe(str(folder / "r.toml"), tasks), tasks, tokenizer, Locations(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_bounds, "__defaults__", (400,))
+        patch.setattr("chatdata.build.splits.MAX_SHARD_TOKENS", 400)
         build(planned, folder / "build", workers=1)
     return folder / "build"
 
@@ -71,16 +73,16 @@ def split(path: Path) -> Split:
     return split
 
 
-def plan_of(split: Split, mask: str, rows: str = "pack", **more: object) -> plans.BatchPlan:
+def plan_of(split: Split, mask: str, layout: str = "pack", **more: object) -> plans.TrainingPlan:
     settings = {"seq_len": 48, "step_sequences": 2, "long": "truncate", **more}
-    return plans.make_plan(split, rows=rows, mask=mask, **settings)  # type: ignore[arg-type]
+    return plans.make_training_plan(split, layout=layout, mask=mask, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mask", POLICIES)
-@pytest.mark.parametrize("rows", ["stream", "pack", "pad"])
-def test_batches_learn_what_the_policy_says(split: Split, rows: str, mask: str) -> None:
+@pytest.mark.parametrize("layout", ["stream", "pack", "pad"])
+def test_batches_learn_what_the_policy_says(split: Split, layout: str, mask: str) -> None:
     """Target by target, against the mask of the whole split; the plan's numbers are those of the batches."""
-    plan = plan_of(split, mask, rows)
+    plan = plan_of(split, mask, layout)
     tokens, kept = split.tokens(0, split.num_tokens), split.mask(0, split.num_tokens, mask)
     wanted = np.where(kept == 1, tokens.astype(np.int64), IGNORED)
     for step in range(plan.num_steps):
@@ -100,10 +102,10 @@ def test_batches_learn_what_the_policy_says(split: Split, rows: str, mask: str) 
 
 def test_targets_add_up(split: Split) -> None:
     """What tools-only and no-tools learn is together what apply learns."""
-    for rows in ("stream", "pack", "pad"):
-        total = {mask: plan_of(split, mask, rows, step_sequences=1).counts()["targets"] for mask in POLICIES}
-        assert total["tools-only"] + total["no-tools"] == total["supervised"]
-        assert 0 < total["last-turn"] < total["supervised"] < total["all"]
+    for layout in ("stream", "pack", "pad"):
+        total = {mask: plan_of(split, mask, layout, step_sequences=1).counts()["targets"] for mask in POLICIES}
+        assert total["tools-only"] + total["no-tools"] == total["apply"]
+        assert 0 < total["last-turn"] < total["apply"] < total["ignore"]
 
 
 def test_documents_without_a_target_are_left_out_and_counted(split: Split) -> None:
@@ -127,32 +129,32 @@ def test_a_cut_of_the_trainer_comes_after_the_policy(split: Split) -> None:
 
 def test_names_and_hashes(split: Split) -> None:
     """all is ignore and supervised is apply, under the older name; every other policy is a plan of its own."""
-    for rows in ("stream", "pack"):
-        hashes = {mask: plan_of(split, mask, rows).hash for mask in (*POLICIES, "ignore", "apply")}
-        assert hashes["all"] == hashes["ignore"] and hashes["supervised"] == hashes["apply"]
+    for layout in ("stream", "pack"):
+        hashes = {mask: plan_of(split, mask, layout).hash for mask in (*POLICIES, "ignore", "apply")}
+        assert hashes["ignore"] == hashes["ignore"] and hashes["apply"] == hashes["apply"]
         assert len(set(hashes.values())) == 5
-    assert plan_of(split, "supervised").record()["mask"] == "apply"
+    assert plan_of(split, "apply").record()["mask"] == "apply"
 
 
 def test_what_changed_is_named(split: Split) -> None:
     saved = plan_of(split, "last-turn", "stream").record()
     plans.require_same_plan(saved, plan_of(split, "last-turn", "stream"))
     with pytest.raises(PlanError, match="the plan changed: mask was 'last-turn' and is now 'apply'"):
-        plans.require_same_plan(saved, plan_of(split, "supervised", "stream"))
+        plans.require_same_plan(saved, plan_of(split, "apply", "stream"))
 
 
 def test_order_nanochat_has_its_two_masks(split: Split) -> None:
     sizes = {"seq_len": 64, "num_ranks": 1, "device_batch_size": 2}
     with pytest.raises(PlanError, match="order nanochat has the masks ignore and apply, not last-turn"):
         make_nanochat_plan(split, mask="last-turn", **sizes)
-    assert make_nanochat_plan(split, mask="supervised", **sizes).mask == "apply"
+    assert make_nanochat_plan(split, mask="apply", **sizes).mask == "apply"
 
 
-@pytest.mark.parametrize("rows", ["stream", "pack"])
-def test_a_split_without_a_target_is_refused(make_split, rows: str) -> None:
+@pytest.mark.parametrize("layout", ["stream", "pack"])
+def test_a_split_without_a_target_is_refused(make_split, layout: str) -> None:
     split = make_split([[1, 2, 3], [4, 5, 6, 7]], [[0, 0, 0], [0, 0, 0, 0]])
     with pytest.raises(PlanError, match="train has 2 documents, but not one target with mask apply"):
-        plan_of(split, "apply", rows, seq_len=4, step_sequences=1)
+        plan_of(split, "apply", layout, seq_len=4, step_sequences=1)
 
 
 # the command
@@ -165,10 +167,10 @@ def chattrain(*arguments: object) -> str:
 
 
 def test_both_commands_take_every_mask_and_run_every_stage() -> None:
-    """Their lists are written out: reading them from chatdata.sequences would load numpy for --help."""
+    """Their lists are written out: reading them from chatdata.shards.masks would load numpy for --help."""
     for command in (cli.commands["run"], chatdata_cli.commands["plan"]):
         (option,) = [option for option in command.params if option.name == "mask"]
-        assert tuple(option.type.choices) == MASK_NAMES  # type: ignore[attr-defined]
+        assert tuple(option.type.choices) == get_args(MaskPolicy)  # type: ignore[attr-defined]
     (option,) = [option for option in cli.commands["run"].params if option.name == "stage"]
     assert list(option.type.choices) == list(stages())  # type: ignore[attr-defined]
 
@@ -190,7 +192,7 @@ def test_run_resume_and_trace(path: Path, tmp_path: Path) -> None:
 def test_too_short_a_sequence_is_refused_at_once(path: Path, tmp_path: Path) -> None:
     """nanochat's failure case: documents that do not fit would stall its loader or be cut in silence."""
     command = [sys.executable, "-m", "chattrain", "run", "--data", str(path), "--init", "random:1x32x1"]
-    command += ["--rows", "pack", "--seq-len", "24", "--device", "cpu", "--out", str(tmp_path / "run")]
+    command += ["--layout", "pack", "--seq-len", "24", "--device", "cpu", "--out", str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     lengths = [b - a for a, b in pairwise(open_build(path)["train"].offsets.tolist())]
     too_long = sum(n > 25 for n in lengths)
@@ -207,10 +209,10 @@ def test_policies_need_no_polars(path: Path) -> None:
     code = (
         "import sys\n"
         "for name in ('polars', 'datasets', 'pandas', 'rich', 'transformers'): sys.modules[name] = None\n"
-        "from chatdata.shards import open_build\n"
-        "from chattrain.plan import make_plan\n"
+        "from chatdata.shards.read import open_build\n"
+        "from chattrain.plan import make_training_plan\n"
         f"split = open_build({str(path)!r})['train']\n"
-        "plan = make_plan(split, rows='pack', mask='tools-only', seq_len=64, step_sequences=1)\n"
+        "plan = make_training_plan(split, layout='pack', mask='tools-only', seq_len=64, step_sequences=1)\n"
         "print(plan.counts()['targets'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import chatdata.sequences
+import chatdata.packing.epoch
 from chatdata.errors import PackingError, PlanError
-from chatdata.sequences import document_targets
-from chattrain.nanochat_order import make_nanochat_plan
-from chattrain.plan import check_cut, make_plan, require_same_plan
-from chattrain.spans import documents_of_sequences, documents_of_step, name_documents
+from chatdata.packing.epoch import document_targets
+from chattrain.nanochat.order import make_nanochat_plan
+from chattrain.plan import check_cut, make_training_plan, require_same_plan
+from chattrain.reads import name_documents, reads_of_sequences, reads_of_step
 
 # six documents a … f with 5, 7, 3, 6, 1, 2 tokens: 24 tokens in all
 DOCUMENTS = [[10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25, 26], [30, 31, 32], [40, 41, 42, 43, 44, 45], [50], [60, 61]]
@@ -26,17 +26,17 @@ def split(make_split):
     return make_split(DOCUMENTS, MASKS)
 
 
-def plan_of(split, rows="pack", mask="apply", seq_len=6, step_sequences=2, **more):
-    return make_plan(split, rows=rows, mask=mask, seq_len=seq_len, step_sequences=step_sequences, **more)
+def plan_of(split, layout="pack", mask="apply", seq_len=6, step_sequences=2, **more):
+    return make_training_plan(split, layout=layout, mask=mask, seq_len=seq_len, step_sequences=step_sequences, **more)
 
 
 def left_out(plan) -> dict[str, int]:
     return {name: count for name, count in asdict(plan.left_out).items() if count}
 
 
-def triples(spans) -> list[tuple[int, int, int, int]]:
+def triples(reads) -> list[tuple[int, int, int, int]]:
     """(sequence, document, start, stop) of every span."""
-    return [*map(tuple, np.stack([spans.sequence, spans.document, spans.start, spans.stop], axis=1).tolist())]
+    return [*map(tuple, np.stack([reads.sequence, reads.document, reads.start, reads.stop], axis=1).tolist())]
 
 
 # counts
@@ -47,7 +47,7 @@ def triples(spans) -> list[tuple[int, int, int, int]]:
     [("ignore", [8, 8], 4), ("apply", [4, 3], 2)],  # masks of tokens 1 … 8, 9 … 16, 17 … 20
 )
 def test_stream_counts(split, mask, targets, over) -> None:
-    plan = plan_of(split, rows="stream", mask=mask, seq_len=4)
+    plan = plan_of(split, layout="stream", mask=mask, seq_len=4)
     assert plan.num_steps == 2
     assert plan.tokens_per_step.tolist() == [8, 8]
     assert plan.targets_per_step.tolist() == targets
@@ -69,7 +69,7 @@ def test_pack_counts(split) -> None:
 
 
 def test_pad_counts(split) -> None:
-    plan = plan_of(split, rows="pad", mask="ignore", seed=0)
+    plan = plan_of(split, layout="pad", mask="ignore", seed=0)
     order = np.array([0, 1, 2, 3, 5])[np.random.default_rng(0).permutation(5)]
     lengths = np.diff(split.offsets)[order]
     assert plan.packing.documents.tolist() == order.tolist()
@@ -96,7 +96,7 @@ def test_long_documents(split) -> None:
 
 
 def test_counts_are_plain_integers(split) -> None:
-    counts = plan_of(split, rows="stream", seq_len=4).counts()
+    counts = plan_of(split, layout="stream", seq_len=4).counts()
     assert {
         name: counts[name] for name in ("documents", "tokens", "steps", "sequences", "input_tokens", "targets")
     } == {
@@ -114,7 +114,7 @@ def test_counts_are_plain_integers(split) -> None:
 def test_steps_without_targets_are_counted(make_split) -> None:
     """Only stream rows with the mask applied can have them: a step over the user's words alone."""
     split = make_split([list(range(10)), list(range(10))], [[0] * 10, [0] + [1] * 9])
-    plan = plan_of(split, rows="stream", seq_len=3, step_sequences=2)
+    plan = plan_of(split, layout="stream", seq_len=3, step_sequences=2)
     assert plan.targets_per_step.tolist() == [0, 2, 6]
     assert plan.counts()["steps_without_targets"] == 1
 
@@ -124,16 +124,16 @@ def test_the_first_token_of_a_document_is_never_its_target(make_split) -> None:
     split = make_split([[1, 2, 3], [4], [5, 6, 7]], [[1, 0, 0], [1], [1, 1, 0]])
     assert document_targets(split, "apply", 4).tolist() == [0, 0, 1]
     assert plan_of(split, step_sequences=1).targets_per_step.tolist() == [1]
-    assert plan_of(split, rows="stream", seq_len=6, step_sequences=1).targets_per_step.tolist() == [3]
+    assert plan_of(split, layout="stream", seq_len=6, step_sequences=1).targets_per_step.tolist() == [3]
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 1000])
 def test_targets_are_counted_alike_in_chunks_of_any_size(split, monkeypatch, chunk_tokens) -> None:
-    monkeypatch.setattr(chatdata.sequences, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(chatdata.packing.epoch, "CHUNK_TOKENS", chunk_tokens)
     assert document_targets(split, "apply", 6).tolist() == [2, 4, 0, 3, 0, 1]
     assert document_targets(split, "apply", 2).tolist() == [0, 1, 0, 1, 0, 1]
     assert document_targets(split, "ignore", 2).tolist() == [2, 2, 2, 2, 0, 1]
-    assert plan_of(split, rows="stream", seq_len=4).targets_per_step.tolist() == [4, 3]
+    assert plan_of(split, layout="stream", seq_len=4).targets_per_step.tolist() == [4, 3]
 
 
 # refusals
@@ -143,14 +143,14 @@ def test_targets_are_counted_alike_in_chunks_of_any_size(split, monkeypatch, chu
     ("arguments", "message"),
     [
         ({"seq_len": 0}, r"sequence length is 0: it must lie in 1 … 1,048,576"),
-        ({"seq_len": -5, "rows": "stream"}, r"sequence length is -5"),
+        ({"seq_len": -5, "layout": "stream"}, r"sequence length is -5"),
         ({"seq_len": 10**12}, r"sequence length is 1000000000000: it must lie in 1 … 1,048,576"),
         ({"step_sequences": 0}, r"a step has 0 sequences"),
-        ({"rows": "bins"}, r"rows is 'bins': it must be one of stream, pack, pad"),
-        ({"mask": "use"}, r"mask is 'use': it must be one of ignore, apply"),
-        ({"rows": "stream", "long": "cut"}, r"long is 'cut': it must be one of error, drop, truncate"),
+        ({"layout": "bins"}, r"layout is 'bins': it must be one of stream, pack, pad"),
+        ({"mask": "use"}, r"unknown mask policy 'use'"),
+        ({"layout": "stream", "long": "cut"}, r"long is 'cut': it must be one of error, drop, truncate"),
         (
-            {"rows": "stream", "seq_len": 2048},
+            {"layout": "stream", "seq_len": 2048},
             r"train has 6 documents with 24 tokens: 0 sequences of 2048 positions, but one step takes 2",
         ),
         ({"step_sequences": 5}, r"3 sequences of 6 positions, but one step takes 5; use a smaller batch"),
@@ -162,14 +162,14 @@ def test_plans_that_cannot_be_made(split, arguments, message) -> None:
 
 
 def test_an_empty_split_is_refused(make_split) -> None:
-    for rows in ("stream", "pack", "pad"):
+    for layout in ("stream", "pack", "pad"):
         with pytest.raises(PlanError, match=r"0 documents with 0 tokens: 0 sequences"):
-            plan_of(make_split([]), rows=rows)
+            plan_of(make_split([]), layout=layout)
 
 
 @pytest.mark.parametrize(("num_ranks", "batch"), [(1, 5), (5, 1), (2, 4), (8, 1), (0, 1), (1, 0), (1, -3), (24, 1)])
 def test_steps_that_cannot_be_cut(split, num_ranks, batch) -> None:
-    plan = replace(plan_of(split, rows="stream", seq_len=1), step_sequences=12)
+    plan = replace(plan_of(split, layout="stream", seq_len=1), step_sequences=12)
     with pytest.raises(PlanError, match=r"must be (a multiple of|at least 1)") as error:
         check_cut(plan, num_ranks, batch)
     assert "\n" not in str(error.value)
@@ -182,7 +182,7 @@ def test_steps_that_cannot_be_cut(split, num_ranks, batch) -> None:
 
 def test_the_hash_changes_with_everything_that_decides_the_order(split, make_split) -> None:
     changes = [
-        {"rows": "pad"},
+        {"layout": "pad"},
         {"mask": "ignore"},
         {"seq_len": 7},
         {"step_sequences": 3},
@@ -195,8 +195,8 @@ def test_the_hash_changes_with_everything_that_decides_the_order(split, make_spl
     assert len(set(hashes)) == len(hashes)
     assert plan_of(split, step_sequences=1).hash == hashes[0]
     # the order of stream rows is the build's: neither a seed nor a length rule decides anything
-    stream = plan_of(split, rows="stream", seq_len=4, seed=1, long="drop")
-    assert stream.hash == plan_of(split, rows="stream", seq_len=4).hash
+    stream = plan_of(split, layout="stream", seq_len=4, seed=1, long="drop")
+    assert stream.hash == plan_of(split, layout="stream", seq_len=4).hash
 
 
 def test_the_hash_is_fixed(split) -> None:
@@ -220,41 +220,41 @@ def test_what_changed_is_named(split) -> None:
         require_same_plan({**plan.record(), "hash": "0"}, plan)
 
 
-# spans
+# reads
 
 
 def test_spans_of_stream(split) -> None:
-    plan = plan_of(split, rows="stream", mask="ignore", seq_len=4)
-    assert triples(documents_of_step(plan, 0)) == [(0, 0, 0, 5), (1, 0, 4, 5), (1, 1, 0, 4)]
+    plan = plan_of(split, layout="stream", mask="ignore", seq_len=4)
+    assert triples(reads_of_step(plan, 0)) == [(0, 0, 0, 5), (1, 0, 4, 5), (1, 1, 0, 4)]
     step_1 = [(2, 1, 3, 7), (2, 2, 0, 1), (3, 2, 0, 3), (3, 3, 0, 2)]
-    assert triples(documents_of_step(plan, 1)) == step_1
-    assert triples(documents_of_step(plan, 3)) == step_1  # the second epoch
-    assert triples(documents_of_sequences(plan, 4, 5)) == [(4, 3, 1, 6)]
+    assert triples(reads_of_step(plan, 1)) == step_1
+    assert triples(reads_of_step(plan, 3)) == step_1  # the second epoch
+    assert triples(reads_of_sequences(plan, 4, 5)) == [(4, 3, 1, 6)]
 
 
 def test_spans_of_pack(split) -> None:
     plan = plan_of(split, step_sequences=1, seed=0)
-    assert triples(documents_of_step(plan, 2)) == [(2, 3, 0, 6), (2, 5, 0, 2)]
+    assert triples(reads_of_step(plan, 2)) == [(2, 3, 0, 6), (2, 5, 0, 2)]
     cut = plan_of(split, seq_len=2, step_sequences=3, long="truncate")
-    assert sorted(t[1:] for t in triples(documents_of_step(cut, 0))) == [(1, 0, 3), (3, 0, 3), (5, 0, 2)]
+    assert sorted(t[1:] for t in triples(reads_of_step(cut, 0))) == [(1, 0, 3), (3, 0, 3), (5, 0, 2)]
 
 
 def test_spans_of_nanochat_order(split) -> None:
     """Rank 0 reads a, c, e = 9 tokens, rank 1 reads b, d, f = 15: two rows of 2 positions take 5 of them."""
     plan = make_nanochat_plan(split, mask="ignore", seq_len=2, num_ranks=2, device_batch_size=2)
     assert plan.num_steps == 1 and left_out(plan) == {"tail_tokens": 14}
-    assert triples(documents_of_step(plan, 0)) == [(0, 0, 0, 3), (1, 0, 2, 5), (2, 1, 0, 3), (3, 1, 2, 5)]
+    assert triples(reads_of_step(plan, 0)) == [(0, 0, 0, 3), (1, 0, 2, 5), (2, 1, 0, 3), (3, 1, 2, 5)]
     one_row = make_nanochat_plan(split, mask="ignore", seq_len=2, num_ranks=2, device_batch_size=1)
-    assert triples(documents_of_step(one_row, 1)) == [(2, 0, 3, 5), (2, 2, 0, 1), (3, 1, 3, 6)]
-    both = [*triples(documents_of_step(one_row, 0)), *triples(documents_of_step(one_row, 1))]
-    assert triples(documents_of_sequences(one_row, 0, 4)) == both
+    assert triples(reads_of_step(one_row, 1)) == [(2, 0, 3, 5), (2, 2, 0, 1), (3, 1, 3, 6)]
+    both = [*triples(reads_of_step(one_row, 0)), *triples(reads_of_step(one_row, 1))]
+    assert triples(reads_of_sequences(one_row, 0, 4)) == both
 
 
 def test_documents_are_named_in_one_line(split) -> None:
-    plan = plan_of(split, rows="stream", mask="ignore", seq_len=4)
-    assert name_documents(documents_of_step(plan, 0)) == "documents 0, 1"
-    assert name_documents(documents_of_step(plan, 1), most=2) == "documents 1, 2 and 1 more"
-    assert name_documents(documents_of_sequences(plan, 4, 5)) == "document 3"
+    plan = plan_of(split, layout="stream", mask="ignore", seq_len=4)
+    assert name_documents(reads_of_step(plan, 0)) == "documents 0, 1"
+    assert name_documents(reads_of_step(plan, 1), most=2) == "documents 1, 2 and 1 more"
+    assert name_documents(reads_of_sequences(plan, 4, 5)) == "document 3"
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 8), st.data())
@@ -264,11 +264,11 @@ def test_spans_read_the_tokens_of_their_sequences(make_split, lengths, seq_len, 
     num_sequences = (sum(lengths) - 1) // seq_len
     if not num_sequences:
         return
-    plan = plan_of(split, rows="stream", mask="ignore", seq_len=seq_len, step_sequences=1)
+    plan = plan_of(split, layout="stream", mask="ignore", seq_len=seq_len, step_sequences=1)
     first = data.draw(st.integers(0, num_sequences - 1))
     last = data.draw(st.integers(first + 1, num_sequences))
     read: dict[int, list[int]] = {}
-    for sequence, document, start, stop in triples(documents_of_sequences(plan, first, last)):
+    for sequence, document, start, stop in triples(reads_of_sequences(plan, first, last)):
         assert 0 <= start < stop <= lengths[document]
         read.setdefault(sequence, []).extend(range(*(split.offsets[document] + np.array([start, stop])).tolist()))
     assert read == {k: [*range(k * seq_len, (k + 1) * seq_len + 1)] for k in range(first, last)}

@@ -25,23 +25,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
-from chatdata.build import build, make_plan
+from chatdata.build.plan import make_build_plan
+from chatdata.build.run import build
 from chatdata.errors import PlanError
 from chatdata.recipe import load_recipe
-from chatdata.shards import open_build
-from chatdata.sources import Locations
+from chatdata.shards.read import open_build
+from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
-from chatdata.tokenizer import SPLIT_PATTERN, Tokenizer, append_special_tokens
+from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
 from chattrain.batches import IGNORED, Batch, read_step
 from chattrain.checkpoint import last_checkpoint, read_checkpoint
 from chattrain.cli import cli
-from chattrain.distributed import Ranks, StopRequest
 from chattrain.errors import ChattrainError, CheckpointError, NonFiniteError, ResumeError, RunError
 from chattrain.loop import Job, backward, prepare, train
 from chattrain.model import random_config
-from chattrain.settings import Settings
-from chattrain.telemetry import flops_per_token, mfu, read_log
-from chattrain.trace import trace_step, write_run
+from chattrain.run.ranks import Ranks, StopRequest
+from chattrain.run.settings import Settings
+from chattrain.run.telemetry import flops_per_token, mfu, read_log
+from chattrain.run.trace import trace_step, write_run
 
 # training needs none of them: `chattrain run` is run so, and every module imported
 WITHOUT_POLARS = """import sys
@@ -70,7 +71,7 @@ def write_build(folder: Path, stage: str, num: int = 90, seed: int = 0) -> Path:
     tasks = load_tasks()
     recipe = load_recipe(str(folder / "r.toml"), tasks)
     tokenizer = Tokenizer(BYTES, SPLIT_PATTERN, append_special_tokens(BYTES), "bytes")
-    build(make_plan(recipe, tasks, tokenizer, Locations(folder)), folder / "build")
+    build(make_build_plan(recipe, tasks, tokenizer, Locations(folder)), folder / "build")
     return folder / "build"
 
 
@@ -137,12 +138,12 @@ def test_resume_refuses_what_changed(builds: dict[str, Path], tmp_path: Path) ->
         ({"data": other}, PlanError, "build_id was "),
         ({"seq_len": 48}, PlanError, "seq_len was 64 and is now 48"),
         ({"device_batch_size": 2}, PlanError, "step_sequences was 4 and is now 2"),
-        ({"rows": "pad"}, PlanError, "rows was 'pack' and is now 'pad'"),
+        ({"layout": "pad"}, PlanError, "rows was 'pack' and is now 'pad'"),
         ({"mask": "ignore"}, PlanError, "mask was 'apply' and is now 'ignore'"),
         ({"seed": 1}, PlanError, "seed was 42 and is now 1"),
         ({"steps": 30}, ResumeError, "num_steps was 20 and is now 30"),
         ({"lr_scale": 0.5}, ResumeError, "lr_scale was 1.0 and is now 0.5"),
-        ({"stage": "mid", "rows": "pack", "mask": "apply"}, ResumeError, "stage was 'sft' and is now 'mid'"),
+        ({"stage": "mid", "layout": "pack", "mask": "apply"}, ResumeError, "stage was 'sft' and is now 'mid'"),
         ({"dtype": "bfloat16"}, ResumeError, "dtype was 'float32' and is now 'bfloat16'"),
     ]:
         with pytest.raises(error, match=message):
@@ -203,9 +204,9 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from chattrain.batches import read_step
-from chattrain.distributed import join_ranks
+from chattrain.run.ranks import join_ranks
 from chattrain.loop import prepare, backward
-from chattrain.settings import Settings
+from chattrain.run.settings import Settings
 
 build, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 for num_ranks, size, port in cases:
@@ -425,7 +426,7 @@ def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatc
         (["--device", "cuda"], "device 'cuda' was asked for, but torch"),
         (["--seq-len", 16], "documents"),
         (["--data", tmp_path / "absent"], f"{tmp_path}/absent: no such folder (no manifest.json)"),
-        (["--order", "nanochat", "--rows", "pad"], "--order nanochat fixes rows and batch"),
+        (["--order", "nanochat", "--layout", "pad"], "--order nanochat fixes layout and batch"),
         (["--tensorboard"], "--tensorboard: tensorboard is not installed; pip install 'chattrain[tensorboard]'"),
     ]
     if torch.cuda.is_available():
@@ -543,8 +544,8 @@ def test_sft_goes_on_from_mid_and_exports(builds: dict[str, Path], tmp_path: Pat
     other = write_build(tmp_path / "wide", "sft")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["tokenizer"]["canary_sha256"] = "0" * 64
-    from chatdata.manifest import build_id_of
-    from chatdata.shards import write_json
+    from chatdata.disk import write_json
+    from chatdata.shards.manifest import build_id_of
 
     manifest["build_id"] = build_id_of(manifest)
     write_json(other / "manifest.json", manifest)
@@ -557,22 +558,22 @@ def test_sft_goes_on_from_mid_and_exports(builds: dict[str, Path], tmp_path: Pat
     assert modes == {(tmp_path / "exported" / "config.json").stat().st_mode}
 
 
-@pytest.mark.parametrize("rows", ["stream", "pad"])
+@pytest.mark.parametrize("layout", ["stream", "pad"])
 def test_a_compiled_model_is_one_graph_for_all_steps(
-    builds: dict[str, Path], tmp_path: Path, monkeypatch, rows
+    builds: dict[str, Path], tmp_path: Path, monkeypatch, layout
 ) -> None:
     """Steps of pad differ in width; torch compiles 8 graphs of a fixed width at most."""
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    settings = settings_for(builds, "sft", tmp_path / "x", rows=rows, compile=True)
+    settings = settings_for(builds, "sft", tmp_path / "x", layout=layout, compile=True)
     job = prepare(settings, ONE)
     widths = set()
     for number in range(9):
         (batch,) = read_step(job.plan, number).batches
         widths.add(batch.inputs.shape[1])
         backward(job, batch, 1)
-    assert counter.frame_count == 1 and (len(widths) > 3) == (rows == "pad")
+    assert counter.frame_count == 1 and (len(widths) > 3) == (layout == "pad")
 
 
 def test_mfu_on_an_h100_is_the_known_one(monkeypatch) -> None:

@@ -9,7 +9,7 @@ from chattrain.schedule import find_stage, momentum, multiplier, stages
 def test_policies():
     assert list(stages()) == ["base", "mid", "sft"]
     assert replace(find_stage("base"), name="mid") == find_stage("mid")
-    policies = {name: (stage.rows, stage.mask, stage.lr_fraction) for name, stage in stages().items()}
+    policies = {name: (stage.layout, stage.mask, stage.lr_fraction) for name, stage in stages().items()}
     assert policies["mid"] == ("stream", "ignore", 1.0)
     assert policies["sft"] == ("pack", "apply", 0.02)
 

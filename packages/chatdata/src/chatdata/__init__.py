@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chatdata.document import Document
-    from chatdata.render import render_conversation, render_for_completion
-    from chatdata.shards import Build, Split, open_build
-    from chatdata.tokenizer import Tokenizer, load_tokenizer
+    from chatdata.render.specification import render_conversation, render_for_completion
+    from chatdata.shards.read import Build, Split, open_build
+    from chatdata.tokenizer.bpe import Tokenizer
+    from chatdata.tokenizer.load import load_tokenizer
 
 __version__ = version("chatdata")
 __all__ = [
@@ -29,14 +30,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Build": "shards",
+    "Build": "shards.read",
     "Document": "document",
-    "Split": "shards",
-    "Tokenizer": "tokenizer",
-    "load_tokenizer": "tokenizer",
-    "open_build": "shards",
-    "render_conversation": "render",
-    "render_for_completion": "render",
+    "Split": "shards.read",
+    "Tokenizer": "tokenizer.bpe",
+    "load_tokenizer": "tokenizer.load",
+    "open_build": "shards.read",
+    "render_conversation": "render.specification",
+    "render_for_completion": "render.specification",
 }
 
 

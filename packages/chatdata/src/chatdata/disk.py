@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from chatdata.errors import UsageError
 
@@ -34,3 +40,58 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of sorted keys, whole or not at all."""
+    write_whole(path, (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def cache_folder() -> Path:
+    """`$CHATDATA_CACHE`, else `chatdata` in the XDG cache folder."""
+    if os.environ.get("CHATDATA_CACHE"):
+        return Path(os.environ["CHATDATA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatdata"
+
+
+# what would be right, where the system's own words leave it unsaid
+REMEDIES = {
+    errno.EACCES: "choose another path, or change its permissions",
+    errno.EDQUOT: "free some space, then call again",
+    errno.EEXIST: "choose another path",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path: its folder must be there",
+    errno.ENOSPC: "free some space, then call again",
+    errno.ENOTDIR: "a part of this path is a file",
+    errno.EROFS: "choose a path that can be written to",
+}
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file, what is wrong with it in the system's words, what would be right: "a/b: file exists; choose …"."""
+    if error.errno is None or not error.strerror:
+        return str(error)
+    path = error.filename if error.filename2 is None else error.filename2  # of two names: what was to be written
+    where = f"{os.fsdecode(path)}: " if isinstance(path, (str, bytes, os.PathLike)) else ""
+    remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+    return f"{where}{error.strerror[:1].lower()}{error.strerror[1:]}{remedy}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file or folder being written in what a full or broken disk raises: `write` does not know its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in DISK_ERRORS:
+            error.filename = str(path)
+        raise

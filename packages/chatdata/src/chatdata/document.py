@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from chatdata.errors import FormatError
+
+IGNORED = -100  # a label without loss, in torch and transformers
 # what a span's role number means, in the index and in Document.spans
 SPAN_ROLES = ("user", "text", "python", "output")
 
@@ -78,3 +81,21 @@ class Document:
         if self.tokenizer is None:
             raise TypeError("this Document was made without a tokenizer, so its text cannot be shown")
         return self.tokenizer
+
+
+def shard_bounds(lengths: np.ndarray, max_tokens: int) -> list[tuple[int, int]]:
+    """[first, last) documents per shard: a shard closes before the document that would pass `max_tokens`."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    bounds, first, used = [], 0, 0
+    while first < len(lengths):
+        last = max(first + 1, int(np.searchsorted(ends, used + max_tokens, side="right")))
+        bounds.append((first, last))
+        first, used = last, int(ends[last - 1])
+    return bounds
+
+
+def check_range(ids: np.ndarray, limit: int) -> None:
+    """Raise FormatError if an id is negative or ≥ `limit`."""
+    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < limit):
+        bad = int(ids.max()) if int(ids.max()) >= limit else int(ids.min())
+        raise FormatError(f"token id {bad} is outside 0 … {limit - 1}: it does not fit the vocabulary of the shards")

@@ -93,3 +93,8 @@ def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:
 
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else f"; valid: {', '.join(valid)}"
+
+
+def printable(text: str) -> str:
+    """Control characters as visible escapes, but for newlines and tabs: data must not drive a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

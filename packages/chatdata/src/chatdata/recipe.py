@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from chatdata.errors import ChatdataError, RecipeError, nearest
-from chatdata.tasks import Task
+from chatdata.tasks.task import Task
 
 STAGES = ("base", "mid", "sft")
 OVERFLOW = ("keep", "truncate", "drop", "error")
 ZERO_SUPERVISED = ("keep", "drop", "error")
 MAX_ROWS = 100_000_000  # a row costs about 17 bytes of memory before it is rendered
-RECIPE_FOLDER = Path(__file__).with_name("recipes")
+RECIPE_FOLDERS = (Path(__file__).with_name("recipes"), Path(__file__).with_name("demo"))
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,10 @@ _ENTRY_KEYS: dict[str, Any] = {
 }
 
 
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
+def shipped_recipes() -> dict[str, Path]:
+    """Name → file of every recipe that comes with chatdata."""
+    found = {path.stem: path for folder in RECIPE_FOLDERS for path in folder.glob("*.toml") if path.stem != "persona"}
+    return dict(sorted(found.items()))
 
 
 def load_recipe(name_or_path: str, tasks: Mapping[str, Task]) -> Recipe:
@@ -114,14 +116,13 @@ def load_recipe(name_or_path: str, tasks: Mapping[str, Task]) -> Recipe:
 
     Raises RecipeError naming file, key and the nearest valid name for anything unknown or of the wrong type.
     """
-    path = RECIPE_FOLDER / f"{name_or_path}.toml"
-    if name_or_path not in recipe_names():
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise RecipeError(
-                f'no recipe "{name_or_path}" (neither a file nor a name){nearest(name_or_path, recipe_names())}'
-            )
-    shown = path.name if path.parent == RECIPE_FOLDER else str(path)
+    shipped = shipped_recipes()
+    path = shipped.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise RecipeError(
+            f'no recipe "{name_or_path}" (neither a file nor a name){nearest(name_or_path, list(shipped))}'
+        )
+    shown = path.name if name_or_path in shipped else str(path)
     return parse_recipe(read_toml(path, shown, RecipeError), shown, path, tasks)
 
 

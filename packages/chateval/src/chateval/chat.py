@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chateval.checkpoints import Subject
-from chateval.generate import Completion, Prompt, Sampling, generate
-from chateval.report import printable
+from chateval.ask.generate import Completion, Prompt, Sampling, generate
+from chateval.ask.subject import Subject
+from chateval.results.report import printable
 
 if TYPE_CHECKING:
-    from chatdata.tokenizer import Tokenizer
+    from chatdata.tokenizer.bpe import Tokenizer
 
 HELP = "Say something. /clear begins anew, /quit or Ctrl-D ends."
 # opening and closing of a tool call and of its result, as shown

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from chatdata.command import examples, naming, run_command
+from chatdata.cli.command import examples, run_command
+from chatdata.disk import naming
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
@@ -67,12 +68,12 @@ def sampling_options(command: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def run(**options: Any) -> None:
     """Score a checkpoint. An interrupted run continues; a finished one is only read."""
-    from chateval.checkpoints import load_subject
-    from chateval.generate import Sampling
+    from chateval.ask.generate import Sampling
+    from chateval.ask.subject import load_subject
     from chateval.progress import Progress
-    from chateval.report import show_results, write_report
+    from chateval.results.report import show_results, write_report
     from chateval.run import Settings, score
-    from chattrain.distributed import join_ranks
+    from chattrain.run.ranks import join_ranks
 
     names = tuple(name.strip() for name in options["tasks"].split(",") if name.strip())
     if not names:
@@ -120,7 +121,7 @@ def run(**options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json: bool) -> None:
     """What B answers better or worse than A, on the questions both were asked."""
-    from chateval.compare import compare, markdown_comparison, show_comparison
+    from chateval.results.compare import compare, markdown_comparison, show_comparison
 
     comparison = compare(a, b, num_examples)
     if markdown is not None:
@@ -141,10 +142,10 @@ def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, 
 @sampling_options
 def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str | None, **options: Any) -> None:
     """Talk to a checkpoint. Tool calls are shown; /clear begins anew, /quit or Ctrl-D ends."""
+    from chateval.ask.generate import Sampling
+    from chateval.ask.subject import load_subject
     from chateval.chat import converse
-    from chateval.checkpoints import load_subject
-    from chateval.generate import Sampling
-    from chattrain.distributed import find_device
+    from chattrain.run.ranks import find_device
 
     subject = load_subject(checkpoint, find_device(device), _dtype(dtype))
     converse(subject, Sampling(**options), says)
@@ -155,8 +156,8 @@ def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     """The tasks a checkpoint can be scored on."""
-    from chatdata.show import table
-    from chatdata.tasks import load_tasks
+    from chatdata.look.console import table
+    from chatdata.tasks.task import load_tasks
 
     rows = []
     for task in load_tasks(task_files).values():
@@ -173,7 +174,7 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
 
 
 def _print(renderable: Any) -> None:
-    from chatdata.show import console
+    from chatdata.look.console import console
 
     console().print(renderable)
 

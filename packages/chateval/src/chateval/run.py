@@ -1,6 +1,6 @@
 """A scoring run: questions in fixed batches, a line per answer as it comes, figures at the end.
 
-Batches are the same however often a run was interrupted: units (a question and a draw) sorted by length of prompt,
+Batches are the same however often a run was interrupted: draws (answers to questions) sorted by length of prompt,
 longest first, rank r of R taking every R-th, B at a time. A batch whose lines are all there is skipped; one that was
 cut is answered again as a whole, so that its answers are those of an uninterrupted run, and only its missing lines are
 written. When all is done the lines are put in the tasks' order, so the file does not tell how it came about.
@@ -17,22 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chatdata.command import naming
-from chatdata.disk import write_whole
-from chatdata.tasks import load_tasks
-from chateval.answers import Unit, answer_letters, answer_programs, answer_texts
-from chateval.checkpoints import Subject
+from chatdata.disk import naming, write_whole
+from chatdata.tasks.task import load_tasks
+from chateval.ask.answers import Draw, answer_letters, answer_programs, answer_texts
+from chateval.ask.generate import Sampling
+from chateval.ask.questions import ScoredTask, load_questions, scored_sets
+from chateval.ask.subject import Subject
 from chateval.errors import ScoringError, UsageError
-from chateval.firewall import read_firewall
-from chateval.generate import Sampling
-from chateval.items import ITEMS_NAME, append_item, open_items, read_items
 from chateval.progress import Progress
-from chateval.questions import ScoredTask, load_questions, scored_sets
-from chateval.results import RUN_FORMAT, RUN_NAME, VERSION, read_run, require_same_run, write_run
-from chattrain.distributed import Ranks
+from chateval.results.figures import RUN_FORMAT, RUN_NAME, VERSION, read_run, require_same_run, write_run
+from chateval.results.firewall import read_firewall
+from chateval.results.items import ITEMS_NAME, append_item, open_items, read_items
+from chattrain.run.ranks import Ranks
 
 if TYPE_CHECKING:
-    from chateval.sandbox import Isolation
+    from chateval.sandbox.isolation import Isolation
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
     done = {item.key for item in read_items(settings.out)}
     ranks.wait()  # all have read before any writes
     asked = [(task, list(batches_of(task, settings, ranks))) for task in scored]
-    if any(unit.key not in done for _, batches in asked for batch in batches for unit in batch):
+    if any(draw.key not in done for _, batches in asked for batch in batches for draw in batch):
         path = settings.out / (ITEMS_NAME if ranks.is_first else f"items-{ranks.rank:05}.jsonl")
         with naming(path), open_items(path) as file:
             for task, batches in asked:
@@ -82,11 +81,11 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
         _put_in_order(settings.out, scored, settings.draws)
 
 
-def batches_of(task: ScoredTask, settings: Settings, ranks: Ranks) -> Iterator[list[Unit]]:
+def batches_of(task: ScoredTask, settings: Settings, ranks: Ranks) -> Iterator[list[Draw]]:
     """This rank's batches of a task. Neighbours in length share a batch, so little of it is padding."""
-    units = [Unit(question, draw) for question in task.questions for draw in range(_num_draws(task, settings))]
-    units.sort(key=lambda unit: -len(unit.question.prompt))
-    mine = units[ranks.rank :: ranks.num_ranks]
+    draws = [Draw(question, draw) for question in task.questions for draw in range(_num_draws(task, settings))]
+    draws.sort(key=lambda draw: -len(draw.question.prompt))
+    mine = draws[ranks.rank :: ranks.num_ranks]
     return (mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size))
 
 
@@ -124,7 +123,7 @@ def _isolation(settings: Settings, code_tasks: Sequence[str]) -> Isolation | Non
         return None
     if not settings.allow_code:
         raise UsageError(f"{asked[0]} runs code the model wrote: allow it with --allow-code, or leave {asked[0]} out")
-    from chateval.sandbox import find_isolation
+    from chateval.sandbox.isolation import find_isolation
 
     return find_isolation()
 
@@ -144,13 +143,13 @@ def _begin(settings: Settings, run: dict[str, Any], ranks: Ranks) -> None:
 def _answer_missing(
     subject: Subject,
     task: ScoredTask,
-    batch: Sequence[Unit],
+    batch: Sequence[Draw],
     settings: Settings,
     isolation: Isolation | None,
     done: Set[tuple[str, str, int]],
 ) -> Iterator[dict[str, Any]]:
     """The lines of a batch that are not `done`. Raises ScoringError for a batch too large for the memory."""
-    missing = {unit.key for unit in batch} - done
+    missing = {draw.key for draw in batch} - done
     if not missing:
         return
     try:
@@ -165,7 +164,7 @@ def _answer_missing(
 
 
 def _answer(
-    subject: Subject, task: ScoredTask, batch: Sequence[Unit], settings: Settings, isolation: Isolation | None
+    subject: Subject, task: ScoredTask, batch: Sequence[Draw], settings: Settings, isolation: Isolation | None
 ) -> Iterator[dict[str, Any]]:
     if task.kind == "categorical":
         return answer_letters(subject, batch)

@@ -27,8 +27,8 @@ AttentionForm = Literal["split", "flex"]
 
 
 @dataclass  # not frozen: torch 2.9's compiler reads every field of a frozen one, and compiles anew for other lengths
-class Documents:
-    """Where the documents of packed rows begin and end. Made by `pack_documents`.
+class PackedSequences:
+    """Where the documents of packed rows begin and end. Made by `pack_sequences`.
 
     lengths: of every document in row order, over all B·T positions; what a row leaves free is a document of its own.
     positions: [B, T] int64, counting from 0 in each document.
@@ -38,13 +38,13 @@ class Documents:
 
     lengths: tuple[int, ...]
     positions: Tensor
-    attention: Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
+    attention: Callable[[Tensor, Tensor, Tensor, PackedSequences], Tensor]
     block_mask: BlockMask | None = None
 
 
-def pack_documents(
+def pack_sequences(
     rows: Sequence[Sequence[int]], sequence_len: int, device: torch.device | str = "cpu", form: AttentionForm = "split"
-) -> Documents:
+) -> PackedSequences:
     """The `documents` argument of `GPT.forward` for rows given as document lengths in positions. Not to be compiled.
 
     rows: per row the lengths of its documents, in order; their sum is at most `sequence_len`.
@@ -64,7 +64,7 @@ def pack_documents(
     starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     positions = (torch.arange(len(starts)) - starts).view(len(rows), sequence_len).to(device)
     block_mask = _block_mask(starts.view(len(rows), sequence_len).to(device)) if form == "flex" else None
-    return Documents(tuple(lengths), positions, attention, block_mask)
+    return PackedSequences(tuple(lengths), positions, attention, block_mask)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @cache
-def _form(form: str, device_type: str) -> Callable[[Tensor, Tensor, Tensor, Documents], Tensor]:
+def _form(form: str, device_type: str) -> Callable[[Tensor, Tensor, Tensor, PackedSequences], Tensor]:
     """Chosen outside compiled code. Only packed rows bring in torch's compiler: 6 s of importing on 2 busy cores."""
     if form == "split":
         # the lengths differ in every batch: compiled, each batch would be a new graph
@@ -91,13 +91,13 @@ def _form(form: str, device_type: str) -> Callable[[Tensor, Tensor, Tensor, Docu
     raise AttentionError(f"unknown attention form {form!r}: must be 'split' (CPU) or 'flex' (GPU)")
 
 
-def _split_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def _split_attention(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences) -> Tensor:
     """One call per document over views of the flattened rows: 3-4 times a dense T × T mask's speed on CPU."""
     pieces = (x.reshape(1, -1, *x.shape[2:]).split(documents.lengths, dim=1) for x in (q, k, v))
     return torch.cat([sdpa(*piece) for piece in zip(*pieces, strict=True)], dim=1).view(q.shape)
 
 
-def _flex_attention(flex: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def _flex_attention(flex: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences) -> Tensor:
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         raise AttentionError("attention form 'flex' has no backward on CPU: train with 'split' there, or on a GPU")
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

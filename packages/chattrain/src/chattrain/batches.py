@@ -9,7 +9,7 @@ T for stream and pack; for pad what the longest document of the step needs (of t
     targets, mask ignored   user_start  u  user_end  assistant_start  a  assistant_end
     targets, mask applied      -100  -100      -100             -100  a  assistant_end
 
-Rows of pack and pad that a document does not fill have assistant_end as input and -100 as target; that is decided by
+Layout of pack and pad that a document does not fill have assistant_end as input and -100 as target; that is decided by
 position, never by value. Tokens come as slices and gathers of the memory maps, without Python per token, one step ahead
 of the model in one thread.
 """
@@ -28,13 +28,12 @@ import torch
 from torch import Tensor
 
 from chatdata.errors import PlanError
-from chatdata.masks import apply_policy
 from chattrain.loss import IGNORED
-from chattrain.plan import BatchPlan, check_cut
-from chattrain.spans import documents_of_sequences
+from chattrain.plan import TrainingPlan, check_cut
+from chattrain.reads import reads_of_sequences
 
 if TYPE_CHECKING:
-    from chatdata.shards import Split
+    from chatdata.shards.read import Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +51,7 @@ class Batch:
 
     inputs: Tensor  # int64 [B, W]
     targets: Tensor  # int64 [B, W], IGNORED where there is none
-    lengths: tuple[tuple[int, ...], ...] | None  # pack: for attention.pack_documents; else None: causal over the row
+    lengths: tuple[tuple[int, ...], ...] | None  # pack: for attention.pack_sequences; else None: causal over the row
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,7 @@ class Step:
 
 
 def read_step(
-    plan: BatchPlan,
+    plan: TrainingPlan,
     step: int,
     rank: int = 0,
     num_ranks: int = 1,
@@ -99,7 +98,7 @@ def read_step(
 
 
 def read_ahead(
-    plan: BatchPlan,
+    plan: TrainingPlan,
     steps: Iterable[int],
     rank: int = 0,
     num_ranks: int = 1,
@@ -129,27 +128,27 @@ def read_ahead(
             yield ahead.result()
 
 
-def read_rows(plan: BatchPlan, first: int, last: int, width: int | None = None) -> RowArrays:
+def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = None) -> RowArrays:
     """Sequences [first, last) of the plan, whatever step they belong to: for an evaluation also those left over.
 
     width: W for pad, by default what the longest document of these sequences needs.
     """
-    if plan.rows == "stream":
+    if plan.layout == "stream":
         return _stream_rows(plan, first, last)
     return _document_rows(plan, first, last, width)
 
 
-def target_documents(plan: BatchPlan, first: int, last: int) -> np.ndarray:
+def target_documents(plan: TrainingPlan, first: int, last: int) -> np.ndarray:
     """The document each target of sequences [first, last) belongs to, -1 on free positions: int64 [rows, W].
 
     For losses per task. W as in `read_rows`.
     """
-    spans = documents_of_sequences(plan, first, last)
-    if plan.rows == "stream":
-        return np.repeat(spans.document, spans.stop - spans.start).reshape(last - first, -1)[:, 1:]
+    reads = reads_of_sequences(plan, first, last)
+    if plan.layout == "stream":
+        return np.repeat(reads.document, reads.stop - reads.start).reshape(last - first, -1)[:, 1:]
     place = _places(plan, first, last, None)
     documents = np.full((last - first, place.width), -1)
-    documents.reshape(-1)[place.position] = np.repeat(spans.document, spans.stop - 1)
+    documents.reshape(-1)[place.position] = np.repeat(reads.document, reads.stop - 1)
     return documents
 
 
@@ -158,23 +157,23 @@ def digest_text(total: int) -> str:
     return f"{total % 2**64:016x}"
 
 
-def _stream_rows(plan: BatchPlan, first: int, last: int) -> RowArrays:
+def _stream_rows(plan: TrainingPlan, first: int, last: int) -> RowArrays:
     """T + 1 tokens a row: all but the last are inputs, all but the first targets."""
     split, shape = plan.split, (last - first, plan.seq_len)
     if plan.order == "nanochat":
-        spans = documents_of_sequences(plan, first, last)
-        starts, counts = split.offsets[spans.document] + spans.start, spans.stop - spans.start
+        reads = reads_of_sequences(plan, first, last)
+        starts, counts = split.offsets[reads.document] + reads.start, reads.stop - reads.start
         rows = _take(split, "tokens", _ranges(starts, counts), starts).reshape(shape[0], -1)
         return RowArrays(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), None)
     start, stop = first * plan.seq_len, last * plan.seq_len
     line = split.tokens(start, stop + 1)  # a row's last target is the next one's first input
     inputs, targets = line[:-1].astype(np.int64), line[1:].astype(np.int64)
     if plan.mask != "ignore":
-        targets[split.mask(start + 1, stop + 1, plan.policy) == 0] = IGNORED
+        targets[split.mask(start + 1, stop + 1, plan.mask) == 0] = IGNORED
     return RowArrays(inputs.reshape(shape), targets.reshape(shape), None)
 
 
-def _document_rows(plan: BatchPlan, first: int, last: int, width: int | None) -> RowArrays:
+def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None) -> RowArrays:
     """Whole documents: each has a position for every token but its last, so no target crosses a document."""
     assert plan.packing is not None
     split, place = plan.split, _places(plan, first, last, width)
@@ -185,10 +184,10 @@ def _document_rows(plan: BatchPlan, first: int, last: int, width: int | None) ->
     following = _take(split, "tokens", place.token + 1, place.starts).astype(np.int64)
     if plan.mask != "ignore":
         stored = _take(split, "mask", place.token + 1, place.starts)
-        following[apply_policy(split, plan.policy, stored, place.starts + 1, place.counts) == 0] = IGNORED
+        following[split.apply_policy(plan.mask, stored, place.starts + 1, place.counts) == 0] = IGNORED
     targets.reshape(-1)[place.position] = following
     lengths = None
-    if plan.rows == "pack":
+    if plan.layout == "pack":
         bounds = plan.packing.bounds[first : last + 1]
         positions = (plan.packing.lengths[bounds[0] : bounds[-1]] - 1).tolist()
         cuts = (bounds - bounds[0]).tolist()
@@ -207,13 +206,13 @@ class _Places:
     width: int
 
 
-def _places(plan: BatchPlan, first: int, last: int, width: int | None) -> _Places:
+def _places(plan: TrainingPlan, first: int, last: int, width: int | None) -> _Places:
     assert plan.packing is not None
     bounds = plan.packing.bounds[first : last + 1]
     placed = slice(bounds[0], bounds[-1])
     starts = plan.split.offsets[plan.packing.documents[placed]]
     counts = plan.packing.lengths[placed] - 1  # positions of each document
-    width = plan.seq_len if plan.rows == "pack" else width or int(counts.max(initial=0))
+    width = plan.seq_len if plan.layout == "pack" else width or int(counts.max(initial=0))
     ends = np.concatenate([[0], np.cumsum(counts)])
     row_ends = ends[bounds - bounds[0]]
     position = _ranges(np.arange(last - first) * width, np.diff(row_ends))
@@ -238,9 +237,9 @@ def _take(split: Split, kind: Literal["tokens", "mask"], index: np.ndarray, star
     return values
 
 
-def _step_width(plan: BatchPlan, position: int) -> int | None:
+def _step_width(plan: TrainingPlan, position: int) -> int | None:
     """W of pad: the same for every rank and micro-batch, however the step is cut; nanochat's own per micro-batch."""
-    if plan.rows != "pad" or plan.order == "nanochat":
+    if plan.layout != "pad" or plan.order == "nanochat":
         return None
     assert plan.packing is not None
     step = slice(position * plan.step_sequences, (position + 1) * plan.step_sequences)

@@ -34,7 +34,7 @@ class Checkpoint:
     path: Path
     step: int  # steps done: the next one to do
     config: ModelConfig
-    plan: dict[str, Any]  # BatchPlan.record() of the run, {} for an import
+    plan: dict[str, Any]  # TrainingPlan.record() of the run, {} for an import
     recipe: dict[str, Any]  # what else decided the weights, {} for an import
 
     def weights(self) -> dict[str, Tensor]:

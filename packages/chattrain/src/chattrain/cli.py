@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.command import examples, naming, run_command
+from chatdata.cli.command import MaskPolicyChoice, examples, run_command
+from chatdata.disk import naming
 from chattrain.errors import RunError, UsageError
 
 if TYPE_CHECKING:
-    from chattrain.distributed import Ranks
-    from chattrain.settings import Settings
+    from chattrain.run.ranks import Ranks
+    from chattrain.run.settings import Settings
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
@@ -65,11 +66,11 @@ def cli(debug: bool) -> None:
 @click.option("--save-every", type=POSITIVE, help="Steps between checkpoints (always one at the end).")
 @click.option("--keep-last", type=POSITIVE, default=2, show_default=True, help="Checkpoints kept.")
 @click.option("--eval-every", type=POSITIVE, help="Steps between validations: bits per byte, in total and per task.")
-@click.option("--rows", type=click.Choice(["stream", "pack", "pad"]), help="In place of the stage's own.")
+@click.option("--layout", type=click.Choice(["stream", "pack", "pad"]), help="In place of the stage's own.")
 @click.option(
     "--mask",
-    type=click.Choice(["ignore", "apply", "last-turn", "tools-only", "no-tools", "all", "supervised"]),
-    help="In place of the stage's own. all: as ignore; supervised: as apply.",
+    type=MaskPolicyChoice(),
+    help="In place of the stage's own.",
 )
 @click.option(
     "--order",
@@ -103,9 +104,9 @@ def cli(debug: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train on a build. SIGTERM and SIGINT save and exit 0."""
-    from chatdata.manifest import read_manifest
-    from chattrain.distributed import join_ranks
-    from chattrain.settings import Settings
+    from chatdata.shards.manifest import read_manifest
+    from chattrain.run.ranks import join_ranks
+    from chattrain.run.settings import Settings
 
     stage = options["stage"] or read_manifest(options["data"])["stage"]
     options["out"] = options["out"] or Path("runs") / stage
@@ -118,8 +119,8 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
 
 
 def _dry_run(settings: Settings, ranks: Ranks, as_json: bool) -> None:
-    from chattrain.dry_run import dry_run
     from chattrain.loop import prepare
+    from chattrain.run.dry_run import dry_run
 
     numbers = dry_run(prepare(settings, ranks))
     if not ranks.is_first:
@@ -141,10 +142,10 @@ def _dry_run(settings: Settings, ranks: Ranks, as_json: bool) -> None:
 
 def _train(settings: Settings, ranks: Ranks, as_json: bool) -> None:
     from chattrain.checkpoint import last_checkpoint
-    from chattrain.distributed import StopRequest
     from chattrain.loop import prepare, train
-    from chattrain.telemetry import draw_curve
-    from chattrain.trace import write_run
+    from chattrain.run.ranks import StopRequest
+    from chattrain.run.telemetry import draw_curve
+    from chattrain.run.trace import write_run
 
     out = settings.out
     if out.exists() and any(out.iterdir()) and not settings.resume:
@@ -191,7 +192,7 @@ def _echo_plan(counts: dict[str, Any], num_steps: int, stage: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None:
     """Which documents were in a step of a run."""
-    from chattrain.trace import trace_step
+    from chattrain.run.trace import trace_step
 
     found = trace_step(run_folder, step, data)
     if as_json:
@@ -213,9 +214,9 @@ def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None
 @click.option("--verify", is_flag=True, help="Load it with transformers and compare logits and config.")
 def export(checkpoint: Path, out: Path, verify: bool) -> None:
     """Write a checkpoint (or a run's last one) as transformers' NanoChat."""
-    from chatdata.tokenizer import load_tokenizer
+    from chatdata.tokenizer.load import load_tokenizer
     from chattrain.checkpoint import read_checkpoint
-    from chattrain.export import export_transformers
+    from chattrain.nanochat.export import export_transformers
 
     found = read_checkpoint(checkpoint)
     tokenizer = found.path / "tokenizer"
@@ -234,10 +235,10 @@ def export(checkpoint: Path, out: Path, verify: bool) -> None:
 @click.option("--out", type=PATH, required=True, help="Run folder to write; --init takes it.")
 def import_nanochat(folder: Path, tokenizer: Path, out: Path) -> None:
     """Make a checkpoint of nanochat's model_<step>.pt and meta_<step>.json (December 2025)."""
-    from chatdata.tokenizer import load_tokenizer
-    from chatdata.tokenizer_files import save_tokenizer
+    from chatdata.tokenizer.formats import save_tokenizer
+    from chatdata.tokenizer.load import load_tokenizer
     from chattrain.checkpoint import save_checkpoint
-    from chattrain.nanochat import import_nanochat as read
+    from chattrain.nanochat.checkpoints import import_nanochat as read
 
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out}: already exists; choose another --out")

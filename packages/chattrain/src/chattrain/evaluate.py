@@ -17,13 +17,13 @@ import torch
 
 from chatdata.arrow import values_of
 from chattrain.batches import read_rows, target_documents
-from chattrain.distributed import Ranks, StopRequest
 from chattrain.loss import position_losses
 from chattrain.model import GPT
-from chattrain.plan import BatchPlan
+from chattrain.plan import TrainingPlan
+from chattrain.run.ranks import Ranks, StopRequest
 
 if TYPE_CHECKING:
-    from chatdata.tokenizer import Tokenizer
+    from chatdata.tokenizer.bpe import Tokenizer
 
 # (inputs [B, W], document lengths or None) → hidden [B, W, C]: the model with its device, dtype and attention chosen
 Forward = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -40,7 +40,7 @@ def token_byte_counts(tokenizer: Tokenizer) -> np.ndarray:
 def bits_per_byte(
     model: GPT,
     forward: Forward,
-    plan: BatchPlan,
+    plan: TrainingPlan,
     byte_counts: np.ndarray,
     ranks: Ranks,
     device_batch_size: int,
@@ -80,7 +80,7 @@ def bits_per_byte(
     return {"total": total, "tasks": per_task, "bytes": int(total_bytes)}
 
 
-def _tasks(plan: BatchPlan) -> tuple[list[str], np.ndarray]:
+def _tasks(plan: TrainingPlan) -> tuple[list[str], np.ndarray]:
     """Task names, and the number of each document's task (int64 [documents])."""
     import pyarrow as pa
 

@@ -18,23 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from chatdata.sequences import Rows
-from chatdata.shards import Build, open_build
-from chattrain import telemetry
-from chattrain.attention import pack_documents
+from chatdata.packing.epoch import Layout
+from chatdata.shards.read import Build, open_build
+from chattrain.attention import pack_sequences
 from chattrain.batches import Batch, Step, digest_text, read_ahead
 from chattrain.checkpoint import Checkpoint, keep_last, last_checkpoint, read_checkpoint, save_checkpoint
-from chattrain.distributed import Ranks, StopRequest
 from chattrain.errors import NonFiniteError, RunError
 from chattrain.evaluate import bits_per_byte, token_byte_counts
 from chattrain.loss import chunked_loss
 from chattrain.model import GPT, ModelConfig, initial_weights, load_model, random_config
-from chattrain.nanochat_order import make_nanochat_plan
+from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import load_optimizer_tensors, make_optimizers, optimizer_tensors, set_step
-from chattrain.plan import BatchPlan, check_cut, make_plan, require_same_plan
+from chattrain.plan import TrainingPlan, check_cut, make_training_plan, require_same_plan
+from chattrain.reads import name_documents, reads_of_step
+from chattrain.run import telemetry
+from chattrain.run.ranks import Ranks, StopRequest
+from chattrain.run.settings import Dtype, Settings, recipe_of, require_same_recipe
 from chattrain.schedule import Stage, find_stage, momentum, multiplier
-from chattrain.settings import Dtype, Settings, recipe_of, require_same_recipe
-from chattrain.spans import documents_of_step, name_documents
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Job:
     ranks: Ranks
     build: Build
     stage: Stage
-    plan: BatchPlan
-    val_plan: BatchPlan | None
+    plan: TrainingPlan
+    val_plan: TrainingPlan | None
     num_steps: int
     dtype: Dtype
     recipe: dict[str, Any]
@@ -108,7 +108,7 @@ def prepare(settings: Settings, ranks: Ranks) -> Job:
         dtype=dtype,
         recipe=recipe,
         model=model,
-        parallel=parallel_model(model, settings, ranks, plan.rows),
+        parallel=parallel_model(model, settings, ranks, plan.layout),
         optimizers=optimizers,
         start=0 if resumed is None else resumed.step,
     )
@@ -116,12 +116,12 @@ def prepare(settings: Settings, ranks: Ranks) -> Job:
 
 def make_run_plan(
     build: Build, split: str, stage: Stage, settings: Settings, ranks: Ranks, evaluation: bool = False
-) -> BatchPlan:
+) -> TrainingPlan:
     """The plan of a split under the stage's policy and the command line's changes to it."""
-    rows, mask = settings.rows or stage.rows, settings.mask or stage.mask
+    layout, mask = settings.layout or stage.layout, settings.mask or stage.mask
     if settings.order == "nanochat":
-        if settings.total_batch_tokens or settings.rows:
-            raise RunError("--order nanochat fixes rows and batch: it goes without --rows and --total-batch-tokens")
+        if settings.total_batch_tokens or settings.layout:
+            raise RunError("--order nanochat fixes layout and batch: it goes without --layout and --total-batch-tokens")
         return make_nanochat_plan(
             build[split],
             mask=mask,
@@ -136,9 +136,9 @@ def make_run_plan(
             raise RunError(
                 f"--total-batch-tokens {settings.total_batch_tokens} is not a multiple of --seq-len {settings.seq_len}"
             )
-    return make_plan(
+    return make_training_plan(
         build[split],
-        rows=rows,
+        layout=layout,
         mask=mask,
         seq_len=settings.seq_len,
         step_sequences=step_sequences,
@@ -162,7 +162,7 @@ def initial_model(settings: Settings, build: Build) -> tuple[ModelConfig, dict[s
 
 def require_same_tokenizer(checkpoint: Checkpoint, build: Build) -> None:
     """Raises RunError unless checkpoint and build give the same ids for the canary texts."""
-    from chatdata.tokenizer import load_tokenizer
+    from chatdata.tokenizer.load import load_tokenizer
 
     theirs, ours = load_tokenizer(checkpoint.path / "tokenizer"), build.manifest["tokenizer"]
     if (theirs.vocab_size, theirs.canary_sha256) != (ours["vocab_size"], ours["canary_sha256"]):
@@ -172,12 +172,12 @@ def require_same_tokenizer(checkpoint: Checkpoint, build: Build) -> None:
         )
 
 
-def parallel_model(model: GPT, settings: Settings, ranks: Ranks, rows: Rows) -> nn.Module:
+def parallel_model(model: GPT, settings: Settings, ranks: Ranks, layout: Layout) -> nn.Module:
     """The model as the loop calls it: compiled (by default on cuda), and under DDP where there are several ranks."""
     compiled = ranks.device.type == "cuda" if settings.compile is None else settings.compile
-    # Rows of stream and pack have one shape, and the graph for it is the fastest. Rows of pad are as wide as each step
-    # needs: a graph for each width would be compiled 8 times, and then torch gives up and runs without.
-    called: nn.Module = torch.compile(model, dynamic=rows == "pad") if compiled else model  # type: ignore[assignment]
+    # Batches of stream and pack have one shape, and a graph for it is the fastest. Batches of pad are as wide as each
+    # step needs: torch would compile a graph for 8 widths, then give up and run without.
+    called: nn.Module = torch.compile(model, dynamic=layout == "pad") if compiled else model  # type: ignore[assignment]
     if ranks.num_ranks == 1:
         return called
     return DistributedDataParallel(called, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
@@ -189,7 +189,7 @@ def hidden_states(job: Job, called: nn.Module, inputs: Tensor, lengths: Any) -> 
     documents = None
     if lengths is not None:
         form = "flex" if device.type == "cuda" else "split"
-        documents = pack_documents(lengths, inputs.shape[1], device, form)
+        documents = pack_sequences(lengths, inputs.shape[1], device, form)
     with torch.autocast(device.type, torch.bfloat16, enabled=job.dtype == "bfloat16"):
         return called(inputs.to(device, non_blocking=True), documents)
 
@@ -224,7 +224,7 @@ def train_step(job: Job, step: Step) -> StepResult:
     gradient_norm = float(nn.utils.get_total_norm(gradients))
     finite = torch.isfinite(torch.tensor([loss, gradient_norm])).all().item()
     if not finite and job.settings.non_finite == "raise":
-        names = name_documents(documents_of_step(job.plan, step.number))
+        names = name_documents(reads_of_step(job.plan, step.number))
         raise NonFiniteError(
             f"step {step.number}: loss {loss}, gradient norm {gradient_norm}, from {names} of {job.plan.split.name}; "
             "nothing was updated (--non-finite skip leaves such steps out)"

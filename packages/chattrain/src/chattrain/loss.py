@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from chatdata.document import IGNORED
 from chattrain.model import SOFTCAP, softcap
-
-IGNORED = -100  # torch's own value for "no loss here"
 
 # Logits held at a time, in elements; the rows of a chunk are this ÷ V. On 2 CPU cores at V = 65,536, C = 256, chunks of
 # 64 / 128 / 256 / 512 rows took 2.87 / 2.54 / 2.47 / 2.43 s for 2,048 targets: 256 rows, two buffers of 64 MiB.

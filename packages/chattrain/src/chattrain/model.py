@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chattrain.attention import Documents, sdpa
+from chattrain.attention import PackedSequences, sdpa
 from chattrain.errors import ConfigError, WeightsError, named
 
 NORM_EPS = 1.1920928955078125e-07  # float32's machine epsilon, which nanochat's eps=None means in fp32 and bf16
@@ -167,7 +167,7 @@ class Attention(nn.Module):
         self.c_v = Linear(config.n_embd, key_value_width, bias=False)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, documents: Documents | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, documents: PackedSequences | None, cache: Cache | None) -> Tensor:
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_size)) for linear in (self.c_q, self.c_k, self.c_v))
         q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
         if cache is not None:
@@ -199,7 +199,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, documents: Documents | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, documents: PackedSequences | None, cache: Cache | None) -> Tensor:
         x = x + self.attn(norm(x), rotary, documents, cache)
         return x + self.mlp(norm(x))
 
@@ -224,13 +224,13 @@ class GPT(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        documents: Documents | None = None,
+        documents: PackedSequences | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """tokens [B, T] integers → normalised hidden states [B, T, C], in the autocast dtype where autocast is on.
 
-        documents: attention and rotary positions stay inside each (see `pack_documents`); None: causal over the row.
+        documents: attention and rotary positions stay inside each (see `pack_sequences`); None: causal over the row.
         positions: [T] or [B, T] rotary positions, by default the documents' own, or 0 … T − 1.
         cache: attend to earlier positions too; give the `positions` of these tokens with it, and no documents.
         Raises AttentionError for documents of the flex form where a gradient is wanted on CPU.
@@ -302,7 +302,7 @@ def load_model(
     return model
 
 
-def hidden_one_by_one(model: GPT, tokens: Tensor, documents: Documents) -> Tensor:
+def hidden_one_by_one(model: GPT, tokens: Tensor, documents: PackedSequences) -> Tensor:
     """The reference for packed rows: every document run alone. tokens [B, T] → hidden [B, T, C].
 
     Slow and plainly right; `GPT.forward(tokens, documents)` is held equal to it.

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from chatdata.errors import PlanError
-from chatdata.packing import Long
-from chatdata.sequences import Epoch, Rows, plan_epoch
+from chatdata.packing.epoch import Epoch, Layout, plan_epoch
+from chatdata.packing.layouts import Long
 
 if TYPE_CHECKING:
-    from chatdata.shards import Split
+    from chatdata.shards.read import Split
 
 Order = Literal["plan", "nanochat"]
 
@@ -37,8 +37,8 @@ PLAN_VERSION = 2  # of what a plan's hash stands for: raise it when the same set
 
 
 @dataclass(frozen=True, eq=False)
-class BatchPlan(Epoch):
-    """Made by `make_plan` or `make_nanochat_plan`; read by batches.py."""
+class TrainingPlan(Epoch):
+    """Made by `make_training_plan` or `make_nanochat_plan`; read by batches.py."""
 
     seed: int | None = None  # of the order of the sequences (pack and pad)
     long: Long | None = None  # what became of documents over T + 1 tokens (pack and pad)
@@ -50,10 +50,11 @@ class BatchPlan(Epoch):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the batches of every step, as plain data, in the order in which a difference is named."""
-        names = ("rows", "mask", "order", "seq_len", "step_sequences", "seed", "long", "num_ranks", "device_batch_size")
+        names = ("mask", "order", "seq_len", "step_sequences", "seed", "long", "num_ranks", "device_batch_size")
         return {
             "build_id": self.split.build.manifest["build_id"],
             "split": self.split.name,
+            "rows": self.layout,  # its name in records until their next version
             **{name: getattr(self, name) for name in names},
             "plan_version": PLAN_VERSION,
         }
@@ -73,23 +74,23 @@ class BatchPlan(Epoch):
         return {**self.settings, "hash": self.hash}
 
 
-def make_plan(
-    split: Split, *, rows: Rows, mask: str, seq_len: int, step_sequences: int, seed: int = 42, long: Long = "error"
-) -> BatchPlan:
+def make_training_plan(
+    split: Split, *, layout: Layout, mask: str, seq_len: int, step_sequences: int, seed: int = 42, long: Long = "error"
+) -> TrainingPlan:
     """Plan an epoch over `split`: `plan_epoch` of chatdata, which `chatdata plan` shows, and what a run has to keep.
 
     Raises PlanError for arguments out of range, for a split that does not fill one step and for one without any target;
-    PackingError for a document of more than T + 1 tokens with rows pack or pad and long="error".
+    PackingError for a document of more than T + 1 tokens with layout pack or pad and long="error".
     """
     epoch = plan_epoch(
-        split, rows=rows, mask=mask, seq_len=seq_len, step_sequences=step_sequences, seed=seed, long=long
+        split, layout=layout, mask=mask, seq_len=seq_len, step_sequences=step_sequences, seed=seed, long=long
     )
     # the order of stream rows is the build's: neither a seed nor a length rule decides anything
     chosen = {} if epoch.packing is None else {"seed": seed, "long": long}
-    return BatchPlan(**vars(epoch), **chosen)
+    return TrainingPlan(**vars(epoch), **chosen)
 
 
-def check_cut(plan: BatchPlan, num_ranks: int, device_batch_size: int) -> None:
+def check_cut(plan: TrainingPlan, num_ranks: int, device_batch_size: int) -> None:
     """Raises PlanError unless a step can be cut into micro-batches of `device_batch_size` for `num_ranks` ranks."""
     if num_ranks < 1 or device_batch_size < 1:
         raise PlanError(f"{num_ranks} ranks × device batch size {device_batch_size}: both must be at least 1")
@@ -107,7 +108,7 @@ def check_cut(plan: BatchPlan, num_ranks: int, device_batch_size: int) -> None:
         )
 
 
-def require_same_plan(saved: Mapping[str, Any], plan: BatchPlan) -> None:
+def require_same_plan(saved: Mapping[str, Any], plan: TrainingPlan) -> None:
     """Raises PlanError naming what changed, if `plan` is not the one whose `record()` was saved."""
     current = plan.record()
     for name in current:

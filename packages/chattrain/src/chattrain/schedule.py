@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from chatdata.sequences import MaskUse, Rows
+from chatdata.packing.epoch import Layout, MaskPolicy
 from chattrain.errors import UnknownStageError
 
 
@@ -16,8 +16,8 @@ class Stage:
     """The policy of one stage. The fields are explained in stages.toml."""
 
     name: str
-    rows: Rows
-    mask: MaskUse
+    layout: Layout
+    mask: MaskPolicy
     lr_fraction: float
     lr_constant: float
     momentum: tuple[float, float]

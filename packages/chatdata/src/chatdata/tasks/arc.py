@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatdata.tasks import ScoredSet, Scoring, Task
 from chatdata.tasks.multiple_choice import multiple_choice
+from chatdata.tasks.task import ScoredSet, Scoring, Task
 
 
 def to_conversation(row: dict[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from chatdata.tasks import ScoredSet, Scoring, Task
 from chatdata.tasks.mmlu import LETTERS, to_conversation
+from chatdata.tasks.task import ScoredSet, Scoring, Task
 from chatdata.tasks.words import TEST_SEED_OFFSET
 
-FACTS = Path(__file__).parent.parent / "texts" / "choice_facts.jsonl"
+FACTS = Path(__file__).parent / "texts" / "choice_facts.jsonl"
 
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str, Any]]:

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from chatdata.tasks import ScoredSet, Scoring, Task
 from chatdata.tasks.gsm8k import grade, to_conversation
+from chatdata.tasks.task import ScoredSet, Scoring, Task
 from chatdata.tasks.words import TEST_SEED_OFFSET
 
-TEXTS = Path(__file__).parent.parent / "texts"
+TEXTS = Path(__file__).parent / "texts"
 _OPERATION = re.compile(r"<<(\{\w\})([-+*])(\{\w\})=\{(\w)\}>>")
 
 

@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from chatdata.grading import Grade, final_number, grade_number
-from chatdata.tasks import ScoredSet, Scoring, Task
+from chatdata.tasks.task import ScoredSet, Scoring, Task
 
 _ANNOTATION = re.compile(r"<<([^>]+)>>")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from chatdata.tasks import ScoredSet, Scoring, Task
+from chatdata.tasks.task import ScoredSet, Scoring, Task
 
 _FENCED = re.compile(r"```(?:python)?[ \t]*\n(.*?)\n?```", re.DOTALL)
 

@@ -7,8 +7,8 @@ Same forms as the task `conversations`; `chatdata identity PERSONA --out FILE` m
 
 from __future__ import annotations
 
-from chatdata.tasks import Task
 from chatdata.tasks.conversations import to_conversation
+from chatdata.tasks.task import Task
 
 TASK = Task(
     name="identity",

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from chatdata.errors import TaskError
-from chatdata.tasks import ScoredSet, Scoring, Task
 from chatdata.tasks.multiple_choice import multiple_choice
+from chatdata.tasks.task import ScoredSet, Scoring, Task
 
 LETTERS = ("A", "B", "C", "D")
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from chatdata.grading import Grade
-from chatdata.tasks import ScoredSet, Scoring, Task
+from chatdata.tasks.task import ScoredSet, Scoring, Task
 from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, shuffled_words, split_words
 
 

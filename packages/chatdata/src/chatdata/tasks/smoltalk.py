@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatdata.tasks import Task
+from chatdata.tasks.task import Task
 
 
 def to_conversation(row: dict[str, Any]) -> dict[str, Any]:

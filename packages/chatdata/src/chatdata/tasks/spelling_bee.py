@@ -16,11 +16,11 @@ from typing import Any
 
 from chatdata.errors import SourceError
 from chatdata.grading import Grade, grade_number
-from chatdata.tasks import Option, ScoredSet, Scoring, Task
+from chatdata.tasks.task import Option, ScoredSet, Scoring, Task
 from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, read_words, split_words
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-PHRASINGS = Path(__file__).parent.parent / "texts" / "spelling_phrasings.txt"
+PHRASINGS = Path(__file__).parent / "texts" / "spelling_phrasings.txt"
 _QUOTES = ("", "'", '"')
 
 

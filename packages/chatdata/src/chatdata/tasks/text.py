@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from chatdata.errors import TaskError
-from chatdata.tasks import Task
+from chatdata.tasks.task import Task
 
 
 def to_text(row: dict[str, Any]) -> str:

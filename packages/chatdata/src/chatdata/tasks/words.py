@@ -10,7 +10,7 @@ from itertools import filterfalse
 from pathlib import Path
 
 from chatdata.errors import SourceError
-from chatdata.tasks import Option
+from chatdata.tasks.task import Option
 
 # dwyl/english-words (Unlicense), the list nanochat spells from
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt"

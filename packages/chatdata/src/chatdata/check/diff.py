@@ -1,0 +1,261 @@
+"""`chatdata diff A B`: what differs between two builds, the causes first (recipe, sources), then what came of them.
+
+Documents are told apart by their digests, so a build of a million documents is compared without reading a token.
+Equal digests are paired first (of several copies, that of the same row and entry); what is left over on both sides
+under one (task, row, entry) is the same row with other tokens or another mask; the rest is only here or only there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chatdata.check.differences import ABSENT, differences
+from chatdata.document import Document
+from chatdata.errors import printable
+from chatdata.shards.read import Build, Split
+
+if TYPE_CHECKING:
+    import polars as pl
+
+SHOWN_DOCUMENTS = 3
+CONTEXT_TOKENS = 6  # before and after the first token that differs
+TOTALS = ("documents", "tokens", "supervised")
+_KEY = ["task", "row", "entry"]
+_COMPARED = ("task", "row", "entry", "position", "num_turns", "num_tool_calls", "original_tokens", "truncated", "spans")
+
+
+def diff_builds(a: Build, b: Build) -> dict[str, Any]:
+    """Everything that differs, as plain data for JSON; `identical` says whether anything does.
+
+    recipe, sources, tokenizer, other: [{"key", "a", "b"}]. splits: name → totals and entries of that form, and
+    `documents` (see `_diff_documents`), None where only one build has the split or where all files are equal.
+    """
+    one, two = a.manifest, b.manifest
+    found: dict[str, Any] = {"a": str(a.path), "b": str(b.path), "build_id": [one["build_id"], two["build_id"]]}
+    found["identical"] = one["build_id"] == two["build_id"]
+    parts = {key: (one[key], two[key]) for key in ("recipe", "tokenizer")}
+    parts["sources"] = (_by_name(one["sources"]), _by_name(two["sources"]))
+    shown = {*parts, "splits", "build_id"}
+    rest_a, rest_b = ({k: v for k, v in manifest.items() if k not in shown} for manifest in (one, two))
+    parts["other"] = rest_a, rest_b
+    for name in ("recipe", "sources", "tokenizer", "other"):
+        found[name] = _listed(*parts[name])
+    found["splits"] = {
+        name: _diff_split(a, b, name)
+        for name in dict.fromkeys([*one["splits"], *two["splits"]])
+        if one["splits"].get(name) != two["splits"].get(name)
+    }
+    return found
+
+
+def _listed(a: Any, b: Any) -> list[dict[str, Any]]:
+    return [{"key": key, "a": one, "b": two} for key, one, two in differences(a, b)]
+
+
+def _by_name(sources: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sources by name, their files by name: one more source, or a file, then moves no other."""
+    table: dict[str, Any] = {}
+    for source in sources:
+        name, copy = source["name"], 1
+        while name in table:
+            copy += 1
+            name = f"{source['name']} ({copy})"
+        table[name] = source | {"files": {file["name"]: file for file in source["files"]}}
+    return table
+
+
+def _diff_split(a: Build, b: Build, name: str) -> dict[str, Any]:
+    one, two = (build.manifest["splits"].get(name) for build in (a, b))
+    if one is None or two is None:
+        return {"only_in": "b" if one is None else "a", "totals": [], "entries": [], "documents": None}
+    files = [[shard["files"] for shard in split["shards"]] for split in (one, two)]
+    return {
+        "only_in": None,
+        "totals": _listed(*({key: split[key] for key in TOTALS} for split in (one, two))),
+        "entries": _listed(*(_by_entry(split["entries"]) for split in (one, two))),
+        "documents": None if files[0] == files[1] else _diff_documents(a[name], b[name]),
+    }
+
+
+def _by_entry(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {f"entry {entry['entry']} ({entry['task']})": entry for entry in entries}
+
+
+def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
+    """Counts of documents, and the first ones: `only_a`, `only_b`, `changed` (same row, other tokens or mask), `order`.
+
+    equal: pairs of equal digest. columns: of how many of these pairs each column of the index differs. order: the
+    first place where the equal documents come in another order, None if nowhere. changed: `same_length` of them have
+    as many tokens in both (if nothing but the mask changed, all have).
+    """
+    import polars as pl
+
+    columns = ["doc", *_COMPARED, "digest", "num_tokens"]
+    one, two = (split.index.select(columns).with_columns(pl.col("task").cast(pl.String)) for split in (a, b))
+    pairs = _pair_equal(one, two)
+    rest_a, rest_b = (
+        index.join(pairs, left_on="doc", right_on=f"doc_{side}", how="anti") for index, side in ((one, "a"), (two, "b"))
+    )
+    changed = rest_a.join(rest_b, on=_KEY, how="inner", suffix="_b").unique("doc", keep="first", maintain_order=True)
+    changed = changed.unique("doc_b", keep="first", maintain_order=True).sort("doc")
+    only_a = rest_a.join(changed, on="doc", how="anti").sort("doc")
+    only_b = rest_b.join(changed, left_on="doc", right_on="doc_b", how="anti").sort("doc")
+    return {
+        "equal": len(pairs),
+        "columns": _column_differences(one, two, pairs),
+        "order": _order_difference(one, two, pairs),
+        "changed": {
+            "count": len(changed),
+            "same_length": int((changed["num_tokens"] == changed["num_tokens_b"]).sum()),
+            "tasks": _tasks_of(changed),
+            "first": [
+                _parting(a, b, row["doc"], row["doc_b"]) | {key: row[key] for key in _KEY}
+                for row in changed.head(SHOWN_DOCUMENTS).iter_rows(named=True)
+            ],
+        },
+        "only_a": _only(only_a),
+        "only_b": _only(only_b),
+    }
+
+
+def _pair_equal(one: pl.DataFrame, two: pl.DataFrame) -> pl.DataFrame:
+    """doc_a, doc_b of equal digest: first those of the same row and entry, then whatever copies are left."""
+    import polars as pl
+
+    pairs = []
+    for key in (["digest", *_KEY], ["digest"]):
+        numbered = [
+            index.select(["doc", *key]).with_columns(copy=pl.col("doc").cum_count().over(key)) for index in (one, two)
+        ]
+        joined = numbered[0].join(numbered[1], on=[*key, "copy"], how="inner", suffix="_b")
+        pairs.append(joined.select(pl.col("doc").alias("doc_a"), "doc_b"))
+        one = one.join(pairs[-1], left_on="doc", right_on="doc_a", how="anti")
+        two = two.join(pairs[-1], left_on="doc", right_on="doc_b", how="anti")
+    return pl.concat(pairs).sort("doc_a")
+
+
+def _column_differences(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, int]:
+    import polars as pl
+
+    one, two = one[pairs["doc_a"].cast(pl.UInt32)], two[pairs["doc_b"].cast(pl.UInt32)]
+    counts = {name: int((one[name] != two[name]).sum()) for name in _COMPARED}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _order_difference(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any] | None:
+    """By digest, not by pair: two copies of one document that changed places leave the stream as it was."""
+    import polars as pl
+
+    one = one[pairs["doc_a"].cast(pl.UInt32)]
+    two = two[pairs["doc_b"].sort().cast(pl.UInt32)]
+    differs = np.flatnonzero((one["digest"] != two["digest"]).to_numpy())
+    if not len(differs):
+        return None
+    rows = (index.select(["doc", *_KEY]).row(int(differs[0]), named=True) for index in (one, two))
+    return {"documents": len(differs), **dict(zip("ab", rows, strict=True))}
+
+
+def _only(index: pl.DataFrame) -> dict[str, Any]:
+    first = index.select(["doc", *_KEY]).head(SHOWN_DOCUMENTS).to_dicts()
+    return {"count": len(index), "tasks": _tasks_of(index), "first": first}
+
+
+def _tasks_of(index: pl.DataFrame) -> dict[str, int]:
+    return dict(index["task"].value_counts(sort=True).rows())
+
+
+def _parting(a: Split, b: Split, doc_a: int, doc_b: int) -> dict[str, Any]:
+    """Where two documents part: the first position, what differs there, and a few tokens around it on both sides."""
+    one, two = a[doc_a], b[doc_b]
+    length = min(len(one), len(two))
+    tokens = one.tokens[:length] != two.tokens[:length]
+    mask = one.mask[:length] != two.mask[:length]
+    position = int(np.argmax(tokens | mask)) if (tokens | mask).any() else length
+    what = "length" if position == length else "tokens" if tokens[position] else "mask"
+    only = "mask" if len(one) == len(two) and not tokens.any() else "tokens"
+    sides = {side: _around(document, position) for side, document in (("a", one), ("b", two))}
+    return {"doc_a": doc_a, "doc_b": doc_b, "differs": only, "position": position, "first": what, **sides}
+
+
+def _around(document: Document, position: int) -> dict[str, Any]:
+    part = slice(max(0, position - CONTEXT_TOKENS), position + CONTEXT_TOKENS + 1)
+    piece = Document(document.tokens[part], document.mask[part], tokenizer=document.tokenizer)
+    text = "".join(f"⟦{run}⟧" if supervised else run for supervised, run in piece.runs())
+    return {"num_tokens": len(document), "ids": piece.tokens.tolist(), "mask": piece.mask.tolist(), "text": text}
+
+
+def lines_of(found: dict[str, Any]) -> list[str]:
+    """The result of `diff_builds` for people, a line each."""
+    if found["identical"]:
+        return [f"identical: build {found['build_id'][0][:12]}"]
+    ids = zip("ab", found["build_id"], strict=True)
+    lines = [f"{side}: {found[side]} (build {build_id[:12]})" for side, build_id in ids]
+    for name in ("recipe", "sources", "tokenizer", "other"):
+        lines += _section(name if name != "other" else "manifest", found[name])
+    for name, split in found["splits"].items():
+        if split["only_in"]:
+            lines += ["", f"{name}: only in {split['only_in']}"]
+            continue
+        lines += _section(name, split["totals"] + split["entries"])
+        lines += _document_lines(name, split["documents"]) if split["documents"] else []
+    return lines
+
+
+def _section(title: str, listed: list[dict[str, Any]]) -> list[str]:
+    if not listed:
+        return []
+    return ["", title, *(f"  {line['key']}: {_value(line['a'])} → {_value(line['b'])}" for line in listed)]
+
+
+def _value(value: Any) -> str:
+    if value is None or value == ABSENT:
+        return "none" if value is None else "–"
+    text = f"{value:,}" if type(value) is int else printable(_toml(value)).replace("\n", "\\n")
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _toml(value: Any) -> str:
+    """A table or a list as a recipe would have it, what is not set left out; anything else by its own words."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items() if inner is not None) + "}"
+    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else str(value)
+
+
+def _document_lines(name: str, found: dict[str, Any]) -> list[str]:
+    changed, order = found["changed"], found["order"]
+    lines = ["", f"{name} documents", f"  equal: {found['equal']:,}"]
+    if order:
+        there = "; ".join(f"{side}: {_place(order[side])}" for side in "ab")
+        lines.append(f"  in another order: {order['documents']:,} of the equal ones; first {there}")
+    if changed["count"]:
+        lines.append(
+            f"  same row, other tokens or mask: {changed['count']:,}{_tasks(changed)}, "
+            f"{changed['same_length']:,} of them of the same length"
+        )
+    for row in changed["first"]:
+        only = ", only the mask" if row["differs"] == "mask" else ""
+        where = f"{row['task']} row {row['row']} (a document {row['doc_a']}, b document {row['doc_b']})"
+        lines.append(f"    {where}{only}: {row['first']} from position {row['position']:,} on")
+        for side in "ab":
+            text = printable(row[side]["text"]).replace("\n", "\\n").replace("\t", "\\t")
+            lines.append(f"      {side}: {row[side]['num_tokens']:,} tokens, … {text} …")
+    for side in "ab":
+        only = found[f"only_{side}"]
+        if only["count"]:
+            first = "; ".join(_place(row) for row in only["first"])
+            lines.append(f"  only in {side}: {only['count']:,}{_tasks(only)}; first {first}")
+    for column, count in found["columns"].items():
+        lines.append(f"  equal, but other {column} in the index: {count:,}")
+    if len(lines) == 3:
+        lines.append("  all equal: only the files' encoding differs (another pyarrow wrote the index)")
+    return lines
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"document {row['doc']} ({row['task']} row {row['row']}, entry {row['entry']})"
+
+
+def _tasks(found: dict[str, Any]) -> str:
+    return f" ({', '.join(f'{task} {count:,}' for task, count in found['tasks'].items())})"

@@ -1,0 +1,310 @@
+"""`chatdata verify --level semantic`: is a build what its recipe makes of its sources? Rendered again, and compared.
+
+The order of all documents is computed again from the recipe; a share of them, and of those the policies dropped, is
+rendered from the sources with the one-conversation renderer and tiktoken. Nothing of the build's own path from rows
+to shards is used: a fault there would be repeated here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chatdata.build.mixture import mixture_order, permutation
+from chatdata.check.differences import differences
+from chatdata.check.verify import shortened, verify_full
+from chatdata.document import SPAN_ROLES, Document, Span
+from chatdata.errors import ChatdataError, RecipeError
+from chatdata.progress import Progress
+from chatdata.recipe import Entry, Recipe, load_recipe, parse_recipe, shipped_recipes
+from chatdata.render import specification as render
+from chatdata.shards.index import index_arrays, read_index
+from chatdata.shards.read import Split, open_build
+from chatdata.tasks.task import Task, call_task
+
+if TYPE_CHECKING:
+    from chatdata.build.plan import BuildPlan
+    from chatdata.sources.find import Locations
+    from chatdata.sources.source import PlannedEntry, Source
+
+RECORDED = ("original_tokens", "num_turns", "num_tool_calls")
+LEAST_DOCUMENTS = 100  # rendered again per split, however small the share
+
+
+def verify_semantic(
+    path: Path,
+    locations: Locations,
+    tasks: Mapping[str, Task],
+    *,
+    recipe: Recipe | None = None,
+    share: float = 0.01,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Everything of full; then sources, order, and `share` of each split (at least 100 documents, one per entry).
+
+    recipe: only where to look for files that the recipe names; by default `recipe_of_build`. Damage found by full, or
+    sources that are not those of the build, end it there: what comes after would only repeat them.
+    Raises MissingSource for sources that are not at hand, RecipeError if `recipe` is not the build's.
+    """
+    from chatdata.build.plan import make_build_plan
+
+    problems = verify_full(path, progress)
+    if problems:
+        return problems
+    build = open_build(path)
+    recipe = recipe_of_build(build.manifest, tasks) if recipe is None else _same_recipe(build.manifest, recipe)
+    recipe = _pinned(recipe, build.manifest)
+    limit = build.manifest["recipe"].get("limit")
+    plan = make_build_plan(recipe, dict(tasks), build.tokenizer, replace(locations, recipe_folder=recipe.folder), limit)
+    problems = _source_problems(path, plan, build.manifest["sources"])
+    if problems:
+        return problems
+    chosen: list[_Chosen] = []
+    for name, entries in plan.splits.items():
+        index = _whole_index(build[name])
+        found, wrong = _check_order(build[name], index, entries, recipe, share)
+        chosen += found
+        problems += wrong
+    rendering = list(_check_rendering(plan, chosen, progress))
+    return problems + shortened(rendering, "differences from what is rendered again")
+
+
+def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task]) -> Recipe:
+    """The shipped recipe that a build was made of, else the one in its manifest, whose files are sought from here.
+
+    Raises RecipeError if the manifest's recipe is not one this chatdata understands (a --task-file may be missing).
+    """
+    for name in shipped_recipes():
+        try:
+            return _same_recipe(manifest, load_recipe(name, tasks))
+        except RecipeError:
+            continue
+    wanted = manifest["recipe"]
+    table = {key: wanted[key] for key in ("stage", "seed", "overflow", "zero_supervised")}
+    table |= {"max_tokens": wanted["max_tokens"]} if wanted["max_tokens"] is not None else {}
+    table |= {split: [_entry_table(entry, tasks) for entry in wanted[split]] for split in manifest["splits"]}
+    table["shuffle"] = {split: wanted["shuffle"][split] for split in manifest["splits"] if split in wanted["shuffle"]}
+    return _same_recipe(manifest, parse_recipe(table, "the build's recipe", Path("recipe.toml"), tasks))
+
+
+def _entry_table(entry: dict[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """An entry of a resolved recipe as it may stand in a TOML file: without nulls and what goes without saying."""
+    if entry.get("task") not in tasks:
+        raise RecipeError(
+            f"the build's task {entry.get('task')!r} is not one of the shipped ones: pass its --task-file"
+        )
+    idle = ("split", "subset") if "path" in entry else ()
+    return {key: value for key, value in entry.items() if value is not None and key not in idle}
+
+
+def _same_recipe(manifest: dict[str, Any], recipe: Recipe) -> Recipe:
+    """`recipe` with the build's length rule, or a RecipeError naming the first thing in which it is not the build's."""
+    wanted = {key: value for key, value in manifest["recipe"].items() if key not in ("limit", "decontaminate")}
+    recipe = replace(recipe, max_tokens=wanted["max_tokens"], overflow=wanted["overflow"])
+    for key, there, here in differences(wanted, recipe.resolved()):
+        raise RecipeError(f"{recipe.name} is not the recipe of this build: {key} is {there} in the build, {here} here")
+    return recipe
+
+
+def _pinned(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:
+    """The recipe with the Hub commits the build found: `main` may have moved since."""
+    splits: dict[str, list[Entry]] = {name: [] for name in recipe.splits}
+    for name, entries in recipe.splits.items():
+        for entry, line in zip(entries, manifest["splits"][name]["entries"], strict=True):
+            found = {source["revision"] for source in manifest["sources"] if source["name"] == line["source"]}
+            revision = found.pop() if len(found) == 1 and not entry.revision else entry.revision
+            splits[name].append(replace(entry, revision=revision))
+    return replace(recipe, splits={name: tuple(entries) for name, entries in splits.items()})
+
+
+def _source_problems(path: Path, plan: BuildPlan, recorded: list[dict[str, Any]]) -> list[str]:
+    """Sources of another content than the build's; their places and names may differ."""
+    if len(plan.sources) != len(recorded):
+        return [f"{path}: {len(recorded)} sources in the manifest, but its recipe has {len(plan.sources)}"]
+    problems = []
+    for source, record in zip(plan.sources, recorded, strict=True):
+        here = source.describe()
+        if len(here["files"]) != len(record["files"]):
+            problems.append(f"source {record['name']}: {len(here['files'])} files, not {len(record['files'])}")
+            continue
+        for file, old in zip(here["files"], record["files"], strict=True):
+            if file["sha256"] != old["sha256"]:
+                problems.append(f"source {record['name']}: {file['name']} has another SHA-256 than the build's")
+        for key, what in (("task_code_sha256", "the task file"), ("rows_sha256", "the list of its rows")):
+            if here.get(key) != record.get(key):
+                problems.append(f"source {record['name']}: {what} has another SHA-256 than the build's")
+    return problems
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A document to render again: `doc` is its number in the split, None if a policy dropped it.
+
+    recorded: what the index says of it (RECORDED), and its spans.
+    """
+
+    split: Split
+    planned: PlannedEntry
+    row: int
+    doc: int | None = None
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _check_order(
+    split: Split, index: dict[str, np.ndarray], entries: list[PlannedEntry], recipe: Recipe, share: float
+) -> tuple[list[_Chosen], list[str]]:
+    """(row, position, entry) of all documents against the mixture; the documents to render again."""
+    file = split.build.path / split.name
+    rows = np.concatenate([_rows_of(planned) for planned in entries])
+    entry = np.repeat(np.arange(len(entries)), [len(e.task_positions) for e in entries])
+    order = mixture_order([len(e.task_positions) for e in entries], recipe.seed, recipe.shuffle[split.name])
+    # where in the mixture each document of the build stands: of its entry, so many positions behind the first
+    starts = np.cumsum([0, *(len(e.task_positions) for e in entries)])
+    lows = np.array([e.task_positions.start for e in entries])
+    within = index["position"] - lows[index["entry"]]
+    strange = (within < 0) | (within >= np.diff(starts)[index["entry"]])
+    if strange.any():
+        return [], [f"{file}: document {np.argmax(strange)} has a position that its entry does not take"]
+    pairs = starts[index["entry"]] + within
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    places = place[pairs]
+    problems = []
+    wrong = np.concatenate([[False], places[1:] <= places[:-1]])
+    if wrong.any():
+        problems.append(f"{file}: document {np.argmax(wrong)} is not in the order of the recipe's mixture")
+    wrong = rows[pairs] != index["row"]
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        problems.append(
+            f"{file}: document {first} has row {index['row'][first]:,}, but position {index['position'][first]:,} of "
+            f"its entry is row {rows[pairs][first]:,}"
+        )
+    is_there = np.zeros(len(order), dtype=bool)
+    is_there[pairs] = True
+    dropped = order[~is_there[order]]
+    ledger = split.build.manifest["splits"][split.name]["entries"]
+    for number, count in enumerate(np.bincount(entry[dropped], minlength=len(entries)).tolist()):
+        if count != sum(ledger[number]["dropped"].values()):
+            problems.append(
+                f"{file}: entry {number} ({ledger[number]['task']}) lacks {count:,} documents of the mixture, but the "
+                f"manifest says {sum(ledger[number]['dropped'].values()):,} were dropped"
+            )
+    chosen = [
+        _Chosen(split, entries[index["entry"][doc]], int(rows[pairs[doc]]), doc, _recorded(index, doc))
+        for doc in choose(index["entry"], share).tolist()
+    ]
+    gone = dropped[choose(entry[dropped], share)]
+    return chosen + [_Chosen(split, entries[entry[i]], int(rows[i])) for i in gone.tolist()], problems
+
+
+def _whole_index(split: Split) -> dict[str, np.ndarray]:
+    """The index of a split as arrays, and in `first_span` where each document's spans begin."""
+    parts = [index_arrays(read_index(split.path("index", number))) for number in range(len(split.shards))]
+    columns = [name for name in parts[0] if name not in ("task", "digest")]
+    index = {name: np.concatenate([part[name] for part in parts]).astype(np.int64) for name in columns}
+    return index | {"first_span": np.cumsum(index["num_spans"]) - index["num_spans"]}
+
+
+def _recorded(index: dict[str, np.ndarray], doc: int) -> dict[str, Any]:
+    spans = slice(first := int(index["first_span"][doc]), first + int(index["num_spans"][doc]))
+    columns = [index[f"span_{key}"][spans].tolist() for key in ("role", "start", "length")]
+    return {name: int(index[name][doc]) for name in RECORDED} | {"spans": list(zip(*columns, strict=True))}
+
+
+def _rows_of(planned: PlannedEntry) -> np.ndarray:
+    """The row at every position an entry takes."""
+    positions = np.arange(planned.task_positions.start, planned.task_positions.stop)
+    return permutation(planned.source.num_rows)[positions] if planned.task.permuted else positions
+
+
+def choose(entry: np.ndarray, share: float) -> np.ndarray:
+    """Numbers of the documents to render again, ascending (int64): `share` of them, at least 100 and one per entry.
+
+    entry: [documents], the entry of each. The choice goes by a hash of the number: always the same, and spread evenly.
+    """
+    number = np.arange(len(entry), dtype=np.uint64)
+    with np.errstate(over="ignore"):  # splitmix64's last step: multiplying wraps, and is meant to
+        number = (number + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+        number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    order = np.argsort(number ^ (number >> np.uint64(31)), kind="stable")
+    count = min(len(entry), max(LEAST_DOCUMENTS, math.ceil(share * len(entry))))
+    _, first = np.unique(entry[order], return_index=True)  # of each entry, the document whose hash is lowest
+    return np.unique(np.concatenate([order[:count], order[first]]))
+
+
+def _check_rendering(plan: BuildPlan, chosen: list[_Chosen], progress: Progress | None) -> Iterator[str]:
+    for source in plan.sources:
+        of_row: dict[int, list[_Chosen]] = {}
+        for document in chosen:
+            if document.planned.source is source:
+                of_row.setdefault(document.row, []).append(document)
+        ranges = [e.task_positions for entries in plan.splits.values() for e in entries if e.source is source]
+        wanted = np.zeros(max(r.stop for r in ranges) if source.make_row else source.num_rows, dtype=bool)
+        wanted[list(of_row)] = True
+        for done, (row, raw) in enumerate(source.read(wanted), start=1):
+            try:
+                rendered = _render_row(source, raw, plan)
+            except ChatdataError as error:
+                yield f"{source.where(row)}: cannot be rendered: {error}"
+                continue
+            for document in of_row[row]:
+                yield from _compare(document, rendered, plan.recipe, source.where(row))
+            if progress:
+                progress(source.name, done, len(of_row))
+
+
+def _render_row(source: Source, raw: Any, plan: BuildPlan) -> Document:
+    converted = call_task(source.task, source.task.to_conversation, raw)
+    if source.task.kind == "text":
+        return render.render_text(plan.tokenizer, converted)
+    return render.render_conversation(plan.tokenizer, converted)
+
+
+def _after_policies(document: Document, recipe: Recipe) -> Document | None:
+    """What the recipe's policies leave of a document; None: it is no part of the build."""
+    limit = recipe.max_tokens
+    if limit is not None and len(document) > limit and recipe.overflow != "keep":
+        if recipe.overflow != "truncate":
+            return None
+        spans = (Span(s.role, s.start, min(s.length, limit - s.start)) for s in document.spans if s.start < limit)
+        document = Document(document.tokens[:limit], document.mask[:limit], tuple(spans))
+    return None if document.num_supervised == 0 and recipe.zero_supervised != "keep" else document
+
+
+def _compare(chosen: _Chosen, original: Document, recipe: Recipe, where: str) -> Iterator[str]:
+    expected = _after_policies(original, recipe)
+    folder = chosen.split.build.path / chosen.split.name
+    if chosen.doc is None:
+        # what the firewall dropped depends on the scored sets that were at hand: only its number is checked
+        if expected is not None and chosen.split.build.manifest["recipe"].get("decontaminate") != "drop":
+            yield f"{folder}: {where} was dropped, but the recipe's policies keep it"
+        return
+    here = f"{folder}: document {chosen.doc} ({where})"
+    if expected is None:
+        yield f"{here}: the recipe's policies drop it"
+        return
+    found = chosen.split[chosen.doc]
+    if len(found) != len(expected):
+        yield f"{here}: {len(found):,} tokens, but rendered again {len(expected):,}"
+    length = min(len(found), len(expected))
+    for what, one, other in (("id", found.tokens, expected.tokens), ("mask", found.mask, expected.mask)):
+        differs = np.flatnonzero(one[:length] != other[:length])
+        if len(differs):
+            i = differs[0]
+            yield f"{here}: {what} at position {i:,} is {one[i]}, but rendered again {other[i]}"
+    starts = [chosen.split.build.tokenizer.special_ids[f"<|{role}_start|>"] for role in ("user", "assistant")]
+    recorded = {
+        "original_tokens": len(original),
+        "num_turns": int(np.isin(original.tokens, starts).sum()),
+        "num_tool_calls": sum(SPAN_ROLES[span.role] == "python" for span in original.spans),
+        "spans": [tuple(span) for span in expected.spans],
+    }
+    for name, value in recorded.items():
+        if chosen.recorded[name] != value:
+            yield f"{here}: {name} is {chosen.recorded[name]} in the index, but rendered again {value}"

@@ -1,0 +1,237 @@
+"""The command line. Heavy imports stand inside the functions that need them: `--help` answers at once."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from chatdata.cli.check import diff, verify
+from chatdata.cli.command import FILE, examples, run_command
+from chatdata.cli.identity import identity_command
+from chatdata.cli.look import inspect, plan, report, stats
+from chatdata.cli.tokenizer import tokenizer, tokenizer_of
+from chatdata.errors import UsageError
+
+if TYPE_CHECKING:
+    from chatdata.build.plan import BuildPlan
+
+
+def main() -> None:
+    said = "interrupted; no build was written, what was rendered is kept: the same command goes on from there"
+    run_command(cli, "chatdata", said, only="build")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="chatdata")
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def cli(debug: bool) -> None:
+    """Render chat conversations once, offline, to token shards with a parallel loss mask."""
+
+
+for command in (inspect, stats, verify, report, plan, diff, tokenizer, identity_command):
+    cli.add_command(command)
+
+
+@cli.command(
+    epilog=examples(
+        "chatdata build --stage mid --demo --out out/demo-mid",
+        "chatdata build --stage mid --data-dir hub --tokenizer tokenizer.pkl --identity me.jsonl --out out/mid",
+        "chatdata build --stage sft --recipe my.toml --tokenizer out/mid --out out/sft",
+    )
+)
+@click.option(
+    "--stage", type=click.Choice(["mid", "sft", "base"]), help="Which stage to build (default: the recipe's)."
+)
+@click.option("--recipe", metavar="NAME|FILE", help="A named recipe or a TOML file (default: the stage's own).")
+@click.option("--demo", is_flag=True, help="Everything generated or shipped: no download, own small tokenizer.")
+@click.option("--data-dir", type=FILE, help="Folder of Hub clones: DIR/<owner>/<name>/….")
+@click.option("--tokenizer", type=FILE, help="tokenizer.json, tokenizer.pkl, .tiktoken, a tokenizer folder or a build.")
+@click.option("--identity", type=FILE, help="JSONL of conversations for the recipe's identity entries.")
+@click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file defining a TASK of your own.")
+@click.option("--out", type=FILE, help="Output folder (default: out/<recipe>).")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that render (default: one per core).")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who renders.")
+@click.option(
+    "--encoder",
+    type=click.Choice(["auto", "tiktoken", "fastokens", "gigatoken"]),
+    default="auto",
+    show_default=True,
+    help="Who encodes; never changes the ids. auto: the fastest that gives tiktoken's ids.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="At most this many rows per entry.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Length rule in place of the recipe's.")
+@click.option(
+    "--overflow", type=click.Choice(["keep", "truncate", "drop", "error"]), help="What happens to longer ones."
+)
+@click.option(
+    "--decontaminate",
+    type=click.Choice(["report", "drop", "off"]),
+    default="report",
+    show_default=True,
+    help="Training documents that hold items chateval scores: list them beside OUT, leave them out too, do not look.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def build(
+    stage: str | None,
+    recipe: str | None,
+    demo: bool,
+    data_dir: Path | None,
+    tokenizer: Path | None,
+    identity: Path | None,
+    words: str | None,
+    task_files: tuple[Path, ...],
+    out: Path | None,
+    workers: int | None,
+    engine: str,
+    encoder: str,
+    limit: int | None,
+    max_tokens: int | None,
+    overflow: str | None,
+    decontaminate: str,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Render a recipe to token and mask shards."""
+    from chatdata.build.engines import available_cpus, start_early
+    from chatdata.build.plan import make_build_plan
+    from chatdata.build.publish import check_out
+    from chatdata.build.run import build as run_build
+    from chatdata.look import tables as show
+    from chatdata.progress import shown_progress
+    from chatdata.recipe import load_recipe, override
+    from chatdata.sources.find import Locations
+    from chatdata.tasks.task import load_tasks
+
+    tasks = load_tasks(task_files)
+    loaded = load_recipe(_recipe_name(stage, recipe, demo), tasks)
+    if stage and loaded.stage != stage:
+        raise UsageError(f'--stage {stage}, but the recipe "{loaded.name}" is for stage {loaded.stage}')
+    loaded = override(loaded, max_tokens=max_tokens, overflow=overflow)
+    used = {entry.task for entries in loaded.splits.values() for entry in entries}
+    if identity and "identity" not in used:
+        raise UsageError(f'--identity is given, but the recipe "{loaded.name}" has no identity entry')
+    paths = {entry.path for entries in loaded.splits.values() for entry in entries if entry.task == "identity"}
+    if identity and len(paths) > 1:
+        raise UsageError(
+            f"--identity is given, but the identity entries have {len(paths)} different paths of their own"
+        )
+    if words and not any("words" in tasks[name].options for name in used):
+        raise UsageError(f'--words is given, but the recipe "{loaded.name}" has no task with a word list')
+    if data_dir and demo and not recipe:
+        raise UsageError("--data-dir is given, but --demo reads no data")
+    if data_dir and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir}: no such folder")
+    out = out or Path("out") / loaded.name
+    if not dry_run:
+        check_out(out, force)
+    workers = workers or available_cpus()
+    if workers > 1 and engine == "local" and not (dry_run or demo or limit):
+        start_early()
+    locations = Locations(loaded.folder, data_dir, identity, words)
+    plan = make_build_plan(loaded, tasks, tokenizer_of(tokenizer, demo), locations, limit)
+    if not as_json:
+        show.plan(plan, out)
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps(_plan_json(plan, out)))
+        return
+    gc.freeze()  # 370,000 words and 65,536 tokens stay: each full collection went over them again, 0.2 s in all
+    with shown_progress(quiet=as_json) as progress:
+        manifest = run_build(
+            plan,
+            out,
+            force=force,
+            workers=workers,
+            engine=engine,
+            encoder=encoder,
+            decontaminate=decontaminate,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]}))
+    else:
+        show.build_result(manifest, json.loads((out / "report.json").read_text()), out)
+
+
+def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
+    if recipe:
+        return recipe
+    if stage is None:
+        raise UsageError("give --stage mid|sft|base, or --recipe NAME|FILE")
+    if demo and stage == "base":
+        raise UsageError("--demo has the stages mid and sft, not base")
+    return f"demo-{stage}" if demo else stage
+
+
+def _plan_json(plan: BuildPlan, out: Path) -> dict[str, Any]:
+    splits = {
+        split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.task_positions)} for e in entries]
+        for split, entries in plan.splits.items()
+    }
+    return {"out": str(out), "recipe": plan.recipe.name, "stage": plan.recipe.stage, "splits": splits}
+
+
+@cli.command(name="tasks", epilog=examples("chatdata tasks", "chatdata tasks --task-file my_task.py"))
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file defining a TASK of your own.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
+    """List the tasks: source, splits, rows, licence."""
+    from chatdata.look import tables as show
+    from chatdata.tasks.task import load_tasks
+
+    listed = [
+        {
+            "task": task.name,
+            "source": task.hub
+            or ("generated" if task.generate else "path or repo" if task.name != "identity" else "path"),
+            "splits": {subset: dict(splits) for subset, splits in task.splits.items()},
+            "licence": task.licence,
+            "summary": task.summary,
+        }
+        for task in load_tasks(task_files).values()
+    ]
+    click.echo(json.dumps(listed)) if as_json else show.tasks(listed)
+
+
+@cli.command(
+    epilog=examples(
+        "chatdata cache", "chatdata cache --prune 30", "CHATDATA_CACHE=/data/cache chatdata cache --prune 0"
+    )
+)
+@click.option(
+    "--prune",
+    "unused_days",
+    metavar="DAYS",
+    type=click.FloatRange(min=0),
+    help="Remove units unused for DAYS (0: all).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def cache(unused_days: float | None, as_json: bool) -> None:
+    """Size of the cache of rendered units, and pruning. A build renders again what it misses.
+
+    The cache is $CHATDATA_CACHE, else `chatdata` in the XDG cache folder. It also holds word lists fetched by URL,
+    which are small and stay.
+    """
+    from chatdata.build.cache import cached_units, prune, units_folder
+    from chatdata.look import tables as show
+
+    folder = units_folder()
+    removed = prune(folder, unused_days) if unused_days is not None else []
+    left = cached_units(folder)
+    facts = {
+        "folder": str(folder),
+        "units": len(left),
+        "bytes": sum(unit.num_bytes for unit in left),
+        "removed_units": len(removed),
+        "removed_bytes": sum(unit.num_bytes for unit in removed),
+        "oldest_use": left[0].last_used if left else None,
+    }
+    click.echo(json.dumps(facts)) if as_json else show.cache(facts)

@@ -1,0 +1,117 @@
+"""The commands that compare: `chatdata verify` a build with what it must be, `chatdata diff` two builds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chatdata.cli.command import FILE, examples
+from chatdata.errors import UsageError
+
+
+@click.command(
+    epilog=examples(
+        "chatdata verify out/demo-mid",
+        "chatdata verify out/demo-mid --level semantic --share 0.1",
+        "chatdata verify out/mid --level semantic --data-dir hub --identity me.jsonl",
+    )
+)
+@click.argument("path", metavar="BUILD", type=FILE)
+@click.option(
+    "--level",
+    type=click.Choice(["quick", "full", "semantic"]),
+    default="quick",
+    show_default=True,
+    help="How much is checked (see above).",
+)
+@click.option("--recipe", metavar="NAME|FILE", help="semantic: the build's recipe, if it names files of its own.")
+@click.option("--data-dir", type=FILE, help="semantic: folder of Hub clones, as for build.")
+@click.option("--identity", type=FILE, help="semantic: JSONL of conversations, if build was given one.")
+@click.option("--words", metavar="FILE|URL", help="semantic: word list, if build was given one.")
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="semantic: as for build.")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1),
+    help="semantic: part of the documents to render again; at least 100 per split and one per entry  [default: 0.01]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def verify(
+    path: Path,
+    level: str,
+    recipe: str | None,
+    data_dir: Path | None,
+    identity: Path | None,
+    words: str | None,
+    task_files: tuple[Path, ...],
+    share: float | None,
+    as_json: bool,
+) -> int:
+    """Check a build on disk. Exit code 3 if damage is found.
+
+    \b
+    quick     manifest, file sizes and headers, offsets, counts of documents, tokens and index rows
+    full      and SHA-256 of every file, unknown files, tokenizer, contract of every document
+    semantic  and the sources, the order of the mixture, and a share of the documents rendered again
+
+    Stage, recipe, length rule, limit and tokenizer stand in the build. semantic only has to be told where files lie
+    that are neither shipped nor on the Hub: give what build was given of --data-dir, --identity, --words and
+    --task-file, and --recipe if that file names others (a `path`, a word list) beside it.
+    """
+    from chatdata.check.verify import verify_full, verify_quick
+    from chatdata.progress import shown_progress
+
+    given: dict[str, Any] = {"--recipe": recipe, "--data-dir": data_dir, "--identity": identity, "--words": words}
+    given |= {"--task-file": task_files or None, "--share": share}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle and level != "semantic":
+        raise UsageError(f"{idle[0]} goes with --level semantic")
+    if data_dir and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir}: no such folder")
+    with shown_progress(quiet=as_json or level == "quick") as progress:
+        if level == "quick":
+            problems = verify_quick(path)
+        elif level == "full":
+            problems = verify_full(path, progress)
+        else:
+            from chatdata.check.rerender import verify_semantic
+            from chatdata.recipe import load_recipe
+            from chatdata.sources.find import Locations
+            from chatdata.tasks.task import load_tasks
+
+            tasks = load_tasks(task_files)
+            loaded = load_recipe(recipe, tasks) if recipe else None
+            locations = Locations(Path(), data_dir, identity, words)
+            share = 0.01 if share is None else share
+            problems = verify_semantic(path, locations, tasks, recipe=loaded, share=share, progress=progress)
+    if as_json:
+        click.echo(json.dumps({"build": str(path), "level": level, "problems": problems}))
+    else:
+        for problem in problems:
+            click.echo(problem, err=True)
+        click.echo(f"{path}: {f'{len(problems)} problems' if problems else 'no damage found'} ({level})")
+    return 3 if problems else 0
+
+
+@click.command(epilog=examples("chatdata diff out/mid out/mid-new", "chatdata diff out/mid out/mid-new --json"))
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def diff(a: Path, b: Path, as_json: bool) -> int:
+    """What differs between two builds: recipe, sources, tokenizer, mixture, documents.
+
+    Exit code 0 if they are identical, 1 if they differ. Documents are compared by the digests in the index; of those
+    that stand for the same row with other tokens or another mask, the first ones are shown where they part.
+    """
+    from chatdata import open_build
+    from chatdata.check.diff import diff_builds, lines_of
+
+    found = diff_builds(open_build(a), open_build(b))
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        for line in lines_of(found):
+            click.echo(line)
+    return 0 if found["identical"] else 1

@@ -1,0 +1,77 @@
+"""Running a command line so that a person reads one line when something is wrong. Shared by the three packages."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from chatdata.disk import describe_os_error
+
+FILE = click.Path(path_type=Path)  # of an option or argument: a file or folder, there or not
+
+
+# old names → new ones, for all three commands; an old one is refused with the new one in the message
+RENAMED_OPTIONS = {"--rows": "--layout"}
+RENAMED_POLICIES = {"all": "ignore", "supervised": "apply"}
+
+
+class MaskPolicyChoice(click.Choice[str]):
+    """A mask policy; the names are written out here because importing them would load numpy for `--help`."""
+
+    def __init__(self) -> None:
+        super().__init__(["ignore", "apply", "last-turn", "tools-only", "no-tools"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in RENAMED_POLICIES:
+            self.fail(f"{value!r} is now {RENAMED_POLICIES[value]!r}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def run_command(cli: click.Group, name: str, interrupted: str, only: str | None = None) -> None:
+    """Run `cli`; errors a user can cause become one line. Exit codes are below.
+
+    interrupted: what Ctrl-C says, in the command `only` (by default in all of them; the others say no more than that).
+    0 done · 1 anything wrong with data or a run · 2 usage · 3 verify found damage · 130 interrupted. What a user can
+    cause is an OSError or has an `exit_code` (ChatdataError and its like); `--debug`, anywhere, shows its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for →, not a traceback
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = cli.main(arguments, prog_name=name, standalone_mode=False)
+    except click.exceptions.Abort:
+        said = only is None or next((word for word in arguments if word in cli.commands), None) == only
+        _stop(interrupted if said else "interrupted", 130)
+    except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption) and error.option_name in RENAMED_OPTIONS:
+            error = click.UsageError(f"{error.option_name} is now {RENAMED_OPTIONS[error.option_name]}", error.ctx)
+        error.show()
+        sys.exit(error.exit_code)
+    except (ValueError, OSError) as error:
+        if debug or not (isinstance(error, OSError) or hasattr(error, "exit_code")):
+            raise
+        message = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        _stop(message, getattr(error, "exit_code", 1))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A polite kill cleans up like Ctrl-C; also in the background of a script, where SIGINT itself is ignored."""
+    raise KeyboardInterrupt
+
+
+def examples(*lines: str) -> str:
+    """The examples at the end of a command's --help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,65 @@
+"""`chatdata identity`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from chatdata.cli.command import FILE, examples
+
+
+@click.command(
+    name="identity",
+    epilog=examples(
+        "chatdata identity me.toml --out me.jsonl",
+        "chatdata identity me.toml --rows 5000 --out me.jsonl --force",
+        "chatdata build --stage mid --identity me.jsonl --tokenizer tokenizer.pkl --out out/mid",
+    ),
+)
+@click.argument("persona", metavar="PERSONA", type=FILE)
+@click.option("--out", type=FILE, required=True, help="The JSONL file to write.")
+@click.option("--rows", "num_rows", type=click.IntRange(min=1), default=1000, show_default=True, help="Conversations.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_json: bool) -> None:
+    """Make conversations in which the assistant says who it is, from a small TOML file.
+
+    \b
+    name = "Pebble"                          # needed; the rest is optional
+    description = "a tiny demo chat model"   # what stands after "I am"
+    maker = "the chatdata project"           # what stands after "I was made by"
+    licence = "MIT"                          # what stands after "My licence is"
+    languages = ["English", "Spanish"]
+    facts = [
+        "I was trained on a laptop in minutes.",
+        { question = "How big are you?", answer = ["I am tiny.", "I have a million parameters."] },
+    ]
+
+    No two conversations are equal. The same persona gives the same ones everywhere, and the first of a longer file
+    are the shorter file.
+    """
+    from chatdata.errors import PersonaError
+    from chatdata.identity import conversations as identity
+    from chatdata.identity.persona import load_persona
+
+    identity.check_out(out, force)
+    loaded = load_persona(persona)
+    try:
+        conversations = identity.identity_conversations(loaded, num_rows)
+    except PersonaError as error:
+        raise error.at(str(persona)) from None
+    identity.write_conversations(conversations, out)
+    facts = identity.identity_facts(loaded, conversations)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), **facts}, ensure_ascii=False))
+        return
+    click.echo(
+        f"{out}: {num_rows:,} conversations, {facts['answers']:,} answers, {facts['answers_with_name']:,} of them name "
+        f"{loaded.name}; {facts['facts_told']} of {facts['facts']} facts are told"
+    )
+    if facts["languages_only_named"]:
+        named, known = ", ".join(facts["languages_only_named"]), ", ".join(identity.known_languages().values())
+        click.echo(f"only named, for want of phrasings: {named} (there are phrasings in {known})")
+    click.echo(f"this persona gives up to {facts['largest_rows']:,} different conversations")

@@ -1,0 +1,141 @@
+"""The commands that show a build: `chatdata inspect`, `stats`, `report`, `plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chatdata.cli.command import FILE, MaskPolicyChoice, examples
+from chatdata.cli.tokenizer import tokenizer_of
+from chatdata.errors import UsageError
+
+
+@click.command(
+    epilog=examples(
+        "chatdata inspect out/demo-mid --doc 7",
+        "chatdata inspect out/demo-mid --task demo_math",
+        "chatdata inspect --conversation chat.json --tokenizer out/demo-mid --stage mid --stage sft",
+    )
+)
+@click.argument("path", metavar="[BUILD]", required=False, type=FILE)
+@click.option("--split", default="train", show_default=True, help="train or val.")
+@click.option("--doc", type=int, help="Number of the document in its split.")
+@click.option("--task", help="The first documents of this task.")
+@click.option(
+    "--conversation", type=click.Path(allow_dash=True, path_type=Path), help="One JSON conversation, - for stdin."
+)
+@click.option("--tokenizer", type=FILE, help="Tokenizer for --conversation.")
+@click.option("--stage", "stages", type=click.Choice(["mid", "sft"]), multiple=True, help="Also inputs and targets.")
+@click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
+def inspect(
+    path: Path | None,
+    split: str,
+    doc: int | None,
+    task: str | None,
+    conversation: Path | None,
+    tokenizer: Path | None,
+    stages: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Look at a document of a build, or at any one conversation: token, id, mask; inputs and targets per stage."""
+    from chatdata.look import inspect as look
+
+    if conversation is not None:
+        if path is not None or tokenizer is None or doc is not None or task is not None:
+            raise UsageError("--conversation takes --tokenizer, and no BUILD, --doc or --task")
+        document = look.document_of_file(conversation, tokenizer_of(tokenizer, demo=False))
+        look.show_tokens(document, stages, as_json)
+        return
+    if tokenizer is not None:
+        raise UsageError("--tokenizer goes with --conversation; a BUILD has its own")
+    if doc is not None and task is not None:
+        raise UsageError("--doc and --task: give one of them")
+    if path is None:
+        raise UsageError("give a BUILD, or --conversation FILE --tokenizer T")
+    look.show_documents(path, split, doc, task, stages, as_json)
+
+
+@click.command(epilog=examples("chatdata stats out/demo-mid", "chatdata stats out/demo-mid --json"))
+@click.argument("path", metavar="BUILD", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def stats(path: Path, as_json: bool) -> None:
+    """Documents, tokens, supervised share and lengths per task."""
+    from chatdata import open_build
+    from chatdata.look import tables as show
+    from chatdata.look.stats import build_stats
+
+    numbers = build_stats(open_build(path))
+    click.echo(json.dumps(numbers)) if as_json else show.stats(numbers)
+
+
+@click.command(
+    epilog=examples(
+        "chatdata report out/demo-mid",
+        "chatdata report out/mid --out mid.html",
+        "chatdata report out/mid --json > numbers.json",
+    )
+)
+@click.argument("path", metavar="BUILD", type=FILE)
+@click.option("--out", type=FILE, help="The page (default: BUILD's name and -report.html, beside the build).")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def report(path: Path, out: Path | None, as_json: bool) -> None:
+    """Write one HTML page that shows the data: mixture, lengths, supervision, vocabulary, documents.
+
+    The page asks for nothing on the network when it is opened. It is made with Altair: pip install "chatdata[report]".
+    """
+    from chatdata.check.verify import verify_quick
+    from chatdata.errors import FormatError
+    from chatdata.look.console import megabytes
+    from chatdata.look.report.page import write_report
+
+    if problems := verify_quick(path):
+        raise FormatError(f"{problems[0]}; a damaged build is not reported on (see `chatdata verify`)")
+    facts = write_report(path, out)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    documents = sum(split["documents"] for split in facts["splits"].values())
+    shown = f"{facts['documents_shown']:,} of {documents:,} documents in it"
+    click.echo(f"{facts['out']}: {megabytes(facts['bytes'])}, {shown}")
+
+
+@click.command(
+    epilog=examples(
+        "chatdata plan out/demo-sft --seq-len 512", "chatdata plan out/demo-sft --seq-len 512 --mask last-turn --json"
+    )
+)
+@click.argument("path", metavar="BUILD", type=FILE)
+@click.option("--seq-len", type=click.IntRange(min=1), required=True, help="T, positions of a sequence.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="G, sequences of a step on all ranks.",
+)
+@click.option("--split", default="train", show_default=True, help="train or val.")
+@click.option(
+    "--mask",
+    type=MaskPolicyChoice(),
+    help="In place of the stage's own, as in chattrain run.",
+)
+@click.option(
+    "--long",
+    type=click.Choice(["error", "drop", "truncate"]),
+    default="error",
+    show_default=True,
+    help="Documents of more than T + 1 tokens in pack and pad.",
+)
+@click.option("--seed", type=int, default=42, show_default=True, help="Of the order of sequences in pack and pad.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def plan(path: Path, seq_len: int, as_json: bool, **options: Any) -> None:
+    """Sequences, steps, padding and targets that chattrain would make of a build; what if T or the rows were others."""
+    from chatdata import open_build
+    from chatdata.look import tables as show
+    from chatdata.look.what_if import plan_numbers
+
+    numbers = plan_numbers(open_build(path), seq_len, **options)
+    click.echo(json.dumps(numbers)) if as_json else show.epoch_plan(numbers)

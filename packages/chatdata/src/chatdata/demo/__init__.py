@@ -1,0 +1,1 @@
+"""The demo: its texts, recipes and tokenizer. Nothing is downloaded."""

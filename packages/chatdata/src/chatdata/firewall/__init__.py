@@ -1,0 +1,1 @@
+"""Find training documents that contain items chateval scores."""

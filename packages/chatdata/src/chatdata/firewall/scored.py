@@ -1,0 +1,119 @@
+"""What chateval scores, as the firewall looks for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from chatdata.conversation import parse_conversation
+from chatdata.errors import ChatdataError, MissingSource
+from chatdata.firewall.ngrams import NUM_WORDS, Index, WordTable, index_texts, word_table
+from chatdata.recipe import scored_entry
+from chatdata.sources import hub
+from chatdata.sources.find import Locations, resolve
+from chatdata.sources.source import PlannedEntry, Source
+from chatdata.tasks.multiple_choice import question_and_choices
+from chatdata.tasks.task import Task, call_task
+from chatdata.tokenizer.bpe import Tokenizer
+
+
+class ScoredItem(NamedTuple):
+    """A scored row: `parts` are its question, then its choices if it has any; `word` what a spelling row is about."""
+
+    set: str
+    item: str  # as chateval names it: "mmlu all test row 812"
+    parts: tuple[str, ...]
+    word: str | None
+
+    @property
+    def key_text(self) -> str:
+        """What it is looked for by: the question, or its longest part if that is under NUM_WORDS words."""
+        question = self.parts[0]
+        if len(self.parts) == 1 or len(question.split(None, NUM_WORDS)) >= NUM_WORDS:  # no word beyond is looked at
+            return question
+        return max(self.parts, key=lambda part: len(part.split()))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is looked for: all items, an index over their `key_text`, the tokenizer's words, and where the items are
+    from. checked: scored set → its source; not_checked: scored set → why; cpu_s: what finding this out took."""
+
+    items: list[ScoredItem]
+    index: Index
+    table: WordTable
+    checked: Mapping[str, Source]
+    not_checked: Mapping[str, str]
+    cpu_s: float
+
+
+def read_scored(
+    train: Sequence[PlannedEntry], tasks: Mapping[str, Task], locations: Locations, tokenizer: Tokenizer
+) -> Scored:
+    """What chateval scores, as far as it is at hand: nothing is downloaded. A second, whatever the build: it is
+    known before anything is rendered, so it can be read beside that."""
+    started = time.thread_time()
+    items, checked, not_checked = _scored_items(train, tasks, locations)
+    index = index_texts([item.key_text for item in items])
+    table = word_table(tokenizer)
+    return Scored(items, index, table, checked, not_checked, time.thread_time() - started)
+
+
+def _scored_items(
+    train: Sequence[PlannedEntry], tasks: Mapping[str, Task], locations: Locations
+) -> tuple[list[ScoredItem], dict[str, Source], dict[str, str]]:
+    """The items of all scored sets at hand, the sets' sources, and why others are not checked."""
+    used = {planned.entry.task for planned in train}
+    has_words = any(word_of(tasks[name]) for name in used)
+    # a recipe's own word list, if the command line names none: the words scored are those of one list
+    lists = (planned.source.option_files.get("words") for planned in train)
+    words = locations.words or next((str(file.path) for file in lists if file), None)
+    locations = Locations(Path(), data_dir=locations.data_dir, words=words)
+    items: list[ScoredItem] = []
+    checked: dict[str, Source] = {}
+    not_checked: dict[str, str] = {}
+    for task in tasks.values():
+        if task.scoring is None or (task.generate and task.name not in used and word_of(task) is None):
+            continue
+        for name in task.scoring.sets:
+            if task.generate and task.name not in used and not has_words:
+                not_checked[name] = "the recipe has no rows about words"
+                continue
+            try:
+                with hub.nothing_fetched():
+                    source = resolve(scored_entry(task, name), task, locations)
+                items += _items_of(task, name, source)
+            except MissingSource:
+                not_checked[name] = "not at hand"
+            except ChatdataError as error:
+                not_checked[name] = str(error)
+            else:
+                checked[name] = source
+    return items, checked, not_checked
+
+
+def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
+    assert task.scoring is not None
+    entry, word_of = scored_entry(task, name), task.scoring.word
+    label = entry.label
+    num_rows = source.num_rows if task.generate is None else (entry.rows or 0)
+    items = []
+    for number, row in source.read(np.ones(num_rows, dtype=bool)):
+        conversation = call_task(task, task.to_conversation, row)
+        if type(conversation) is not dict:  # the common form is what tasks mostly make
+            conversation = parse_conversation(conversation)
+        messages = conversation["messages"]
+        question = "\n".join(str(message["content"]) for message in messages if message["role"] == "user")
+        letters = call_task(task, task.scoring.letters, row) if task.scoring.letters else ()
+        word = call_task(task, word_of, row) if word_of else None
+        items.append(ScoredItem(name, f"{label} row {number}", question_and_choices(question, letters), word))
+    return items
+
+
+def word_of(task: Task) -> Any:
+    return task.scoring.word if task.scoring else None

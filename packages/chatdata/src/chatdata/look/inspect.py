@@ -1,0 +1,136 @@
+"""`chatdata inspect`: a document in the terminal, supervised tokens in colour; any one conversation token by token."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.text import Text
+
+from chatdata.document import IGNORED, Document
+from chatdata.errors import ChatdataError, SourceError, UsageError, printable
+from chatdata.look.console import console
+from chatdata.render.specification import render_conversation
+from chatdata.shards.read import Split, open_build
+from chatdata.tokenizer.bpe import Tokenizer
+
+SHOWN_DOCUMENTS = 3
+SUPERVISED_STYLE = "bold green"
+
+
+def document_of_file(path: Path, tokenizer: Tokenizer) -> Document:
+    """Render the one JSON conversation in a file (or on stdin for `-`). Errors name the file."""
+    name = "stdin" if str(path) == "-" else str(path)
+    try:
+        text = sys.stdin.read() if name == "stdin" else path.read_text(encoding="utf-8-sig")
+        return render_conversation(tokenizer, json.loads(text))
+    except FileNotFoundError:
+        raise SourceError(f"{name}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{name}: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise SourceError(f"{name}: nested too deeply for a conversation") from None
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{name} line {error.lineno}: not one JSON conversation: {error.msg}") from None
+    except ChatdataError as error:
+        raise error.at(name) from None
+
+
+def token_rows(document: Document, stages: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One row per token: idx, token, id, mask, and for each stage the target trained on at this input position.
+
+    The document is taken as it stands in the stream of stage mid: behind its last token comes the next document's bos.
+    In stage sft the last token is never an input. A target of -100 carries no loss.
+    """
+    tokenizer = document.tokenizer
+    ids = document.tokens.tolist()
+    rows = []
+    for i, (token_id, mask) in enumerate(zip(ids, document.mask.tolist(), strict=True)):
+        row: dict[str, Any] = {"idx": i, "token": tokenizer.decode_token(token_id), "id": token_id, "mask": mask}
+        last = i + 1 == len(ids)
+        if "mid" in stages:
+            row["mid_input"] = token_id
+            row["mid_target"] = tokenizer.special_ids["<|bos|>"] if last else ids[i + 1]
+        if "sft" in stages:
+            row["sft_input"] = None if last else token_id
+            supervised = not last and bool(document.mask[i + 1])
+            row["sft_target"] = None if last else ids[i + 1] if supervised else IGNORED
+        rows.append(row)
+    return rows
+
+
+def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> None:
+    rows = token_rows(document, stages)
+    if as_json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+        return
+    width = max(len(repr(row["token"])) for row in rows)
+    heads = ["idx", "token".ljust(width), "id".rjust(6), "mask"]
+    heads += [name.rjust(10) for name in rows[0] if name not in ("idx", "token", "id", "mask")]
+    out = console()
+    out.print("  ".join(["  idx", *heads[1:]]), style="bold")
+    for row in rows:
+        cells = [f"{row['idx']:5}", repr(row["token"]).ljust(width), f"{row['id']:6}", f"{row['mask']:4}"]
+        cells += [("·" if row[key] is None else str(row[key])).rjust(10) for key in list(row)[4:]]
+        out.print(Text("  ".join(cells), style=SUPERVISED_STYLE if row["mask"] else ""))
+    if "mid" in stages:
+        out.print("mid: the last target is the bos of the next document in the stream", style="dim")
+    out.print(f"{len(document)} tokens, {document.num_supervised} supervised", style="dim")
+
+
+def show_documents(
+    path: Path, split_name: str, doc: int | None, task: str | None, stages: tuple[str, ...], as_json: bool
+) -> None:
+    """Print one document, the first ones of a task, or the first ones of the split."""
+    build = open_build(path)
+    if split_name not in build.splits:
+        raise UsageError(f'{path} has no split "{split_name}"; it has {", ".join(build.splits)}')
+    split = build[split_name]
+    for i in _chosen(split, doc, task):
+        document = split[i]
+        row = split.index.row(i, named=True)
+        if stages:
+            show_tokens(document, stages, as_json)
+        elif as_json:
+            print(
+                json.dumps(_facts(row) | {"text": document.text(), "mask": document.mask.tolist()}, ensure_ascii=False)
+            )
+        else:
+            facts = " · ".join(f"{key} {value}" for key, value in _facts(row).items())
+            console().print(f"[bold]{split_name} document {i}[/bold] · {escape(facts)}")
+            console().print(coloured(document), end="\n\n")
+
+
+def coloured(document: Document) -> Text:
+    """The document for a terminal: supervised text bold green, the rest dim. Without colour, ⟦ ⟧ mark it."""
+    if not console().is_terminal:
+        return Text(printable(document.conversation_markup()))
+    text = Text()
+    for supervised, run in document.runs():
+        text.append(printable(run), style=SUPERVISED_STYLE if supervised else "dim")
+    return text
+
+
+def _facts(row: dict[str, Any]) -> dict[str, Any]:
+    keys = ("task", "entry", "row", "position", "num_tokens", "num_supervised", "num_turns", "num_tool_calls")
+    facts = {key: row[key] for key in keys}
+    return facts | ({"cut_from": row["original_tokens"]} if row["truncated"] else {})
+
+
+def _chosen(split: Split, doc: int | None, task: str | None) -> list[int]:
+    if doc is not None:
+        if not 0 <= doc < len(split):
+            raise UsageError(f"--doc {doc}: {split.name} has documents 0 … {len(split) - 1}")
+        return [doc]
+    if task is None:
+        return list(range(min(SHOWN_DOCUMENTS, len(split))))
+    tasks = split.index["task"].cast(str).to_numpy()
+    found = np.flatnonzero(tasks == task)[:SHOWN_DOCUMENTS].tolist()
+    if not found:
+        raise UsageError(f"--task {task}: {split.name} has {', '.join(sorted(set(tasks)))}")
+    return found

@@ -1,0 +1,170 @@
+"""The numbers of a report as Altair charts, in Vega-Lite's JSON.
+
+Every figure is in the data and in a table of the page as well; colours are the page's CSS variables, so that a chart
+follows dark mode without being drawn again. Names of tasks and tokens are data here, never part of an expression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from chatdata.look.report.collect import ROLES
+from chatdata.look.report.documents import spelled
+from chatdata.tokenizer.bpe import Tokenizer
+
+INK, FAINT, RULE, BAR = "var(--ink)", "var(--faint)", "var(--rule)", "var(--c0)"
+MEASURES = {"documents": "documents", "tokens": "tokens", "supervised": "supervised tokens"}
+KINDS = ("supervised", "not supervised")
+LABEL_PX = 120  # of a task's name: half of a phone stays for the bars
+
+
+def chart_specs(numbers: dict[str, Any], tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """Vega-Lite JSON by the id of the element that holds the chart. numbers: see `report_numbers`."""
+    charts: dict[str, alt.Chart] = {}
+    for i, (name, split) in enumerate(numbers["splits"].items()):
+        charts[f"mixture-{i}"] = mixture(name, split)
+        charts[f"roles-{i}"] = roles(name, split["tasks"])
+        for j, task in enumerate(split["tasks"]):
+            charts[f"lengths-{i}-{j}"] = lengths(name, task)
+    charts["frequency"] = frequency(numbers["vocabulary"], tokenizer)
+    return {name: styled(chart).to_dict() for name, chart in charts.items()}
+
+
+def styled(chart: alt.Chart) -> alt.Chart:
+    """As wide as its element, in the page's colours and font, on no background."""
+    return (
+        chart.properties(width="container", autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
+        .configure(background="transparent", font="system-ui, sans-serif")
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelColor=INK,
+            labelFontSize=12,
+            titleColor=FAINT,
+            titleFontSize=12,
+            titleFontWeight="normal",
+            gridColor=RULE,
+            domainColor=RULE,
+            tickColor=RULE,
+        )
+    )
+
+
+def mixture(split: str, numbers: dict[str, Any]) -> alt.Chart:
+    """A task's share of the split's documents, tokens and supervised tokens: three bars."""
+    rows = [
+        {"task": task["task"], "of": name, "count": task[key], "share": task[key] / max(numbers[key], 1)}
+        for task in numbers["tasks"]
+        for key, name in MEASURES.items()
+    ]
+    return (
+        _chart(rows, f"{split}: share of documents, tokens and supervised tokens per task")
+        .encode(
+            x=alt.X("share:Q", title=None, axis=alt.Axis(format="%", tickCount=5)),
+            y=_tasks(),
+            yOffset=alt.YOffset("of:N", sort=None),
+            color=_colours("of", list(MEASURES.values())),
+            tooltip=["task:N", "of:N", alt.Tooltip("count:Q", format=","), alt.Tooltip("share:Q", format=".1%")],
+        )
+        .properties(height=38 * len(numbers["tasks"]))
+        .mark_bar()
+    )
+
+
+def roles(split: str, tasks: list[dict[str, Any]]) -> alt.Chart:
+    """A task's tokens by role, as shares; what is not supervised is pale."""
+    rows = [
+        {"task": task["task"], "role": role, "kind": kind, "count": count, "share": count / task["tokens"]}
+        for task in tasks
+        for role, found in task["roles"].items()
+        for kind, count in zip(KINDS, (found["supervised"], found["tokens"] - found["supervised"]), strict=True)
+        if count
+    ]
+    return (
+        _chart(rows, f"{split}: tokens per task by role, supervised or not")
+        .encode(
+            x=alt.X("share:Q", title=None, axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(domain=[0, 1])),
+            y=_tasks(),
+            color=_colours("role", ROLES),
+            opacity=alt.Opacity("kind:O", scale=alt.Scale(domain=KINDS, range=[1, 0.35]), legend=None),
+            tooltip=[
+                "task:N",
+                "role:N",
+                "kind:N",
+                alt.Tooltip("count:Q", format=","),
+                alt.Tooltip("share:Q", format=".1%"),
+            ],
+        )
+        .properties(height=26 * len(tasks))
+        .mark_bar()
+    )
+
+
+def lengths(split: str, task: dict[str, Any]) -> alt.Chart:
+    """Documents of a task by length in tokens; a last bar that holds everything longer has another colour."""
+    width = task["histogram"]["width"]
+    rows = [
+        {**part, "end": part["from"] + width, "longer": part["to"] >= part["from"] + width}
+        for part in task["histogram"]["bins"]
+    ]
+    return (
+        _chart(rows, f"{split}, {task['task']}: documents by length in tokens")
+        .encode(
+            x=alt.X("from:Q", title=None, bin="binned", axis=_integers(rows[0]["from"], rows[-1]["end"], grid=False)),
+            x2="end:Q",
+            y=alt.Y("documents:Q", title=None, axis=_integers(0, max(row["documents"] for row in rows))),
+            color=alt.condition("datum.longer", alt.value("var(--c1)"), alt.value(BAR)),
+            tooltip=[
+                alt.Tooltip("from:Q", title="tokens from", format=","),
+                alt.Tooltip("to:Q", title="to", format=","),
+                alt.Tooltip("documents:Q", format=","),
+            ],
+        )
+        .properties(height=110)
+        .mark_bar(binSpacing=1)
+    )
+
+
+def frequency(vocabulary: dict[str, Any], tokenizer: Tokenizer) -> alt.Chart:
+    """How often the entry of each rank occurs, both on a log scale."""
+    rows = [{**point, "token": spelled(tokenizer, point["id"])} for point in vocabulary["curve"]]
+    log = alt.Scale(type="log", nice=False)
+    axis = alt.Axis(format="~s", values=[10**power for power in range(19)])  # without them a line at 2, 3, … 9 too
+    return (
+        _chart(rows, f"{vocabulary['split']}: occurrences of the vocabulary's entries by rank")
+        .encode(
+            x=alt.X("rank:Q", title="rank", scale=log, axis=axis),
+            y=alt.Y("count:Q", title="occurrences", scale=log, axis=axis),
+            tooltip=[
+                "token:N",
+                "id:Q",
+                alt.Tooltip("rank:Q", format=","),
+                alt.Tooltip("count:Q", title="occurrences", format=","),
+            ],
+        )
+        .properties(height=300)
+        .mark_line(color=BAR, point=alt.OverlayMarkDef(color=BAR, size=22))
+    )
+
+
+def _chart(rows: list[dict[str, Any]], description: str) -> alt.Chart:
+    return alt.Chart(alt.InlineData(values=rows), description=description)
+
+
+def _integers(first: int, last: int, **options: Any) -> alt.Axis:
+    """An axis of few ticks, all of them integers."""
+    if last - first <= 4:
+        return alt.Axis(values=list(range(first, last + 1)), format="d", **options)
+    return alt.Axis(tickCount=4, format=",d", **options)
+
+
+def _tasks() -> alt.Y:
+    return alt.Y("task:N", sort=None, title=None, axis=alt.Axis(labelLimit=LABEL_PX, ticks=False, domain=False))
+
+
+def _colours(field: str, domain: Sequence[str]) -> alt.Color:
+    """The page's colours --c0 … in this order. The key is the page's own: Vega's does not fold on a phone."""
+    colours = [f"var(--c{i})" for i in range(len(domain))]
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=domain, range=colours), legend=None)

@@ -1,0 +1,162 @@
+"""The numbers of a report: plain values that JSON can hold, each exact, none sampled.
+
+Shards are read in blocks of whole documents, so that memory does not depend on the size of the build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from chatdata.document import SPAN_ROLES, shard_bounds
+from chatdata.errors import FormatError
+from chatdata.look.stats import build_stats
+from chatdata.shards.index import index_arrays, read_index
+from chatdata.shards.read import Build, Split
+from chatdata.tokenizer.bpe import Tokenizer
+
+BLOCK_TOKENS = 1 << 22  # tokens in memory at once: the running sum of their mask takes 32 MiB
+MAX_BINS = 40  # of a histogram: bars of 4 pixels or more on a phone
+CURVE_POINTS = 200
+UNUSED_LISTED = 200
+RARE = 10  # an entry seen fewer times than this has hardly been trained
+# bos, assistant_start and assistant_end are in no span; only the last is supervised
+ROLES = (*SPAN_ROLES, "markers")
+
+
+def report_numbers(build: Build) -> dict[str, Any]:
+    """Everything a report counts.
+
+    build_id, stage, `splits` (per split: documents, tokens, supervised, the manifest's ledger as `entries`, and per
+    task what `chatdata stats` says with `histogram` and `roles`) and `vocabulary` (see `vocabulary_numbers`).
+    Raises FormatError if tokens, mask and index contradict each other or the manifest.
+    """
+    stats, splits, counts = build_stats(build), {}, {}
+    for name, split in build.splits.items():
+        contents = build.manifest["splits"][name]
+        counts[name], roles = count_split(split)
+        lengths, entry = np.diff(split.offsets), split.index["entry"].to_numpy()
+        tasks = stats["splits"][name]
+        for row in tasks:
+            entries = [line["entry"] for line in contents["entries"] if line["task"] == row["task"]]
+            tokens, supervised = roles[:, entries].sum(axis=1).tolist()
+            row["roles"] = {
+                role: {"tokens": tokens[i], "supervised": supervised[i]} for i, role in enumerate(ROLES) if tokens[i]
+            }
+            row["histogram"] = histogram(lengths[np.isin(entry, entries)])
+        totals = {key: contents[key] for key in ("documents", "tokens", "supervised")}
+        splits[name] = {**totals, "entries": contents["entries"], "tasks": tasks}
+    vocabulary = vocabulary_numbers(build.tokenizer, counts)
+    return {"build_id": stats["build_id"], "stage": stats["stage"], "splits": splits, "vocabulary": vocabulary}
+
+
+def count_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Occurrences of each id, int64 [vocab_size], and tokens and supervised tokens by entry and role,
+    int64 [2, entries, roles]: roles as in ROLES.
+
+    Raises FormatError if an id is outside the vocabulary, a span outside its document, an entry outside the recipe, or
+    the supervised tokens are not those of the manifest.
+    """
+    contents = split.build.manifest["splits"][split.name]
+    vocab_size, num_entries = split.build.manifest["tokenizer"]["vocab_size"], len(contents["entries"])
+    occurrences = np.zeros(vocab_size, dtype=np.int64)
+    by_role = np.zeros((2, num_entries, len(ROLES)), dtype=np.int64)
+    for number in range(len(split.shards)):
+        file = split.path("index", number)
+        index = index_arrays(read_index(file))
+        offsets, entry = split.map("offsets", number), index["entry"].astype(np.int64)
+        document = np.repeat(np.arange(len(entry)), index["num_spans"])
+        start = offsets[document] + index["span_start"]
+        end = start + index["span_length"]
+        if (entry < 0).any() or (entry >= num_entries).any():
+            raise _damaged(f"{file}: an entry is not one of 0 … {num_entries - 1}")
+        if (end > offsets[document + 1]).any() or (start[1:] < end[:-1]).any() or (index["span_role"] > 3).any():
+            raise _damaged(f"{file}: spans overlap, leave their document or have an unknown role")
+        first_span = np.concatenate([[0], np.cumsum(index["num_spans"])])
+        for first, last in shard_bounds(np.diff(offsets), BLOCK_TOKENS):
+            begin, stop = int(offsets[first]), int(offsets[last])
+            ids = split.map("tokens", number)[begin:stop]
+            if int(ids.max()) >= vocab_size:
+                raise _damaged(f"{split.path('tokens', number)}: an id is outside 0 … {vocab_size - 1}")
+            occurrences += np.bincount(ids, minlength=vocab_size)
+            spans = slice(first_span[first], first_span[last])
+            span_entry, role = entry[document[spans]], index["span_role"][spans]
+            supervised = np.concatenate([[0], np.cumsum(split.map("mask", number)[begin:stop] != 0)])
+            bounds = offsets[first : last + 1] - begin
+            for kind, before in enumerate((np.arange(stop - begin + 1), supervised)):  # tokens before each place
+                in_span = before[end[spans] - begin] - before[start[spans] - begin]
+                np.add.at(by_role[kind], (span_entry, role), in_span)
+                np.add.at(by_role[kind, :, -1], entry[first:last], np.diff(before[bounds]))
+    by_role[:, :, -1] -= by_role[:, :, :-1].sum(axis=2)  # of the documents, what is in no span
+    for key, found in zip(("tokens", "supervised"), by_role.sum(axis=2).tolist(), strict=True):
+        if found != [line[key] for line in contents["entries"]]:
+            raise _damaged(f"{split.build.path / split.name}: {key} per entry are not those of the manifest")
+    return occurrences, by_role
+
+
+def _damaged(problem: str) -> FormatError:
+    return FormatError(f"{problem}; `chatdata verify --level full` lists the damage")
+
+
+def histogram(lengths: np.ndarray) -> dict[str, Any]:
+    """Documents by length: `bins` of one round `width`, each `from`, `to` (both inclusive) and `documents`; at most
+    MAX_BINS.
+
+    One document may be a hundred times as long as all others: bins end at twice the 99 % quantile, and the last one
+    takes what is longer.
+    """
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    end = min(longest, 2 * int(np.quantile(lengths, 0.99, method="inverted_cdf")))
+    width = next(w for w in _round_widths() if end // w - shortest // w < MAX_BINS)
+    first = shortest // width
+    counts = np.bincount(np.minimum(lengths, end) // width - first).tolist()
+    starts = range(first * width, end + 1, width)
+    bins = [{"from": b, "to": b + width - 1, "documents": n} for b, n in zip(starts, counts, strict=True)]
+    bins[-1]["to"] = max(bins[-1]["to"], longest)
+    return {"width": width, "bins": bins}
+
+
+def _round_widths() -> Iterator[int]:
+    power = 1
+    while True:
+        yield from (power, 2 * power, 5 * power)
+        power *= 10
+
+
+def vocabulary_numbers(tokenizer: Tokenizer, counts: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Which entries of the vocabulary the first split (train) uses, how often. counts: int64 [vocab_size] per split.
+
+    entries, used, unused, rare (used fewer than RARE times), unused_bytes (how many of the 256 single bytes),
+    unused_ids (the lowest UNUSED_LISTED of the other ones: merges are numbered by how common they were in the
+    tokenizer's own corpus), elsewhere (per other split, entries that it uses and the first does not), `curve` (rank
+    from 1, id, count; at most CURVE_POINTS ranks evenly spaced on a log scale) and `coverage` (rank → tokens that the
+    entries up to this rank make).
+    """
+    split, *others = counts
+    ids = np.array(sorted([*tokenizer.token_bytes, *tokenizer.special_ids.values()]))
+    occurrences = counts[split][ids]
+    order = np.argsort(-occurrences, kind="stable")
+    used = int(np.count_nonzero(occurrences))
+    ranks = np.unique(np.geomspace(1, max(used, 1), CURVE_POINTS).round().astype(np.int64))[:used] - 1
+    sums = np.cumsum(occurrences[order])
+    unused = ids[occurrences == 0].tolist()
+    unused_bytes = [token_id for token_id in unused if len(tokenizer.token_bytes.get(token_id, b"")) == 1]
+    return {
+        "split": split,
+        "entries": len(ids),
+        "used": used,
+        "unused": len(unused),
+        "rare": int(np.count_nonzero((occurrences > 0) & (occurrences < RARE))),
+        "unused_bytes": len(unused_bytes),
+        "unused_ids": [token_id for token_id in unused if token_id not in unused_bytes][:UNUSED_LISTED],
+        "elsewhere": {name: int(np.count_nonzero(counts[name][ids][occurrences == 0])) for name in others},
+        "curve": [
+            {"rank": rank + 1, "id": token_id, "count": count}
+            for rank, token_id, count in zip(
+                ranks.tolist(), ids[order[ranks]].tolist(), occurrences[order[ranks]].tolist(), strict=True
+            )
+        ],
+        "coverage": {top: int(sums[top - 1]) for top in (10, 100, 1_000, 10_000) if top <= used},
+    }

@@ -1,0 +1,126 @@
+"""Which documents a report shows, and each as lines of segments that a page can set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from chatdata.shards.read import Build
+from chatdata.tokenizer.bpe import Tokenizer
+
+if TYPE_CHECKING:
+    import polars as pl
+
+PER_TASK = 20
+EXTREMES = {"truncated": 4, "longest": 2, "shortest": 2}  # of PER_TASK; the rest is chosen by digest
+# 400 documents of 6,000 bytes are 2.4 MB of text, at worst 12 MB of page: below 15 MB whatever the build
+MAX_SHOWN = 400
+MAX_BYTES = 6_000
+COLUMNS = ["doc", "row", "task", "num_tokens", "num_supervised", "original_tokens", "truncated", "digest"]
+_LINE_ENDS = ("<|bos|>", "<|user_end|>", "<|assistant_end|>")
+# what a page would drop, or obey: control characters but tab and newline, shown as their pictures
+_CONTROLS = {c: chr(0x2400 + c) for c in range(32) if c not in b"\t\n"} | {127: "␡"}
+
+
+class Segment(NamedTuple):
+    """A run of tokens set alike. kind: "supervised", "plain", and for a special token "supervised chip", "chip"."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ShownDocument:
+    """A document of a report: its row of the index, why it was chosen, and its first tokens as lines of segments."""
+
+    split: str
+    index: dict[str, Any]
+    why: str
+    lines: list[list[Segment]]
+    tokens_left: int
+
+
+def shown_documents(build: Build) -> list[ShownDocument]:
+    """Documents of every split and task, at most MAX_SHOWN, the task with most tokens first. The same build shows the
+    same ones on every machine."""
+    groups = []
+    for name, split in build.splits.items():
+        frame = split.index.select(COLUMNS).with_columns(task=split.index["task"].cast(str))
+        parts = frame.partition_by("task", maintain_order=True)
+        groups += [(name, part) for part in sorted(parts, key=lambda part: -part["num_tokens"].sum())]
+    per_task = min(PER_TASK, max(1, MAX_SHOWN // len(groups)))
+    shown = []
+    for name, part in groups[:MAX_SHOWN]:
+        for row, why in choose(part, per_task):
+            document = build[name][row["doc"]]
+            lines, left = lines_of(document.tokens, document.mask, build.tokenizer)
+            shown.append(ShownDocument(name, row, why, lines, left))
+    return shown
+
+
+def choose(frame: pl.DataFrame, number: int) -> list[tuple[dict[str, Any], str]]:
+    """`number` rows of one task's index, none with equal tokens and mask, and why each: truncated ones, the longest,
+    the shortest, then by digest, which is as good as by chance and the same everywhere."""
+    rest = frame.unique("digest", keep="first", maintain_order=True).sort("digest")
+    picks = {
+        "truncated": rest.filter("truncated"),
+        "longest": rest.sort("num_tokens", descending=True, maintain_order=True),
+        "shortest": rest.sort("num_tokens", maintain_order=True),
+        "": rest,
+    }
+    chosen: dict[bytes, tuple[dict[str, Any], str]] = {}
+    for why, rows in picks.items():
+        wanted = min(number, len(chosen) + EXTREMES.get(why, number))
+        for row in rows.head(number).iter_rows(named=True):
+            if len(chosen) < wanted:
+                chosen.setdefault(row["digest"], (row, why))
+    return list(chosen.values())
+
+
+def lines_of(
+    tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, max_bytes: int = MAX_BYTES
+) -> tuple[list[list[Segment]], int]:
+    """The first tokens as lines (a message each, bos by itself), and how many tokens more there are.
+
+    tokens and mask are [num_tokens]; no more are taken than stand for `max_bytes` bytes.
+    """
+    names = {token_id: name for name, token_id in tokenizer.special_ids.items()}
+    ids = tokens[:max_bytes].tolist()  # every token stands for a byte or more
+    sizes = [len(tokenizer.token_bytes.get(token_id) or names.get(token_id, "")) for token_id in ids]
+    num_shown = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right"))
+    lines: list[list[Segment]] = [[]]
+    for start, stop in _runs(ids[:num_shown], mask[:num_shown], names):
+        supervised, name = bool(mask[start]), names.get(ids[start])
+        text = (name or tokenizer.decode(ids[start:stop])).translate(_CONTROLS)
+        kind = "supervised chip" if name and supervised else "chip" if name else "supervised" if supervised else "plain"
+        lines[-1].append(Segment(kind, text))
+        if name in _LINE_ENDS:
+            lines.append([])
+    return [line for line in lines if line], len(tokens) - num_shown
+
+
+def _runs(ids: Sequence[int], mask: np.ndarray, names: dict[int, str]) -> list[tuple[int, int]]:
+    """[start, stop) of runs of text with equal mask; each special token is a run of its own."""
+    if not len(ids):
+        return []
+    special = np.isin(ids, list(names))
+    cuts = np.flatnonzero((mask[1:] != mask[:-1]) | special[1:] | special[:-1]) + 1
+    bounds = [0, *cuts.tolist(), len(ids)]
+    return list(pairwise(bounds))
+
+
+def spelled(tokenizer: Tokenizer, token_id: int) -> str:
+    """One entry of the vocabulary as a person can read it: blanks and control characters by their pictures, bytes that
+    are no text as hexadecimal."""
+    data = tokenizer.token_bytes.get(token_id)
+    if data is None:
+        return next(name for name, special_id in tokenizer.special_ids.items() if special_id == token_id)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in data)
+    return text.translate(_CONTROLS).translate({ord(" "): "␣", ord("\t"): "␉", ord("\n"): "␤"})

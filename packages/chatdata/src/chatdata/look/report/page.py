@@ -1,0 +1,144 @@
+"""A report as one HTML file that asks for nothing: Vega, styles, numbers and documents are all in it.
+
+Text from the data may be anything. It reaches the page in two ways: through jinja2 with escaping on, and as JSON in
+which `<`, `>`, `&` and `'` are written \\u003c …. Behind both stands a Content-Security-Policy: scripts run only if
+their SHA-256 is one of three, and nothing may be fetched, not even an image.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatdata.disk import check_file, naming, write_whole
+from chatdata.errors import UsageError
+from chatdata.shards.read import Build, open_build
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chatdata.look.report.documents import ShownDocument
+
+MISSING = 'a report needs Altair, its JavaScript and Jinja: pip install "chatdata[report]"'
+
+
+def default_out(build: Path) -> Path:
+    """`<build>-report.html` beside the build: a file inside it would be damage to `chatdata verify`."""
+    folder = Path(os.path.abspath(build))  # noqa: PTH100 ("." and ".." get a name, a link keeps its own)
+    return folder.with_name(f"{folder.name}-report.html")
+
+
+def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
+    """Write the report of the build at `path` to `out` (see `default_out`), whole or not at all; return its numbers
+    (see `report_numbers`) with `out`, `bytes` and `documents_shown`.
+
+    Raises UsageError if the extra `report` is not installed or `out` is a folder, in none or inside the build,
+    FormatError if the build is damaged.
+    """
+    try:
+        import altair  # noqa: F401
+        import jinja2  # noqa: F401
+        import vl_convert  # noqa: F401
+    except ImportError:
+        raise UsageError(MISSING) from None
+    from chatdata.look.report.collect import report_numbers
+    from chatdata.look.report.documents import shown_documents
+
+    out = out or default_out(path)
+    if out.resolve().is_relative_to(path.resolve()):
+        raise UsageError(f"--out {out} is inside the build, where every file is accounted for; choose another folder")
+    check_file(out)
+    build = open_build(path)
+    numbers, documents = report_numbers(build), shown_documents(build)
+    page = render(build, numbers, documents).encode("utf-8")
+    with naming(out):
+        write_whole(out, page)
+    return {"out": str(out), "bytes": len(page), "documents_shown": len(documents), **numbers}
+
+
+def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocument]) -> str:
+    """The page. numbers: of `report_numbers`."""
+    import jinja2
+
+    from chatdata.look.report.charts import MEASURES, chart_specs
+    from chatdata.look.report.collect import ROLES
+    from chatdata.look.report.documents import spelled
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_file),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": lambda n: f"{n:,}", "share": _share, "options": _options}
+    scripts = [_inline(_vega()), _inline(_file("page.js"))]
+    vocabulary = numbers["vocabulary"]
+    return environment.get_template("page.html").render(
+        name=Path(os.path.abspath(build.path)).name,  # noqa: PTH100
+        manifest=build.manifest,
+        made=_made(build.path),
+        numbers=numbers,
+        measures=MEASURES.values(),
+        roles=ROLES,
+        documents=documents,
+        unused=[(i, spelled(build.tokenizer, i)) for i in vocabulary["unused_ids"]],
+        tokenizer_sha256=build.tokenizer.sha256,
+        charts=chart_specs(numbers, build.tokenizer),
+        style=_file("page.css"),
+        scripts=scripts,
+        hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+    )
+
+
+def _made(path: Path) -> dict[str, Any]:
+    """What report.json says about making the build; {} without one: it may be left out of a copy."""
+    try:
+        made = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        return {
+            "duration_s": float(made["duration_s"]["total"]),
+            "tokens_per_s": int(made["tokens_per_s"]),
+            "workers": int(made["workers"]),
+            "day": str(made["finished"]).partition("T")[0],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _file(name: str) -> str:
+    return resources.files("chatdata.look.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as vl-convert ships them (0.9 MB), of the version Altair writes for."""
+    import altair
+    import vl_convert
+
+    version = ".".join(altair.VEGALITE_VERSION.split(".")[:2])
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
+
+
+def _inline(script: str) -> str:
+    """A script that may stand between script tags: nothing in it closes them or opens a comment."""
+    import markupsafe
+
+    return markupsafe.Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\r\n", "\n"))
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
+
+
+def _options(entry: dict[str, Any]) -> str:
+    """What a recipe's entry says beside its task."""
+    said = {key: value for key, value in entry.items() if key != "task" and value not in (None, "")}
+    return ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in said.items())

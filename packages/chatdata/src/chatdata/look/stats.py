@@ -1,0 +1,32 @@
+"""Numbers of a build per task, from its index alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chatdata.shards.read import Build
+
+
+def build_stats(build: Build) -> dict[str, Any]:
+    """Per split and task: documents, tokens, supervised, truncated, turns, tool calls, and quantiles of length."""
+    import polars as pl
+
+    length = pl.col("num_tokens")
+    splits = {}
+    for name, split in build.splits.items():
+        frame = split.index.group_by(pl.col("task").cast(pl.String), maintain_order=True).agg(
+            documents=pl.len(),
+            tokens=length.sum().cast(pl.Int64),
+            supervised=pl.col("num_supervised").sum().cast(pl.Int64),
+            truncated=pl.col("truncated").sum(),
+            turns=pl.col("num_turns").sum().cast(pl.Int64),
+            tool_calls=pl.col("num_tool_calls").sum().cast(pl.Int64),
+            length=pl.struct(
+                min=length.min(),
+                median=length.quantile(0.5, "nearest").cast(pl.Int32),
+                p99=length.quantile(0.99, "nearest").cast(pl.Int32),
+                max=length.max(),
+            ),
+        )
+        splits[name] = sorted(frame.to_dicts(), key=lambda row: -row["tokens"])
+    return {"build_id": build.manifest["build_id"], "stage": build.manifest["stage"], "splits": splits}

@@ -1,0 +1,162 @@
+"""What a trainer would make of a build, in numbers, before any GPU hour: `chatdata plan`.
+
+The numbers are those of `plan_epoch` and `plan_sequences`, which chattrain trains on. Shapes as in sequences.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from chatdata.errors import PackingError, PlanError
+from chatdata.packing.epoch import (
+    Epoch,
+    Layout,
+    document_targets_at,
+    plan_epoch,
+    plan_sequences,
+)
+from chatdata.packing.layouts import Long, Packing
+from chatdata.shards.masks import MaskPolicy, check_policy
+
+if TYPE_CHECKING:
+    from chatdata.shards.read import Build, Split
+
+STAGE_LAYOUTS: dict[str, Layout] = {
+    "base": "stream",
+    "mid": "stream",
+    "sft": "pack",
+}  # as chattrain's stages.toml, tested
+STAGE_MASKS: dict[str, MaskPolicy] = {"base": "ignore", "mid": "ignore", "sft": "apply"}
+WHAT_IF_LENGTHS = (512, 1024, 2048, 4096, 8192)
+
+
+def plan_numbers(
+    build: Build,
+    seq_len: int,
+    batch_size: int = 8,
+    split: str = "train",
+    mask: str | None = None,
+    long: Long = "error",
+    seed: int = 42,
+) -> dict[str, Any]:
+    """The plan at `seq_len` and the what-if table, for all three rows: plain data, as `chatdata plan --json` prints it.
+
+    batch_size: G, sequences of a step (B · ranks in chattrain). mask: by default the stage's. What cannot be planned
+    stands there as {"refused": why}. Raises PlanError for arguments out of range.
+    """
+    if split not in build.splits:
+        raise PlanError(f"{build.path} has no split {split!r}; it has {', '.join(build.splits)}")
+    stage, use = build.manifest["stage"], check_policy(mask or STAGE_MASKS[build.manifest["stage"]])
+    settings = {"seq_len": seq_len, "batch_size": batch_size, "mask": use, "long": long, "seed": seed}
+    return {
+        "build_id": build.manifest["build_id"],
+        "stage": stage,
+        "stage_rows": STAGE_LAYOUTS[stage],
+        "split": split,
+        "documents": len(build[split]),
+        "tokens": build[split].num_tokens,
+        **settings,
+        "plans": {
+            layout: _plan(build[split], layout, use, seq_len, batch_size, long, seed) for layout in get_args(Layout)
+        },
+        "what_if": what_if(build[split], use, batch_size, seed),
+    }
+
+
+def what_if(
+    split: Split, mask: MaskPolicy, batch_size: int, seed: int, seq_lens: tuple[int, ...] = WHAT_IF_LENGTHS
+) -> list[dict[str, Any]]:
+    """One record per length and rows, over all sequences of an epoch (what does not fill a step is in it).
+
+    documents_cut: those whose targets no single sequence holds: stream splits them over two or more, pack and pad cut
+        or drop them (`--long`). Everything about pack and pad but supervised_lost_if_dropped is of --long truncate.
+    supervised_lost: supervised tokens that are no target, because they were cut or stand in stream's tail. Where the
+        mask is ignored, those of the stored mask.
+    filled, efficiency: input tokens and targets ÷ positions; 0 for no sequences. A batch of layout pad
+        is as wide as its longest sequence.
+    """
+    lengths, applied = np.diff(split.offsets), mask if mask != "ignore" else "apply"
+    longest = int(lengths.max(initial=1))
+    *supervised, whole = document_targets_at(split, applied, (*seq_lens, longest))
+    records = []
+    for seq_len, kept in zip(seq_lens, supervised, strict=True):
+        num_targets = np.maximum(np.minimum(lengths, seq_len + 1) - 1, 0) if mask == "ignore" else kept
+        too_long = lengths > seq_len + 1
+        for layout in get_args(Layout):
+            made = plan_sequences(
+                split, layout=layout, mask=mask, seq_len=seq_len, seed=seed, long="truncate", num_targets=num_targets
+            )
+            if made.packing is None:
+                tail = split.mask(min(len(made.tokens) * seq_len + 1, split.num_tokens), split.num_tokens, applied)
+                lost = dropped = int(np.count_nonzero(tail))
+                num_cut, positions = _num_split(split.offsets, seq_len), len(made.tokens) * seq_len
+            else:
+                lost, dropped = int((whole - kept).sum()), int(whole[too_long].sum())
+                num_cut, positions = int(np.count_nonzero(too_long)), _positions(made.packing, layout, batch_size)
+            records.append(
+                {
+                    "seq_len": seq_len,
+                    "rows": layout,
+                    "sequences": len(made.tokens),
+                    "documents_cut": num_cut,
+                    "supervised_lost": lost,
+                    "supervised_lost_if_dropped": dropped,
+                    "positions": positions,
+                    "padding": positions - int(made.tokens.sum()),
+                    "targets": int(made.targets.sum()),
+                    "filled": round(int(made.tokens.sum()) / max(positions, 1), 4),
+                    "efficiency": round(int(made.targets.sum()) / max(positions, 1), 4),
+                }
+            )
+    return records
+
+
+def _plan(
+    split: Split, layout: Layout, mask: MaskPolicy, seq_len: int, batch_size: int, long: Long, seed: int
+) -> dict[str, Any]:
+    """`plan_epoch` in numbers: what chattrain's dry run prints as "plan", positions, padding, and targets of a step."""
+    try:
+        epoch = plan_epoch(
+            split, layout=layout, mask=mask, seq_len=seq_len, step_sequences=batch_size, seed=seed, long=long
+        )
+    except (PackingError, PlanError) as error:
+        return {"refused": str(error)}
+    positions, counts = _epoch_positions(epoch), epoch.counts()
+    per_step = epoch.targets_per_step
+    return {
+        **counts,
+        "positions": positions,
+        "padding": positions - counts["input_tokens"],
+        "targets_per_step": {
+            "min": int(per_step.min()),
+            "mean": round(float(per_step.mean()), 1),
+            "max": int(per_step.max()),
+        },
+    }
+
+
+def _epoch_positions(epoch: Epoch) -> int:
+    num_sequences = epoch.num_steps * epoch.step_sequences
+    if epoch.packing is None:
+        return num_sequences * epoch.seq_len
+    return _positions(epoch.packing, epoch.layout, epoch.step_sequences, num_sequences)
+
+
+def _positions(packing: Packing, layout: Layout, batch_size: int, num_sequences: int | None = None) -> int:
+    """Positions of the first `num_sequences` (default: all), padding too; a batch of pad is as wide as its longest."""
+    num_sequences = packing.num_sequences if num_sequences is None else num_sequences
+    if layout == "pack":
+        return num_sequences * packing.seq_len
+    if not num_sequences:
+        return 0
+    firsts = np.arange(0, num_sequences, batch_size)
+    widths = np.maximum.reduceat(packing.lengths[:num_sequences], firsts) - 1  # pad has one document a sequence
+    return int((widths * np.diff(firsts, append=num_sequences)).sum())
+
+
+def _num_split(offsets: np.ndarray, seq_len: int) -> int:
+    """Documents whose targets lie in more than one sequence of a stream, or partly in its tail."""
+    first, last = offsets[:-1] + 1, offsets[1:] - 1  # their own targets: the first token is the document before's
+    return int(np.count_nonzero((last > first) & ((first - 1) // seq_len != (last - 1) // seq_len)))

@@ -1,0 +1,1 @@
+"""Decide which documents make which training sequence, and which sequences make an epoch."""

@@ -1,0 +1,161 @@
+"""All rendered documents of a build, in source and row order, as views of the units they lie in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
+from chatdata.document import Span
+from chatdata.errors import BuildError, ConversationError
+from chatdata.recipe import Recipe
+from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, digests_of
+from chatdata.render.replay import Mismatch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "original_tokens")
+# a document's drop_reason is a place in this tuple; 0 = kept
+DROP_REASONS = ("", "overflow", "zero_supervised", "contaminated")
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Where the rows of one source are in a build.
+
+    row_at: int32 [rows], position → row. document_of: int32 [rows], row → document of the build, -1 for none.
+    """
+
+    row_at: np.ndarray
+    document_of: np.ndarray
+
+
+class RenderedDocuments:
+    """Columns over all documents, [num_documents]: those of the units, after the recipe's policies.
+
+    num_tokens, num_supervised and digest are those of the document as it is cut; original_tokens is its length before.
+    A document costs 46 bytes of memory, 50 if any is cut, and 8 in its RowMap; tokens, mask and spans stay on disk.
+    """
+
+    def __init__(self, blocks: Sequence[RenderedBatch], recipe: Recipe, where: Callable[[int], str]) -> None:
+        """`where(document)` names a document's row in errors."""
+        self._blocks = blocks
+        self._first = np.cumsum([0, *(len(block.num_tokens) for block in blocks)])  # document where a block starts
+        self.original_tokens = np.concatenate([block.num_tokens for block in blocks])
+        self.num_supervised = np.concatenate([block.num_supervised for block in blocks])
+        self.num_turns = np.concatenate([block.num_turns for block in blocks])
+        self.num_tool_calls = np.concatenate([block.num_tool_calls for block in blocks])
+        self.digests = np.concatenate([block.digests for block in blocks])
+        self._num_spans = np.concatenate([block.num_spans for block in blocks])
+        self._token_starts = np.concatenate([_starts(block.num_tokens) for block in blocks])  # within the block
+        self._span_starts = np.concatenate([_starts(block.num_spans) for block in blocks])
+        self.num_tokens = self.original_tokens
+        self.drop_reason = np.zeros(len(self.num_tokens), dtype=np.uint8)
+        self.truncated = np.zeros(len(self.num_tokens), dtype=bool)
+        self.where = where
+        self._apply_policies(recipe)
+
+    def _apply_policies(self, recipe: Recipe) -> None:
+        limit = recipe.max_tokens
+        if limit is not None and recipe.overflow != "keep":
+            over = np.flatnonzero(self.original_tokens > limit)
+            if recipe.overflow == "error" and len(over):
+                length = int(self.original_tokens[over[0]])
+                raise BuildError(
+                    f'{self.where(int(over[0]))}: {length:,} tokens, over max_tokens = {limit:,} (overflow = "error")'
+                )
+            if recipe.overflow == "drop":
+                self.drop_reason[over] = DROP_REASONS.index("overflow")
+            else:
+                self._truncate(over, limit)
+        if recipe.zero_supervised != "keep":
+            unsupervised = np.flatnonzero((self.num_supervised == 0) & (self.drop_reason == 0))
+            if recipe.zero_supervised == "error" and len(unsupervised):
+                raise ConversationError(
+                    f'{self.where(int(unsupervised[0]))}: no supervised token is left (zero_supervised = "error")'
+                )
+            self.drop_reason[unsupervised] = DROP_REASONS.index("zero_supervised")
+
+    def _truncate(self, documents: np.ndarray, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens; no end token is added."""
+        self.num_tokens = np.minimum(self.original_tokens, num_tokens)
+        self.truncated[documents] = True
+        for document in documents.tolist():
+            tokens, mask = self.gather(np.array([document]))
+            self.num_supervised[document] = np.count_nonzero(mask)
+            self.digests[document] = digests_of(tokens, mask, np.array([num_tokens]))[0]
+
+    def blocks(self) -> Iterator[tuple[int, RenderedBatch]]:
+        """(first document, documents) of every run that lies back to back, whole: num_tokens before any cut."""
+        return zip(self._first.tolist(), self._blocks, strict=False)
+
+    def gather(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, mask) of the chosen documents back to back."""
+        places = self._places(chosen, self._token_starts, self.num_tokens)
+        tokens, mask = [block.tokens for block in self._blocks], [block.mask for block in self._blocks]
+        return (
+            np.concatenate([tokens[block][start:stop] for block, start, stop in places]),
+            np.concatenate([mask[block][start:stop] for block, start, stop in places]),
+        )
+
+    def _places(self, chosen: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> list[tuple[int, int, int]]:
+        block = np.searchsorted(self._first, chosen, side="right") - 1
+        start = starts[chosen]
+        return list(zip(block.tolist(), start.tolist(), (start + counts[chosen]).tolist(), strict=True))
+
+    def index_table(
+        self, chosen: np.ndarray, first: int, columns: dict[str, np.ndarray], task_names: list[str]
+    ) -> pa.Table:
+        """A part of the index: `chosen` documents, numbered from `first` within their split."""
+        import pyarrow as pa
+
+        names = list(dict.fromkeys(task_names))
+        task_of_entry = np.array([names.index(name) for name in task_names], dtype=np.int32)
+        spans, num_spans = self.spans(chosen)
+        structs = pa.StructArray.from_arrays([to_arrow(spans[name]) for name in Span._fields], Span._fields)
+        return pa.table(
+            {
+                "doc": to_arrow(np.arange(first, first + len(chosen))),
+                "row": to_arrow(columns["row"]),
+                "position": to_arrow(columns["position"]),
+                "task": pa.DictionaryArray.from_arrays(
+                    to_arrow(task_of_entry[columns["entry"]]), strings_to_arrow(names)
+                ),
+                "entry": to_arrow(columns["entry"].astype(np.int16)),
+                **{name: to_arrow(getattr(self, name)[chosen].astype(np.int32)) for name in INDEX_COUNTS},
+                "truncated": to_arrow(self.truncated[chosen].view(np.uint8)).cast(pa.bool_()),
+                "digest": bytes_to_arrow(self.digests[chosen]),
+                "spans": list_to_arrow(structs, num_spans),
+            }
+        )
+
+    def spans(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Spans of the chosen documents (SPAN_DTYPE), clipped where a document was cut, and how many each has."""
+        places = self._places(chosen, self._span_starts, self._num_spans)
+        parts = [block.spans.view("V9") for block in self._blocks]  # structured ones are joined field by field, slowly
+        spans = np.concatenate([parts[block][start:stop] for block, start, stop in places]).view(SPAN_DTYPE)
+        document = np.repeat(np.arange(len(chosen)), self._num_spans[chosen])
+        left = self.num_tokens[chosen][document] - spans["start"].astype(np.int64)  # tokens from the span's start on
+        kept = left > 0
+        spans["length"] = np.minimum(spans["length"], np.maximum(left, 0))
+        return spans[kept], np.bincount(document[kept], minlength=len(chosen))
+
+    def mismatches(self, chosen: np.ndarray) -> list[tuple[int, Mismatch]]:
+        """(place in `chosen`, mismatch) of every tool call that does not give what is recorded behind it."""
+        texts: dict[int, list[str]] = {}  # few documents have any
+        for block, first in zip(self._blocks, self._first.tolist(), strict=False):
+            starts = _starts(block.num_mismatches)
+            for i in np.flatnonzero(block.num_mismatches).tolist():
+                start = int(starts[i])
+                texts[first + i] = list(map(str, block.mismatches[start : start + int(block.num_mismatches[i])]))
+        found = np.flatnonzero(np.isin(chosen, np.array(list(texts), dtype=np.int64)))
+        return [(i, Mismatch(*json.loads(text))) for i in found.tolist() for text in texts[int(chosen[i])]]
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return (np.cumsum(counts, dtype=np.int64) - counts).astype(np.int32)  # a block is an Arrow batch: below 2^31

@@ -1,0 +1,1 @@
+"""A build on disk: write shards, read them back memory-mapped, and choose which tokens are targets."""

@@ -1,0 +1,80 @@
+"""The index of a shard, read for who trusts nothing in it: `verify`, and the report that counts by it.
+
+`Split.index` and `Split.index_table` (shards.py) are for everybody else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chatdata.arrow import values_of
+from chatdata.errors import FormatError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def index_schema() -> pa.Schema:
+    """Columns of the index, one row per document (docs/format.md)."""
+    import pyarrow as pa
+
+    span = pa.struct([("role", pa.uint8()), ("start", pa.uint32()), ("length", pa.uint32())])
+    return pa.schema(
+        [
+            ("doc", pa.int64()),
+            ("row", pa.int64()),
+            ("position", pa.int64()),
+            ("task", pa.dictionary(pa.int32(), pa.string())),
+            ("entry", pa.int16()),
+            ("num_tokens", pa.int32()),
+            ("num_supervised", pa.int32()),
+            ("num_turns", pa.int32()),
+            ("num_tool_calls", pa.int32()),
+            ("original_tokens", pa.int32()),
+            ("truncated", pa.bool_()),
+            ("digest", pa.binary(16)),
+            ("spans", pa.list_(span)),
+        ]
+    )
+
+
+def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """The index of one shard as a table, typed and without nulls. Raises FormatError naming the file otherwise."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        if not file.schema_arrow.equals(index_schema()):
+            raise FormatError(f"{path}: columns are not those of the format (docs/format.md)")
+        table = file.read(columns)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise FormatError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    for name in table.column_names:
+        values = table[name].combine_chunks()
+        parts = [values, values.values, *values.values.flatten()] if name == "spans" else [values]
+        if any(part.null_count for part in parts):
+            raise FormatError(f"{path}: column {name} has nulls")
+    return table
+
+
+def index_arrays(table: pa.Table) -> dict[str, np.ndarray]:
+    """The columns of an index as arrays, [documents] each (digest: uint8 [documents, 16]), spans taken apart.
+
+    num_spans is [documents]; span_role, span_start and span_length are [sum of num_spans]. `task` is an array of str.
+    """
+    plain = [name for name in table.column_names if name not in ("task", "digest", "spans")]
+    columns = {name: values_of(table[name]) for name in plain}
+    task = table["task"].unify_dictionaries().combine_chunks()
+    columns["task"] = np.array(task.dictionary.to_pylist(), dtype=object)[values_of(task.indices)]
+    digests = b"".join(table["digest"].to_pylist())
+    columns["digest"] = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)
+    spans = table["spans"].combine_chunks()
+    columns["num_spans"] = np.diff(values_of(spans.offsets)).astype(np.int64)
+    for key, values in zip(("role", "start", "length"), spans.flatten().flatten(), strict=True):
+        columns[f"span_{key}"] = values_of(values)
+    return columns

@@ -1,0 +1,103 @@
+"""Mask policies: which stored tokens count as supervised, chosen when reading. Nothing is rendered again.
+
+    bos US u UE AS t PS p PE OS o OE t AE US u UE AS t AE     user, assistant, python, output: Start, End
+    1   1  1 1  1  1 1  1 1  1  1 1  1 1  1  1 1  1  1 1      ignore      every token
+    0   0  0 0  0  1 1  1 1  0  0 0  1 1  0  0 0  0  1 1      apply       as stored
+    0   0  0 0  0  0 0  0 0  0  0 0  0 0  0  0 0  0  1 1      last-turn   as stored in the last assistant message
+    0   0  0 0  0  0 1  1 1  0  0 0  0 0  0  0 0  0  0 0      tools-only  python parts with their delimiters
+    0   0  0 0  0  1 0  0 0  0  0 0  1 1  0  0 0  0  1 1      no-tools    as stored, without them
+
+assistant_end belongs to its message and to no part: last-turn keeps the last message's, no-tools keeps all, tools-only
+none. So tools-only and no-tools share no token and make up apply. A policy speaks of the document as it is stored:
+of one cut in the build, the last assistant message that is left, be it without its end; a cut of the trainer comes
+after. Plain text (stage base) has no message and no part: last-turn and tools-only leave nothing of it.
+
+The last three come from the index's spans: 16 bytes of memory per document (last-turn) or python part, read a piece of
+the index at a time with pyarrow. The delimiters' ids would do as well, but every batch would have to scan its documents
+for them, and a sequence that begins inside one also what lies before and behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import numpy as np
+
+from chatdata.document import SPAN_ROLES
+from chatdata.errors import PlanError, nearest
+
+MaskPolicy = Literal["ignore", "apply", "last-turn", "tools-only", "no-tools"]
+# bounds int64 [documents + 1], where the documents are in the split · document int64 [n], of each span, counted from
+# the first of these documents · spans int64 [3, n]: role, start in the document, length
+DocumentSpans = tuple[np.ndarray, np.ndarray, np.ndarray]
+_USER, _PYTHON = SPAN_ROLES.index("user"), SPAN_ROLES.index("python")
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Runs of tokens, ascending, none empty, none overlapping: [starts, stops) of the split, each int64 [n]."""
+
+    starts: np.ndarray
+    stops: np.ndarray
+
+
+def check_policy(name: str) -> MaskPolicy:
+    """`name`, if it is a policy. Raises PlanError naming the nearest one."""
+    if name not in get_args(MaskPolicy):
+        raise PlanError(f"unknown mask policy {name!r}{nearest(name, get_args(MaskPolicy))}")
+    return cast(MaskPolicy, name)
+
+
+def ranges_of(policy: MaskPolicy, spans: Iterable[DocumentSpans]) -> Ranges:
+    """What a policy needs to know of a split. last-turn: the last assistant messages · tools-only, no-tools: the python
+    parts. spans: those of all documents, some documents at a time."""
+    find = last_messages if policy == "last-turn" else python_parts
+    parts = [find(*piece) for piece in spans]
+    starts, stops = (np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*parts, strict=True))
+    return Ranges(starts, stops)
+
+
+def select(policy: MaskPolicy, stored: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """The stored mask inside the policy's ranges, or for no-tools outside of them: uint8, a new array."""
+    return stored & (~inside if policy == "no-tools" else inside)
+
+
+def last_messages(bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and stops of the last assistant messages: from the end of the last user message that anything follows.
+
+    bounds: int64 [documents + 1], where the documents lie in the split. document: int64 [n], of each span, from 0.
+    spans: int64 [3, n], role, start in the document, length. An empty message has no span, so its own do not tell.
+    """
+    role, start, length = spans
+    ends = bounds[document] + start + length
+    followed = (role == _USER) & (ends < bounds[document + 1])
+    begins = np.full(len(bounds) - 1, -1)
+    np.maximum.at(begins, document[followed], ends[followed])
+    there = begins >= 0
+    return begins[there], bounds[1:][there]
+
+
+def python_parts(bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and stops of the python parts with their delimiters. Arguments as for `last_messages`."""
+    role, start, length = spans
+    chosen = role == _PYTHON
+    starts = (bounds[document] + start)[chosen]
+    return starts, starts + length[chosen]
+
+
+def covered(ranges: Ranges, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Whether tokens starts[i] … starts[i] + counts[i] of the split lie in a range, for each i: bool [counts.sum()]."""
+    first = np.searchsorted(ranges.stops, starts, side="right")
+    last = np.searchsorted(ranges.starts, starts + counts)
+    overlaps = np.where(counts > 0, np.maximum(last - first, 0), 0)
+    of = np.repeat(np.arange(len(starts)), overlaps)
+    which = first[of] + np.arange(len(of)) - (np.cumsum(overlaps) - overlaps)[of]
+    ends = np.cumsum(counts, dtype=np.int64)
+    begin = (ends - counts)[of]  # in the result, of the run each overlap lies in
+    edges = np.zeros((ends[-1] if len(ends) else 0) + 1, np.int8)
+    # ranges do not overlap, so no place is raised or lowered twice
+    edges[begin + np.maximum(ranges.starts[which] - starts[of], 0)] += 1
+    edges[begin + np.minimum(ranges.stops[which] - starts[of], counts[of])] -= 1
+    return np.cumsum(edges[:-1], dtype=np.int8).view(bool)

@@ -1,0 +1,156 @@
+"""Where rows come from: a path in the recipe, `--data-dir` (a folder of Hub clones), then the Hub.
+
+`resolve` finds the files of one recipe entry, or raises MissingSource with the command that fetches them; no row is
+read before every source of a build is found. `Source.read` then streams the wanted rows in file order (files.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatdata.errors import MissingSource, SourceError
+from chatdata.recipe import Entry, file_label
+from chatdata.sources import hub
+from chatdata.sources.files import SourceFile
+from chatdata.sources.source import Source
+from chatdata.tasks.task import Task
+
+MAKE_IDENTITY = "; `chatdata identity PERSONA --out FILE` makes one"
+
+
+@dataclass(frozen=True)
+class Locations:
+    """Where to look: the command line's folders and files."""
+
+    recipe_folder: Path
+    data_dir: Path | None = None
+    identity: Path | None = None
+    words: str | None = None
+
+
+def resolve(entry: Entry, task: Task, locations: Locations) -> Source:
+    """The source of `entry`. Raises MissingSource if it is not at hand and cannot be fetched, SourceError if empty."""
+    if task.generate is not None:
+        options, option_files = _resolve_options(entry, task, locations)
+        source = Source(entry.label, task, split=entry.split, options=options, option_files=option_files)
+        source.make_row  # noqa: B018 - a word list that cannot be used is an error before anything is rendered
+        return source
+    source = _resolve_files(entry, task, locations)
+    if source.num_rows == 0:
+        raise SourceError(f"{entry.label}: {source.name} has no rows")
+    return source
+
+
+def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
+    if task.name == "identity" and locations.identity is not None:
+        return _local_source(locations.identity, locations.identity.name, entry, task)
+    if entry.path is not None:
+        return _local_source(locations.recipe_folder / entry.path, file_label(entry.path), entry, task)
+    repo = entry.repo or task.hub
+    if repo is None:
+        identity = task.name == "identity"
+        flag = "pass --identity FILE" if identity else "give it `path` or `repo` in the recipe"
+        form = f"(JSONL or Parquet, a conversation per line{MAKE_IDENTITY if identity else ''})"
+        raise MissingSource(f"{entry.label}: no file given: {flag} {form}")
+    pattern = f"{entry.subset or 'data'}/{entry.split}-*.parquet"
+    fetch = _fetch_command(repo, entry.revision, f"--include '{pattern}' ")
+    looked = ""
+    if locations.data_dir is not None:
+        clone = locations.data_dir / repo
+        files = sorted(clone.glob(pattern))
+        if files:
+            hub.check_complete(files, f"{entry.label}: {clone}", f"; {fetch}")
+            return _hub_source(repo, entry, task, clone, files, None)
+        looked = f"no {pattern} in {clone}; "
+    if task.hub is None and task.kind == "conversation":
+        return _chat_source(repo, entry, task, locations)
+    folder, revision = _snapshot(repo, pattern, entry, looked, fetch)
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise MissingSource(f"{entry.label}: {looked}{repo} at {revision[:12]} has no file {pattern}")
+    hub.check_complete(files, f"{entry.label}: {repo} at {revision[:12]}")
+    return _hub_source(repo, entry, task, folder, files, revision)
+
+
+def _chat_source(repo: str, entry: Entry, task: Task, locations: Locations) -> Source:
+    """A dataset of any layout `datasets` understands: the whole repository is fetched, `datasets` finds the split."""
+    clone = locations.data_dir / repo if locations.data_dir is not None else None
+    fetch = _fetch_command(repo, entry.revision, "")
+    if clone is not None and clone.is_dir():
+        folder, revision = clone, None
+        hub.check_all_complete(folder, f"{entry.label}: {clone}", f"; {fetch}")
+    else:
+        looked = f"no folder {clone}; " if clone is not None else ""
+        folder, revision = _snapshot(repo, "*", entry, looked, fetch)
+        hub.check_all_complete(folder, f"{entry.label}: {repo} at {revision[:12]}")
+    try:
+        files, dataset = hub.load_split(folder, entry.subset, entry.split)
+    except SourceError as error:
+        raise error.at(f"{entry.label}: {repo}") from error.__cause__
+    return _hub_source(repo, entry, task, folder.resolve(), files, revision, dataset)
+
+
+def _fetch_command(repo: str, revision: str | None, include: str) -> str:
+    pinned = f"--revision {revision} " if revision else ""
+    return f"hf download {repo} --repo-type dataset {pinned}{include}--local-dir DIR/{repo}, then --data-dir DIR"
+
+
+def _snapshot(repo: str, pattern: str, entry: Entry, looked: str, fetch: str) -> tuple[Path, str]:
+    try:
+        return hub.snapshot(repo, pattern, entry.revision)
+    except MissingSource as error:
+        raise MissingSource(f"{entry.label}: {looked}{error}; {fetch}") from error.__cause__
+    except SourceError as error:  # the Hub has no such thing: no command would fetch it
+        raise MissingSource(f"{entry.label}: {looked}{error}") from None
+
+
+def _hub_source(
+    repo: str, entry: Entry, task: Task, root: Path, files: list[Path], revision: str | None, dataset: Any = None
+) -> Source:
+    named = tuple(SourceFile(path, path.relative_to(root).as_posix()) for path in files)
+    name = " ".join(part for part in (repo, entry.subset, entry.split) if part)
+    return Source(name, task, named, revision, dataset)
+
+
+def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
+    files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    absent = [file for file in files if not file.is_file()]
+    if absent or not files:
+        make = MAKE_IDENTITY if task.name == "identity" else ""
+        what = f"a folder; name a file, or {path}/*.jsonl" if path.is_dir() else "no such file"
+        raise MissingSource(f"{entry.label}: {path}: {what}{make}")
+    for file in files:
+        if file.suffix not in (".jsonl", ".parquet", *((".txt",) if task.kind == "text" else ())):
+            raise SourceError(f"{file}: expected .jsonl or .parquet{' or .txt' if task.kind == 'text' else ''}")
+    folder = label.rpartition("/")[0]
+    named = tuple(SourceFile(file, f"{folder}/{file.name}" if folder else file.name) for file in files)
+    return Source(label, task, named)
+
+
+def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[dict[str, Any], dict[str, SourceFile]]:
+    """The task's options with files in place of names; the files, to be recorded in the manifest."""
+    options, files = dict(entry.options), {}
+    for key, option in task.options.items():
+        if not option.is_file:
+            continue
+        value = options[key]
+        if key == "words" and locations.words is not None:
+            value = locations.words
+        elif "://" not in value:
+            value = str(locations.recipe_folder / value)
+        flag = f"pass --words FILE or set {key} in the recipe" if key == "words" else f"set {key} in the recipe"
+        path = hub.fetch_url(value, flag) if "://" in value else Path(value)
+        if not path.is_file():
+            raise MissingSource(f"{entry.label}: {path}: no such file; {flag}")
+        file = SourceFile(path, path.name)
+        pinned = options.get(f"{key}_sha256")
+        if pinned and file.sha256 != pinned:
+            again = f"; to download it again delete {path}" if "://" in value else ""
+            raise SourceError(
+                f"{entry.label}: {file.name} has SHA-256 {file.sha256}, "
+                f"but the recipe pins {key}_sha256 = {pinned}{again}"
+            )
+        options[key], files[key] = path, file
+    return options, files

@@ -1,0 +1,296 @@
+"""What comes over the network: dataset files from the Hub, files by URL; and chat datasets read through `datasets`.
+
+Everything is cached: Hub files in the Hub's own cache, where a branch or tag (`main` if the recipe names no revision)
+stands for the commit it was first resolved to; URLs in chatdata's cache. What is cached is used without any request.
+Retries are the Hub library's own; what it logs about them is kept off the terminal, because the outcome is one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from chatdata.disk import cache_folder
+from chatdata.errors import MissingSource, SourceError
+
+_NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})")
+URL_TIMEOUT = 10  # seconds without an answer; the Hub's own is HF_HUB_ETAG_TIMEOUT, 10 by default
+NOT_AGAIN = 30  # seconds a host that did not answer is not asked again: five missing sources wait once, not five times
+_may_fetch = [True]
+_unreachable: dict[str, tuple[float, str]] = {}  # host → when it may be asked again, and what went wrong
+
+
+def snapshot(repo: str, pattern: str, revision: str | None) -> tuple[Path, str]:
+    """Folder with the files of dataset `repo` that match `pattern`, and its commit; from the cache if complete there.
+
+    Raises MissingSource if the files are not in the cache and cannot be downloaded, SourceError if the Hub has no such
+    repository or revision.
+    """
+    # else the first use in a day asks the Hub for a list of coding agents, to report which of them runs this
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    wanted = revision or "main"
+    try:
+        wanted = _kept_commit(repo, wanted) or wanted
+        with _quiet():
+            folder, known_complete = _cached(repo, pattern, wanted)
+    except HFValidationError as error:
+        raise SourceError(_first_line(error)) from None
+    if folder and (known_complete or _is_complete(sorted(folder.glob(pattern)))):
+        return folder, folder.name
+    _ask_hub(repo, wanted)
+    try:
+        with _quiet():
+            folder = _download(repo, pattern, wanted)
+    except HfHubHTTPError as error:
+        raise MissingSource(f"the Hub refused a file of {repo}: {_hub_reason(error)}") from error
+    except Exception as error:  # the HTTP client's, the disk's, or that of the library's transfer engine
+        raise MissingSource(f"the download of {repo} broke off: {_first_line(error)}") from error
+    return folder, folder.name
+
+
+@contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Inside, what is not in a cache raises MissingSource: no request is made."""
+    _may_fetch.append(False)
+    try:
+        yield
+    finally:
+        _may_fetch.pop()
+
+
+def _ask_hub(repo: str, revision: str) -> None:
+    """One request that is not tried again: does the Hub answer, and does it have this? Raises SourceError if not."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    host, not_here = constants.ENDPOINT, f"{repo} is not in the Hub's cache"
+    if not _may_fetch[-1]:
+        raise MissingSource(not_here)
+    try:
+        _check_reachable(host)
+        with _quiet():
+            HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except RevisionNotFoundError:
+        raise SourceError(f'{repo} has no revision "{revision}" on the Hub') from None
+    except GatedRepoError:
+        raise SourceError(f"{repo} is gated on the Hub: ask for access on its page, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise SourceError(f"{repo} is not a dataset on the Hub (or is private: `hf auth login`)") from None
+    except HfHubHTTPError as error:
+        raise MissingSource(f"{not_here} and the Hub refused it: {_hub_reason(error)}") from error
+    except OfflineModeIsEnabled:
+        raise MissingSource(f"{not_here} and HF_HUB_OFFLINE is set") from None
+    except Exception as error:  # the HTTP client's, whose package differs between huggingface_hub 1 and 2
+        _note_unreachable(host, error)
+        raise MissingSource(f"{not_here} and {host} cannot be reached: {_first_line(error)}") from error
+
+
+def _download(repo: str, pattern: str, revision: str, local_files_only: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # there by its documentation
+
+    class Bar(tqdm):
+        """The library's progress bar, on a terminal only."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{"disable": None, **kwargs})  # type: ignore[no-untyped-call]  # has no types
+
+    return Path(
+        snapshot_download(
+            repo,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=[pattern],
+            local_files_only=local_files_only,
+            tqdm_class=Bar,
+        )
+    )
+
+
+def _kept_commit(repo: str, revision: str) -> str | None:
+    """The commit that a branch or tag was resolved to when the first file of it was cached.
+
+    All files are taken from that commit, or two splits could come from two versions of a dataset.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="dataset"))
+    ref = folder / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else ""
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+
+
+def _cached(repo: str, pattern: str, revision: str) -> tuple[Path | None, bool]:
+    """The cached folder of `revision` (None: not cached, or known to lack files), and whether it is surely complete."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = _download(repo, pattern, revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None, False
+    try:
+        from huggingface_hub import get_cached_repo_tree  # since huggingface_hub 1.23
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:
+        return folder, False
+    try:
+        get_cached_repo_tree(repo, repo_type="dataset", revision=folder.name)
+    except CachedRepoTreeNotFoundError:
+        return folder, False
+    return folder, True  # the library compared the folder with this list, or it would have raised
+
+
+def _check_reachable(host: str) -> None:
+    """Raise the error of the last attempt if `host` failed to answer a moment ago."""
+    until, reason = _unreachable.get(host, (0.0, ""))
+    if time.monotonic() < until:
+        raise ConnectionError(reason)
+    _unreachable.pop(host, None)
+
+
+def _note_unreachable(host: str, error: Any) -> None:
+    _unreachable.setdefault(host, (time.monotonic() + NOT_AGAIN, _first_line(error)))
+
+
+def check_complete(files: list[Path], what: str, remedy: str = "") -> None:
+    """Raise MissingSource if a set of `…-00001-of-00004…` files has gaps, or if two sets are mixed."""
+    numbered = [match for file in files if (match := _NUMBERED.search(file.name))]
+    totals = sorted({int(match[2]) for match in numbered})
+    numbers = {int(match[1]) for match in numbered}
+    if len(totals) > 1 or len(numbers) < len(numbered):
+        kinds = " and ".join(f"-of-{total:05d}" for total in totals)
+        raise MissingSource(f"{what} mixes files of different versions ({kinds}): {files[0].name}, …, {files[-1].name}")
+    if numbered and len(numbered) < len(files):
+        other = next(file.name for file in files if not _NUMBERED.search(file.name))
+        raise MissingSource(f"{what} has {other} beside numbered files: it would be read as more of the same")
+    missing = sorted(set(range(totals[0])) - numbers) if totals else []
+    if missing:
+        shown = ", ".join(f"{number:05d}" for number in missing[:5])
+        raise MissingSource(
+            f"{what} is incomplete: {len(missing)} of {totals[0]} files missing (number {shown}){remedy}"
+        )
+
+
+def check_all_complete(folder: Path, what: str, remedy: str = "") -> None:
+    """`check_complete` for every numbered set in a repository."""
+    sets: dict[tuple[Path, str], list[Path]] = {}
+    for path in sorted(folder.rglob("*-of-*")):
+        place = path.relative_to(folder)
+        match = _NUMBERED.search(path.name)
+        if match and not any(part.startswith(".") for part in place.parts):
+            sets.setdefault((place.with_name(path.name[: match.start()]), path.suffix), []).append(path)
+    for (place, _), files in sets.items():
+        check_complete(files, f"{what}: {place.as_posix()}", remedy)
+
+
+def _is_complete(files: list[Path]) -> bool:
+    """Whether the files are surely all there: one whole numbered set."""
+    try:
+        check_complete(files, "")
+    except MissingSource:
+        return False
+    return bool(files) and all(_NUMBERED.search(file.name) for file in files)
+
+
+def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
+    """The files of one split of the dataset repository in `folder`; if not all of them are Parquet or JSONL: no files,
+    and the split as a `datasets.Dataset` (Arrow on disk, cached).
+
+    The only place that imports `datasets`, which imports torch where it can. It is given local files, because asked for
+    a repository by name it falls back to whatever version it read last when the Hub does not answer. It finds the files
+    of any layout; Parquet and JSONL we read ourselves, with line numbers in errors and no second copy on the disk.
+    """
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        with _quiet():
+            found = datasets.load_dataset_builder(str(folder), subset or None).config.data_files or {}
+            files = [Path(file) for file in found.get(split, [])]
+            if files and all(file.suffix in (".parquet", ".jsonl") for file in files):
+                return files, None
+            dataset = datasets.load_dataset(str(folder), subset or None, split=split)
+    except Exception as error:  # datasets raises whatever its builders raise, or wraps it in an error that says nothing
+        reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise SourceError(f"`datasets` cannot load it: {_first_line(reason or error)}") from error
+    # strings beside lists or numbers in one place: datasets 4 and later takes strings like "0" or "null" for JSON
+    if re.search(r"\bJson\(", repr(dataset.features)):
+        raise SourceError("strings and other values mixed in one place, which `datasets` confuses; convert it to JSONL")
+    return [], dataset
+
+
+def fetch_url(url: str, instead: str) -> Path:
+    """The cached file of `url`, downloaded to a temporary name and renamed on first use. Raises MissingSource."""
+    folder = cache_folder() / "urls" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = folder / (Path(urlsplit(url).path).name or "file")
+    if path.is_file():
+        return path
+    if not _may_fetch[-1]:
+        raise MissingSource(f"{url} is not in the cache; {instead}")
+    host = urlsplit(url).netloc
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _check_reachable(host)
+        with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as response, partial.open("wb") as file:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+            expected = response.headers.get("Content-Length")
+        if expected is not None and partial.stat().st_size != int(expected):
+            raise OSError(f"the connection broke off after {partial.stat().st_size:,} of {int(expected):,} bytes")
+        partial.replace(path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = error
+        if isinstance(error, (urllib.error.URLError, TimeoutError)) and not isinstance(error, urllib.error.HTTPError):
+            reason = getattr(error, "reason", error)
+            _note_unreachable(host, reason)
+        raise MissingSource(f"cannot download {url}: {_first_line(reason)}; {instead}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the libraries log (retries, hints, errors they also raise), unless their log level was set."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    changed = [logger for logger in loggers if logger.level == logging.WARNING]
+    for logger in changed:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger in changed:
+            logger.setLevel(logging.WARNING)
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _hub_reason(error: Any) -> str:
+    """What happened and at which URL: the first two lines of a Hub error, less its request number."""
+    text = re.sub(r"\(Request ID: [^)]*\)|For more information check.*", "", str(error))
+    return " ".join([line.strip() for line in text.splitlines() if line.strip()][:2])

@@ -1,0 +1,1 @@
+"""Byte-level BPE: load, save and train tokenizers, and encode many texts at once."""

@@ -1,0 +1,159 @@
+"""The tokenizer: tiktoken underneath, nine special tokens directly after the merges, plain JSON on disk.
+
+`load_tokenizer` takes a build, a tokenizer folder, a `tokenizer.json`, nanochat's `tokenizer.pkl` or a `.tiktoken`
+file. Reading and writing those formats is in tokenizer_files.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from chatdata.errors import TokenizerError
+
+# karpathy/nanochat@790f3be:nanochat/tokenizer.py fixes names and order; the order fixes the ids
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+
+# GPT-4's split pattern with digits in runs of at most 2 instead of 3, nanochat's choice for a 64K vocabulary
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+# Texts whose ids stand for the tokenizer's behaviour: two tokenizers with equal files but different code, or equal
+# sizes but different merges, differ here. Never change one: the hash of their ids is in every manifest.
+CANARY_TEXTS = (
+    "Hello, world! It's 2026-01-31 and we'll spell s,t,r,a,w,b,e,r,r,y.",
+    "def f(x):\n    return x**2 + 10.5\n\n\n\tprint(f(1234567890))  \r\n",
+    "#### 1,234 = 5/6 * 7 - 8.90 % (A) <|bos|> <|assistant_end|>",
+    "Größe, naïve, año, İstanbul, Ελληνικά, Русский, עברית, العربية, हिन्दी",
+    "汉字与标点，日本語のテキスト、한국어 문장. ٣٤ ५६ ⅷ ½ 🤖👩‍👩‍👧 \u200b\u2028e\u0301",
+    "  leading and trailing   \n \n\x00\x1f~",
+)
+
+MAX_UINT16_VOCAB = 65_536
+
+
+class Tokenizer:
+    """Byte-level BPE: `ranks` (token bytes → id), a split pattern, and special tokens (name → id).
+
+    Raises TokenizerError if the nine special tokens or the 256 single bytes are not all there, an id is no number of
+    32 bits or stands there twice, or the pattern does not compile or loses text.
+    """
+
+    def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_ids: Mapping[str, int], name: str) -> None:
+        import tiktoken
+
+        _check_vocabulary(ranks, special_ids, name)
+        self.name = name
+        self.ranks = dict(ranks)
+        self.pattern = pattern
+        self.special_ids = dict(special_ids)
+        self.vocab_size = max(max(ranks.values()), max(special_ids.values())) + 1
+        try:
+            self.encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
+            )
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise TokenizerError(f"{name}: the split pattern does not compile: {reason}") from None
+        self._check_round_trip()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Little-endian uint16, or uint32 if the vocabulary (special tokens included) exceeds 65,536 entries."""
+        return np.dtype("<u2") if self.vocab_size <= MAX_UINT16_VOCAB else np.dtype("<u4")
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of `text`; a special token spelled in it stays text. Raises TokenizerError if the pattern gives up."""
+        try:
+            return self.encoding.encode_ordinary(text)
+        except BaseException as error:  # tiktoken's regex engine panics: a BaseException, on 1,000,000 spaces for one
+            if type(error).__name__ != "PanicException":
+                raise
+            raise TokenizerError(
+                f"{self.name}: the split pattern gives up on a text of {len(text):,} characters (a very long run of "
+                "white space?); shorten it"
+            ) from None
+
+    def _check_round_trip(self) -> None:
+        # tiktoken drops, without a word, what no alternative of the pattern matches: `\w+` loses spaces and signs
+        for text in CANARY_TEXTS:
+            found = self.encoding.decode(self.encode_ordinary(text))
+            if found != text:
+                lost = next((char for char in text if char not in found), text[0])
+                raise TokenizerError(
+                    f"{self.name}: the split pattern loses text ({lost!r} for one); it must match every character, "
+                    "for example by ending in |\\s+|."
+                )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode(list(ids), errors="replace")
+
+    def decode_token(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    @cached_property
+    def token_bytes(self) -> dict[int, bytes]:
+        """id → the bytes it stands for, from the merges themselves; special tokens stand for none."""
+        return {rank: token for token, rank in self.ranks.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.ranks, self.pattern, self.special_ids, self.name)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 over everything that decides the ids of a text: entries, pattern, special tokens."""
+        digest = hashlib.sha256(repr((self.pattern, sorted(self.special_ids.items()))).encode())
+        for token, rank in sorted(self.ranks.items(), key=itemgetter(1)):
+            digest.update(b"%d %d " % (rank, len(token)) + token)
+        return digest.hexdigest()
+
+    @cached_property
+    def canary_sha256(self) -> str:
+        """SHA-256 over the ids of CANARY_TEXTS: per text its count, then its ids, all `<u4`."""
+        digest = hashlib.sha256()
+        for text in CANARY_TEXTS:
+            ids = self.encode_ordinary(text)
+            digest.update(np.array([len(ids), *ids], dtype="<u4").tobytes())
+        return digest.hexdigest()
+
+
+def append_special_tokens(ranks: Mapping[bytes, int]) -> dict[str, int]:
+    """The nine special tokens' ids, directly after the highest rank."""
+    first = max(ranks.values(), default=-1) + 1
+    return {name: first + i for i, name in enumerate(SPECIAL_TOKENS)}
+
+
+def _check_vocabulary(ranks: Mapping[bytes, int], special_ids: Mapping[str, int], name: str) -> None:
+    missing = [token for token in SPECIAL_TOKENS if token not in special_ids]
+    if missing:
+        raise TokenizerError(
+            f"{name}: special tokens missing: {', '.join(missing)}; all nine must be in the tokenizer "
+            "(import a .tiktoken file, or train one, to have them appended)"
+        )
+    ids = [*ranks.values(), *special_ids.values()]
+    unfit = [token_id for token_id in ids if type(token_id) is not int or not 0 <= token_id < 2**32]
+    if unfit:
+        raise TokenizerError(f"{name}: id {unfit[-1]!r} does not fit uint32 shards; ids must lie in 0 … {2**32 - 1}")
+    if len(set(ids)) != len(ids):
+        values, counts = np.unique(ids, return_counts=True)
+        raise TokenizerError(f"{name}: id {int(values[counts > 1][0])} is used twice")
+    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if absent:
+        raise TokenizerError(f"{name}: {len(absent)} of the 256 single bytes have no entry (first: 0x{absent[0]:02x})")

@@ -1,0 +1,174 @@
+"""Which encoder turns texts into ids: tiktoken is the reference, fastokens and gigatoken are faster ways to its ids.
+
+The fast two (`pip install "chatdata[fast]"`) are used only where their ids were shown to be tiktoken's: why they must
+be, and which texts go through tiktoken all the same, is in encoder_routes.py. When it is loaded, an encoder proves
+itself on the tokenizer at hand with a few hundred texts; while it is used, `check_some` compares one text in 400.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+
+from chatdata.errors import ChatdataError, EncoderError, UsageError, nearest
+from chatdata.tokenizer.bpe import CANARY_TEXTS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from chatdata.tokenizer.fast import (
+    EncodeBatch,
+    Ids,
+    encode_one_by_one,
+    fastokens_route,
+    gigatoken_route,
+    tiktoken_route,
+)
+
+ENCODERS = ("tiktoken", "fastokens", "gigatoken")  # slowest first
+ROUTES = {"tiktoken": tiktoken_route, "fastokens": fastokens_route, "gigatoken": gigatoken_route}
+
+ONE_IN = 400  # texts is compared by check_some: 0.003 CPU-seconds per million tokens, beside 0.09 with gigatoken
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """`encode_batch`: texts → ids uint32 [num_ids], text after text; counts int64 [num_texts], how many of each.
+
+    Ordinary encoding: a special token spelled in a text stays text. Raises TokenizerError if tiktoken gives up on one.
+    """
+
+    name: str
+    version: str  # of the library
+    encode_batch: EncodeBatch
+
+
+def find_encoder(name: str, tokenizer: Tokenizer) -> Encoder:
+    """The encoder of that name; for "auto" the fastest that is installed and has tiktoken's ids with this tokenizer.
+
+    Raises UsageError for an unknown name, EncoderError if that encoder is not installed, cannot do the tokenizer's
+    split pattern or vocabulary, or gives other ids than tiktoken. "auto" raises neither: tiktoken is always there.
+    """
+    if name != "auto" and name not in ENCODERS:
+        raise UsageError(f"--encoder {name}: no such encoder{nearest(name, ('auto', *ENCODERS))}")
+    if name != "auto":
+        return _load(name, tokenizer)
+    for candidate in reversed(ENCODERS[1:]):
+        try:
+            return _load(candidate, tokenizer)
+        except EncoderError:
+            continue
+    return _load("tiktoken", tokenizer)
+
+
+def check_some(
+    encoder: Encoder, tokenizer: Tokenizer, texts: list[str], ids: np.ndarray, counts: np.ndarray, where: str
+) -> int:
+    """Compare every 400th text of a batch with tiktoken; at least one if there is one.
+
+    ids, counts: what `encoder.encode_batch(texts)` gave. The first text depends on how many there are and how long.
+    Returns how many were compared. Raises EncoderError, starting with `where`, for the first whose ids differ.
+    """
+    first = len(ids) % max(1, min(ONE_IN, len(texts)))
+    chosen = range(first, len(texts), ONE_IN)
+    expected = encode_one_by_one(tokenizer, [texts[i] for i in chosen])
+    _compare(encoder, tokenizer, texts, (ids, counts), chosen, expected, where)
+    return len(chosen)
+
+
+def canary_texts() -> list[str]:
+    """The few hundred short texts on which an encoder proves itself: whatever encoders could differ in, mixed."""
+    draw = random.Random(0)
+    spaces = [" ", "\n", "\r\n", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u180e", "\u2028", "\u3000"]
+    letters = ["a", "Z", "the", "ſ", "K", "İ", "ß", "é", "e\u0301", "я", "ת", "ل", "हि", "ไท", "汉字", "か", "한", "𝔘"]
+    numbers = ["1", "23", "4567", "89012", "½", "10²", "٣٤٥", "ⅷ"]
+    signs = [
+        "-",
+        "...",
+        "(",
+        "_",
+        "'",
+        "’",
+        "€",
+        "🤖",
+        "👩\u200d👧",
+        "\ufeff",
+        "\0",
+        "\1",
+        "\x7f",
+        "\u0378",
+        "\U0010ffff",
+    ]
+    longer = ["'s", "'LL", "'Ve", "'ſ", "<|bos|>", "\n\n", "  ", " \n "]
+    texts = ["", *CANARY_TEXTS, "", *SPECIAL_TOKENS, "".join(SPECIAL_TOKENS)]
+    texts += ["7" * n + end for n in range(1, 10) for end in ("", "x")]
+    texts += [start + a + b for start in ("x", "!") for a in spaces for b in ("", " ", "\n", "\n  ")]
+    texts += ["".join(draw.choices(spaces + letters + numbers + signs + longer, k=12)) for _ in range(150)]
+    # gigatoken classifies 64 bytes at a time: every kind of character at different places of the 64
+    texts += ["a" * n + "".join(draw.choices([" "] * 20 + letters + numbers + signs, k=60)) for n in range(0, 64, 3)]
+    return [*texts, "the " * 400, "汉" * 300, "-" * 300, "ab" * 300, " " * 300, ""]
+
+
+def _load(name: str, tokenizer: Tokenizer) -> Encoder:
+    if name != "tiktoken" and tokenizer.pattern != SPLIT_PATTERN:
+        raise EncoderError(f"{name} cannot do the split pattern of {tokenizer.name}, only nanochat's; use tiktoken")
+    try:
+        encoder = Encoder(name, version(name), ROUTES[name](tokenizer))
+        if name != "tiktoken":
+            _prove(encoder, tokenizer)
+    except ImportError:
+        raise EncoderError(f'{name} is not installed: pip install "chatdata[fast]", or use tiktoken') from None
+    except ChatdataError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # Rust's: gigatoken's word for merges that are not closed
+        if not is_panic and not isinstance(error, (RuntimeError, ValueError)):
+            raise
+        reason = "an entry is not made of two others" if is_panic else str(error).splitlines()[0]
+        raise EncoderError(f"{name} cannot do the vocabulary of {tokenizer.name}: {reason}; use tiktoken") from None
+    return encoder
+
+
+def _prove(encoder: Encoder, tokenizer: Tokenizer) -> None:
+    """All canary texts in one batch, then in small ones: 0.02 to 0.05 s."""
+    texts = canary_texts()
+    expected = [encode_one_by_one(tokenizer, [text]) for text in texts]
+    for size in (len(texts), 17):
+        for start in range(0, len(texts), size):
+            batch = texts[start : start + size]
+            ids, counts = map(np.concatenate, zip(*expected[start : start + size], strict=True))
+            found = encoder.encode_batch(batch)
+            _compare(encoder, tokenizer, batch, found, range(len(batch)), (ids, counts), tokenizer.name)
+
+
+def _compare(
+    encoder: Encoder,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    found: Ids,  # of all texts
+    chosen: Sequence[int],
+    expected: Ids,  # of the chosen texts
+    where: str,
+) -> None:
+    ids, counts = found
+    about = f"{where}: {encoder.name} {encoder.version}"
+    if len(counts) != len(texts) or counts.sum() != len(ids):
+        raise EncoderError(f"{about} gave {len(ids)} ids and {len(counts)} counts for {len(texts)} texts; use tiktoken")
+    ends, expected_ends = counts.cumsum(), expected[1].cumsum()
+    for i, end, count in zip(chosen, expected_ends.tolist(), expected[1].tolist(), strict=True):
+        right = expected[0][end - count : end]
+        got = ids[ends[i] - counts[i] : ends[i]]
+        if not np.array_equal(got, right):
+            raise EncoderError(f"{about} differs from tiktoken on {_difference(texts[i], got, right, tokenizer)}")
+
+
+def _difference(text: str, got: np.ndarray, right: np.ndarray, tokenizer: Tokenizer) -> str:
+    shorter = min(len(got), len(right))
+    num_same = int(np.argmin(np.append(got[:shorter] == right[:shorter], False)))
+    at = len(tokenizer.decode(right[:num_same].tolist()))
+    excerpt = "…" * (at > 20) + text[max(at - 20, 0) : at + 20] + "…" * (at + 20 < len(text))
+    near = slice(num_same, num_same + 5)
+    return (
+        f"the text {excerpt!r}: from id {num_same} on {got[near].tolist()} instead of {right[near].tolist()}; "
+        "use tiktoken"
+    )

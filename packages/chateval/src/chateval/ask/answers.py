@@ -1,0 +1,156 @@
+"""From a batch of questions to lines of items.jsonl: one function for each way of scoring.
+
+A line is plain data with the fields of `chateval.results.Item`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from chatdata.tasks.task import Task, call_task
+from chateval.ask.generate import Completion, Prompt, Sampling, generate
+from chateval.ask.gold import gold_losses
+from chateval.ask.letters import choose_letters
+from chateval.ask.questions import Question
+from chateval.ask.subject import Subject
+
+if TYPE_CHECKING:
+    from chateval.sandbox.isolation import Isolation
+
+WHOLE_ENDINGS = ("assistant_end", "bos")  # endings of an answer that was not cut
+CODE_THREADS = 4  # programs mostly wait for an interpreter to start
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is asked at once: a question and which of its draws."""
+
+    question: Question
+    draw: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.question.task, self.question.item, self.draw
+
+
+def answer_letters(subject: Subject, draws: Sequence[Draw]) -> Iterator[dict[str, Any]]:
+    """Multiple choice."""
+    for draw, choice in zip(draws, choose_letters(subject, [draw.question for draw in draws]), strict=True):
+        gold = draw.question.gold
+        beyond = choice.num_prompt_tokens > subject.num_positions
+        yield {
+            **_head(draw),
+            "output": choice.letter,
+            "extracted": choice.letter,
+            "gold": gold,
+            "correct": choice.letter == gold,
+            # answered all the same, but the model never saw text of this length
+            "ending": "letter beyond context" if beyond else "letter",
+            "num_prompt_tokens": choice.num_prompt_tokens,
+            "num_tokens": 0,
+            "gold_nats": choice.gold_nats,
+            "gold_bytes": len(gold.encode()),
+            "tie": choice.tie,
+            "margin": choice.margin,
+            "letter_mass": choice.letter_mass,
+        }
+
+
+def answer_texts(subject: Subject, task: Task, draws: Sequence[Draw], sampling: Sampling) -> Iterator[dict[str, Any]]:
+    """Generated answers, graded by the task's own file; each as it ends."""
+    assert task.scoring is not None and task.scoring.grade is not None
+    gold = gold_losses(subject, [draw.question.document for draw in draws])
+    for number, completion in generate(subject, _prompts(draws), sampling):
+        draw = draws[number]
+        grade = call_task(task, task.scoring.grade, draw.question.row, answer_text(subject, completion))
+        yield {
+            **_generated(subject, draw, completion, gold[number]),
+            "extracted": grade.extracted,
+            "gold": grade.gold,
+            "correct": grade.correct,
+            "ending": completion.ending,
+            "flexible_extracted": grade.flexible_extracted,
+            "flexible_correct": grade.flexible_correct,
+            "tool_calls": completion.tool_calls,
+            "tool_failures": completion.tool_failures,
+        }
+
+
+def answer_programs(
+    subject: Subject, task: Task, draws: Sequence[Draw], sampling: Sampling, isolation: Isolation
+) -> Iterator[dict[str, Any]]:
+    """Generated programs, run in isolation."""
+    from chateval.sandbox.isolation import run_code
+
+    assert task.scoring is not None and task.scoring.program is not None
+    write_program = task.scoring.program
+    gold = gold_losses(subject, [draw.question.document for draw in draws])
+
+    def run(number: int, completion: Completion) -> dict[str, Any]:
+        draw = draws[number]
+        text = answer_text(subject, completion)
+        outcome = run_code(isolation, call_task(task, write_program, draw.question.row, text))
+        return {
+            **_generated(subject, draw, completion, gold[number]),
+            "extracted": text,
+            "gold": "its tests pass",
+            "correct": outcome.passed,
+            "ending": outcome.ending
+            if completion.ending in WHOLE_ENDINGS
+            else f"{completion.ending}, {outcome.ending}",
+            "detail": outcome.detail,
+        }
+
+    with ThreadPoolExecutor(CODE_THREADS) as threads:
+        running = [threads.submit(run, *answer) for answer in generate(subject, _prompts(draws), sampling)]
+        try:
+            for future in running:
+                yield future.result()
+        except BaseException:  # an interruption does not wait for all programs that are still to be run
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def answer_text(subject: Subject, completion: Completion) -> str:
+    """What the model says, without tool calls and their results."""
+    special = subject.tokenizer.special_ids
+    closing = {special[f"<|{part}_start|>"]: special[f"<|{part}_end|>"] for part in ("python", "output")}
+    kept, until = [], None
+    for token in completion.tokens:
+        if until is not None:
+            until = None if token == until else until
+        elif token in closing:
+            until = closing[token]
+        elif token in subject.tokenizer.token_bytes:
+            kept.append(token)
+    return subject.tokenizer.decode(kept)
+
+
+def _prompts(draws: Sequence[Draw]) -> list[Prompt]:
+    return [Prompt(draw.question.prompt, "/".join(map(str, draw.key))) for draw in draws]
+
+
+def _head(draw: Draw) -> dict[str, Any]:
+    question = draw.question
+    return {
+        "task": question.task,
+        "item": question.item,
+        "subject": question.subject,
+        "draw": draw.draw,
+        "prompt_sha256": question.prompt_sha256,
+    }
+
+
+def _generated(subject: Subject, draw: Draw, completion: Completion, gold: tuple[float, int]) -> dict[str, Any]:
+    nats, num_bytes = gold
+    return {
+        **_head(draw),
+        "output": subject.tokenizer.decode(completion.tokens),
+        "num_prompt_tokens": len(draw.question.prompt),
+        "num_tokens": len(completion.tokens),
+        "gold_nats": nats,
+        "gold_bytes": num_bytes,
+    }

@@ -1,0 +1,57 @@
+"""Multiple choice: the letter with the highest logit right behind the prompt is the answer.
+
+Only the hidden state at each prompt's last position goes through the head, in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chateval.ask.questions import Question
+from chateval.ask.subject import Subject, prompt_logits
+from chateval.errors import ScoringError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer to one question."""
+
+    letter: str
+    tie: bool  # another letter had the same logit: the first of them was taken
+    margin: float  # best letter's logit − the next one's
+    letter_mass: float  # probability of all letters together: how far the model answers in the form asked for
+    gold_nats: float  # −log probability of the right letter
+    num_prompt_tokens: int
+
+
+def letter_ids(subject: Subject, letters: Sequence[str]) -> list[int]:
+    """The token of each letter. Raises ScoringError for one of several tokens, which no single logit stands for."""
+    ids = [subject.tokenizer.encode_ordinary(letter) for letter in letters]
+    for letter, tokens in zip(letters, ids, strict=True):
+        if len(tokens) != 1:
+            raise ScoringError(f"the tokenizer splits the letter {letter!r} into {len(tokens)} tokens; it must be one")
+    return [tokens[0] for tokens in ids]
+
+
+def choose_letters(subject: Subject, questions: Sequence[Question]) -> list[Choice]:
+    """Answer one batch."""
+    logits = prompt_logits(subject, [question.prompt for question in questions]).cpu()
+    totals = logits.double().logsumexp(-1).tolist()
+    choices = []
+    for i, question in enumerate(questions):
+        values = logits[i, letter_ids(subject, question.letters)].tolist()
+        best = max(range(len(values)), key=values.__getitem__)  # the first of several equal ones
+        others = [value for place, value in enumerate(values) if place != best]
+        choices.append(
+            Choice(
+                letter=question.letters[best],
+                tie=values[best] in others,
+                margin=values[best] - max(others),
+                letter_mass=sum(math.exp(value - totals[i]) for value in values),
+                gold_nats=totals[i] - values[question.letters.index(question.gold)],
+                num_prompt_tokens=len(question.prompt),
+            )
+        )
+    return choices

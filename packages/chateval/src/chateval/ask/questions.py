@@ -1,0 +1,144 @@
+"""Which rows a checkpoint is asked, as prompts: the same sources, order and rendering as a build's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from chatdata.build.mixture import permutation, select
+from chatdata.conversation import parse_conversation
+from chatdata.errors import ChatdataError, MissingSource, TaskError, nearest
+from chatdata.recipe import Entry, scored_entry
+from chatdata.render.specification import render_conversation, render_for_completion
+from chatdata.sources.find import Locations, resolve
+from chatdata.sources.source import Source
+from chatdata.tasks.task import Scoring, Task, call_task
+from chateval.errors import UsageError
+
+if TYPE_CHECKING:
+    from chatdata.document import Document
+    from chatdata.tokenizer.bpe import Tokenizer
+
+Kind = Literal["categorical", "generative", "code"]
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One row of a scored task."""
+
+    task: str  # the scored set's name
+    item: str  # which row, for people: "mmlu all test row 812"
+    subject: str | None
+    row: Any
+    conversation: Any  # with the row's own answer
+    prompt: list[int]  # ids up to assistant_start
+    tokenizer: Tokenizer
+    letters: tuple[str, ...] = ()  # multiple choice: those to choose from, and
+    gold: str = ""  # the right one
+
+    @property
+    def document(self) -> Document:
+        """The whole conversation, rendered. Not kept: multiple choice never asks for it."""
+        return render_conversation(self.tokenizer, self.conversation)
+
+    @cached_property
+    def prompt_sha256(self) -> str:
+        """Over the ids as `<u4` bytes: two models may be compared on an item only if they were asked the same."""
+        return hashlib.sha256(np.array(self.prompt, dtype="<u4").tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredTask:
+    """A scored set with its questions, in the task's order."""
+
+    name: str
+    kind: Kind
+    chance: float
+    task: Task
+    scoring: Scoring
+    source: dict[str, Any]  # name, revision and files, as a manifest has them
+    num_rows: int  # of the source: more than there are questions under a limit
+    questions: list[Question]
+
+
+def scored_sets(tasks: Mapping[str, Task]) -> dict[str, Task]:
+    """Name for --tasks → the task it belongs to. Raises TaskError if two tasks score a set of one name."""
+    owners: dict[str, Task] = {}
+    for task in tasks.values():
+        for name in task.scoring.sets if task.scoring else ():
+            if name in owners:
+                raise TaskError(f'task "{task.name}": its scored set "{name}" is also one of "{owners[name].name}"')
+            owners[name] = task
+    return owners
+
+
+def load_questions(
+    names: Sequence[str],
+    tasks: Mapping[str, Task],
+    tokenizer: Tokenizer,
+    data_dir: Path | None = None,
+    words: str | None = None,
+    limit: int | None = None,
+) -> list[ScoredTask]:
+    """The scored sets `names` with their first `limit` rows (all by default).
+
+    Raises UsageError for unknown names, MissingSource naming all sources that are not at hand.
+    """
+    owners = scored_sets(tasks)
+    for name in names:
+        if name not in owners:
+            raise UsageError(f'--tasks: no scored task "{name}"{nearest(name, sorted(owners))}')
+    locations = Locations(Path(), data_dir=data_dir, words=words)
+    found, missing = [], []
+    for name in dict.fromkeys(names):
+        entry = scored_entry(owners[name], name)
+        try:
+            found.append((name, entry, resolve(entry, owners[name], locations)))
+        except MissingSource as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingSource("sources missing: " + " · ".join(missing))
+    return [_read(name, owners[name], entry, source, tokenizer, limit) for name, entry, source in found]
+
+
+def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokenizer, limit: int | None) -> ScoredTask:
+    assert task.scoring is not None
+    scoring = task.scoring
+    num_rows = entry.rows if source.make_row else source.num_rows
+    order = permutation(num_rows) if task.permuted else np.arange(num_rows)
+    chosen = order[list(select(num_rows, None, None, None, limit))]
+    wanted = np.zeros(num_rows, dtype=bool)
+    wanted[chosen] = True
+    questions = {}
+    for number, row in source.read(wanted):
+        item = f"{entry.label} row {number}"
+        try:
+            questions[number] = _question(name, item, task, row, tokenizer)
+        except ChatdataError as error:
+            raise error.at(f"{name}: {source.where(number)}") from error
+    kind: Kind = "categorical" if scoring.letters else "code" if scoring.program else "generative"
+    chance = scoring.sets[name].chance
+    in_order = [questions[number] for number in chosen.tolist()]
+    return ScoredTask(name, kind, chance, task, scoring, source.describe(), num_rows, in_order)
+
+
+def _question(name: str, item: str, task: Task, row: Any, tokenizer: Tokenizer) -> Question:
+    assert task.scoring is not None
+    scoring = task.scoring
+    conversation = parse_conversation(call_task(task, task.to_conversation, row))
+    prompt = render_for_completion(tokenizer, conversation)
+    subject = call_task(task, itemgetter(scoring.subject_key), row) if scoring.subject_key else None
+    question = Question(name, item, subject, row, conversation, prompt, tokenizer)
+    if scoring.letters is None:
+        return question
+    letters, gold = tuple(call_task(task, scoring.letters, row)), conversation["messages"][-1]["content"]
+    if len(letters) < 2 or gold not in letters:
+        raise TaskError(f"the answer {gold!r} must be one of at least two letters, not of {', '.join(letters)}")
+    return replace(question, letters=letters, gold=gold)

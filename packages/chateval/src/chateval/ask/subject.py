@@ -1,0 +1,110 @@
+"""The model to score: from a run folder, a checkpoint, or a transformers export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chateval.errors import ScoringError
+from chattrain.checkpoint import read_checkpoint
+from chattrain.evaluate import token_byte_counts
+from chattrain.model import GPT, ModelConfig, load_model
+from chattrain.nanochat.export import is_export, read_export
+
+if TYPE_CHECKING:
+    from chatdata.tokenizer.bpe import Tokenizer
+    from chateval.ask.kv_cache import KeyValueCache
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model with its tokenizer, ready to answer."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype  # of activations; weights are fp32
+    weights_sha256: str  # see `hash_weights`
+    label: str  # where it came from, for people
+    step: int | None  # None: an export does not say
+
+    @cached_property
+    def token_byte_counts(self) -> np.ndarray:
+        """Bytes each id stands for, int64 [vocab_size]; 0 for special tokens."""
+        return token_byte_counts(self.tokenizer)
+
+    @property
+    def num_positions(self) -> int:
+        """The longest sequence it was trained for."""
+        return self.model.config.sequence_len
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """tokens [B, T] → hidden states [B, T, C] in `dtype`, without a gradient."""
+        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(tokens, positions=positions, cache=cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., C] → softcapped logits [..., V] in fp32, from fp32 rows of the head."""
+        with torch.inference_mode():
+            return self.model.logits(hidden.float())
+
+
+def prompt_logits(subject: Subject, prompts: Sequence[Sequence[int]], cache: KeyValueCache | None = None) -> Tensor:
+    """Logits [B, V] behind each of B prompts. Shorter ones are padded on the right, which no position before sees."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = torch.tensor(prompt)
+    hidden = subject.hidden(tokens.to(subject.device), cache=cache)
+    return subject.logits(hidden[torch.arange(len(prompts)), lengths - 1])
+
+
+def load_subject(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Subject:
+    """Load a run folder's last checkpoint, a checkpoint, or a transformers export (see `chattrain export`).
+
+    dtype: by default bfloat16 on cuda, else float32. Raises CheckpointError, WeightsError or ConfigError of chattrain,
+    TokenizerError, and ScoringError when model and tokenizer do not belong together.
+    """
+    from chatdata.tokenizer.load import load_tokenizer
+
+    if is_export(path):
+        config, weights = read_export(path)
+        tokenizer, step = load_tokenizer(path), None
+    else:
+        checkpoint = read_checkpoint(path)
+        config, weights, step = checkpoint.config, checkpoint.weights(), checkpoint.step
+        tokenizer = load_tokenizer(checkpoint.path / "tokenizer")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ScoringError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size:,} entries, the model {config.vocab_size:,}; "
+            "they must be of one training run"
+        )
+    digest = hash_weights(weights, config, tokenizer)
+    model = load_model(config, weights, device).eval()
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Subject(model, tokenizer, device, dtype, digest, str(path), step)
+
+
+def hash_weights(weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer) -> str:
+    """SHA-256 over what decides answers: sizes, the tokenizer's behaviour, every weight; padding rows do not.
+
+    So a checkpoint and its export have one hash.
+    """
+    digest = hashlib.sha256(json.dumps([asdict(config), tokenizer.canary_sha256], sort_keys=True).encode())
+    for name in sorted(weights):
+        tensor = weights[name].detach().float()
+        if name in ("transformer.wte.weight", "lm_head.weight"):
+            tensor = tensor[: config.vocab_size]
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().cpu().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,320 @@
+"""Running model-written Python in isolation: `find_isolation` once, then `run_code` for every program.
+
+    caller            no privilege is needed, root works too; nothing is written to the host's disk
+      unshare         new mount, process, network, IPC, host name and cgroup namespaces; for an ordinary user (or a root
+        |             without its own ids) a user namespace as well
+        process 1     sandbox_room.py: builds the root folder, drops every privilege, waits. Closing its standard input
+          |           ends it, and with it the kernel kills all other processes of the namespace
+          interpreter fresh, python -I -S -B: nothing but the standard library, one private folder (/tmp), no /proc,
+                      rlimits, the filter of sandbox_filter.py; runs the program
+
+As root, every run gets a user id of its own out of a range that nobody uses: RLIMIT_NPROC counts per user id, so runs
+side by side as `nobody` would take each other's processes. There is one isolation and no weaker one behind it.
+
+How success is proven. A program is a solution followed by its tests. It has passed when a secret, 32 random characters
+of each run, appears in its output. The secret is not in the interpreter while the program runs: not in an argument, the
+environment, a file, a stack frame, an object or a pipe. The interpreter holds a ticket, also random, hands it in once
+the program has run to its end, and only then is sent the secret, prints it and leaves by os._exit. So leaving early by
+any exit, raising, printing "passed", or searching everything that can be searched for the secret counts as not passed.
+
+What this cannot do. Solution and tests share one interpreter, so a solution that rewrites what the tests check with
+(replaces `check`, patches builtins, overloads == on what it returns) passes them; so does one written against this very
+module that looks for the ticket in the frame of its caller and hands it in itself. Both take intent to cheat this
+scorer; preventing it would take tests in another process, which HumanEval's are not written for. Nor does it protect
+from flaws of the kernel, nor hide the processor's time and model. Memory is limited for each process, so all together
+can take num_processes * memory_bytes + folder_bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from chateval.errors import SandboxError
+from chateval.sandbox.filter import AUDIT_ARCH, build_filter
+from chateval.sandbox.probe import PROBE
+
+Ending = Literal["passed", "failed", "timeout", "cpu", "memory", "output", "killed"]
+
+UNPRIVILEGED = 65534  # nobody, in the user namespace of an ordinary caller
+UNUSED_UIDS = range(1_879_048_192, 2_147_483_647)  # systemd's table of user ids, docs/UIDS-GIDS.md: unused
+START_S, STOP_S = 30.0, 10.0  # far more than the 0.1 s that building the room takes, and than ending it takes
+MAX_DETAIL = 200  # characters
+ROOM = Path(__file__).with_name("room.py")
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """A way to run code in isolation that was seen to work on this machine. Made by find_isolation."""
+
+    command: tuple[str, ...]  # what builds the sandbox; the settings follow as JSON
+    as_root: bool  # each run gets one of UNUSED_UIDS; otherwise UNPRIVILEGED in a user namespace
+    binds: tuple[tuple[str, str], ...]  # file or folder of the host, where it is shown read-only
+    links: tuple[tuple[str, str], ...]  # target and path of symbolic links
+    covered: tuple[str, ...]  # folders inside that are hidden under an empty one: installed packages
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use. Time on the clock is run_code's timeout_s."""
+
+    memory_bytes: int = 512 * 2**20  # address space of each process
+    cpu_s: int = 20  # of each process
+    num_processes: int = 4  # processes and threads at one time, the interpreter included
+    file_bytes: int = 16 * 2**20  # of each file
+    folder_bytes: int = 32 * 2**20  # of the private folder, all files together
+    output_bytes: int = 2**20  # standard output and standard error together
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended.
+
+    passed: the secret was printed. failed: it ended without. timeout, cpu, output: it was ended at that limit. memory:
+    it ended with MemoryError. killed: by a signal.
+    """
+
+    passed: bool
+    ending: Ending
+    detail: str  # the last line of standard error, printable and at most 200 characters; empty when passed
+    duration_s: float  # from start to the death of the last process
+
+
+def find_isolation() -> Isolation:
+    """Probe what works here with a program run in it. Takes about 0.2 s.
+
+    Raises SandboxError with the reason when the isolation cannot be reached, or is weaker than promised in any part.
+    """
+    if not sys.platform.startswith("linux"):
+        raise SandboxError(f"model-written code is run in Linux namespaces only; this is {sys.platform}")
+    machine = os.uname().machine
+    if machine not in AUDIT_ARCH:
+        raise SandboxError(f"no system call filter for {machine}; there is one for {', '.join(AUDIT_ARCH)}")
+    unshare = shutil.which("unshare", path="/usr/bin:/bin:/usr/sbin:/sbin")
+    if unshare is None:
+        raise SandboxError("the program unshare is missing; apt-get install util-linux brings it")
+    isolation = describe_isolation(unshare, os.geteuid() == 0 and _has_own_uids())
+    verify(isolation)
+    return isolation
+
+
+def describe_isolation(unshare: str, as_root: bool) -> Isolation:
+    """What the sandbox would be made of here, without trying it. unshare: path of the program."""
+    executable = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    namespaces = ["--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child=KILL"]
+    if not as_root:
+        namespaces += ["--user", f"--map-user={UNPRIVILEGED}", f"--map-group={UNPRIVILEGED}", "--keep-caps"]
+    binds, links = [(executable, "/python/bin/python3")], []
+    for name in dict.fromkeys(("lib", sys.platlibdir)):
+        binds.append((os.path.realpath(f"{sys.base_prefix}/{name}"), f"/python/{name}"))
+    for path in map(Path, ("/usr/lib", "/usr/lib64", "/lib", "/lib64")):
+        if path.is_symlink():
+            links.append((str(path.readlink()), str(path)))
+        elif path.is_dir():
+            binds.append((str(path), str(path)))
+    binds += [(path, path) for path in ("/etc/ld.so.cache", "/dev/null", "/dev/urandom") if Path(path).exists()]
+    version = f"python{sysconfig.get_python_version()}"
+    packages = f"lib/{version}/site-packages", f"lib/{version}/dist-packages", "lib/python3/dist-packages"
+    covered = [f"{prefix}/{folder}" for prefix in ("/python", "/usr") for folder in packages]
+    command = (unshare, *namespaces, executable, "-I", "-S", "-B", str(ROOM))
+    return Isolation(command, as_root, tuple(binds), tuple(links), tuple(covered))
+
+
+def verify(isolation: Isolation) -> None:
+    """Run the probe. Raises SandboxError with the first thing that is weaker than promised."""
+    limits = Limits()
+    known = {
+        "HOST_FOLDER": str(ROOM.parent),
+        "RLIMITS": _rlimits(limits, isolation.as_root),
+        "FOLDER_BYTES": limits.folder_bytes,
+    }
+    program = "".join(f"{name} = {value!r}\n" for name, value in known.items()) + PROBE
+    outcome = run_code(isolation, program, START_S, limits)
+    if not outcome.passed:
+        raise SandboxError(f"the isolation is weaker than promised here: {outcome.detail or outcome.ending}")
+
+
+def run_code(isolation: Isolation, program: str, timeout_s: float = 10.0, limits: Limits | None = None) -> Outcome:
+    """Run a program, a solution and then its tests, and say how it ended. May be called from several threads at once.
+
+    When it returns or raises, every process it started is dead and nothing of it is left on the host.
+    program: Python source, run as __main__ in a fresh interpreter with standard input empty.
+    Raises SandboxError when the sandbox cannot be built (never because of what the program does).
+    """
+    limits = limits or Limits()
+    started = time.monotonic()
+    channel, inner = socket.socketpair()
+    with channel, inner:
+        settings = _settings(isolation, limits, inner.fileno())
+        process = subprocess.Popen(
+            [*isolation.command, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=[inner.fileno()],
+            env={},
+            cwd="/",
+            start_new_session=True,
+        )
+        inner.close()
+        with process:
+            try:
+                _wait_until_ready(process, channel)
+                ending, errors = _follow(process, channel, program, timeout_s, limits.output_bytes)
+            finally:
+                _stop(process)
+    if ending is None:
+        ending, detail = _ending_of(process.returncode, errors)
+    else:
+        details = {"timeout": f"not done after {timeout_s:g} s", "output": f"more than {limits.output_bytes} bytes"}
+        detail = details.get(ending, "")
+    return Outcome(ending == "passed", ending, detail, time.monotonic() - started)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    """Read process 1's first line. Raises SandboxError when it is not `ready`, or when there is none."""
+    channel.settimeout(START_S)
+    try:
+        line = channel.recv(4096).decode(errors="replace").strip()
+    except TimeoutError:
+        line = f"not ready after {START_S:g} s"
+    if line != "ready":
+        _stop(process)
+        reason = line or _last_line(process.stderr.read()) or f"unshare ended with code {process.returncode}"
+        remedy = "run as root with CAP_SYS_ADMIN, or where ordinary users may create user namespaces"
+        raise SandboxError(f"the sandbox for model-written code cannot be built here: {reason}; {remedy}")
+
+
+def _follow(
+    process: subprocess.Popen[bytes], channel: socket.socket, program: str, timeout_s: float, output_bytes: int
+) -> tuple[Ending | None, bytes]:
+    """Hand over the program, read what it prints, exchange the ticket for the secret.
+
+    Returns the ending, None where the exit code decides it, and standard error.
+    """
+    ticket, secret = secrets.token_bytes(16), secrets.token_hex(16).encode()
+    source = program.encode(errors="surrogatepass")
+    deadline = time.monotonic() + timeout_s
+    output = {process.stdout: b"", process.stderr: b""}
+    unread, asked = set(output), b""
+    with selectors.DefaultSelector() as selector:
+        for file in (*output, channel):
+            selector.register(file, selectors.EVENT_READ)
+        try:
+            channel.settimeout(timeout_s)
+            channel.sendall(ticket + len(source).to_bytes(8, "big") + source)
+        except TimeoutError:
+            return "timeout", b""
+        except OSError:  # the interpreter did not start: its exit code and standard error say why
+            selector.unregister(channel)
+        channel.settimeout(0)
+        while unread:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
+                return "timeout", output[process.stderr]
+            for key, _ in selector.select(remaining_s):
+                if key.fileobj is channel:
+                    received = _receive(channel)
+                    asked += received
+                    if secrets.compare_digest(asked, ticket):
+                        with contextlib.suppress(OSError):  # whoever asked has gone already
+                            channel.sendall(secret)
+                    if not received or len(asked) >= len(ticket):  # one try; the code may write here too
+                        selector.unregister(channel)
+                    continue
+                part = key.fileobj.read(65536)
+                output[key.fileobj] += part
+                if not part:
+                    selector.unregister(key.fileobj)
+                    unread.remove(key.fileobj)
+                if sum(map(len, output.values())) > output_bytes:
+                    return "output", output[process.stderr]
+    return "passed" if secret in output[process.stdout] else None, output[process.stderr]
+
+
+def _receive(channel: socket.socket) -> bytes:
+    try:
+        return channel.recv(16)
+    except OSError:
+        return b""
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End process 1, and by that every process of the sandbox; unshare ends after it, so then all are dead."""
+    process.stdin.close()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:  # not seen so far: process 1 does nothing but wait for this
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _ending_of(exit_code: int, errors: bytes) -> tuple[Ending, str]:
+    """The ending of a program that did not print the secret. exit_code: 128 + n for signal n."""
+    line = _last_line(errors)
+    if exit_code == 128 + signal.SIGXCPU:
+        return "cpu", "the limit of processor time"
+    if exit_code > 128:
+        return "killed", f"signal {exit_code - 128}"
+    if line.startswith("MemoryError"):
+        return "memory", line
+    return "failed", line or f"it left with exit code {exit_code} before its tests ended"
+
+
+def _last_line(text: bytes) -> str:
+    lines = text[-4096:].decode(errors="replace").strip().splitlines()
+    return "".join(c if c.isprintable() else "?" for c in lines[-1][:MAX_DETAIL]) if lines else ""
+
+
+def _settings(isolation: Isolation, limits: Limits, channel: int) -> dict[str, object]:
+    return {
+        "channel": channel,
+        "uid": secrets.choice(UNUSED_UIDS) if isolation.as_root else UNPRIVILEGED,
+        "filter": build_filter(os.uname().machine).hex(),
+        "binds": isolation.binds,
+        "links": isolation.links,
+        "covered": isolation.covered,
+        "folder_bytes": limits.folder_bytes,
+        "rlimits": _rlimits(limits, isolation.as_root),
+    }
+
+
+def _rlimits(limits: Limits, as_root: bool) -> dict[str, tuple[int, int]]:
+    """Soft and hard limits by their names in `resource`."""
+    same_user = 1 if as_root else 2  # process 1; in a user namespace also unshare, which waits for it outside
+    values = {
+        "RLIMIT_AS": limits.memory_bytes,
+        "RLIMIT_NPROC": limits.num_processes + same_user,
+        "RLIMIT_FSIZE": limits.file_bytes,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_MSGQUEUE": 0,
+    }
+    rlimits = {name: (value, value) for name, value in values.items()}
+    return {**rlimits, "RLIMIT_CPU": (math.ceil(limits.cpu_s), math.ceil(limits.cpu_s) + 1)}  # SIGXCPU, then SIGKILL
+
+
+def _has_own_uids() -> bool:
+    """Whether the ids of UNUSED_UIDS exist here: not so for the root of a container with 65,536 ids."""
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        first, _, count = map(int, line.split())
+        if first <= UNUSED_UIDS[0] and UNUSED_UIDS[-1] < first + count:
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Exchange with karpathy/nanochat and transformers: read checkpoints, train in nanochat's order, export."""

@@ -1,0 +1,81 @@
+"""Which documents are in a step: for `chattrain trace`, for error messages, and for order nanochat's lines.
+
+Shapes as in plan.py. A span is the part of one document that one sequence reads; n reads stand in reading order:
+
+    stream, T = 4      tokens       a a a b b b b b c c c …       sequence 0 reads T + 1 tokens, as does 1
+                       sequence 0   a a a b b                     reads (a, 0 … 3), (b, 0 … 2)
+                       sequence 1           b b b b c             reads (b, 1 … 5), (c, 0 … 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from chattrain.nanochat.order import line_tokens
+from chattrain.plan import TrainingPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """Which tokens of which documents sequences read. All int64 [n]."""
+
+    sequence: np.ndarray  # of the plan, not of the step
+    document: np.ndarray  # of the split
+    start: np.ndarray  # tokens [start, stop) of the document
+    stop: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+
+def reads_of_step(plan: TrainingPlan, step: int) -> Reads:
+    """What all ranks read in step 0, 1, … of the run (epochs follow one another)."""
+    first = step % plan.num_steps * plan.step_sequences
+    return reads_of_sequences(plan, first, first + plan.step_sequences)
+
+
+def reads_of_sequences(plan: TrainingPlan, first: int, last: int) -> Reads:
+    """What sequences [first, last) of the plan read."""
+    sequences = np.arange(first, last)
+    if plan.packing is not None:
+        packing = plan.packing
+        placed = slice(packing.bounds[first], packing.bounds[last])
+        sequence = np.repeat(sequences, np.diff(packing.bounds[first : last + 1]))
+        lengths = packing.lengths[placed]
+        return Reads(sequence, packing.documents[placed], np.zeros_like(lengths), lengths)
+    if plan.order == "plan":
+        return _reads_of_line(plan.split.offsets, sequences, sequences * plan.seq_len, plan.seq_len + 1)
+    assert plan.rank_offsets is not None and plan.num_ranks is not None and plan.device_batch_size is not None
+    steps, rest = np.divmod(sequences, plan.step_sequences)
+    ranks, rows = np.divmod(rest, plan.device_batch_size)
+    starts = steps * line_tokens(plan) + rows * plan.seq_len
+    parts = []
+    for rank, offsets in enumerate(plan.rank_offsets):
+        mine = ranks == rank
+        part = _reads_of_line(offsets, sequences[mine], starts[mine], plan.seq_len + 1)
+        parts.append(Reads(part.sequence, part.document * plan.num_ranks + rank, part.start, part.stop))
+    order = np.argsort(np.concatenate([part.sequence for part in parts]), kind="stable")
+    return Reads(*(np.concatenate([getattr(p, name) for p in parts])[order] for name in Reads.__dataclass_fields__))
+
+
+def name_documents(reads: Reads, most: int = 8) -> str:
+    """For one-line messages: "documents 3, 17 and 5 more" (numbers of the split)."""
+    numbers = list(dict.fromkeys(reads.document.tolist()))
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"document{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:most]))}{more}"
+
+
+def _reads_of_line(offsets: np.ndarray, sequences: np.ndarray, starts: np.ndarray, num_tokens: int) -> Reads:
+    """Sequences that each read `num_tokens` tokens from `starts` of a line of documents back to back.
+
+    offsets: [documents + 1], where the documents start in the line; the document numbers are those of the line.
+    """
+    stops = starts + num_tokens
+    first = np.searchsorted(offsets, starts, side="right") - 1
+    counts = np.searchsorted(offsets, stops - 1, side="right") - first
+    of = np.repeat(np.arange(len(sequences)), counts)
+    document = first[of] + np.arange(len(of)) - (np.cumsum(counts) - counts)[of]
+    start, stop = np.maximum(offsets[document], starts[of]), np.minimum(offsets[document + 1], stops[of])
+    return Reads(sequences[of], document, start - offsets[document], stop - offsets[document])

@@ -1,0 +1,1 @@
+"""What surrounds the loop of a training run: settings, ranks, log and progress, dry run, trace."""

@@ -1,0 +1,205 @@
+"""Generation: a batch gives what each prompt gives alone, tools included, and a broken cache is noticed."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+import chateval.ask.generate
+from chateval.ask.generate import Completion, Prompt, Sampling, generate
+from chateval.ask.kv_cache import KeyValueCache
+
+GREEDY = Sampling(max_new_tokens=24)
+SCRIPTED = Sampling(max_new_tokens=64)
+NUM_PROMPTS = 200
+
+
+def answers(subject, prompts, sampling=GREEDY, batch_size=32) -> list[Completion]:
+    found = {}
+    for first in range(0, len(prompts), batch_size):
+        for number, completion in generate(subject, prompts[first : first + batch_size], sampling):
+            found[first + number] = completion
+    assert sorted(found) == list(range(len(prompts)))
+    return [found[number] for number in range(len(prompts))]
+
+
+def plain_answer(subject, prompt, num_tokens) -> list[int]:
+    """The reference: the whole text through the model again for every token, no cache, no tool."""
+    ids = list(prompt.tokens)
+    ends = [subject.tokenizer.special_ids[name] for name in ("<|assistant_end|>", "<|bos|>")]
+    while len(ids) - len(prompt.tokens) < num_tokens:
+        token = int(subject.logits(subject.hidden(torch.tensor([ids]))[0, -1]).argmax())
+        if token in ends:
+            break
+        ids.append(token)
+    return ids[len(prompt.tokens) :]
+
+
+def random_prompts(tokenizer, seed=0) -> list[Prompt]:
+    draw = random.Random(seed)
+    bos, start = (tokenizer.special_ids[name] for name in ("<|bos|>", "<|assistant_start|>"))
+    texts = [[draw.randrange(390) for _ in range(draw.randint(1, 60))] for _ in range(NUM_PROMPTS)]
+    return [Prompt([bos, *text, start], str(number)) for number, text in enumerate(texts)]
+
+
+def sums(tokenizer) -> list[Prompt]:
+    draw = random.Random(1)
+    pairs = [(draw.randint(0, 10 ** draw.randint(1, 6)), draw.randint(0, 99)) for _ in range(NUM_PROMPTS)]
+    bos, start = (tokenizer.special_ids[name] for name in ("<|bos|>", "<|assistant_start|>"))
+    return [Prompt([bos, *tokenizer.encode_ordinary(f"{a} {b}"), start], f"{a} {b}") for a, b in pairs]
+
+
+@pytest.fixture
+def eager_subject(random_subject, monkeypatch):
+    """Random weights that, drawn from, often call the tool, and a tool that answers whatever it is given."""
+    special = random_subject.tokenizer.special_ids
+    monkeypatch.setattr(chateval.ask.generate, "calculate", lambda text: str(len(text) * 37))
+    weight = random_subject.model.lm_head.weight
+    before = weight.detach().clone()
+    usual = random_subject.hidden(torch.arange(390)[None])[0].mean(0)
+    with torch.no_grad():
+        weight.div_(8)  # flat enough that draws vary
+        for name, logit in (("python_start", 4.5), ("python_end", 4.5), ("assistant_end", 3.0)):
+            weight[special[f"<|{name}|>"]] = usual * (logit / usual.square().sum())
+    yield random_subject
+    with torch.no_grad():
+        weight.copy_(before)
+
+
+DRAWN = Sampling(temperature=1.0, max_new_tokens=24)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_a_batch_gives_what_each_prompt_gives_alone(random_subject, sampling) -> None:
+    """200 prompts, random weights. Where ids differ, the two best logits must be within 1e-4."""
+    prompts = random_prompts(random_subject.tokenizer)
+    together, alone = answers(random_subject, prompts, sampling), answers(random_subject, prompts, sampling, 1)
+    near_ties = []
+    for number, (a, b) in enumerate(zip(together, alone, strict=True)):
+        if a == b:
+            continue
+        place = next(i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y)
+        text = torch.tensor([[*prompts[number].tokens, *a.tokens[:place]]])
+        best = random_subject.logits(random_subject.hidden(text)[0, -1]).topk(2).values
+        assert best[0] - best[1] < 1e-4, f"prompt {number}, token {place}"
+        near_ties.append((number, place, float(best[0] - best[1])))
+    print("near ties:", near_ties)
+    assert len(near_ties) <= NUM_PROMPTS // 100
+    assert len({completion.tokens for completion in together}) > NUM_PROMPTS // 2
+    assert "max_tokens" in {completion.ending for completion in together}
+
+
+def test_tools_in_a_batch_are_those_of_each_prompt(eager_subject) -> None:
+    """200 prompts, random weights, hundreds of tool calls at different places of different rows."""
+    prompts = random_prompts(eager_subject.tokenizer)
+    together, alone = answers(eager_subject, prompts, DRAWN), answers(eager_subject, prompts, DRAWN, 1)
+    assert sum(a != b for a, b in zip(together, alone, strict=True)) <= NUM_PROMPTS // 100
+    calls = sum(completion.tool_calls for completion in together)
+    forced = sum(sum(completion.forced) for completion in together)
+    print(f"{calls} calls, {forced} forced tokens")
+    assert calls > 100 and forced > 400, "the comparison says nothing about tools"
+    assert len({completion.ending for completion in together}) > 1
+
+
+def test_the_cache_gives_what_the_whole_text_gives(random_subject) -> None:
+    prompts = random_prompts(random_subject.tokenizer, seed=3)[:12]
+    for prompt, completion in zip(prompts, answers(random_subject, prompts), strict=True):
+        if completion.tool_calls == 0:
+            assert list(completion.tokens) == plain_answer(random_subject, prompt, 24)
+
+
+def test_the_scripted_model_calls_the_tool(scripted_subject) -> None:
+    tokenizer = scripted_subject.tokenizer
+    prompts = sums(tokenizer)
+    together = answers(scripted_subject, prompts, SCRIPTED)
+    assert together == answers(scripted_subject, prompts, SCRIPTED, batch_size=1)
+    for prompt, completion in zip(prompts, together, strict=True):
+        a, b = map(int, prompt.key.split())
+        result = f"<|python_start|>{a}+{b}<|python_end|><|output_start|>{a + b}<|output_end|>#### {a + b}"
+        assert tokenizer.decode(completion.tokens) == result
+        assert (completion.ending, completion.tool_calls, completion.tool_failures) == ("assistant_end", 1, 0)
+        output = [t for t, f in zip(completion.tokens, completion.forced, strict=True) if f]
+        assert tokenizer.decode(output) == f"<|output_start|>{a + b}<|output_end|>"
+
+
+def keep_other_rows(self, rows) -> None:
+    KEEP(self, [*rows[1:], rows[0]])
+
+
+def see_one_slot_too_few(self, positions, longest) -> None:
+    ADVANCE(self, positions, longest)
+    self._mask = self._mask & (torch.arange(longest + 1) != (positions - 1)[:, None])[:, None, None, :]
+
+
+def write_one_slot_behind(self, positions, longest) -> None:
+    ADVANCE(self, positions, longest)
+    self._positions = (positions - 1).clamp(min=0)
+
+
+KEEP, ADVANCE = KeyValueCache.keep, KeyValueCache.advance
+
+
+@pytest.mark.parametrize(
+    ("method", "sabotage"),
+    [("keep", keep_other_rows), ("advance", see_one_slot_too_few), ("advance", write_one_slot_behind)],
+)
+def test_a_sabotaged_cache_is_noticed(scripted_subject, eager_subject, monkeypatch, method, sabotage) -> None:
+    for subject, prompts, sampling in (
+        (scripted_subject, sums(scripted_subject.tokenizer)[:40], SCRIPTED),
+        (eager_subject, random_prompts(eager_subject.tokenizer)[:40], DRAWN),
+    ):
+        right = answers(subject, prompts, sampling)
+        with monkeypatch.context() as patch:
+            patch.setattr(KeyValueCache, method, sabotage)
+            assert answers(subject, prompts, sampling) != right
+
+
+def test_a_failed_call_leaves_the_model_to_go_on(scripted_subject) -> None:
+    """ "one 2" is no sum: nothing is forced, and the script asks on until it is cut."""
+    tokenizer = scripted_subject.tokenizer
+    bos, start = (tokenizer.special_ids[name] for name in ("<|bos|>", "<|assistant_start|>"))
+    prompt = Prompt([bos, *tokenizer.encode_ordinary("one 2"), start])
+    ((_, completion),) = generate(scripted_subject, [prompt], Sampling(max_new_tokens=12))
+    assert tokenizer.decode(completion.tokens).startswith("<|python_start|>one+2<|python_end|>???")
+    assert (completion.tool_calls, completion.tool_failures, sum(completion.forced)) == (1, 1, 0)
+    assert completion.ending == "max_tokens" and len(completion.tokens) == 12
+
+
+def test_draws_are_those_of_the_prompt_not_of_the_batch(random_subject) -> None:
+    prompts = random_prompts(random_subject.tokenizer)[:24]
+    sampling = Sampling(temperature=1.0, top_k=50, max_new_tokens=16)
+    together = answers(random_subject, prompts, sampling)
+    assert together == answers(random_subject, prompts[::-1], sampling, batch_size=5)[::-1]
+    other_draw = [Prompt(prompt.tokens, prompt.key + "/1") for prompt in prompts]
+    assert sum(a == b for a, b in zip(together, answers(random_subject, other_draw, sampling), strict=True)) < 3
+    assert together != answers(random_subject, prompts, Sampling(1.0, 50, 16, seed=7))
+
+
+def test_draws_follow_the_probabilities(scripted_subject) -> None:
+    """20,000 draws from softmax([0, log 2, log 3, log 4]): 10, 20, 30, 40 %; with top_k = 2: 0, 0, 3/7, 4/7."""
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log().expand(20_000, 4)
+    rows = [chateval.ask.generate._Row(Prompt([0]), random.Random(number)) for number in range(20_000)]
+    for top_k, shares in ((None, [0.1, 0.2, 0.3, 0.4]), (2, [0, 0, 3 / 7, 4 / 7])):
+        counts = Counter(chateval.ask.generate._choose(logits, rows, Sampling(1.0, top_k)))
+        assert [counts[i] / 20_000 for i in range(4)] == pytest.approx(shares, abs=0.015)
+    cold = Counter(chateval.ask.generate._choose(logits, rows, Sampling(temperature=0.02)))
+    assert cold[3] > 19_900
+
+
+def test_equal_logits_give_the_lowest_id() -> None:
+    assert chateval.ask.generate._choose(torch.tensor([[1.0, 5.0, 5.0], [2.0, 2.0, 2.0]]), [None, None], GREEDY) == [
+        1,
+        0,
+    ]
+
+
+def test_answers_end_where_the_positions_do(make_subject) -> None:
+    subject = make_subject(num_positions=32)
+    bos = subject.tokenizer.special_ids["<|bos|>"]
+    prompts = [Prompt([bos] * length) for length in (30, 31, 32, 40)]
+    found = answers(subject, prompts)
+    assert [completion.ending for completion in found] == ["context"] * 4
+    assert [len(completion.tokens) for completion in found] == [2, 1, 0, 0]  # the last position is used

@@ -1,0 +1,108 @@
+import json
+import pickle
+
+import pytest
+import torch
+
+from chattrain.errors import ConfigError, ImportNanochatError, WeightsError
+from chattrain.nanochat.checkpoints import import_nanochat
+
+SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+
+
+@pytest.fixture
+def write(tmp_path, small_config, small_weights):
+    """Writes model_<step>.pt and meta_<step>.json as nanochat does, with the changes asked for."""
+
+    def checkpoint(step=650, changes=None, drop=(), prefix="", meta_changes=None, sizes=None, meta_file_step=None):
+        weights = {k: v for k, v in (small_weights | (changes or {})).items() if k not in drop}
+        torch.save({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / f"model_{step:06d}.pt")
+        config = {name: getattr(small_config, name) for name in SIZES} | (sizes or {})
+        meta = {"step": step, "val_bpb": 0.5, "model_config": config} | (meta_changes or {})
+        name = f"meta_{meta_file_step if meta_file_step is not None else step:06d}.json"
+        (tmp_path / name).write_text(json.dumps(meta))
+        return tmp_path
+
+    return checkpoint
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_import(write, small_config, small_weights, prefix):
+    write(step=99)
+    embedding = small_weights["transformer.wte.weight"].bfloat16()  # as nanochat keeps it on a GPU
+    weights, config, step = import_nanochat(write(prefix=prefix, changes={"transformer.wte.weight": embedding}))
+    assert (config, step) == (small_config, 650)
+    assert weights.keys() == small_weights.keys()
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert torch.equal(weights["transformer.wte.weight"], embedding.float())
+    assert torch.equal(weights["lm_head.weight"], small_weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"changes": {"resid_lambdas": torch.ones(2)}},
+            WeightsError,
+            r"model_000650\.pt: unknown tensors resid_lambdas",
+        ),
+        ({"drop": ["lm_head.weight"]}, WeightsError, r"tensors missing: lm_head\.weight"),
+        (
+            {"changes": {"lm_head.weight": torch.ones(101, 64)}},
+            WeightsError,
+            r"has shape \(101, 64\), must be \(128, 64\)",
+        ),
+        ({"sizes": {"n_layer": 3}}, WeightsError, r"tensors missing: transformer\.h\.2"),
+        (
+            {"sizes": {"window_pattern": "SSSL"}},
+            ConfigError,
+            r"meta_000650\.json: unknown model config keys window_pattern",
+        ),
+        ({"meta_changes": {"step": 649}}, ImportNanochatError, "says step 649, its name says 650"),
+        ({"meta_file_step": 651}, ImportNanochatError, "last model is of step 650, the last meta file of step 651"),
+        ({"meta_changes": {"model_config": None}}, ImportNanochatError, "no model_config"),
+    ],
+)
+def test_refused_by_name(write, arguments, error, message):
+    with pytest.raises(error, match=message):
+        import_nanochat(write(**arguments))
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(ImportNanochatError, match=r"no model_<step>\.pt in it"):
+        import_nanochat(tmp_path)
+
+
+def test_broken_files(write):
+    folder = write()
+    (folder / "meta_000650.json").write_text("{")
+    with pytest.raises(ImportNanochatError, match="not JSON"):
+        import_nanochat(folder)
+    write()
+    (folder / "model_000650.pt").write_bytes(b"half a file")
+    with pytest.raises(ImportNanochatError, match="not a file of tensors only"):
+        import_nanochat(folder)
+    torch.save(torch.ones(3), folder / "model_000650.pt")
+    with pytest.raises(ImportNanochatError, match="not a dictionary of tensors"):
+        import_nanochat(folder)
+
+
+class Runs:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_else_is_unpickled(write, tmp_path):
+    folder = write()
+    torch.save({"lm_head.weight": Runs(tmp_path / "ran")}, folder / "model_000650.pt")
+    with pytest.raises(ImportNanochatError, match="not a file of tensors only"):
+        import_nanochat(folder)
+    (folder / "model_000650.pt").write_bytes(pickle.dumps(Runs(tmp_path / "ran"), protocol=2))
+    with pytest.raises(ImportNanochatError, match="not a file of tensors only"):
+        import_nanochat(folder)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,113 @@
+"""Documents are tested: links, trees, and what pages say of keys and columns. Their commands: test_commands.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import chatdata as library
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
+IDS = [page.stem for page in PAGES]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}.*?\n(.*?)^```", text_of(name), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in target:
+            file, _, heading = target.partition("#")
+            assert (page.parent / file).exists(), (page.name, target)
+            if heading:
+                headings = re.findall(r"^#+ (.*)$", (page.parent / file).read_text(), re.M)
+                assert heading in [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+    text = text.partition("\n## Sources\n")[0]  # name files of other projects
+    for named in re.findall(r"(?<![\w/.-])((?:packages|docs|tests|examples|benchmarks|notebooks)/[\w./-]*\w)", text):
+        assert (ROOT / named).exists(), (page.name, named)
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, new = set(), {ROOT / "README.md"}
+    while new:
+        reached |= new
+        links = {page.parent / link for page in new for link in re.findall(r"\]\(([\w./-]+\.md)\)", page.read_text())}
+        new = {link.resolve() for link in links} - reached
+    assert [page.name for page in PAGES if page not in reached] == []
+
+
+def test_the_trees_of_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    tree = text.split("## The tree\n")[1].split("\n## ")[0]
+    named = {line.split()[0].split("/")[0] for line in tree.splitlines() if line.strip()}
+    assert all((ROOT / name).exists() for name in re.findall(r"^    (\S+)", tree, re.M))
+    tracked = subprocess.run(["git", "ls-tree", "-d", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    folders = {name for name in tracked.stdout.split() if not name.startswith(".")}
+    assert folders <= named, "a folder that the README's tree does not name"
+    route = text.split("## The route of a conversation\n")[1].split("\n## ")[0]
+    modules = re.findall(r"(?<![\w/])([\w/]+\.py)", route.replace("tests/test_route.py", ""))
+    packages = [path for path in ROOT.glob("packages/*/src/*") if path.is_dir()]
+    sources = {file.relative_to(package).as_posix() for package in packages for file in package.rglob("*.py")}
+    assert len(modules) > 8 and set(modules) <= sources, set(modules) - sources
+
+
+def test_the_script_of_building(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(blocks("building.md", "python")[0])
+    result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    manifest = json.loads((tmp_path / "out" / "demo-sft" / "manifest.json").read_text())
+    assert result.stdout == f"{manifest['splits']['train']['tokens']}\n", result.stderr
+
+
+def test_reading_without_chatdata(demo_mid: Path) -> None:
+    code = text_of("format.md").split("## Reading without chatdata\n")[1]
+    code = "\n".join(line[4:] for line in code.splitlines()).replace('"OUT', f'"{demo_mid}')
+    names: dict = {}
+    exec(code, names)
+    document = library.open_build(demo_mid)["train"][0]
+    assert names["first"].tolist() == document.tokens.tolist()
+
+
+def test_index_columns_are_documented() -> None:
+    from chatdata.shards.index import index_schema
+
+    table = text_of("format.md").split("## Index columns")[1].split("## Manifest")[0]
+    named = [name for cell in re.findall(r"^\| ([a-z_, ]+) \|", table, re.M) for name in cell.split(", ")]
+    assert named[1:] == index_schema().names
+
+
+def test_the_recipe_of_the_page_has_every_key_and_is_one() -> None:
+    from chatdata.recipe import _ENTRY_KEYS, _TOP_KEYS, OVERFLOW, STAGES, ZERO_SUPERVISED, parse_recipe, shipped_recipes
+    from chatdata.tasks import load_tasks
+
+    text, tasks = text_of("recipes.md"), load_tasks()
+    table = tomllib.loads(blocks("recipes.md", "toml")[0])
+    recipe = parse_recipe(table, "docs/recipes.md", Path("recipe.toml"), tasks)
+    assert [entry.task for entry in recipe.splits["train"]] == ["gsm8k"] * 2 + ["conversations"] * 2 + [
+        "simple_spelling",
+        "spelling_bee",
+    ]
+    entries = [*table["train"], *table["val"]]
+    assert set(table) == set(_TOP_KEYS)
+    options = {key for task in tasks.values() for key in task.options}
+    assert {key for entry in entries for key in entry} == set(_ENTRY_KEYS) | options
+    comment = dict(re.findall(r"^(\w+) = .*?# (.*)$", blocks("recipes.md", "toml")[0], re.M))
+    for key, words in (("stage", STAGES), ("overflow", OVERFLOW), ("zero_supervised", ZERO_SUPERVISED)):
+        assert all(re.search(rf"\b{word}\b", comment[key]) for word in words), key
+    assert all(f"`{name}`" in text for name in shipped_recipes())
+    bare = parse_recipe({"stage": "mid", "train": [{"task": "gsm8k"}]}, "", Path("r.toml"), tasks)
+    assert (bare.seed, bare.overflow, bare.zero_supervised, bare.shuffle["val"]) == (42, "keep", "keep", True)
+    assert (bare.splits["train"][0].subset, bare.splits["train"][0].split) == ("main", "train")
