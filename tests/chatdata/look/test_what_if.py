@@ -164,7 +164,14 @@ def test_numbers_are_those_of_a_dry_run(demo_sft: Path, tmp_path: Path, long: st
     numbers = plan_numbers(open_build(demo_sft), 96, batch_size=3, mask=mask, long=long)
     for layout in get_args(Layout):
         settings = Settings(
-            demo_sft, tmp_path / "no", "random:1x32x1", seq_len=96, device_batch_size=3, layout=layout, mask=mask, long=long
+            demo_sft,
+            tmp_path / "no",
+            "random:1x32x1",
+            seq_len=96,
+            device_batch_size=3,
+            layout=layout,
+            mask=mask,
+            long=long,
         )
         job = prepare(settings, Ranks(0, 1, torch.device("cpu")))
         plan = {name: value for name, value in numbers["plans"][layout].items() if name in job.plan.counts()}
