@@ -9,6 +9,7 @@ lint:
     uv run ruff check .
     uv run ruff format --check .
     uv run mypy
+    uv run lint-imports --no-logo
 
 format:
     uv run ruff check --fix .

@@ -1,6 +1,7 @@
 """`chatdata build` against what people do without it, side by side in one run: tokens per CPU-second.
 
     uv run python benchmarks/build.py --shared ../shared/data --runs 5
+    uv run python benchmarks/build.py --shared ../shared/data --runs 9 --against ../other-checkout
 
 Sides, each in a process of its own (nothing is warm), interleaved; builds start with an empty cache:
 
@@ -57,10 +58,12 @@ PR_SET_CHILD_SUBREAPER = 36
 PAD_BYTES = 8 << 20  # of a row of the fixed recipe: a second worker is started for the second 8 MiB only
 
 
-def build_command(arguments: argparse.Namespace, out: Path, *more: str, recipe: Path | None = None) -> list[str]:
+def build_command(
+    arguments: argparse.Namespace, out: Path, *more: str, recipe: Path | None = None, python: str = sys.executable
+) -> list[str]:
     """The command that builds `--recipe`, or `recipe`, which has no identity entry."""
     shared: Path = arguments.shared
-    command = [sys.executable, "-c", "from chatdata.cli import main; main()", "build", "--json", "--out", str(out)]
+    command = [python, "-c", "from chatdata.cli import main; main()", "build", "--json", "--out", str(out)]
     command += ["--recipe", str(recipe or arguments.recipe), "--data-dir", str(shared / "hub")]
     command += ["--tokenizer", str(shared / "tokenizer" / "tokenizer.pkl")]
     text = (recipe or arguments.recipe).read_text()
@@ -218,6 +221,39 @@ def summarize(rounds: list[dict[str, dict[str, Any]]], tokens: int) -> dict[str,
     return {"sides": table, "ratios": ratios}
 
 
+def compare_checkouts(arguments: argparse.Namespace, folder: Path) -> None:
+    """One worker, gigatoken: this checkout's build and the other's in turn, and the ratio within each round."""
+    pythons = {"this": sys.executable, "other": str(arguments.against.resolve() / ".venv" / "bin" / "python")}
+    fixed, rounds = fixed_recipe(arguments, folder, 1), []
+    ids: dict[str, str] = {}
+    for number in range(arguments.runs + 1):
+        times: dict[str, tuple[float, float]] = {}
+        for name in sorted(pythons, reverse=bool(number % 2)):
+            measured = []
+            for kind, recipe in (("fixed", fixed), ("full", None)):
+                cache, out = folder / f"cache-{kind}-{name}", folder / f"out-{kind}"
+                shutil.rmtree(cache, ignore_errors=True)
+                options = (*BUILDS["build"], "--encoder", "gigatoken")
+                command = build_command(arguments, out, *options, recipe=recipe, python=pythons[name])
+                cpu_s, wall_s, printed = measure(command, cache)
+                measured.append((cpu_s, wall_s, json.loads(printed)["build_id"]))
+                shutil.rmtree(out)
+            times[name] = measured[1][0] - measured[0][0], measured[1][1]
+            ids[name] = measured[1][2]
+        if number:  # the first round compiles bytecode
+            rounds.append({name: {"cpu_s": cpu_s, "wall_s": wall_s} for name, (cpu_s, wall_s) in times.items()})
+            print(f"round {number}: " + ", ".join(f"{name} {s[0]:.2f} CPU-s" for name, s in times.items()), flush=True)
+    assert ids["this"] == ids["other"], f"the checkouts build different bytes: {ids}"
+    for key, what in (("cpu_s", "CPU-seconds beyond fixed cost"), ("wall_s", "wall seconds of the command")):
+        for name in pythons:
+            values = sorted(found[name][key] for found in rounds)
+            print(f"{what}, {name}: median {statistics.median(values):.2f}, {values[0]:.2f} to {values[-1]:.2f}")
+        ratios = sorted(found["this"][key] / found["other"][key] for found in rounds)
+        print(f"{what}, this / other: median {statistics.median(ratios):.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"build_id": ids["this"], "rounds": rounds}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_inputs(parser)
@@ -225,12 +261,19 @@ def main() -> None:
     add_template_share(parser)
     parser.add_argument("--skip", action="append", default=[], choices=[*BUILDS, *LOOPS], help="leave a side out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every run there")
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="only compare with the build of another checkout (its .venv)"
+    )
     arguments = parser.parse_args()
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         sys.exit("prctl(PR_SET_CHILD_SUBREAPER) failed: CPU time of workers could not be counted")
+    if arguments.against:
+        with tempfile.TemporaryDirectory(prefix="chatdata-bench-") as folder:
+            compare_checkouts(arguments, Path(folder))
+        return
 
     plan = make_build_plan(arguments)
-    num_listed = sum(len(planned.positions) for entries in plan.splits.values() for planned in entries)
+    num_listed = sum(len(planned.task_positions) for entries in plan.splits.values() for planned in entries)
     num_rows = len(distinct_positions(plan))
     texts = [json.dumps(messages) for messages in conversations_in_memory(plan)]
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; {arguments.recipe.name}:")

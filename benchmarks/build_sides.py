@@ -51,7 +51,7 @@ def add_template_share(parser: argparse.ArgumentParser) -> None:
 
 
 def make_build_plan(arguments: argparse.Namespace) -> BuildPlan:
-    from chatdata.build import run as build
+    from chatdata.build import plan
     from chatdata.recipe import load_recipe
     from chatdata.sources.find import Locations
     from chatdata.tasks import load_tasks
@@ -65,7 +65,7 @@ def make_build_plan(arguments: argparse.Namespace) -> BuildPlan:
         recipe.folder, shared / "hub", shared / "identity_conversations.jsonl", str(shared / "words_alpha.txt")
     )
     tokenizer = load_tokenizer(shared / "tokenizer" / "tokenizer.pkl")
-    return build.make_build_plan(recipe, tasks, tokenizer, locations, arguments.limit)
+    return plan.make_build_plan(recipe, tasks, tokenizer, locations, arguments.limit)
 
 
 def distinct_positions(plan: BuildPlan) -> list[tuple[Source, int]]:
@@ -74,8 +74,8 @@ def distinct_positions(plan: BuildPlan) -> list[tuple[Source, int]]:
 
     found: dict[tuple[int, int], tuple[Source, int]] = {}
     for split, entries in plan.splits.items():
-        pairs = [(planned.source, position) for planned in entries for position in planned.positions]
-        lengths = [len(planned.positions) for planned in entries]
+        pairs = [(planned.source, position) for planned in entries for position in planned.task_positions]
+        lengths = [len(planned.task_positions) for planned in entries]
         order = mixture_order(lengths, plan.recipe.seed, plan.recipe.shuffle[split])
         for source, position in (pairs[i] for i in order.tolist()):
             found.setdefault((id(source), position), (source, position))
