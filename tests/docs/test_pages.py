@@ -32,9 +32,10 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" not in target:
             file, _, heading = target.partition("#")
-            assert (page.parent / file).exists(), (page.name, target)
+            linked = page.parent / file if file else page
+            assert linked.exists(), (page.name, target)
             if heading:
-                headings = re.findall(r"^#+ (.*)$", (page.parent / file).read_text(), re.M)
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
                 assert heading in [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
     text = text.partition("\n## Sources\n")[0]  # name files of other projects
     for named in re.findall(r"(?<![\w/.-])((?:packages|docs|tests|examples|benchmarks|notebooks)/[\w./-]*\w)", text):
