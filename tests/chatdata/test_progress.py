@@ -1,4 +1,4 @@
-"""What long work says while it goes on: bars on a terminal, plain lines otherwise."""
+"""Progress: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chatdata.progress import shown_progress
 
 
 def test_a_build_on_a_terminal_shows_bars(tmp_path: Path) -> None:
-    """Standard error is a terminal here. A bar that was filled in one step has no speed."""
+    """Standard error is a terminal here."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-c", "from chatdata.cli import main; main()", "build", "--stage", "sft", "--demo"]
     command += ["--limit", "20", "--out", str(tmp_path / "out")]
@@ -32,27 +32,53 @@ def test_a_build_on_a_terminal_shows_bars(tmp_path: Path) -> None:
         os.close(ours)
     assert process.wait() == 0, shown.decode()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"all sources .*(\d+)/\1 [\d,]+/s ", text)
-    assert re.search(r"write train .*(\d+)/\1 ", text)
+    assert re.search(r"all sources +━+ ([\d,]+) of \1 rows", text)
+    assert re.search(r"write train +━+ ([\d,]+) of \1 tokens", text)
     assert "Traceback" not in text
 
 
-def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source: when it is done. All sources: every tenth, with the time left once a second has passed."""
-    clock = iter([0.0, 0.0, 0.5, 2.0, 2.0, 4.0])
+def seconds(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:
+    """Let these calls of the clock return `times`."""
+    clock = iter(times)
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    with shown_progress(quiet=False) as progress:
-        assert progress is not None
+
+
+def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for every tenth, with the time left once a second has passed; for a part, only its last."""
+    seconds(monkeypatch, 0.0, 0.0, 0.5, 2.0, 2.0, 4.0, 4.0)
+    with shown_progress() as progress:
         for name, done in (("a", 0), ("all sources", 0), ("all sources", 5), ("all sources", 50), ("a", 90)):
-            progress(name, done, 100)
-        progress("all sources", 100, 100)
+            progress(name, done, 100, "rows", part=name == "a")
+        progress("all sources", 100, 100, "rows")
+        progress("a", 100, 100, "rows", part=True)
     assert capsys.readouterr().err.splitlines() == [
-        "all sources: 50 of 100 rows, 25/s, 2 s left",
+        "all sources: 50 of 100 rows, 25/s, 0:00:02 left",
         "all sources: 100 of 100 rows, 25/s",
+        "a: 100 of 100 rows, 25/s",
     ]
+
+
+def test_a_note_and_a_start_other_than_zero(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run starts at step 4,000; what was done before its first call does not count as its speed."""
+    seconds(monkeypatch, 0.0, 200.0)
+    with shown_progress() as progress:
+        progress("mid", 4_000, 5_000, "steps")
+        progress("mid", 4_500, 5_000, "steps", "loss 1.2345")
+    assert capsys.readouterr().err.splitlines() == [
+        "mid: 4,000 of 5,000 steps",
+        "mid: 4,500 of 5,000 steps, 2.5/s, 0:03:20 left, loss 1.2345",
+    ]
+
+
+def test_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with shown_progress() as progress:
+        progress("gsm8k", 0, 0, "answers")
+    assert capsys.readouterr().err == "gsm8k: 0 of 0 answers\n"
 
 
 def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with shown_progress(quiet=True) as progress:
-        assert progress is None
+        progress("all sources", 100, 100, "rows")
     assert capsys.readouterr().err == ""

@@ -1,4 +1,12 @@
-"""How far long work is: bars on a terminal, plain lines otherwise."""
+"""Progress of long work, the same for builds, training and scoring: bars on a terminal, plain lines elsewhere.
+
+with shown_progress(quiet=not ranks.is_first) as progress:
+    progress("mid", start, num_steps, "steps")  # starts the clock
+    ...
+    progress("mid", step + 1, num_steps, "steps", f"loss {loss:.4f}")
+
+mid: 50 of 100 steps, 3.4/s, 0:00:15 left, loss 1.2300
+"""
 
 from __future__ import annotations
 
@@ -6,77 +14,84 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol
 
-# called with what is being done, how much is done, and how much there is in all: a source's name with rows,
-# "all sources" with rows, "write <split>" and "check <split>" with tokens, "hash" with bytes
-Progress = Callable[[str, int, int], None]
 
-_UNITS = {"write": "tokens", "check": "tokens", "hash": "bytes"}  # of progress that does not count a source's rows
-LONG_WORK = ("all", *_UNITS)  # "all sources"
+class Progress(Protocol):
+    """Called whenever more of the work `name` is done; the first call starts its clock.
+
+    done, total: counted in `unit` ("rows", "tokens", "bytes", "steps", "answers"). note: shown at the end of the line.
+    part: the work is part of other work that is shown, so only its last line is printed.
+    """
+
+    def __call__(self, name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None: ...
+
+
+def no_progress(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
+    """Show nothing."""
 
 
 @contextmanager
-def shown_progress(quiet: bool) -> Iterator[Progress | None]:
-    """A progress callback: bars on a terminal, plain lines otherwise, None when quiet."""
+def shown_progress(quiet: bool = False) -> Iterator[Progress]:
+    """A Progress that writes to stderr: bars on a terminal, plain lines elsewhere, nothing if `quiet`."""
     if quiet:
-        yield None
+        yield no_progress
     elif sys.stderr.isatty():
-        with _bars() as update:
-            yield update
+        with _bars() as show:
+            yield show
     else:
         yield _plain_lines()
 
 
 def _plain_lines() -> Progress:
-    """A line when a source is done; for all rows and for writing, which take long, one per tenth with the time left."""
-    started: dict[str, tuple[float, int]] = {}  # name → when it was first heard of, and how much was done then
-    printed: dict[str, int] = {}
+    """A line for every tenth of the work."""
+    status, printed = _status(), dict[str, int]()
 
-    def plain(name: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        since, before = started.setdefault(name, (now, done))
-        tenths = 10 * done // total
-        long_work = name.partition(" ")[0] in LONG_WORK
-        if done < total and (not long_work or tenths == printed.get(name, 0)):
-            return
-        printed[name] = tenths
-        line = f"{name}: {done:,} of {total:,} {_UNITS.get(name.partition(' ')[0], 'rows')}"
-        if long_work and now - since >= 1 and done > before:
-            rate = (done - before) / (now - since)
-            line += f", {rate:,.0f}/s" + (f", {(total - done) / rate:,.0f} s left" if done < total else "")
-        print(line, file=sys.stderr, flush=True)
+    def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
+        text, tenths = status(name, done, total, unit, note), 10 * done // max(total, 1)
+        if done >= total or (not part and tenths != printed.get(name, 0)):
+            printed[name] = tenths
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
 
-    return plain
+    return show
 
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
     from rich import progress
     from rich.console import Console
-    from rich.markup import escape
-    from rich.text import Text
-
-    class Speed(progress.ProgressColumn):
-        """What is done in a second; nothing until two moments are known: rich has no number before."""
-
-        def render(self, task: progress.Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")
 
     columns = (
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        Speed(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[status]}", markup=False),
     )
     with progress.Progress(*columns, console=Console(stderr=True)) as shown:
-        bars: dict[str, progress.TaskID] = {}
+        status, bars = _status(), dict[str, progress.TaskID]()
 
-        def update(name: str, done: int, total: int) -> None:
+        def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
+            text = status(name, done, total, unit, note)
             if name not in bars:
-                bars[name] = shown.add_task(escape(name), total=total)
-            shown.update(bars[name], completed=done)
+                bars[name] = shown.add_task(name, total=total, status=text)
+            shown.update(bars[name], completed=done, status=text)
 
-        yield update
+        yield show
+
+
+def _status() -> Callable[[str, int, int, str, str], str]:
+    """How far work is, as text; with speed and time left once a second has passed since its first call."""
+    started: dict[str, tuple[float, int]] = {}  # name → time of its first call, and what was done by then
+
+    def status(name: str, done: int, total: int, unit: str, note: str) -> str:
+        now = time.monotonic()
+        since, before = started.setdefault(name, (now, done))
+        parts = [f"{done:,} of {total:,} {unit}"]
+        if now - since >= 1 and done > before:
+            rate = (done - before) / (now - since)
+            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+            if done < total:
+                parts.append(f"{timedelta(seconds=round((total - done) / rate))} left")
+        return ", ".join([*parts, note] if note else parts)
+
+    return status

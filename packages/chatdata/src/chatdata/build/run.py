@@ -199,9 +199,10 @@ def _render_missing(
     def on_rows(unit: Unit, num_rows: int) -> None:
         done[unit.source] += num_rows
         if progress:
-            progress(renderer.sources[unit.source].name, done[unit.source], totals[unit.source])
+            name = renderer.sources[unit.source].name
+            progress(name, done[unit.source], totals[unit.source], "rows", part=True)
             if len(totals) > 1:
-                progress("all sources", sum(done), sum(totals))
+                progress("all sources", sum(done), sum(totals), "rows")
 
     remove_abandoned(renderer.folder)
     cached = find_units(renderer.folder)

@@ -129,7 +129,7 @@ def _gather(
         yield tokens, mask
         done += len(tokens)
         if progress:
-            progress(f"write {split}", done, total)
+            progress(f"write {split}", done, total, "tokens")
 
 
 def _ledger(

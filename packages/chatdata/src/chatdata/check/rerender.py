@@ -20,7 +20,7 @@ from chatdata.check.differences import differences
 from chatdata.check.verify import shortened, verify_full
 from chatdata.document import SPAN_ROLES, Document, Span
 from chatdata.errors import ChatdataError, RecipeError
-from chatdata.progress import Progress
+from chatdata.progress import Progress, no_progress
 from chatdata.recipe import Entry, Recipe, load_recipe, parse_recipe, shipped_recipes
 from chatdata.render import specification as render
 from chatdata.shards.index import index_arrays, read_index
@@ -43,7 +43,7 @@ def verify_semantic(
     *,
     recipe: Recipe | None = None,
     share: float = 0.01,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[str]:
     """Everything of full; then sources, order, and `share` of each split (at least 100 documents, one per entry).
 
@@ -238,7 +238,7 @@ def choose(entry: np.ndarray, share: float) -> np.ndarray:
     return np.unique(np.concatenate([order[:count], order[first]]))
 
 
-def _check_rendering(plan: BuildPlan, chosen: list[_Chosen], progress: Progress | None) -> Iterator[str]:
+def _check_rendering(plan: BuildPlan, chosen: list[_Chosen], progress: Progress) -> Iterator[str]:
     for source in plan.sources:
         of_row: dict[int, list[_Chosen]] = {}
         for document in chosen:
@@ -255,8 +255,7 @@ def _check_rendering(plan: BuildPlan, chosen: list[_Chosen], progress: Progress 
                 continue
             for document in of_row[row]:
                 yield from _compare(document, rendered, plan.recipe, source.where(row))
-            if progress:
-                progress(source.name, done, len(of_row))
+            progress(source.name, done, len(of_row), "rows", part=True)
 
 
 def _render_row(source: Source, raw: Any, plan: BuildPlan) -> Document:

@@ -21,7 +21,7 @@ from chatdata.arrow import values_of
 from chatdata.build.publish import MARK
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, FormatError
-from chatdata.progress import Progress
+from chatdata.progress import Progress, no_progress
 from chatdata.render.contract import WHOLE_DOCUMENT, Finding, Rules, check_documents
 from chatdata.shards.index import index_arrays, read_index
 from chatdata.shards.manifest import FILE_KINDS, manifest_problems, parse_manifest
@@ -36,7 +36,7 @@ def verify_quick(path: Path) -> list[str]:
     return _quick(path)[1]
 
 
-def verify_full(path: Path, progress: Progress | None = None) -> list[str]:
+def verify_full(path: Path, progress: Progress = no_progress) -> list[str]:
     """Everything of quick, SHA-256 of every file, unknown files, the tokenizer, and the contract of every document."""
     build, problems, sound = _quick(path)
     if build is None:
@@ -156,15 +156,14 @@ def _check_header(file: Path, dtype: str, length: int) -> list[str]:
     return []
 
 
-def _hash_problems(build: Build, progress: Progress | None) -> list[str]:
+def _hash_problems(build: Build, progress: Progress) -> list[str]:
     files, problems, done = list(_build_files(build)), [], 0
     total = sum(record["bytes"] for _, record in files)
     for file, record in files:
         if file.is_file() and file_sha256(file) != record["sha256"]:
             problems.append(f"{file}: SHA-256 differs from the manifest's")
         done += record["bytes"]
-        if progress:
-            progress("hash", done, total)
+        progress("hash", done, total, "bytes")
     return problems
 
 
@@ -201,7 +200,7 @@ def rules_of(manifest: dict[str, Any]) -> Rules:
     return Rules(tokenizer["special_ids"], tokenizer["vocab_size"], manifest["stage"], **policies)
 
 
-def _split_problems(split: Split, sound: list[int], progress: Progress | None) -> list[str]:
+def _split_problems(split: Split, sound: list[int], progress: Progress) -> list[str]:
     """The contract of every document of the sound shards; the ledger too if that is all of them."""
     entries = split.build.manifest["splits"][split.name]["entries"]
     rules, problems, first, first_token = rules_of(split.build.manifest), [], 0, 0
@@ -234,10 +233,8 @@ def _split_problems(split: Split, sound: list[int], progress: Progress | None) -
     return problems
 
 
-def _shard_progress(progress: Progress | None, split: Split, first: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    return lambda done: progress(f"check {split.name}", first + done, split.num_tokens)
+def _shard_progress(progress: Progress, split: Split, first: int) -> Callable[[int], None]:
+    return lambda done: progress(f"check {split.name}", first + done, split.num_tokens, "tokens")
 
 
 def _check_numbering(index: dict[str, np.ndarray], first: int, entries: list[dict[str, Any]]) -> list[Finding]:
