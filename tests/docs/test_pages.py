@@ -14,7 +14,10 @@ import pytest
 import chatdata as library
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "README.zh", "CONTRIBUTING")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 IDS = [page.stem for page in PAGES]
 
 
