@@ -28,7 +28,7 @@ from chatdata.recipe import load_recipe
 from chatdata.render import specification as render
 from chatdata.render.contract import Rules, check_documents
 from chatdata.shards.index import index_arrays, index_schema
-from chatdata.shards.manifest import FILE_KINDS, build_id_of, file_name, manifest_problems
+from chatdata.shards.manifest import FILE_KINDS, build_id_of, file_name
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
@@ -286,8 +286,8 @@ def test_nothing_leaves_the_folder(built: Path) -> None:
     manifest["build_id"] = build_id_of(manifest)
     write_json(built / "manifest.json", manifest)
     problems = verify_full(built)
-    assert any("'../train'" in problem and problem.startswith(f"{built}/manifest.json: splits") for problem in problems)
-    assert any("'../../c.jsonl' is not the name of a file" in problem for problem in problems)
+    assert f'{built}/manifest.json, key "splits": ["../train", "train"], but expected ["train", "val"]' in problems
+    assert any('"../../c.jsonl" is not the name of a file' in problem for problem in problems)
 
 
 def test_many_problems_of_a_kind_are_counted(built: Path) -> None:
@@ -464,11 +464,6 @@ def test_no_manifest_crashes_quick(demo_mid: Path, tmp_path: Path, data: st.Data
     (folder / "manifest.json").write_text(json.dumps(manifest))
     problems = verify_quick(folder)
     assert all(problem.startswith(str(folder)) and "\n" not in problem for problem in problems)
-
-
-@given(JSON)
-def test_no_value_crashes_the_manifest_check(value: Any) -> None:
-    assert manifest_problems(value)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, "{}", "[]", "\x00", '{"format": "\\ud800"}', "NaN"])

@@ -151,15 +151,15 @@ def test_opening_refuses_what_is_not_a_whole_build(small: chatdata.Build, tmp_pa
     with pytest.raises(FormatError, match=r"format version 2; this chatdata reads version 1: build it again"):
         chatdata.open_build(small.path)
     change_manifest(small, format="other")
-    with pytest.raises(FormatError, match=r"format 'other', not 'chatdata'"):
+    with pytest.raises(FormatError, match=r'format "other", not chatdata'):
         chatdata.open_build(small.path)
     splits = json.loads(json.dumps(small.manifest["splits"]))
     splits["train"]["shards"][0]["files"]["mask"]["file"] = "../../mask.npy"
     change_manifest(small, splits=splits)
-    with pytest.raises(FormatError, match=r"mask.file: '../../mask.npy', but expected 'mask-00000.npy'"):
+    with pytest.raises(FormatError, match=r'mask.file": "../../mask.npy", but expected "mask-00000.npy"$'):
         chatdata.open_build(small.path)
     (small.path / "manifest.json").write_text("{")
-    with pytest.raises(FormatError, match=r"manifest.json: damaged"):
+    with pytest.raises(FormatError, match=r"manifest.json: not valid JSON: "):
         chatdata.open_build(small.path)
 
 

@@ -4,7 +4,7 @@ quick     manifest, file sizes and headers, offsets, counts                 (mil
 full      and SHA-256 of every file, tokenizer, contract of every document  (12.4 M tokens: 2 s)
 semantic  and a share of the documents rendered again from the sources      (rerender.py)
 
-A manifest is data from anywhere: nothing in it is used before `manifest_problems` has found nothing.
+A manifest is data from anywhere: nothing in it is used before `contradictions` found none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chatdata.errors import ChatdataError, FormatError
 from chatdata.progress import Progress, no_progress
 from chatdata.render.contract import WHOLE_DOCUMENT, Finding, Rules, check_documents
 from chatdata.shards.index import index_arrays, read_index
-from chatdata.shards.manifest import FILE_KINDS, manifest_problems, parse_manifest
+from chatdata.shards.manifest import FILE_KINDS, contradictions, parse_manifest
 from chatdata.shards.read import Build, Split
 
 SHOWN_PER_KIND = 10  # problems of one kind named one by one; the rest is counted
@@ -56,7 +56,7 @@ def _quick(path: Path) -> tuple[Build | None, list[str], dict[str, list[int]]]:
         manifest = parse_manifest(path)
     except FormatError as error:
         return None, [str(error)], {}
-    problems = [f"{file}: {problem}" for problem in manifest_problems(manifest)]
+    problems = [f"{file}, {problem}" for problem in contradictions(manifest)]
     if problems:
         return None, problems, {}
     build = Build(path, manifest)
