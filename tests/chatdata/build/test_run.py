@@ -202,7 +202,7 @@ def test_a_wide_tokenizer_gets_uint32_shards(tmp_path: Path, chatdata: Callable)
     (tmp_path / "wide.pattern").write_text(r"\S+|\s+")
     recipe = write_recipe(tmp_path, HEAD + ENTRY, [chat("ab", "ba")])
     result = chatdata("build", "--recipe", recipe, "--tokenizer", wide, "--out", tmp_path / "out")
-    assert "shards uint32, because the vocabulary exceeds 65,536 entries" in result.stdout
+    assert "shards uint32 (over 65,536 tokens)" in result.stdout
     build = library.open_build(tmp_path / "out")
     assert build.manifest["dtype"] == "<u4" and build["train"][0].tokens.dtype == np.dtype("<u4")
     bos = 65_528

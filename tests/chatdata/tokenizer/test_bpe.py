@@ -134,7 +134,7 @@ def test_training_is_deterministic_over_thread_counts(tmp_path: Path, chatdata: 
         arguments = ("tokenizer", "train", tmp_path / "text.txt", "--vocab-size", 600, "--out", out)
         result = chatdata(*arguments, env={**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads})
         assert result.returncode == 0, result.stderr
-        assert result.stdout == f"{out}: 600 entries (shards will be uint16)\n"
+        assert result.stdout == f"{out}: 600 tokens, shards will be uint16\n"
         contents.append((out / "tokenizer.json").read_bytes())
     assert contents[0] == contents[1] == contents[2]
 

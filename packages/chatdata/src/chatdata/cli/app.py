@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ from chatdata.cli.check import diff, verify
 from chatdata.cli.command import FILE, examples, run_command
 from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
-from chatdata.cli.tokenizer import tokenizer, tokenizer_of
+from chatdata.cli.tokenizer import tokenizer
 from chatdata.errors import UsageError
 
 if TYPE_CHECKING:
     from chatdata.build.plan import BuildPlan
+    from chatdata.tokenizer.bpe import Tokenizer
 
 
 def main() -> None:
@@ -104,7 +106,7 @@ def build(
     from chatdata.build.plan import make_build_plan
     from chatdata.build.publish import check_out
     from chatdata.build.run import build as run_build
-    from chatdata.look import tables as show
+    from chatdata.look.build import show_plan, show_result
     from chatdata.progress import shown_progress
     from chatdata.recipe import load_recipe, override
     from chatdata.sources.find import Locations
@@ -136,9 +138,9 @@ def build(
     if workers > 1 and engine == "local" and not (dry_run or demo or limit):
         start_early()
     locations = Locations(loaded.folder, data_dir, identity, words)
-    plan = make_build_plan(loaded, tasks, tokenizer_of(tokenizer, demo), locations, limit)
+    plan = make_build_plan(loaded, tasks, _tokenizer(tokenizer, demo), locations, limit)
     if not as_json:
-        show.plan(plan, out)
+        show_plan(plan, out)
     if dry_run:
         if as_json:
             click.echo(json.dumps(_plan_json(plan, out)))
@@ -158,7 +160,7 @@ def build(
     if as_json:
         click.echo(json.dumps({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]}))
     else:
-        show.build_result(manifest, json.loads((out / "report.json").read_text()), out)
+        show_result(manifest, json.loads((out / "report.json").read_text()), out)
 
 
 def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
@@ -169,6 +171,22 @@ def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
     if demo and stage == "base":
         raise UsageError("--demo has the stages mid and sft, not base")
     return f"demo-{stage}" if demo else stage
+
+
+def _tokenizer(path: Path | None, demo: bool) -> Tokenizer:
+    """The tokenizer at `path`, or with `demo` the demo's own, trained now. Raises UsageError, TokenizerError."""
+    if path is not None:
+        from chatdata.tokenizer.load import load_tokenizer
+
+        return load_tokenizer(path)
+    if demo:
+        from chatdata.demo.tokenizer import demo_tokenizer
+
+        return demo_tokenizer()
+    raise UsageError(
+        "no tokenizer given: pass --tokenizer with a tokenizer.json, nanochat's tokenizer.pkl, a .tiktoken "
+        "file or a build; make one with `chatdata tokenizer train`; or use --demo, which trains its own"
+    )
 
 
 def _plan_json(plan: BuildPlan, out: Path) -> dict[str, Any]:
@@ -184,10 +202,12 @@ def _plan_json(plan: BuildPlan, out: Path) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     """List the tasks: source, splits, rows, licence."""
-    from chatdata.look import tables as show
+    from rich.markup import escape
+
+    from chatdata.look.console import console, grid
     from chatdata.tasks.task import load_tasks
 
-    listed = [
+    listed: list[dict[str, Any]] = [
         {
             "task": task.name,
             "source": task.hub
@@ -198,7 +218,18 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
         }
         for task in load_tasks(task_files).values()
     ]
-    click.echo(json.dumps(listed)) if as_json else show.tasks(listed)
+    if as_json:
+        click.echo(json.dumps(listed))
+        return
+    lines = grid("task", "source", "subset", "splits (rows)", "licence", "what")
+    lines.columns[-1].no_wrap = False
+    for task in listed:
+        first, last = (task["task"], task["source"]), (task["licence"], task["summary"])
+        for subset, splits in task["splits"].items() or [("", {})]:
+            shown = ", ".join(f"{split} {rows:,}" if rows else split for split, rows in splits.items())
+            lines.add_row(*map(escape, (*first, subset, shown, *last)))
+            first, last = ("", ""), ("", "")
+    console().print(lines)
 
 
 @cli.command(
@@ -221,12 +252,12 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     which are small and stay.
     """
     from chatdata.build.cache import cached_units, prune, units_folder
-    from chatdata.look import tables as show
+    from chatdata.look.console import megabytes
 
     folder = units_folder()
     removed = prune(folder, unused_days) if unused_days is not None else []
     left = cached_units(folder)
-    facts = {
+    facts: dict[str, Any] = {
         "folder": str(folder),
         "units": len(left),
         "bytes": sum(unit.num_bytes for unit in left),
@@ -234,4 +265,10 @@ def cache(unused_days: float | None, as_json: bool) -> None:
         "removed_bytes": sum(unit.num_bytes for unit in removed),
         "oldest_use": left[0].last_used if left else None,
     }
-    click.echo(json.dumps(facts)) if as_json else show.cache(facts)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    oldest = f", the longest unused for {(time.time() - left[0].last_used) / 86_400:.1f} days" if left else ""
+    click.echo(f"{folder}: {len(left):,} work units, {megabytes(facts['bytes'])}{oldest}")
+    if removed:
+        click.echo(f"removed: {len(removed):,} work units, {megabytes(facts['removed_bytes'])}")

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from chatdata.cli.command import FILE, MaskPolicyChoice, examples
-from chatdata.cli.tokenizer import tokenizer_of
 from chatdata.errors import UsageError
 
 
@@ -42,11 +41,12 @@ def inspect(
 ) -> None:
     """Look at a document of a build, or at any one conversation: token, id, mask; inputs and targets per stage."""
     from chatdata.look import inspect as look
+    from chatdata.tokenizer.load import load_tokenizer
 
     if conversation is not None:
         if path is not None or tokenizer is None or doc is not None or task is not None:
             raise UsageError("--conversation takes --tokenizer, and no BUILD, --doc or --task")
-        document = look.document_of_file(conversation, tokenizer_of(tokenizer, demo=False))
+        document = look.document_of_file(conversation, load_tokenizer(tokenizer))
         look.show_tokens(document, stages, as_json)
         return
     if tokenizer is not None:
@@ -64,11 +64,10 @@ def inspect(
 def stats(path: Path, as_json: bool) -> None:
     """Documents, tokens, supervised share and lengths per task."""
     from chatdata import open_build
-    from chatdata.look import tables as show
-    from chatdata.look.stats import build_stats
+    from chatdata.look.stats import build_stats, show_stats
 
     numbers = build_stats(open_build(path))
-    click.echo(json.dumps(numbers)) if as_json else show.stats(numbers)
+    click.echo(json.dumps(numbers)) if as_json else show_stats(numbers)
 
 
 @click.command(
@@ -134,8 +133,7 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
 def plan(path: Path, seq_len: int, as_json: bool, **options: Any) -> None:
     """Sequences, steps, padding and targets that chattrain would make of a build; what if T or the rows were others."""
     from chatdata import open_build
-    from chatdata.look import tables as show
-    from chatdata.look.what_if import plan_numbers
+    from chatdata.look.what_if import plan_numbers, show_plan
 
     numbers = plan_numbers(open_build(path), seq_len, **options)
-    click.echo(json.dumps(numbers)) if as_json else show.epoch_plan(numbers)
+    click.echo(json.dumps(numbers)) if as_json else show_plan(numbers)

@@ -1,4 +1,4 @@
-"""`chatdata tokenizer train | import | show`, and how every command finds its tokenizer."""
+"""`chatdata tokenizer train | import | show`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,6 @@ from chatdata.errors import UsageError
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
-
-
-def tokenizer_of(path: Path | None, demo: bool) -> Tokenizer:
-    """The tokenizer at `path`, else with `demo` the demo's own, trained now. Raises UsageError, TokenizerError."""
-    from chatdata.tokenizer.load import load_tokenizer
-
-    if path is not None:
-        return load_tokenizer(path)
-    if demo:
-        from chatdata.demo.tokenizer import demo_tokenizer
-
-        return demo_tokenizer()
-    raise UsageError(
-        "no tokenizer given: pass --tokenizer with a tokenizer.json, nanochat's tokenizer.pkl, a .tiktoken "
-        "file or a build; make one with `chatdata tokenizer train`; or use --demo, which trains its own"
-    )
 
 
 @click.group()
@@ -66,13 +50,14 @@ def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Pa
 def import_(file: Path, pattern: str | None, out: Path) -> None:
     """Convert tokenizer.pkl, tokenizer.json or .tiktoken to a tokenizer folder, checked."""
     from chatdata.tokenizer.formats import read_tiktoken
+    from chatdata.tokenizer.load import load_tokenizer
 
     if pattern is not None and file.suffix != ".tiktoken":
         raise UsageError("--pattern goes with a .tiktoken file; others hold their own")
     if pattern is not None and file.is_file():
         _save(read_tiktoken(file, pattern), out)
     else:
-        _save(tokenizer_of(file, demo=False), out)
+        _save(load_tokenizer(file), out)
 
 
 @tokenizer.command(epilog=examples("chatdata tokenizer show tokenizer", "chatdata tokenizer show out/mid --text 'Hi!'"))
@@ -81,10 +66,13 @@ def import_(file: Path, pattern: str | None, out: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def show(path: Path, text: str | None, as_json: bool) -> None:
     """Entries, special tokens, split pattern, shard dtype; how a text is cut."""
-    loaded = tokenizer_of(path, demo=False)
+    from chatdata.look.console import shard_dtype
+    from chatdata.tokenizer.load import load_tokenizer
+
+    loaded = load_tokenizer(path)
     facts: dict[str, Any] = {
         "vocab_size": loaded.vocab_size,
-        "shards": "uint16" if loaded.dtype.itemsize == 2 else "uint32 (over 65,536 entries)",
+        "shards": shard_dtype(loaded),
         "pattern": loaded.pattern,
         "special_ids": loaded.special_ids,
         "canary_sha256": loaded.canary_sha256,
@@ -110,9 +98,9 @@ def _check_free(out: Path) -> None:
 
 
 def _save(loaded: Tokenizer, out: Path) -> None:
+    from chatdata.look.console import shard_dtype
     from chatdata.tokenizer.formats import save_tokenizer
 
     _check_free(out)
     save_tokenizer(loaded, out)
-    width = "uint16" if loaded.dtype.itemsize == 2 else "uint32, because it exceeds 65,536 entries"
-    click.echo(f"{out}: {loaded.vocab_size:,} entries (shards will be {width})")
+    click.echo(f"{out}: {loaded.vocab_size:,} tokens, shards will be {shard_dtype(loaded)}")

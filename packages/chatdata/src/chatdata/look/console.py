@@ -4,34 +4,47 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from chatdata.tokenizer.bpe import Tokenizer
+
 
 def console() -> Console:
-    """Standard output, wide enough that no number of a table is ever cut: a narrow terminal folds the line instead."""
+    """Standard output, wide enough that no number of a table is cut: a narrow terminal folds the line instead."""
     width = Console().width if sys.stdout.isatty() else 160
     return Console(width=max(width, 132), highlight=False, soft_wrap=True)
 
 
+def grid(*columns: str, **options: Any) -> Table:
+    """An empty table without lines. options: of rich's Table."""
+    made = Table(box=None, pad_edge=False, header_style="bold", **options)
+    for column in columns:
+        made.add_column(column, no_wrap=True)
+    return made
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], total: Sequence[Any] = ()) -> None:
     """Print a table: first column left, the others right; integers with thousands separators."""
-    grid = Table(
-        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", show_footer=bool(total)
-    )
-    for i, column in enumerate(columns):
-        footer = _cell(total[i]) if total else ""
-        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=True, footer=footer)
+    lines = grid(*columns, title=title, title_justify="left", show_footer=bool(total))
+    for i, column in enumerate(lines.columns):
+        column.justify = "right" if i else "left"
+        column.footer = _cell(total[i]) if total else ""
     for row in rows:
-        grid.add_row(*(_cell(value) for value in row))
-    console().print(grid)
+        lines.add_row(*map(_cell, row))
+    console().print(lines)
 
 
 def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def shard_dtype(tokenizer: Tokenizer) -> str:
+    return tokenizer.dtype.name if tokenizer.dtype.itemsize == 2 else f"{tokenizer.dtype.name} (over 65,536 tokens)"
 
 
 def share(part: int, whole: int) -> str:

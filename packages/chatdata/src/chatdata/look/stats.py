@@ -1,9 +1,10 @@
-"""Numbers of a build per task, from its index alone."""
+"""`chatdata stats`: numbers of a build per task, from its index alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from chatdata.look.console import console, share, table
 from chatdata.shards.read import Build
 
 
@@ -30,3 +31,20 @@ def build_stats(build: Build) -> dict[str, Any]:
         )
         splits[name] = sorted(frame.to_dicts(), key=lambda row: -row["tokens"])
     return {"build_id": build.manifest["build_id"], "stage": build.manifest["stage"], "splits": splits}
+
+
+def show_stats(numbers: dict[str, Any]) -> None:
+    """Print what `build_stats` found."""
+    lengths = ("shortest", "median", "99%", "longest")
+    columns = ("task", "documents", "tokens", "supervised", "share", "turns", "tool calls", *lengths)
+    for split, tasks in numbers["splits"].items():
+        rows = [
+            (
+                *(task[key] for key in ("task", "documents", "tokens", "supervised")),
+                share(task["supervised"], task["tokens"]),
+                *(task["turns"], task["tool_calls"], *task["length"].values()),
+            )
+            for task in tasks
+        ]
+        table(f"\n{split}", columns, rows)
+    console().print(f"\nstage {numbers['stage']}, build {numbers['build_id'][:12]}")

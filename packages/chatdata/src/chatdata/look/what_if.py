@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+from rich.markup import escape
 
 from chatdata.errors import PackingError, PlanError
+from chatdata.look.console import console, share, table
 from chatdata.packing.epoch import (
     Epoch,
     Layout,
@@ -160,3 +162,37 @@ def _num_split(offsets: np.ndarray, seq_len: int) -> int:
     """Documents whose targets lie in more than one sequence of a stream, or partly in its tail."""
     first, last = offsets[:-1] + 1, offsets[1:] - 1  # their own targets: the first token is the document before's
     return int(np.count_nonzero((last > first) & ((first - 1) // seq_len != (last - 1) // seq_len)))
+
+
+def show_plan(numbers: dict[str, Any]) -> None:
+    """Print what `plan_numbers` found: the plan at its T, what is left out, and the what-if table."""
+    console().print(
+        f"stage {numbers['stage']} (layout {numbers['stage_rows']}), {numbers['split']}: {numbers['documents']:,} "
+        f"documents, {numbers['tokens']:,} tokens · mask {numbers['mask']} · "
+        f"{numbers['batch_size']:,} × {numbers['seq_len']:,} positions a step"
+    )
+    listed, left_out = [], []
+    for layout, found in numbers["plans"].items():
+        if "refused" in found:
+            left_out.append(f"{layout}: {escape(found['refused'])}")
+            continue
+        per_step = found["targets_per_step"]
+        cells = [found[key] for key in ("steps", "sequences", "input_tokens", "targets")]
+        cells += [f"{per_step['mean']:,.1f}", per_step["min"], per_step["max"], found["padding"]]
+        listed.append((layout, *cells, share(found["padding"], found["positions"])))
+        left = [f"{value:,} {name.replace('_', ' ')}" for name, value in found["left_out"].items() if value]
+        left_out.append(f"{layout}, left out: {', '.join(left) or 'nothing'}")
+    if listed:
+        steps = ("targets/step", "least", "most")
+        table("\nan epoch", ("layout", "steps", "sequences", "input tokens", "targets", *steps, "padding", ""), listed)
+    console().print("\n".join(left_out))
+    cut, lost = ("documents cut", ""), ("supervised lost", "if dropped")
+    columns = ("T", "layout", "sequences", *cut, *lost, "padding", "filled", "targets/position")
+    listed = []
+    for row in numbers["what_if"]:
+        dropped = row["supervised_lost_if_dropped"] if row["rows"] != "stream" else "–"
+        cells = [f"{row['seq_len']:,}", row["rows"], row["sequences"], row["documents_cut"]]
+        cells += [share(row["documents_cut"], numbers["documents"]), row["supervised_lost"], dropped, row["padding"]]
+        listed.append((*cells, f"{100 * row['filled']:.1f}%", f"{100 * row['efficiency']:.1f}%"))
+    title = "\nwhat if (pack and pad with --long truncate; stream splits documents and loses only its tail)"
+    table(title, columns, listed)

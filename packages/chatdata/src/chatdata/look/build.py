@@ -1,0 +1,106 @@
+"""What `chatdata build` prints: its plan before the work, and its result after it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from chatdata.look.console import console, grid, shard_dtype, share, table
+from chatdata.render.replay import OUTCOMES
+
+if TYPE_CHECKING:
+    from chatdata.build.plan import BuildPlan
+
+
+def show_plan(plan: BuildPlan, out: Path) -> None:
+    recipe, tokenizer = plan.recipe, plan.tokenizer
+    length = "whole documents" if recipe.max_tokens is None else f"{recipe.overflow} at {recipe.max_tokens:,} tokens"
+    console().print(
+        f"{recipe.name} (stage {recipe.stage}) → {escape(str(out))}\n"
+        f"vocabulary: {tokenizer.vocab_size:,} tokens, shards {shard_dtype(tokenizer)} · length: {length} · "
+        f"without supervision: {recipe.zero_supervised} · seed {recipe.seed}"
+    )
+    counts: Counter[tuple[str, str, int, str]] = Counter()
+    for split, entries in plan.splits.items():
+        for planned in entries:
+            source = planned.source
+            revision = f"@{source.revision[:12]}" if source.revision else ""
+            counts[split, planned.entry.label, len(planned.task_positions), source.name + revision] += 1
+    lines = grid("split", "entry", "rows", "source")
+    lines.columns[2].justify = "right"
+    for (split, label, num_rows, name), times in counts.items():
+        lines.add_row(split, escape(label), f"{num_rows:,}" + (f" ×{times}" if times > 1 else ""), escape(name))
+    console().print(lines)
+
+
+def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> None:
+    for split, contents in manifest["splits"].items():
+        copies: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # entries that differ only in their number (epochs)
+        for entry in contents["entries"]:
+            copies.setdefault(tuple(entry[key] for key in ("task", "subset", "split", "source")), []).append(entry)
+        columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
+        rows = [_ledger_row(_name(entries), entries) for entries in copies.values()]
+        table(f"\n{split}", columns, rows, _ledger_row("all", contents["entries"]))
+        _show_tool_calls(report["tool_calls"][split])
+    if "firewall" in report:
+        _show_firewall(report["firewall"], out)
+    units, encoder = report["units"], report.get("encoder")
+    num_units = units["rendered"] + units["cached"]
+    how = f"{report['duration_s']['total']:.1f} s, {units['rendered']:,} of {num_units:,} work units rendered"
+    if units["damaged"]:
+        how += f" ({units['damaged']} damaged in the cache)"
+    if encoder:
+        how += f", encoded with {encoder['name']}"
+        if encoder["texts_checked"]:
+            how += f" ({encoder['texts_checked']:,} of {encoder['texts']:,} texts checked against tiktoken)"
+    console().print(f"\n{how}\n{escape(str(out))}: build {manifest['build_id'][:12]} is complete")
+
+
+def _name(entries: list[dict[str, Any]]) -> str:
+    times = f"×{len(entries)}" if len(entries) > 1 else ""
+    return " ".join(part for part in (entries[0]["task"], entries[0]["subset"], times) if part)
+
+
+def _ledger_row(name: str, entries: list[dict[str, Any]]) -> tuple[Any, ...]:
+    keys = ("documents", "tokens", "supervised", "truncated", "tokens_lost")
+    documents, tokens, supervised, truncated, lost = (sum(entry[key] for entry in entries) for key in keys)
+    dropped = sum(sum(entry["dropped"].values()) for entry in entries)
+    return name, documents, tokens, supervised, share(supervised, tokens), truncated, lost, dropped
+
+
+def _show_tool_calls(replayed: dict[str, Any]) -> None:
+    """The tool calls of a split whose recorded output is not the calculator's result, per task."""
+    tasks: dict[str, Counter[str]] = {}
+    for counts in replayed["entries"].values():
+        numbers = {key: value for key, value in counts.items() if key != "task"}
+        tasks.setdefault(counts["task"], Counter()).update(numbers)
+    kinds = [kind for kind in OUTCOMES if any(counts[kind] for counts in tasks.values())]
+    if tasks and not kinds:
+        total = sum(counts["calls"] for counts in tasks.values())
+        console().print(f"\n{total:,} tool calls: all recorded outputs match the calculator")
+    elif tasks:
+        rows = [(task, counts["calls"], *(counts[kind] for kind in kinds)) for task, counts in tasks.items()]
+        table("\ntool calls whose recorded output does not match the calculator", ("task", "calls", *kinds), rows)
+
+
+def _show_firewall(report: dict[str, Any], out: Path) -> None:
+    """Training rows that hold scored items (a row per task, a column per scored set), and what was not checked."""
+    checked = report["checked"]
+    columns = [name for name, counts in checked.items() if counts["flagged"]]
+    if columns:
+        rows = [(task, *(sets.get(name, 0) for name in columns)) for task, sets in report["rows"].items()]
+        items = [f"{checked[name]['flagged']:,} of {checked[name]['items']:,}" for name in columns]
+        done = "dropped" if report["decontaminate"] == "drop" else "kept; --decontaminate drop leaves them out"
+        title = f"\nfirewall: {report['flagged_rows']:,} training rows hold scored items ({done})"
+        table(title, ("rows of", *columns), rows, ("scored items", *items))
+        lines = [f"every row is listed in {out.name}-firewall.json"]
+    else:
+        num_items = sum(counts["items"] for counts in checked.values())
+        lines = [f"\nfirewall: no training row holds any of {num_items:,} scored items"]
+    for reason in dict.fromkeys(report["not_checked"].values()):
+        names = ", ".join(name for name, why in report["not_checked"].items() if why == reason)
+        lines.append(f"not checked ({reason}): {names}")
+    console().print(escape("\n".join(lines)))
