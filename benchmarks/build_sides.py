@@ -70,7 +70,7 @@ def make_build_plan(arguments: argparse.Namespace) -> BuildPlan:
 
 def distinct_positions(plan: BuildPlan) -> list[tuple[Source, int]]:
     """(source, position) of every row of the mixture in its order, once."""
-    from chatdata.build.mixture import mixture_order
+    from chatdata.build.plan import mixture_order
 
     found: dict[tuple[int, int], tuple[Source, int]] = {}
     for split, entries in plan.splits.items():
@@ -84,18 +84,10 @@ def distinct_positions(plan: BuildPlan) -> list[tuple[Source, int]]:
 
 def wanted_rows(plan: BuildPlan) -> Iterator[tuple[Source, Any]]:
     """Every source with bool [num_rows]: which of its rows the mixture holds."""
-    import numpy as np
+    from chatdata.build.plan import number_documents
 
-    from chatdata.build.mixture import permutation
-
-    for source in plan.sources:
-        ranges = [p.positions for entries in plan.splits.values() for p in entries if p.source is source]
-        num_rows = max(positions.stop for positions in ranges) if source.make_row else source.num_rows
-        row_at = permutation(num_rows) if source.task.permuted else np.arange(num_rows)
-        wanted = np.zeros(num_rows, dtype=bool)
-        for positions in ranges:
-            wanted[row_at[positions.start : positions.stop]] = True
-        yield source, wanted
+    for source, row_map in number_documents(plan).items():
+        yield source, row_map.document_of >= 0
 
 
 def conversations_in_memory(plan: BuildPlan) -> list[list[dict[str, Any]]]:

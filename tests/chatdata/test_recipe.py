@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chatdata.build.mixture import mixture_order, permutation, select
+from chatdata.build.plan import mixture_order, permutation, select
 from chatdata.errors import RecipeError
 from chatdata.recipe import load_recipe, override, shipped_recipes
 from chatdata.tasks import load_tasks

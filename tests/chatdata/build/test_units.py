@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from chatdata.build import cache, units
 from chatdata.build import engines as engine
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
-from chatdata.build.units import Renderer, cut_units, render_unit
+from chatdata.build.units import RENDERING_CODE, Renderer, code_sha256, cut_units, render_unit
 from chatdata.errors import BuildError, ConversationError, TaskError, TokenizerError
 from chatdata.recipe import load_recipe
 from chatdata.sources import files
@@ -36,6 +37,7 @@ from chatdata.sources.source import Source
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
 
+PACKAGE = Path(units.__file__).parents[1]
 NUM_UNITS = 40  # of the recipe below, in units of about 2 kB
 RECIPE = """
 stage = "sft"
@@ -165,12 +167,55 @@ def test_a_key_is_content_and_nothing_else(
     assert keys(source, drop=1)[0] != first[0] and keys(source, drop=1)[1:] == first[1:]
     other = Tokenizer(byte_tokenizer.ranks, r"\s+|\S+", byte_tokenizer.special_ids, "other pattern")
     assert not set(keys(source, tokenizer=other)) & set(first)
-    monkeypatch.setattr(units, "_code_sha256", lambda: "another version")
+    monkeypatch.setattr(units, "code_sha256", lambda package: "another version")
     assert not set(keys(source_of(recipe))) & set(first)
     monkeypatch.undo()
     with moved.open("a") as file:
         file.write(" ")
     assert not set(keys(Source("chats", source.task, (SourceFile(moved, "chats"),)))) & set(first)
+
+
+def test_a_key_covers_the_code_that_renders_and_no_other(tmp_path: Path) -> None:
+    package = tmp_path / "chatdata"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = code_sha256(package)
+    for name in ("look/report/page.py", "check/diff.py", "cli/app.py", "build/run.py", "build/cache.py", "errors.py"):
+        assert hash_after_an_edit(package, name) == before
+    for name in ("render/batch.py", "tokenizer/bpe.py", "tasks/gsm8k.py", "tasks/texts/names.txt", "calculator.py"):
+        assert hash_after_an_edit(package, name) != before
+
+
+def hash_after_an_edit(package: Path, name: str) -> str:
+    """code_sha256 with another line in the file; the file is then put back."""
+    text = (package / name).read_text()
+    (package / name).write_text(text + "# a typo fixed\n")
+    code_sha256.cache_clear()
+    found = code_sha256(package)
+    (package / name).write_text(text)
+    return found
+
+
+def test_what_the_renderer_imports_is_in_its_keys() -> None:
+    """Every module that build/units.py imports, directly or not, decides what it renders or is named here."""
+    decide_nothing = {
+        *("errors.py", "disk.py", "build/cache.py"),  # messages; where units are and how files are written
+        *("recipe.py", "decode.py"),  # which rows: the wanted rows are in the key
+        *("grading.py",),  # of answers
+    }
+    found, waiting = set[str](), ["build/units.py"]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name in decide_nothing:
+            continue
+        found.add(name)
+        for module in re.findall(r"^ *(?:from|import) chatdata\.?([\w.]*)", (PACKAGE / name).read_text(), re.M):
+            path = PACKAGE / module.replace(".", "/")
+            waiting += [
+                str(p.relative_to(PACKAGE)) for p in (path.with_suffix(".py"), *path.glob("*.py")) if p.is_file()
+            ]
+    covered = {n for n in found if any(n == part or n.startswith(f"{part}/") for part in RENDERING_CODE)}
+    assert found - covered == set()
+    assert all((PACKAGE / name).exists() for name in (*RENDERING_CODE, *decide_nothing))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 3_000), st.data())
@@ -264,7 +309,7 @@ def with_task(recipe: Path, action: str, when: str = AT_ROW_150) -> list[str]:
 def run_small(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     """The command line in a process of its own, with units as small as in this file."""
     program = (
-        "from chatdata.build import engines as engine, units\nfrom chatdata.sources import files, find as sources\n"
+        "from chatdata.build import engines as engine, units\nfrom chatdata.sources import files, source as sources\n"
         "sources.ROWS_PER_SEGMENT = 64\n"
         "files.SEGMENT_BYTES = units.SEGMENT_BYTES = 2_000; engine.BYTES_PER_WORKER = 1\n"
         "from chatdata.cli import main\nmain()"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and on the disk when we say so."""
+"""Writing files: whole or not at all, synced to the disk, and one clear line when the disk is full."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chatdata.errors import UsageError
+from chatdata.errors import BuildError, UsageError
 
 
 def check_file(out: Path) -> None:
-    """Raise UsageError if `out` is a folder or would lie in none."""
+    """Raise UsageError if `out` is a folder, or if its folder does not exist."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; name a file")
     if not out.parent.is_dir():
@@ -23,7 +23,7 @@ def check_file(out: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file to a hidden name beside `path`, sync it, rename it. Raises OSError."""
+    """Write to a hidden name next to `path`, sync, rename. Raises OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data)
@@ -34,7 +34,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or to a folder's list of names."""
+    """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,7 +48,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file of sorted keys, whole or not at all."""
+    """Write a JSON file with sorted keys, whole or not at all."""
     write_whole(path, (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode())
 
 
@@ -59,7 +59,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatdata"
 
 
-# what would be right, where the system's own words leave it unsaid
+# what to do about an error, which the system's own words do not say
 REMEDIES = {
     errno.EACCES: "choose another path, or change its permissions",
     errno.EDQUOT: "free some space, then call again",
@@ -77,7 +77,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def describe_os_error(error: OSError) -> str:
-    """The file, what is wrong with it in the system's words, what would be right: "a/b: file exists; choose …"."""
+    """The file, the system's own words, and what to do: "a/b: file exists; choose another path"."""
     if error.errno is None or not error.strerror:
         return str(error)
     path = error.filename if error.filename2 is None else error.filename2  # of two names: what was to be written
@@ -88,10 +88,21 @@ def describe_os_error(error: OSError) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file or folder being written in what a full or broken disk raises: `write` does not know its name."""
+    """Add the name of the file or folder being written to an error of the disk: `write` does not know it."""
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno in DISK_ERRORS:
             error.filename = str(path)
+        raise
+
+
+@contextmanager
+def writes_to(folder: Path, full: str) -> Iterator[None]:
+    """What is inside writes to `folder`: a full disk is a BuildError that names it and ends with `full`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BuildError(f"{folder}: no space left on the disk{full}") from None
         raise

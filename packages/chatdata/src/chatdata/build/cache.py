@@ -1,7 +1,7 @@
-"""The cache folder, and the rendered units in it: `units/<what it is made from>-<what it holds>.arrow`.
+"""The cache of work units: files `units/<key>-<hash of the content>.arrow` below the cache folder.
 
-Both halves of a name are hashes, so a damaged file is seen when it is read, and two builds that render the same unit
-write the same file. The folder `urls` beside it holds files fetched by URL (hub.py).
+The second hash shows a damaged file when it is read, and makes two builds that render the same unit write the same
+file. Next to `units`, the folder `urls` holds files downloaded by URL (sources/hub.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from chatdata.disk import cache_folder, file_sha256
 
 UNIT_SUFFIX, PARTIAL_SUFFIX = ".arrow", ".tmp"
 DAY_S = 86_400
-ABANDONED_S = DAY_S  # a temporary file this old belongs to a build that was killed: no unit takes an hour
+ABANDONED_S = DAY_S  # a temporary file this old was left by a build that was killed: no unit takes an hour
 
 
 @dataclass(frozen=True)
 class CachedUnit:
-    """A unit on disk, or what is left of one."""
+    """A unit on disk, or a half-written one."""
 
     path: Path
     num_bytes: int
@@ -33,7 +33,7 @@ def units_folder() -> Path:
 
 
 def cached_units(folder: Path) -> list[CachedUnit]:
-    """All units of the cache, and what killed builds left of others; least recently used first."""
+    """All units of the cache, half-written ones included, least recently used first."""
     found = []
     for entry in os.scandir(folder) if folder.is_dir() else ():
         if entry.name.endswith((UNIT_SUFFIX, PARTIAL_SUFFIX)):
@@ -44,29 +44,28 @@ def cached_units(folder: Path) -> list[CachedUnit]:
 
 
 def find_units(folder: Path) -> dict[str, Path]:
-    """key → path of every unit that is there."""
-    paths = (unit.path for unit in cached_units(folder) if unit.path.suffix == UNIT_SUFFIX)
-    return {path.name.partition("-")[0]: path for path in paths}
+    """key → path of every unit in the cache. Half-written ones of this machine's ended processes are removed."""
+    paths = {}
+    for unit in cached_units(folder):
+        key, _, rest = unit.path.stem.partition("-" if unit.path.suffix == UNIT_SUFFIX else ".")
+        if unit.path.suffix == UNIT_SUFFIX:
+            paths[key] = unit.path
+        else:  # <key>.<host>-<process id>; those of other machines are left to `prune`
+            host, _, pid = rest.rpartition("-")
+            if host == os.uname().nodename and pid.isdigit() and not _is_running(int(pid)):
+                unit.path.unlink(missing_ok=True)
+    return paths
 
 
 def take_unit(path: Path) -> bool:
-    """Whether the unit is whole. Then it is marked as used now; otherwise it is removed."""
+    """Whether the unit is whole. If it is, it is marked as used now; if not, it is removed."""
     whole = False
     try:
         whole = file_sha256(path)[:32] == path.stem.partition("-")[2]
         os.utime(path) if whole else path.unlink()
-    except OSError:  # pruned a moment ago, a cache that is shared and read-only, a file we may not read
+    except OSError:  # pruned a moment ago, in a shared cache that is read-only, or not readable for us
         return path.is_file() and whole
     return whole
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove what processes of this machine that have ended left half written. Another machine's, `prune` removes."""
-    for unit in cached_units(folder):
-        if unit.path.suffix == PARTIAL_SUFFIX:
-            host, _, pid = unit.path.stem.partition(".")[2].rpartition("-")
-            if host == os.uname().nodename and pid.isdigit() and not _is_running(int(pid)):
-                unit.path.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:
@@ -79,13 +78,8 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def partial_name(key: str) -> str:
-    """Where this process writes a unit until it is whole."""
-    return f"{key}.{os.uname().nodename}-{os.getpid()}{PARTIAL_SUFFIX}"
-
-
 def prune(folder: Path, unused_days: float) -> list[CachedUnit]:
-    """Remove the units that no build has used for `unused_days`, and what killed builds left. Returns what went."""
+    """Remove units that no build has used for `unused_days`, and half-written ones a day old. Returns those removed."""
     now, removed = time.time(), []
     for unit in cached_units(folder):
         age_s = ABANDONED_S if unit.path.suffix == PARTIAL_SUFFIX and unused_days else unused_days * DAY_S

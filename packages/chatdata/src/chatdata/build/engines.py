@@ -1,4 +1,4 @@
-"""Who renders the units: this process, worker processes, or a Ray cluster. The files they write are the same."""
+"""Who renders the missing units: this process, worker processes, or a Ray cluster. All write the same files."""
 
 from __future__ import annotations
 
@@ -9,29 +9,36 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 from chatdata.build.units import Rendered, Renderer, Unit, render_unit
 from chatdata.errors import BuildError
 
-# a worker starts in about a second: what one process renders in that time is not shared out
+# a worker takes about a second to start: what one process renders in that time is not worth another one
 BYTES_PER_WORKER = 8 << 20
-# by the fork server, once for all workers; what is not installed is passed over
+# imported by the fork server, once for all workers; what is not installed is skipped
 PRELOADED = ["chatdata.build.units", "pyarrow.parquet", "tiktoken", "gigatoken", "fastokens"]
 ENGINES = ("local", "ray")
-OnRows = Callable[[Unit, int], None]  # some rows of a unit were rendered
-OnUnit = Callable[[Unit, Rendered], None]  # a unit was finished
 
-_T = TypeVar("_T")
-_renderer: Renderer  # a worker process has one
+
+class OnRows(Protocol):
+    """Called when some rows of a unit were rendered, and with its file when it is finished."""
+
+    def __call__(self, unit: Unit, num_rows: int, rendered: Rendered | None = None) -> None: ...
+
+
+Render = Callable[[OnRows], None]
+
+_renderer: Renderer  # of a worker process
 
 
 def available_cpus() -> int:
@@ -39,88 +46,91 @@ def available_cpus() -> int:
 
 
 def start_early() -> None:
-    """Start the server that workers are forked from: it imports for 0.8 s, beside which a large build is planned."""
+    """Start the server that workers are forked from: its imports take 0.8 s, in which a large build is planned."""
     _fork_server()
     forkserver.ensure_running()
 
 
 def _fork_server() -> BaseContext:
-    # a fork of this process would take over its threads' locks; the fork server has none and imports only once
+    # a fork of this process would inherit its threads' locks; the fork server has no threads and imports only once
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
-def render_units(
-    renderer: Renderer,
-    units: list[Unit],
-    engine: str,
-    workers: int,
-    on_rows: OnRows,
-    on_unit: OnUnit,
-    prepare: Callable[[], _T],
-) -> _T:
-    """Render `units`, in any order, and return what `prepare` did, which this process calls while others start.
+@contextmanager
+def start_workers(renderer: Renderer, units: list[Unit], engine: str, workers: int) -> Iterator[Render]:
+    """Inside, other processes already render `units`; call what this yields to join in until all are done.
 
-    What was finished when an error or an interruption comes is kept.
+    Units come in any order. Those finished when an error or an interruption comes stay in the cache.
     Raises the error of the first unit that cannot be rendered, BuildError if a worker was killed.
     """
     renderer.folder.mkdir(parents=True, exist_ok=True)
     workers = min(workers, len(units), max(1, sum(unit.num_bytes for unit in units) // BYTES_PER_WORKER))
     if engine == "ray" and units:
-        return _render_on_ray(renderer, units, on_rows, on_unit, prepare)
-    if workers > 1:
-        return _render_in_processes(renderer, units, workers, on_rows, on_unit, prepare)
-    prepared = prepare()
-    for unit in units:
-        on_unit(unit, _render_here(renderer, unit, on_rows, lambda: None))
-    return prepared
+        with _start_ray(renderer, units) as render:
+            yield render
+    elif workers > 1:
+        with _start_processes(renderer, units, workers) as render:
+            yield render
+    else:
+        waiting = deque(units)
+        yield lambda on_rows: _render_here(renderer, waiting, on_rows)
 
 
-def _render_in_processes(
-    renderer: Renderer, units: list[Unit], workers: int, on_rows: OnRows, on_unit: OnUnit, prepare: Callable[[], _T]
-) -> _T:
-    """This process is one of the workers, once it has prepared. A thread hands units to each of the others."""
+def _render_here(renderer: Renderer, waiting: deque[Unit], on_rows: OnRows) -> None:
+    while unit := _take(waiting):
+        rendered = render_unit(renderer, unit, partial(on_rows, unit))
+        on_rows(unit, 0, rendered)
+
+
+def _take(waiting: deque[Unit]) -> Unit | None:
+    try:
+        return waiting.popleft()  # atomic: several threads take units
+    except IndexError:
+        return None
+
+
+@contextmanager
+def _start_processes(renderer: Renderer, units: list[Unit], workers: int) -> Iterator[Render]:
+    """A thread hands units to each worker process. This process is one of the workers, once it joins in."""
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers - 1, mp_context=_fork_server(), initializer=_start_worker, initargs=(renderer,))
-    waiting = deque(sorted(units, key=lambda unit: -unit.num_bytes))  # the longest first; taking one is atomic
+    waiting = deque(sorted(units, key=lambda unit: -unit.num_bytes))  # the longest first
     finished: SimpleQueue[tuple[Unit, Rendered] | BaseException] = SimpleQueue()
-
-    def next_unit() -> Unit | None:
-        try:
-            return waiting.popleft()
-        except IndexError:
-            return None
 
     def keep_busy() -> None:
         try:
-            while unit := next_unit():
+            while unit := _take(waiting):
                 finished.put((unit, pool.submit(_render_in_worker, unit).result()))
         except BaseException as error:
             waiting.clear()
             finished.put(error)
 
-    def collect() -> None:
-        while not finished.empty():
-            item = finished.get()
-            if isinstance(item, BaseException):
-                raise item
-            on_unit(*item)
-            on_rows(item[0], item[0].num_rows)
+    def render(on_rows: OnRows) -> None:
+        def collect() -> None:
+            while not finished.empty():
+                item = finished.get()
+                if isinstance(item, BaseException):
+                    raise item
+                on_rows(item[0], item[0].num_rows, item[1])
 
-    threads = [threading.Thread(target=keep_busy, daemon=True) for _ in range(workers - 1)]
-    try:
-        for thread in threads:
-            thread.start()
-        prepared = prepare()
-        while unit := next_unit():
-            on_unit(unit, _render_here(renderer, unit, on_rows, collect))
+        def on_own_rows(unit: Unit, num_rows: int, rendered: Rendered | None = None) -> None:
+            on_rows(unit, num_rows, rendered)
+            collect()
+
+        _render_here(renderer, waiting, on_own_rows)
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.05)
                 collect()
         collect()
-        return prepared
+
+    threads = [threading.Thread(target=keep_busy, daemon=True) for _ in range(workers - 1)]
+    try:
+        for thread in threads:
+            thread.start()
+        yield render
     except BaseException as error:
         waiting.clear()
         for process in set(multiprocessing.active_children()) - before:
@@ -135,20 +145,11 @@ def _render_in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _render_here(renderer: Renderer, unit: Unit, on_rows: OnRows, meanwhile: Callable[[], None]) -> Rendered:
-    def progress(num_rows: int) -> None:
-        on_rows(unit, num_rows)
-        meanwhile()
+@contextmanager
+def _start_ray(renderer: Renderer, units: list[Unit]) -> Iterator[Render]:
+    """A Ray cluster (RAY_ADDRESS), or one started here. Ray renders a unit again if its worker is lost.
 
-    return render_unit(renderer, unit, progress)
-
-
-def _render_on_ray(
-    renderer: Renderer, units: list[Unit], on_rows: OnRows, on_unit: OnUnit, prepare: Callable[[], _T]
-) -> _T:
-    """The same on a Ray cluster (RAY_ADDRESS), or on one started here. Ray runs a unit again if its worker is lost.
-
-    Sources and cache must lie under the same paths on all machines.
+    Sources and cache must have the same paths on all machines.
     """
     # under `uv run` Ray would upload this folder and have its workers run from the copy (0: read when it is imported)
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -159,11 +160,8 @@ def _render_on_ray(
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        shared = [ray.put(renderer)]  # in a list it stays a reference: read once by a worker, not with each unit
-        remote = ray.remote(num_cpus=1, max_retries=3)(_render_remotely)
-        waiting = {remote.remote(shared, unit): unit for unit in sorted(units, key=lambda unit: -unit.num_bytes)}
-        prepared = prepare()
+
+    def render(on_rows: OnRows) -> None:
         while waiting:
             (done, *_), _ = ray.wait(list(waiting), num_returns=1)
             unit = waiting.pop(done)
@@ -173,9 +171,13 @@ def _render_on_ray(
                     f"{rendered.path}: a Ray worker wrote it, but it is not here; CHATDATA_CACHE must name a folder "
                     "that all machines share"
                 )
-            on_unit(unit, rendered)
-            on_rows(unit, unit.num_rows)
-        return prepared
+            on_rows(unit, unit.num_rows, rendered)
+
+    try:
+        shared = [ray.put(renderer)]  # in a list it stays a reference: read once by a worker, not with each unit
+        remote = ray.remote(num_cpus=1, max_retries=3)(_render_remotely)
+        waiting = {remote.remote(shared, unit): unit for unit in sorted(units, key=lambda unit: -unit.num_bytes)}
+        yield render
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
@@ -206,7 +208,7 @@ def _start_worker(renderer: Renderer) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose build was killed -9 would wait for its next unit for ever."""
+    """A worker whose build was killed by SIGKILL would wait for its next unit for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,15 +1,18 @@
-"""What a build will do, decided before any row is read."""
+"""What a build will do, decided before any row is read: the sources, each entry's rows, and the order of them all."""
 
 from __future__ import annotations
 
+import random
+from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
-from chatdata.build.mixture import select
+import numpy as np
+
 from chatdata.errors import MissingSource, RecipeError
-from chatdata.recipe import Entry, Recipe
+from chatdata.recipe import Recipe
+from chatdata.render.documents import RowMap
 from chatdata.sources.find import Locations, resolve
 from chatdata.sources.source import PlannedEntry, Source
 from chatdata.tasks.task import Task
@@ -20,68 +23,154 @@ MAX_ENTRIES = 2**15  # the index numbers entries in int16
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a build will do, before any row is read."""
+    """The recipe with every source found and every entry's task positions chosen."""
 
     recipe: Recipe
     tokenizer: Tokenizer
     splits: dict[str, list[PlannedEntry]]
+    sources: tuple[Source, ...]  # distinct, in the order the recipe names them
     limit: int | None
-    tasks: Mapping[str, Task] = field(default_factory=dict)  # all, for the firewall: also those that are only scored
+    tasks: Mapping[str, Task] = field(default_factory=dict)  # all of them: the firewall also needs the scored ones
     locations: Locations = field(default_factory=lambda: Locations(Path()))
-
-    @property
-    def sources(self) -> list[Source]:
-        """Distinct sources, in the order the recipe names them."""
-        return list(dict.fromkeys(planned.source for entries in self.splits.values() for planned in entries))
 
 
 def make_build_plan(
     recipe: Recipe, tasks: dict[str, Task], tokenizer: Tokenizer, locations: Locations, limit: int | None = None
 ) -> BuildPlan:
-    """Find every source and choose every entry's positions.
+    """Find every source and choose every entry's task positions.
 
     Raises MissingSource naming all missing sources at once, SourceError for an empty one, RecipeError for rows that
-    are not there.
+    do not exist.
     """
-    sources: dict[Any, Source] = {}
-    missing: list[str] = []
     if max(len(entries) for entries in recipe.splits.values()) > MAX_ENTRIES:
         raise RecipeError(
             f"{recipe.name}: more than {MAX_ENTRIES:,} entries in a split (epochs make many); the index has int16"
         )
+    found: dict[str, Source] = {}
+    missing: list[str] = []
+    source_of: dict[int, Source] = {}  # by the entry's id
     for entry in (entry for entries in recipe.splits.values() for entry in entries):
-        key = _source_key(entry)
-        if key in sources:
-            continue
+        # entries that differ only in which positions they take share a source
+        key = repr((replace(entry, start=None, stop=None, rows=None, options={}), sorted(entry.options.items())))
         try:
-            sources[key] = resolve(entry, tasks[entry.task], locations)
+            if key not in found:
+                found[key] = resolve(entry, tasks[entry.task], locations)
+            source_of[id(entry)] = found[key]
         except MissingSource as error:
             if str(error) not in missing:
                 missing.append(str(error))
-    if len(missing) == 1:
-        raise MissingSource(missing[0])
-    if missing:
+    if len(missing) > 1:
         listed = "; ".join(f"({i}) {message}" for i, message in enumerate(missing, start=1))
         raise MissingSource(f"{len(missing)} sources are missing: {listed}")
-    splits = {
-        split: [_plan_entry(entry, tasks[entry.task], sources[_source_key(entry)], limit) for entry in entries]
-        for split, entries in recipe.splits.items()
-    }
-    return BuildPlan(recipe, tokenizer, splits, limit, tasks, locations)
+    if missing:
+        raise MissingSource(missing[0])
+    splits: dict[str, list[PlannedEntry]] = {split: [] for split in recipe.splits}
+    for split, entry in ((split, entry) for split, entries in recipe.splits.items() for entry in entries):
+        task, source = tasks[entry.task], source_of[id(entry)]
+        if task.generate is not None:
+            num_rows = entry.stop if entry.stop is not None else (entry.start or 0) + (entry.rows or 0)
+        else:
+            num_rows = source.num_rows
+        try:
+            positions = select(num_rows, entry.start, entry.stop, entry.rows, limit)
+        except RecipeError as error:
+            raise error.at(f"{entry.label} ({source.name})") from None
+        splits[split].append(PlannedEntry(entry, task, source, positions))
+    return BuildPlan(recipe, tokenizer, splits, tuple(found.values()), limit, tasks, locations)
 
 
-def _source_key(entry: Entry) -> Any:
-    """Entries that differ only in which positions they take share a source."""
-    bare = replace(entry, start=None, stop=None, rows=None, options={})
-    return (repr(bare), repr(sorted(entry.options.items())))
+def select(num_rows: int, start: int | None, stop: int | None, rows: int | None, limit: int | None) -> range:
+    """Task positions an entry takes: [start, stop) (negative counts from the end), the first `rows`, then `limit`.
+
+    Raises RecipeError for rows that do not exist: a mixture is never silently smaller than its recipe.
+    """
+    low, high = start or 0, num_rows if stop is None else stop
+    low, high = (low + num_rows if low < 0 else low), (high + num_rows if high < 0 else high)
+    for key, bound, value in (("start", low, start), ("stop", high, stop)):
+        if not 0 <= bound <= num_rows:
+            raise RecipeError(f"{key} = {value} is outside the source's {num_rows:,} rows")
+    if high <= low:
+        raise RecipeError(f"start = {start}, stop = {stop} selects no rows of {num_rows:,}")
+    if rows is not None:
+        if rows > high - low:
+            raise RecipeError(f"rows = {rows:,}, but only {high - low:,} are there")
+        high = low + rows
+    if limit is not None:
+        high = min(high, low + limit)
+    return range(low, high)
 
 
-def _plan_entry(entry: Entry, task: Task, source: Source, limit: int | None) -> PlannedEntry:
-    num_rows = source.num_rows
-    if task.generate is not None:
-        num_rows = entry.stop if entry.stop is not None else (entry.start or 0) + (entry.rows or 0)
-    try:
-        positions = select(num_rows, entry.start, entry.stop, entry.rows, limit)
-    except RecipeError as error:
-        raise error.at(f"{entry.label} ({source.name})") from None
-    return PlannedEntry(entry, task, source, positions)
+def permutation(num_rows: int) -> np.ndarray:
+    """Task position → raw row (int64), as `datasets` shuffles with seed 42 (karpathy/nanochat@790f3be:tasks/*.py)."""
+    return np.random.default_rng(42).permutation(num_rows)
+
+
+def mixture_order(lengths: list[int], seed: int, shuffle: bool) -> np.ndarray:
+    """Order of all (entry, place in entry) pairs, as indices into their concatenation (int32 [sum(lengths)]).
+
+    `random.Random(seed).shuffle` moves places, not values, so shuffling indices gives the order of the pairs
+    (karpathy/nanochat@790f3be:tasks/common.py, TaskMixture).
+    """
+    order = array("i", range(sum(lengths)))  # a list of Python's integers takes ten times the memory
+    if shuffle:
+        random.Random(seed).shuffle(order)
+    return np.frombuffer(order, dtype=np.int32)
+
+
+def number_documents(plan: BuildPlan) -> dict[Source, RowMap]:
+    """Where each source's rows are among the documents of the build: those an entry takes, in source and row order."""
+    row_maps: dict[Source, RowMap] = {}
+    num_documents = 0
+    for source in plan.sources:
+        taken = [p.task_positions for entries in plan.splits.values() for p in entries if p.source is source]
+        num_rows = source.num_rows if source.make_row is None else max(positions.stop for positions in taken)
+        row_at = (permutation(num_rows) if source.task.permuted else np.arange(num_rows)).astype(np.int32)
+        document_of = np.full(num_rows, -1, dtype=np.int32)
+        for positions in taken:
+            document_of[row_at[positions.start : positions.stop]] = 0
+        wanted = document_of == 0
+        last = num_documents + int(wanted.sum())
+        document_of[wanted] = np.arange(num_documents, last)
+        row_maps[source], num_documents = RowMap(row_at, document_of), last
+    return row_maps
+
+
+def place_of(row_maps: Mapping[Source, RowMap], document: int) -> str:
+    """A document's source and row, for error messages."""
+    for source, row_map in row_maps.items():
+        rows = np.flatnonzero(row_map.document_of == document)
+        if len(rows):
+            return source.where(int(rows[0]))
+    raise IndexError(document)
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of a split in the mixture's order, [n] each."""
+
+    document: np.ndarray  # int32, among the documents of the build
+    row: np.ndarray  # int32, in the source
+    task_position: np.ndarray  # int32
+    entry: np.ndarray  # int16, in the split's list of entries
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> SplitRows:
+        return SplitRows(*(getattr(self, column.name)[chosen] for column in fields(self)))
+
+
+def rows_in_order(plan: BuildPlan, split: str, row_maps: Mapping[Source, RowMap]) -> SplitRows:
+    """The mixture of a split."""
+    entries = plan.splits[split]
+    taken = [planned.task_positions for planned in entries]
+    order = mixture_order([len(positions) for positions in taken], plan.recipe.seed, plan.recipe.shuffle[split])
+    maps = [row_maps[planned.source] for planned in entries]
+    rows = [row_map.row_at[p.start : p.stop] for row_map, p in zip(maps, taken, strict=True)]
+    # a column at a time: together they are what a large build needs most memory for
+    return SplitRows(
+        np.concatenate([row_map.document_of[part] for row_map, part in zip(maps, rows, strict=True)])[order],
+        np.concatenate(rows)[order],
+        np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) for p in taken])[order],
+        np.concatenate([np.full(len(p), i, dtype=np.int16) for i, p in enumerate(taken)])[order],
+    )

@@ -1,150 +1,114 @@
-"""From rendered documents to the shards of each split: mixture order, policies' ledger, what the tool calls gave."""
+"""From rendered documents to the shards of a split: which documents stay, the ledger, the results of tool calls."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chatdata.build.mixture import mixture_order
+from chatdata.build.plan import SplitRows
 from chatdata.document import shard_bounds
 from chatdata.errors import BuildError
 from chatdata.progress import Progress
-from chatdata.render.documents import DROP_REASONS, RenderedDocuments, RowMap
+from chatdata.render.documents import DROP_REASONS, RenderedDocuments
 from chatdata.render.replay import OUTCOMES
 from chatdata.shards.write import INDEX_ROWS, MAX_SHARD_TOKENS, write_shard
-from chatdata.sources.source import Source
+from chatdata.sources.source import PlannedEntry
+from chatdata.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
-    from chatdata.build.plan import BuildPlan
-    from chatdata.sources.source import PlannedEntry
+    import pyarrow as pa
 
-GATHER_TOKENS = 1 << 22  # gathered at a time: 8 MB of tokens, 4 MB of mask
 MAX_LISTED_CALLS = 1_000  # mismatches listed in report.json, 100 bytes each; all of them are counted
 
 
-def write_splits(
-    plan: BuildPlan,
-    store: RenderedDocuments,
-    row_maps: Mapping[Source, RowMap],
+def write_split(
+    folder: Path,
+    entries: list[PlannedEntry],
+    rows: SplitRows,
+    documents: RenderedDocuments,
     contaminated: np.ndarray,
-    partial: Path,
-    report: dict[str, Any],
+    tokenizer: Tokenizer,
     progress: Progress | None,
     threads: Executor | None = None,
-) -> dict[str, Any]:
-    """Write every split below `partial`; return for the manifest, by name, its shards, ledger and totals.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write a split into the new `folder`; return its part of the manifest, and of the report's `tool_calls`.
 
-    contaminated: int64 [n], numbers of documents that are left out of train. report: gets `tool_calls` by split.
-    threads: files are written side by side. Raises BuildError for a split of which the policies leave nothing.
+    contaminated: int64 [n], numbers of documents to leave out. threads: files of a shard are written side by side.
+    Raises BuildError if the policies leave no document.
     """
-    splits = {}
-    for split, entries in plan.splits.items():
-        ranges = [planned.task_positions for planned in entries]
-        maps = [row_maps[planned.source] for planned in entries]
-        order = mixture_order([len(r) for r in ranges], plan.recipe.seed, plan.recipe.shuffle[split])
-        # a column at a time: together they are what a large build needs most memory for
-        rows = [row_map.row_at[r.start : r.stop] for row_map, r in zip(maps, ranges, strict=True)]
-        chosen = _in_order([row_map.document_of[part] for row_map, part in zip(maps, rows, strict=True)], order)
-        table = {
-            "row": _in_order(rows, order),
-            "position": _in_order([np.arange(r.start, r.stop, dtype=np.int32) for r in ranges], order),
-            "entry": _in_order([np.full(len(r), i, dtype=np.int16) for i, r in enumerate(ranges)], order),
-        }
-        reasons = store.drop_reason[chosen]
-        if split == "train":
-            reasons[np.isin(chosen, contaminated)] = DROP_REASONS.index("contaminated")
-        ledger = _ledger(entries, store, table["entry"], chosen, reasons)
-        kept = reasons == 0  # documents removed by a policy are removed after the shuffle
-        if not kept.any():
-            raise BuildError(f"{split}: the recipe's policies drop all {len(kept):,} documents; nothing to write")
-        table = {key: values[kept] for key, values in table.items()}
-        (partial / split).mkdir()
-        written = _write_shards(plan, store, chosen[kept], table, entries, partial / split, progress, threads)
-        splits[split] = {"documents": int(kept.sum()), "entries": ledger, "shards": written}
-        splits[split] |= {key: sum(shard[key] for shard in written) for key in ("tokens", "supervised")}
-        report["tool_calls"][split] = _tool_calls(entries, store, table, chosen[kept])
-    return splits
+    reasons = documents.drop_reason[rows.document]
+    reasons[np.isin(rows.document, contaminated)] = DROP_REASONS.index("contaminated")
+    ledger = _ledger(entries, rows, documents, reasons)
+    rows = rows[reasons == 0]  # after the shuffle: what is dropped does not change the order of the others
+    if not len(rows):
+        raise BuildError(f"{folder.name}: the recipe's policies drop all {len(reasons):,} documents; nothing to write")
+    tool_calls = _tool_calls(entries, rows, documents)
+    folder.mkdir()
+    names = [planned.entry.task for planned in entries]
+    lengths = documents.num_tokens[rows.document].astype(np.int64)
+
+    def index_tables(first: int, last: int) -> Iterator[pa.Table]:
+        for start in range(first, last, INDEX_ROWS):
+            part = rows[start : min(start + INDEX_ROWS, last)]
+            yield documents.index_table(part.document, start, part.row, part.task_position, part.entry, names)
+
+    shards = []
+    for number, (first, last) in enumerate(shard_bounds(lengths, MAX_SHARD_TOKENS)):
+        chunks = documents.chunks(rows.document[first:last])
+        if progress:
+            done, total = int(lengths[:first].sum()), int(lengths.sum())
+            chunks = _shown(chunks, progress, f"write {folder.name}", done, total)
+        index = index_tables(first, last)
+        dtype, vocab_size = tokenizer.dtype, tokenizer.vocab_size
+        shards.append(write_shard(folder, number, chunks, lengths[first:last], index, dtype, vocab_size, threads))
+    totals = {key: sum(shard[key] for shard in shards) for key in ("tokens", "supervised")}
+    return {"documents": len(rows), "entries": ledger, "shards": shards, **totals}, tool_calls
 
 
-def _in_order(parts: list[np.ndarray], order: np.ndarray) -> np.ndarray:
-    return np.concatenate(parts)[order]
+def _shown(
+    chunks: Iterator[tuple[np.ndarray, np.ndarray]], progress: Progress, name: str, done: int, total: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for tokens, mask in chunks:
+        yield tokens, mask
+        done += len(tokens)
+        progress(name, done, total, "tokens")
 
 
-def _tool_calls(
-    entries: list[PlannedEntry], store: RenderedDocuments, table: dict[str, np.ndarray], chosen: np.ndarray
-) -> dict[str, Any]:
-    """What the tool calls of a split gave when they were worked out again: counts per entry with any, and a list."""
-    mismatches = store.mismatches(chosen)
+def _tool_calls(entries: list[PlannedEntry], rows: SplitRows, documents: RenderedDocuments) -> dict[str, Any]:
+    """How the recorded outputs of tool calls compare with the calculator's: counts per entry with any, and a list."""
+    mismatches = documents.mismatches(rows.document)
     counts = {}
     for number, planned in enumerate(entries):
-        num_calls = int(store.num_tool_calls[chosen[table["entry"] == number]].sum(dtype=np.int64))
+        num_calls = int(documents.num_tool_calls[rows.document[rows.entry == number]].sum(dtype=np.int64))
         if num_calls:
-            kinds = Counter(found.kind for i, found in mismatches if table["entry"][i] == number)
+            kinds = Counter(found.kind for i, found in mismatches if rows.entry[i] == number)
             by_kind = {kind: kinds[kind] for kind in OUTCOMES if kinds[kind]}
             counts[str(number)] = {"task": planned.entry.task, "calls": num_calls, **by_kind}
     listed = [
-        {"entry": int(table["entry"][i]), "row": int(table["row"][i]), **found._asdict()}
+        {"entry": int(rows.entry[i]), "row": int(rows.row[i]), **found._asdict()}
         for i, found in mismatches[:MAX_LISTED_CALLS]
     ]
     return {"entries": counts, "mismatches": len(mismatches), "listed": listed}
 
 
-def _write_shards(
-    plan: BuildPlan,
-    store: RenderedDocuments,
-    chosen: np.ndarray,
-    table: dict[str, np.ndarray],
-    entries: list[PlannedEntry],
-    folder: Path,
-    progress: Progress | None,
-    threads: Executor | None,
-) -> list[dict[str, Any]]:
-    lengths = store.num_tokens[chosen].astype(np.int64)
-    total, records = int(lengths.sum()), []
-    names = [planned.entry.task for planned in entries]
-    for number, (first, last) in enumerate(shard_bounds(lengths, MAX_SHARD_TOKENS)):
-        part = slice(first, last)
-        index = (
-            store.index_table(chosen[rows], rows.start, {key: values[rows] for key, values in table.items()}, names)
-            for start in range(first, last, INDEX_ROWS)
-            for rows in [slice(start, min(start + INDEX_ROWS, last))]
-        )
-        chunks = _gather(store, chosen[part], progress, folder.name, int(lengths[:first].sum()), total)
-        dtype, vocab_size = plan.tokenizer.dtype, plan.tokenizer.vocab_size
-        records.append(write_shard(folder, number, chunks, lengths[part], index, dtype, vocab_size, threads))
-    return records
-
-
-def _gather(
-    store: RenderedDocuments, chosen: np.ndarray, progress: Progress | None, split: str, done: int, total: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time."""
-    for first, last in shard_bounds(store.num_tokens[chosen], GATHER_TOKENS):
-        tokens, mask = store.gather(chosen[first:last])
-        yield tokens, mask
-        done += len(tokens)
-        if progress:
-            progress(f"write {split}", done, total, "tokens")
-
-
 def _ledger(
-    entries: list[PlannedEntry],
-    store: RenderedDocuments,
-    numbers: np.ndarray,
-    chosen: np.ndarray,
-    drop_reasons: np.ndarray,
+    entries: list[PlannedEntry], rows: SplitRows, documents: RenderedDocuments, drop_reasons: np.ndarray
 ) -> list[dict[str, Any]]:
     """Per entry: rows read, documents, tokens, supervised, truncated, tokens lost, dropped by reason."""
     ledger = []
     for number, planned in enumerate(entries):
-        documents, reasons = chosen[numbers == number], drop_reasons[numbers == number]
-        kept = documents[reasons == 0]
-        tokens, original = (values[kept].sum(dtype=np.int64) for values in (store.num_tokens, store.original_tokens))
+        of_entry = rows.entry == number
+        reasons = drop_reasons[of_entry]
+        kept = rows.document[of_entry][reasons == 0]
+        tokens = int(documents.num_tokens[kept].sum(dtype=np.int64))
+        dropped = {reason: int((reasons == i).sum()) for i, reason in enumerate(DROP_REASONS) if i}
+        if not dropped["contaminated"]:  # builds that drop none have no such line, as before there was a firewall
+            del dropped["contaminated"]
         ledger.append(
             {
                 "entry": number,
@@ -152,18 +116,13 @@ def _ledger(
                 "subset": planned.entry.subset,
                 "split": planned.entry.split,
                 "source": planned.source.name,
-                "rows": len(documents),
+                "rows": len(reasons),
                 "documents": len(kept),
-                "tokens": int(tokens),
-                "supervised": int(store.num_supervised[kept].sum(dtype=np.int64)),
-                "truncated": int(store.truncated[kept].sum()),
-                "tokens_lost": int(original - tokens),
-                "dropped": {
-                    reason: num_dropped
-                    for i, reason in enumerate(DROP_REASONS)
-                    # builds that do not drop contaminated documents have no such line, as before there was a firewall
-                    if i and ((num_dropped := int((reasons == i).sum())) or reason != "contaminated")
-                },
+                "tokens": tokens,
+                "supervised": int(documents.num_supervised[kept].sum(dtype=np.int64)),
+                "truncated": int(documents.truncated[kept].sum()),
+                "tokens_lost": int(documents.original_tokens[kept].sum(dtype=np.int64)) - tokens,
+                "dropped": dropped,
             }
         )
     return ledger

@@ -1,39 +1,51 @@
-"""Work units: runs of rows of one source, rendered each by itself into a file of the cache.
+"""Work units: runs of rows of one source, each rendered into an Arrow file of the cache.
 
-A unit is named by what it is made from (source bytes, rows, task code, tokenizer), never by a path, a worker or an
-encoder. So any process on any machine may render it, and what is there already is not rendered again.
-Documents are whole in it: length and supervision policies are applied when a build reads it (store.py).
+A unit's key is a hash of what decides its content (source bytes, rows, task, tokenizer, the code that renders), never
+of a path, a worker or an encoder. So any process on any machine can render it, and nothing is rendered twice.
+Its documents are whole: a build applies its length and supervision policies when it reads them (render/documents.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chatdata.build.cache import partial_name
-from chatdata.build.unit_file import _schema, _to_batch
+from chatdata.arrow import bytes_to_arrow, list_to_arrow, map_batches, strings_to_arrow, to_arrow, to_numpy
+from chatdata.build.cache import PARTIAL_SUFFIX, UNIT_SUFFIX
 from chatdata.conversation import check_surrogates
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, SourceError
-from chatdata.render.batch import RenderedBatch, render_batch
+from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, render_batch
 from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.pieces import Pieces, pieces_of_conversations, pieces_of_texts
 from chatdata.render.table import pieces_of_table
-from chatdata.shards.manifest import canonical_json
-from chatdata.sources.files import SEGMENT_BYTES, Rows, forget_readers, records_of
+from chatdata.sources.files import SEGMENT_BYTES, Rows, records_of
 from chatdata.sources.source import Source
 from chatdata.tasks.task import call_task
 from chatdata.tokenizer import encoders
 from chatdata.tokenizer.bpe import Tokenizer
 
-UNIT_FORMAT = 1
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 MAX_CHARS = 4 << 20  # encoded at a time: bounds memory where documents are long
+
+# What decides a unit's bytes, below the package: a change in any of these files renders everything again, a change
+# anywhere else nothing. tests/chatdata/build/test_units.py holds the list to what this module imports.
+RENDERING_CODE = (
+    *("arrow.py", "build/units.py", "calculator.py", "conversation.py", "document.py"),
+    *("render", "sources/files.py", "sources/source.py", "tasks", "tokenizer"),
+)
+UNIT_FORMAT = 1
+_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans", "num_mismatches")
 
 
 @dataclass(frozen=True)
@@ -43,17 +55,14 @@ class Unit:
     source: int  # place in Renderer.sources
     first: int
     wanted: np.ndarray
+    num_rows: int  # wanted ones
     num_bytes: int  # of their text, about
     key: str
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.wanted.sum())
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A unit on disk, and what its encoder was checked on."""
+    """A unit on disk; how many texts were encoded for it, and how many of them were compared with tiktoken's ids."""
 
     path: Path
     num_texts: int = 0
@@ -67,100 +76,98 @@ class Renderer:
     sources: tuple[Source, ...]
     tokenizer: Tokenizer
     encoder_name: str
-    folder: Path  # where units are kept
-
-    @cached_property
-    def encoder(self) -> encoders.Encoder:
-        return encoders.find_encoder(self.encoder_name, self.tokenizer)
-
-    def forget(self) -> None:
-        """Give back the memory of what was only needed to render: gigatoken alone keeps up to 200 MB of pieces met."""
-        self.__dict__.pop("encoder", None)
-        forget_readers()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "encoder"}
+    folder: Path  # of the cache, where units are kept
 
 
 def cut_units(renderer: Renderer, number: int, wanted: np.ndarray) -> list[Unit]:
     """The wanted rows (bool [rows]) of source `number` as units of about SEGMENT_BYTES of text, in row order."""
     source = renderer.sources[number]
+    same = {
+        "format": UNIT_FORMAT,
+        "code": code_sha256(Path(__file__).parents[1]),
+        "task": source.task.name,
+        "task_code": source.task.code_sha256,
+        "tokenizer": renderer.tokenizer.sha256,
+    }
     units, first, row, num_bytes = [], 0, 0, 0.0
     for num_rows, segment_bytes in source.segments(len(wanted)):
         num_bytes += segment_bytes * float(wanted[row : row + num_rows].mean()) if num_rows else 0.0
         row += num_rows
         if num_bytes >= SEGMENT_BYTES / 2 or row >= len(wanted):
-            if wanted[first:row].any():
-                units.append(_unit(renderer, number, first, wanted[first:row], int(num_bytes)))
+            part = wanted[first:row]
+            if part.any():
+                rows = hashlib.sha256(np.packbits(part).data).hexdigest()
+                content = json.dumps({**same, "source": source.content(first, len(part)), "wanted": rows})
+                key = hashlib.sha256(content.encode()).hexdigest()[:32]
+                units.append(Unit(number, first, part, int(part.sum()), int(num_bytes), key))
             first, num_bytes = row, 0.0
     return units
 
 
-def _unit(renderer: Renderer, number: int, first: int, wanted: np.ndarray, num_bytes: int) -> Unit:
-    source = renderer.sources[number]
-    content = {
-        "format": UNIT_FORMAT,
-        "code": _code_sha256(),
-        "task": source.task.name,
-        "task_code": source.task.code_sha256,
-        "tokenizer": renderer.tokenizer.sha256,
-        "source": source.content(first, len(wanted)),
-        "wanted": hashlib.sha256(np.packbits(wanted).data).hexdigest(),
-    }
-    return Unit(number, first, wanted, num_bytes, hashlib.sha256(canonical_json(content)).hexdigest()[:32])
-
-
 @cache
-def _code_sha256() -> str:
-    """Over all of chatdata's own code: what renders is not told apart from what does not, so nothing stale is kept."""
+def code_sha256(package: Path) -> str:
+    """SHA-256 over RENDERING_CODE, and the texts that tasks are made of, in the folder `package`."""
+    paths = [path for name in RENDERING_CODE for path in (package / name, *(package / name).rglob("*"))]
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(path for path in paths if path.suffix in (".py", ".txt", ".jsonl")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] | None = None) -> Rendered:
-    """Render one unit into the folder of units, by a temporary name and a rename.
+@lru_cache(maxsize=1)
+def load_encoder(renderer: Renderer) -> encoders.Encoder:
+    """The encoder of this process."""
+    return encoders.find_encoder(renderer.encoder_name, renderer.tokenizer)
 
-    Errors a row causes name its file and row (or line).
+
+def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] | None = None) -> Rendered:
+    """Render one unit into the cache, by a temporary name and a rename. `progress` is called with rows rendered.
+
+    Errors that a row causes name its file and row (or line).
     """
     import pyarrow as pa
 
     source, tokenizer = renderer.sources[unit.source], renderer.tokenizer
-    partial = renderer.folder / partial_name(unit.key)
+    encoder = load_encoder(renderer)
     rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, "base" if source.task.kind == "text" else "chat")
     num_texts = num_checked = 0
 
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         nonlocal num_texts, num_checked
-        ids, counts = renderer.encoder.encode_batch(texts)
+        ids, counts = encoder.encode_batch(texts)
         num_texts += len(texts)
-        if renderer.encoder.name != "tiktoken":
-            num_checked += encoders.check_some(renderer.encoder, tokenizer, texts, ids, counts, source.name)
+        if encoder.name != "tiktoken":
+            num_checked += encoders.check_some(encoder, tokenizer, texts, ids, counts, source.name)
         return ids, counts
 
     def render(pieces: Pieces) -> RenderedBatch:
         return render_batch(pieces, encode, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size)
 
+    partial = renderer.folder / f"{unit.key}.{os.uname().nodename}-{os.getpid()}{PARTIAL_SUFFIX}"
     try:
         with partial.open("wb") as file, pa.ipc.new_file(pa.PythonFile(file), _schema(tokenizer.dtype)) as writer:
             for rows, raw in source.read_batches(unit.first, unit.wanted):
                 done = 0
                 for pieces in pieces_of_rows(source, rows, raw).split(MAX_CHARS):
+                    part = rows[done : done + len(pieces)]
                     try:
-                        columns = render(pieces)
+                        batch = render(pieces)
                     except ChatdataError as error:
-                        _raise_for_row(render, pieces, source, rows[done:], error)
-                    offsets = np.concatenate([[0], np.cumsum(columns.num_tokens)])
-                    # counts and spans are made of the same arrays as tokens and mask: no need to check them
+                        for i in range(len(pieces)):  # name the first document that cannot be rendered on its own
+                            try:
+                                render(pieces.part(i, i + 1))
+                            except ChatdataError as own:
+                                raise own.at(source.where(int(part[i]))) from None
+                        raise error
+                    offsets = np.concatenate([[0], np.cumsum(batch.num_tokens)])
+                    # counts and spans are computed from the arrays that give tokens and mask: no need to check them
                     whole = {"truncated": np.zeros(len(pieces), dtype=bool)}
-                    findings = check_documents(columns.tokens, columns.mask, offsets, whole, rules)
-                    raise_defect(findings, rows[done:], source.where)
-                    writer.write_batch(_to_batch(columns))
+                    raise_defect(check_documents(batch.tokens, batch.mask, offsets, whole, rules), part, source.where)
+                    writer.write_batch(_to_arrow_batch(batch))
                     done += len(pieces)
                 if progress:
                     progress(len(rows))
-        path = renderer.folder / f"{unit.key}-{file_sha256(partial)[:32]}.arrow"
+        path = renderer.folder / f"{unit.key}-{file_sha256(partial)[:32]}{UNIT_SUFFIX}"
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -168,7 +175,7 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
 
 
 def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
-    """Rows as pieces: columns of a table as they are where they hold well-formed conversations, else row by row."""
+    """Raw rows as pieces: a table of well-formed conversations column by column, anything else row by row."""
     task = source.task
     try:
         if task.rows_are_conversations and not isinstance(raw, list):
@@ -178,28 +185,56 @@ def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
         records = records_of(raw)
     except UnicodeDecodeError:
         raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
-    done = 0
-
-    def converted() -> Iterator[Any]:
-        nonlocal done
-        for done, record in enumerate(records):  # noqa: B007 - tells which row an error came from
-            yield call_task(task, task.to_conversation, record)
-
+    row = 0
+    converted = (call_task(task, task.to_conversation, records[row := i]) for i in range(len(records)))
     try:
         if task.kind == "text":
-            return pieces_of_texts([check_surrogates(text, 'key "text"') for text in converted()])
-        return pieces_of_conversations(converted())
+            return pieces_of_texts([check_surrogates(text, 'key "text"') for text in converted])
+        return pieces_of_conversations(converted)
     except ChatdataError as error:
-        raise error.at(source.where(int(rows[done]))) from None
+        raise error.at(source.where(int(rows[row]))) from None
 
 
-def _raise_for_row(
-    render: Callable[[Pieces], RenderedBatch], pieces: Pieces, source: Source, rows: np.ndarray, error: ChatdataError
-) -> NoReturn:
-    """Raise the error of the first document that cannot be rendered alone, with its place; else `error`."""
-    for i in range(len(pieces)):
-        try:
-            render(pieces.part(i, i + 1))
-        except ChatdataError as own:
-            raise own.at(source.where(int(rows[i]))) from None
-    raise error
+def _schema(dtype: np.dtype) -> pa.Schema:
+    """A row per document. Lists of fixed-width values: read back as views of the mapped file."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("tokens", pa.list_(pa.from_numpy_dtype(dtype))),
+            ("mask", pa.list_(pa.uint8())),
+            *((name, pa.int32()) for name in _COUNTS),
+            ("spans", pa.list_(pa.binary(SPAN_DTYPE.itemsize))),
+            ("digest", pa.binary(16)),
+            ("mismatches", pa.list_(pa.string())),
+        ]
+    )
+
+
+def _to_arrow_batch(batch: RenderedBatch) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    arrays = {
+        "tokens": list_to_arrow(to_arrow(batch.tokens), batch.num_tokens),
+        "mask": list_to_arrow(to_arrow(batch.mask), batch.num_tokens),
+        **{name: to_arrow(getattr(batch, name).astype(np.int32)) for name in _COUNTS},
+        "spans": list_to_arrow(bytes_to_arrow(batch.spans), batch.num_spans),
+        "digest": bytes_to_arrow(batch.digests),
+        "mismatches": list_to_arrow(strings_to_arrow(batch.mismatches), batch.num_mismatches),
+    }
+    return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+
+
+def read_unit(path: Path, dtype: np.dtype) -> list[RenderedBatch]:
+    """A unit's documents as views of the mapped file, one RenderedBatch per record batch."""
+    return [
+        RenderedBatch(
+            tokens=to_numpy(batch.column("tokens").values, dtype),
+            mask=to_numpy(batch.column("mask").values, np.dtype(np.uint8)),
+            **{name: to_numpy(batch.column(name), np.dtype(np.int32)) for name in _COUNTS},
+            spans=to_numpy(batch.column("spans").values, SPAN_DTYPE),
+            digests=to_numpy(batch.column("digest"), np.dtype("V16")),
+            mismatches=batch.column("mismatches").values,
+        )
+        for batch in map_batches(path)
+    ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chatdata.build.mixture import mixture_order, permutation
+from chatdata.build.plan import mixture_order, permutation
 from chatdata.check.differences import differences
 from chatdata.check.verify import shortened, verify_full
 from chatdata.document import SPAN_ROLES, Document, Span

@@ -1,4 +1,4 @@
-"""All rendered documents of a build, in source and row order, as views of the units they lie in."""
+"""All rendered documents of a build, in source and row order: views of the work units, after the recipe's policies."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
-from chatdata.document import Span
+from chatdata.document import Span, shard_bounds
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
 from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, digests_of
+from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.replay import Mismatch
+from chatdata.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+GATHER_TOKENS = 1 << 22  # copied out of the units at a time: 8 MB of tokens, 4 MB of mask
 INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "original_tokens")
-# a document's drop_reason is a place in this tuple; 0 = kept
+# drop_reason counts in this tuple; 0: kept
 DROP_REASONS = ("", "overflow", "zero_supervised", "contaminated")
 
 
@@ -28,7 +31,7 @@ DROP_REASONS = ("", "overflow", "zero_supervised", "contaminated")
 class RowMap:
     """Where the rows of one source are in a build.
 
-    row_at: int32 [rows], position → row. document_of: int32 [rows], row → document of the build, -1 for none.
+    row_at: int32 [rows], task position → row. document_of: int32 [rows], row → document of the build, -1 for none.
     """
 
     row_at: np.ndarray
@@ -36,14 +39,17 @@ class RowMap:
 
 
 class RenderedDocuments:
-    """Columns over all documents, [num_documents]: those of the units, after the recipe's policies.
+    """Columns over all documents, [num_documents] each.
 
-    num_tokens, num_supervised and digest are those of the document as it is cut; original_tokens is its length before.
-    A document costs 46 bytes of memory, 50 if any is cut, and 8 in its RowMap; tokens, mask and spans stay on disk.
+    num_tokens, num_supervised and digests are those after any cut; original_tokens is the length before.
+    A document takes 46 bytes of memory, 50 if any is cut, and 8 in its RowMap; tokens, mask and spans stay on disk.
     """
 
     def __init__(self, blocks: Sequence[RenderedBatch], recipe: Recipe, where: Callable[[int], str]) -> None:
-        """`where(document)` names a document's row in errors."""
+        """`where(document)` names a document's source and row in errors.
+
+        Raises BuildError or ConversationError where a policy of the recipe is "error".
+        """
         self._blocks = blocks
         self._first = np.cumsum([0, *(len(block.num_tokens) for block in blocks)])  # document where a block starts
         self.original_tokens = np.concatenate([block.num_tokens for block in blocks])
@@ -91,8 +97,13 @@ class RenderedDocuments:
             self.digests[document] = digests_of(tokens, mask, np.array([num_tokens]))[0]
 
     def blocks(self) -> Iterator[tuple[int, RenderedBatch]]:
-        """(first document, documents) of every run that lies back to back, whole: num_tokens before any cut."""
+        """(number of the first document, documents) of every record batch, before any cut."""
         return zip(self._first.tolist(), self._blocks, strict=False)
+
+    def chunks(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time."""
+        for first, last in shard_bounds(self.num_tokens[chosen], GATHER_TOKENS):
+            yield self.gather(chosen[first:last])
 
     def gather(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, mask) of the chosen documents back to back."""
@@ -109,9 +120,18 @@ class RenderedDocuments:
         return list(zip(block.tolist(), start.tolist(), (start + counts[chosen]).tolist(), strict=True))
 
     def index_table(
-        self, chosen: np.ndarray, first: int, columns: dict[str, np.ndarray], task_names: list[str]
+        self,
+        chosen: np.ndarray,
+        first: int,
+        rows: np.ndarray,
+        task_positions: np.ndarray,
+        entries: np.ndarray,
+        task_names: list[str],
     ) -> pa.Table:
-        """A part of the index: `chosen` documents, numbered from `first` within their split."""
+        """A part of the index: `chosen` documents, numbered from `first` within their split.
+
+        rows, task_positions, entries: [len(chosen)] each. task_names: the task of each entry.
+        """
         import pyarrow as pa
 
         names = list(dict.fromkeys(task_names))
@@ -121,12 +141,10 @@ class RenderedDocuments:
         return pa.table(
             {
                 "doc": to_arrow(np.arange(first, first + len(chosen))),
-                "row": to_arrow(columns["row"]),
-                "position": to_arrow(columns["position"]),
-                "task": pa.DictionaryArray.from_arrays(
-                    to_arrow(task_of_entry[columns["entry"]]), strings_to_arrow(names)
-                ),
-                "entry": to_arrow(columns["entry"].astype(np.int16)),
+                "row": to_arrow(rows),
+                "position": to_arrow(task_positions),
+                "task": pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[entries]), strings_to_arrow(names)),
+                "entry": to_arrow(entries.astype(np.int16)),
                 **{name: to_arrow(getattr(self, name)[chosen].astype(np.int32)) for name in INDEX_COUNTS},
                 "truncated": to_arrow(self.truncated[chosen].view(np.uint8)).cast(pa.bool_()),
                 "digest": bytes_to_arrow(self.digests[chosen]),
@@ -135,7 +153,7 @@ class RenderedDocuments:
         )
 
     def spans(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Spans of the chosen documents (SPAN_DTYPE), clipped where a document was cut, and how many each has."""
+        """Spans of the chosen documents (SPAN_DTYPE), clipped where a document is cut, and how many each has."""
         places = self._places(chosen, self._span_starts, self._num_spans)
         parts = [block.spans.view("V9") for block in self._blocks]  # structured ones are joined field by field, slowly
         spans = np.concatenate([parts[block][start:stop] for block, start, stop in places]).view(SPAN_DTYPE)
@@ -146,7 +164,7 @@ class RenderedDocuments:
         return spans[kept], np.bincount(document[kept], minlength=len(chosen))
 
     def mismatches(self, chosen: np.ndarray) -> list[tuple[int, Mismatch]]:
-        """(place in `chosen`, mismatch) of every tool call that does not give what is recorded behind it."""
+        """(place in `chosen`, mismatch) of every tool call whose recorded output is not the calculator's."""
         texts: dict[int, list[str]] = {}  # few documents have any
         for block, first in zip(self._blocks, self._first.tolist(), strict=False):
             starts = _starts(block.num_mismatches)
@@ -155,6 +173,17 @@ class RenderedDocuments:
                 texts[first + i] = list(map(str, block.mismatches[start : start + int(block.num_mismatches[i])]))
         found = np.flatnonzero(np.isin(chosen, np.array(list(texts), dtype=np.int64)))
         return [(i, Mismatch(*json.loads(text))) for i in found.tolist() for text in texts[int(chosen[i])]]
+
+
+def check_cut(documents: RenderedDocuments, recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Hold truncated documents to the contract; whole ones were held to it when they were rendered."""
+    rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, recipe.stage, recipe.max_tokens, overflow="truncate")
+    cut = np.flatnonzero(documents.truncated)
+    for first, last in shard_bounds(documents.num_tokens[cut], GATHER_TOKENS):
+        part = cut[first:last]
+        offsets = np.concatenate([[0], np.cumsum(documents.num_tokens[part], dtype=np.int64)])
+        findings = check_documents(*documents.gather(part), offsets, {"truncated": documents.truncated[part]}, rules)
+        raise_defect(findings, part, documents.where)
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

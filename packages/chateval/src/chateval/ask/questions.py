@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from chatdata.build.mixture import permutation, select
+from chatdata.build.plan import permutation, select
 from chatdata.conversation import parse_conversation
 from chatdata.errors import ChatdataError, MissingSource, TaskError, nearest
 from chatdata.recipe import Entry, scored_entry
