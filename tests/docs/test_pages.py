@@ -45,6 +45,23 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
         assert (ROOT / named).exists(), (page.name, named)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_the_tests_that_a_page_names_exist(page: Path) -> None:
+    """`tests/chattrain/test_optim.py::test_rates`, `::test_another` of the same file."""
+    file = None
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", page.read_text(encoding="utf-8")):
+        file = ROOT / path if path else file
+        if path or name:
+            assert file and file.exists() and f"def {name}" in file.read_text(encoding="utf-8"), (page.name, path, name)
+
+
+def test_our_size_in_the_comparison() -> None:
+    """Lines of Python in the packages, to the nearest thousand or so."""
+    shown = int(re.findall(r"about ([\d,]+) lines of Python", text_of("comparison.md"))[0].replace(",", ""))
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("packages/**/*.py"))
+    assert abs(lines - shown) < 1_000, lines
+
+
 def test_every_page_is_reached_from_the_readme() -> None:
     reached, new = set(), {ROOT / "README.md"}
     while new:
