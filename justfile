@@ -1,4 +1,4 @@
-# `just` alone: tests, then lint
+# `just` without arguments runs the tests, then the linters
 
 default: test lint
 
@@ -15,15 +15,15 @@ format:
     uv run ruff check --fix .
     uv run ruff format .
 
-# docs/commands.md, from the commands themselves
+# write docs/commands.md from --help
 commands:
     uv run python tests/docs/test_commands.py
 
-# both stages of the demo, no download
+# build both stages of the demo; nothing is downloaded
 demo-data:
     uv run --package chatdata chatdata build --stage mid --demo --out out/demo-mid
     uv run --package chatdata chatdata build --stage sft --demo --out out/demo-sft
 
-# the full circle on two CPU cores: build, train, score, compare, chat (under 6 minutes)
+# build, train, score, compare and chat on two CPU cores
 demo:
     examples/tiny_run.sh

@@ -3,21 +3,21 @@
 #
 #     examples/tiny_run.sh [FOLDER]        default: out/tiny
 #
-# The model has 4 layers of width 128 (0.9 M parameters) and a vocabulary of 400. It learns to spell words and to add
-# numbers it never saw in training, the latter by calling the calculator, and its name. It knows no other facts: demo_choice
+# The model has 4 layers of width 128 (0.9 M parameters) and a vocabulary of 400. It learns its name, to spell words it never
+# saw in training, and to add numbers it never saw by calling the calculator. It is too small to learn facts: demo_choice
 # stays at chance.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-out/tiny}
 if [ -e "$out" ]; then
-    echo "$out is there already: remove it, or give another folder" >&2
+    echo "$out already exists: remove it, or pass another folder" >&2
     exit 1
 fi
 mkdir -p "$out"
 tasks=demo_math,simple_spelling,spelling_bee,demo_choice
 words=packages/chatdata/src/chatdata/demo/words.txt
 
-step() { # print the command and its duration
+step() { # print the command, run it, print how long it took
     local started=$SECONDS
     printf '\n\033[1m$ %s\033[0m\n' "$*"
     "$@"
@@ -42,4 +42,4 @@ step uv run chateval compare "$out/scores-mid" "$out/scores-sft" --markdown "$ou
 
 step uv run chateval chat --checkpoint "$out/sft" --temperature 0 --say "Spell the word: elephants" \
     --say "/clear" --say "What is your name?" --say "/clear" --say "Ada has 17 shells and finds 38 more. How many shells does Ada have now?"
-printf '\nDone in %s s. To go on talking: uv run chateval chat --checkpoint %s\n' "$SECONDS" "$out/sft"
+printf '\nDone in %s s. To keep chatting: uv run chateval chat --checkpoint %s\n' "$SECONDS" "$out/sft"

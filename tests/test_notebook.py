@@ -1,4 +1,4 @@
-"""notebooks/row_to_loss.ipynb runs from any folder, and what is committed with it is what it gives."""
+"""notebooks/row_to_loss.ipynb runs from any folder and gives the outputs committed with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FRACTION = re.compile(r"\d+\.\d+")
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[str]:
-    """What each code cell shows, as text, and where it draws a figure the name of its type; streams in one piece."""
+    """What each code cell shows, as text: figures by their MIME type, streams joined."""
     shown = []
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -25,12 +25,12 @@ def outputs(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def test_row_to_loss(tmp_path: Path) -> None:
-    """To write its outputs again: uv run jupyter execute --inplace notebooks/row_to_loss.ipynb"""
+    """To update the outputs: uv run jupyter execute --inplace notebooks/row_to_loss.ipynb"""
     notebook = nbformat.read(ROOT / "notebooks" / "row_to_loss.ipynb", as_version=4)
     committed = outputs(notebook)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     found = outputs(notebook)
-    # losses differ in the last digits from machine to machine, nothing else does
+    # only the last digits of losses differ between machines
     assert [FRACTION.sub("#", text) for text in found] == [FRACTION.sub("#", text) for text in committed]
     numbers = [[float(number) for text in texts for number in FRACTION.findall(text)] for texts in (found, committed)]
     assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
@@ -39,7 +39,7 @@ def test_row_to_loss(tmp_path: Path) -> None:
 
 
 def test_row_to_loss_says_what_the_loss_is() -> None:
-    """In the committed outputs: nats ÷ targets is the mean, and it is the loss of train_step."""
+    """In the committed outputs, nats ÷ targets is the mean, and train_step reports the same loss."""
     notebook = nbformat.read(ROOT / "notebooks" / "row_to_loss.ipynb", as_version=4)
     pattern = r"(mid|sft): ([\d.]+) nats ÷ (\d+) targets = ([\d.]+)\n.*\n +train_step: ([\d.]+)\n"
     stages = re.findall(pattern, outputs(notebook)[-1])

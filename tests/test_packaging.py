@@ -1,6 +1,6 @@
-"""What people install: the three wheels, and chatdata alone in an environment that has nothing else.
+"""What people install: the three wheels, and chatdata alone in an otherwise empty environment.
 
-Versions are the lock's, so a warm cache of uv is enough; where it is cold, the package registry has to be reachable.
+Versions come from the lock file, so a warm uv cache is enough; with a cold one the package registry must be reachable.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("chatdata", "chattrain", "chateval")
-UV = os.environ.get("UV") or shutil.which("uv")  # `uv run` names its own
+UV = os.environ.get("UV") or shutil.which("uv")  # `uv run` sets UV
 
 pytestmark = pytest.mark.skipif(UV is None, reason="uv is not installed")
 
 
 def uv(*arguments: object) -> str:
-    """What uv prints; from its cache alone if it can, which asks no server for anything newer."""
+    """What uv prints. Offline first: that asks no server for newer versions."""
     for more in (["--offline"], []):
         command = [str(UV), *map(str, arguments), *more]
         environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
@@ -45,9 +45,9 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def clean(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with chatdata's wheel and what that asks for.
+    """A new environment with chatdata's wheel and its dependencies.
 
-    The other two wheels are there without what they ask for: --version and --help are to load no torch.
+    The other two wheels are installed without theirs: --version and --help must not load torch.
     """
     folder = tmp_path_factory.mktemp("clean")
     locked = uv("export", "--frozen", "--package", "chatdata", "--no-dev", "--no-emit-workspace", "--no-hashes", "-q")
@@ -60,7 +60,7 @@ def clean(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def run(environment: Path, command: str, *arguments: object) -> str:
-    """What a command of the environment prints, far from the working tree."""
+    """What a command of the environment prints, run outside the working tree."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [str(environment / "bin" / command), *map(str, arguments)]
     result = subprocess.run(words, capture_output=True, text=True, cwd=environment, env=variables, timeout=300)
