@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from chateval.sandbox.isolation import Limits, find_isolation, run_code
+from chateval.sandbox.run_code import Limits, find_isolation, run_code
 
 
 @dataclass(frozen=True)

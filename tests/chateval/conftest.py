@@ -24,7 +24,7 @@ from chatdata.tokenizer.load import load_tokenizer
 from chateval.ask.subject import Subject
 from chateval.cli import main
 from chateval.errors import SandboxError
-from chateval.sandbox.isolation import Isolation, find_isolation
+from chateval.sandbox.run_code import Isolation, find_isolation
 from chattrain.checkpoint import save_checkpoint
 from chattrain.model import ModelConfig, load_model, parameter_shapes, random_config
 

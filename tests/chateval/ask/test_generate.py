@@ -181,7 +181,7 @@ def test_draws_are_those_of_the_prompt_not_of_the_batch(random_subject) -> None:
 def test_draws_follow_the_probabilities(scripted_subject) -> None:
     """20,000 draws from softmax([0, log 2, log 3, log 4]): 10, 20, 30, 40 %; with top_k = 2: 0, 0, 3/7, 4/7."""
     logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log().expand(20_000, 4)
-    rows = [chateval.ask.generate._Row(Prompt([0]), random.Random(number)) for number in range(20_000)]
+    rows = [chateval.ask.generate._Row(Prompt([0]), number, number, random.Random(number)) for number in range(20_000)]
     for top_k, shares in ((None, [0.1, 0.2, 0.3, 0.4]), (2, [0, 0, 3 / 7, 4 / 7])):
         counts = Counter(chateval.ask.generate._choose(logits, rows, Sampling(1.0, top_k)))
         assert [counts[i] / 20_000 for i in range(4)] == pytest.approx(shares, abs=0.015)
@@ -190,10 +190,8 @@ def test_draws_follow_the_probabilities(scripted_subject) -> None:
 
 
 def test_equal_logits_give_the_lowest_id() -> None:
-    assert chateval.ask.generate._choose(torch.tensor([[1.0, 5.0, 5.0], [2.0, 2.0, 2.0]]), [None, None], GREEDY) == [
-        1,
-        0,
-    ]
+    rows = [chateval.ask.generate._Row(Prompt([0]), i, i, random.Random()) for i in range(2)]
+    assert chateval.ask.generate._choose(torch.tensor([[1.0, 5.0, 5.0], [2.0, 2.0, 2.0]]), rows, GREEDY) == [1, 0]
 
 
 def test_answers_end_where_the_positions_do(make_subject) -> None:

@@ -1,4 +1,4 @@
-"""Talking to a checkpoint in the terminal: the answer appears as it is made, tool calls and their results in colour."""
+"""Chat with a checkpoint in the terminal. Answers appear token by token, with tool calls and results in colour."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from chateval.results.report import printable
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
 
-HELP = "Say something. /clear begins anew, /quit or Ctrl-D ends."
-# opening and closing of a tool call and of its result, as shown
+HELP = "/clear starts over, /quit or Ctrl-D exits."
+# how the start and end of a tool call and of its result are shown
 TOOL_MARKS = {
     "<|python_start|>": " ⟨",
     "<|python_end|>": "⟩",
@@ -27,7 +27,7 @@ TOOL_MARKS = {
 
 
 def converse(subject: Subject, sampling: Sampling, says: Sequence[str]) -> None:
-    """Answer each of `says`, or what is typed; the whole conversation is the prompt of the next answer."""
+    """Answer each of `says`, or each typed line; the whole conversation is the prompt of the next answer."""
     special = subject.tokenizer.special_ids
     history = [special["<|bos|>"]]
     for number, text in enumerate(says or _typed()):
@@ -41,14 +41,14 @@ def converse(subject: Subject, sampling: Sampling, says: Sequence[str]) -> None:
         prompt = [*history, *asked, special["<|assistant_start|>"]]
         completion = _answer(subject, Prompt(prompt, str(number)), sampling)
         if completion.ending == "context":
-            click.echo(f"[the conversation fills the model's {subject.num_positions:,} positions: /clear begins anew]")
+            click.echo(f"[the conversation fills the model's {subject.num_positions:,} positions: /clear starts over]")
         elif completion.ending == "max_tokens":
             click.echo(f"[cut at {sampling.max_new_tokens} tokens: --max-new-tokens]")
         history = [*prompt, *completion.tokens, special["<|assistant_end|>"]]
 
 
 def _typed() -> Iterator[str]:
-    """Lines typed, until the end of input or /quit."""
+    """Typed lines, until the end of input or /quit."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (arrow keys and history in input())
 
@@ -67,12 +67,12 @@ def _typed() -> Iterator[str]:
 def _answer(subject: Subject, prompt: Prompt, sampling: Sampling) -> Completion:
     show = _shower(subject.tokenizer)
     ((_, completion),) = generate(subject, [prompt], sampling, lambda number, token, forced: show(token))
-    click.echo()  # the bytes of a character that was cut in two are left unsaid
+    click.echo()  # the bytes of an incomplete character are not shown
     return completion
 
 
 def _shower(tokenizer: Tokenizer) -> Callable[[int], None]:
-    """A function that prints each token as soon as its bytes make characters."""
+    """A function that prints each token as soon as its bytes form characters."""
     names = {token: name for name, token in tokenizer.special_ids.items()}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     colour: str | None = None

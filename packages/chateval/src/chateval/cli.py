@@ -1,4 +1,4 @@
-"""The command line. Heavy imports stand inside the functions that need them: `--help` answers at once."""
+"""The command line. Heavy imports are inside the functions that need them, to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def main() -> None:
 @click.version_option(package_name="chateval")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 def cli(debug: bool) -> None:
-    """Score chat models trained on builds of chatdata: item by item, with intervals, paired for comparison."""
+    """Score chat models trained on chatdata builds, item by item, with confidence intervals and paired comparison."""
 
 
 def sampling_options(command: Any) -> Any:
-    """The options of everything that generates."""
+    """The options of commands that generate."""
     for option in (
-        click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="Default: cuda where there is one."),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="Default: cuda if available."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on cuda."),
-        click.option("--seed", type=int, default=42, show_default=True, help="Of draws at a temperature above 0."),
-        click.option("--max-new-tokens", type=POSITIVE, default=512, show_default=True, help="Of an answer, at most."),
-        click.option("--top-k", type=POSITIVE, help="Draw from the K likeliest tokens only."),
+        click.option("--seed", type=int, default=42, show_default=True, help="Random seed of draws."),
+        click.option("--max-new-tokens", type=POSITIVE, default=512, show_default=True, help="Longest answer."),
+        click.option("--top-k", type=POSITIVE, help="Sample from the K most likely tokens only."),
     ):
         command = option(command)
     return command
@@ -50,41 +50,39 @@ def sampling_options(command: Any) -> Any:
 )
 @click.option("--checkpoint", type=PATH, required=True, help="A run folder, a checkpoint, or a transformers export.")
 @click.option("--tasks", required=True, metavar="A,B", help="Names from `chateval tasks`.")
-@click.option("--data-dir", type=PATH, help="Folder of Hub clones to take datasets from.")
-@click.option("--words", metavar="FILE|URL", help="Word list of the spelling tasks.")
-@click.option("--task-file", "task_files", type=PATH, multiple=True, help="Your own task, a Python file.")
+@click.option("--data-dir", type=PATH, help="Folder with clones of Hub datasets.")
+@click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
+@click.option("--task-file", "task_files", type=PATH, multiple=True, help="A Python file that defines your own task.")
 @click.option("--limit", type=POSITIVE, help="Only the first N rows of each task.")
-@click.option("--batch-size", type=POSITIVE, default=32, show_default=True, help="Questions answered at once.")
+@click.option("--batch-size", type=POSITIVE, default=32, show_default=True, help="Questions per batch.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 picks the most likely token."
 )
-@click.option("--draws", type=POSITIVE, default=1, show_default=True, help="Answers to each generative question.")
+@click.option("--draws", type=POSITIVE, default=1, show_default=True, help="Answers per generated question.")
 @sampling_options
-@click.option("--allow-code", is_flag=True, help="Run programs the model writes, in isolation.")
-@click.option("--firewall", type=PATH, help="A build's OUT-firewall.json: score items it was trained on apart.")
-@click.option(
-    "--out", type=PATH, help="Results folder, one for each set of tasks (default: scores/<hash of the weights>)."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option("--allow-code", is_flag=True, help="Run programs that the model writes, in a sandbox.")
+@click.option("--firewall", type=PATH, help="A build's OUT-firewall.json: score items it was trained on separately.")
+@click.option("--out", type=PATH, help="Results folder, one per set of tasks (default: scores/<hash of the weights>).")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def run(**options: Any) -> None:
-    """Score a checkpoint. An interrupted run continues; a finished one is only read."""
+    """Score a checkpoint. Run the same command again to continue an interrupted run."""
+    from chatdata.progress import shown_progress
     from chateval.ask.generate import Sampling
+    from chateval.ask.run import ScoringSettings, score
     from chateval.ask.subject import load_subject
-    from chateval.progress import Progress
     from chateval.results.report import show_results, write_report
-    from chateval.run import Settings, score
     from chattrain.run.ranks import join_ranks
 
     names = tuple(name.strip() for name in options["tasks"].split(",") if name.strip())
     if not names:
-        raise click.UsageError("--tasks names no task; see `chateval tasks`")
+        raise click.UsageError("--tasks is empty; `chateval tasks` lists them")
     if options["draws"] > 1 and options["temperature"] == 0:
-        raise click.UsageError("--draws needs a --temperature above 0: at 0 all draws are the same answer")
-    # ranks meet only at the ends, and one may have hours of answers left where another has none
+        raise click.UsageError("--draws needs a --temperature above 0, because at 0 all draws are the same")
+    # ranks only meet at the start and the end, and one may have hours of work left when another is done
     with join_ranks(options["device"], timedelta(days=7)) as ranks:
         subject = load_subject(options["checkpoint"], ranks.device, _dtype(options["dtype"]))
         sampling = Sampling(options["temperature"], options["top_k"], options["max_new_tokens"], options["seed"])
-        settings = Settings(
+        settings = ScoringSettings(
             tasks=names,
             out=options["out"] or Path("scores") / subject.weights_sha256[:12],
             sampling=sampling,
@@ -92,7 +90,8 @@ def run(**options: Any) -> None:
             allow_code=options["allow_code"],
             firewall=options["firewall"],
         )
-        score(subject, settings, ranks, Progress(ranks.is_first))
+        with shown_progress(quiet=not ranks.is_first) as progress:
+            score(subject, settings, ranks, progress)
         if not ranks.is_first:
             return
     results = write_report(settings.out)
@@ -115,12 +114,12 @@ def run(**options: Any) -> None:
     type=click.IntRange(min=0),
     default=2,
     show_default=True,
-    help="Items to show of each task, gained and lost.",
+    help="Items to show per task, both gained and lost.",
 )
-@click.option("--markdown", type=PATH, help="Also write it to this file.")
+@click.option("--markdown", type=PATH, help="Also write the comparison to this Markdown file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json: bool) -> None:
-    """What B answers better or worse than A, on the questions both were asked."""
+    """Compare two results folders on the questions they share: what does B answer better or worse than A?"""
     from chateval.results.compare import compare, markdown_comparison, show_comparison
 
     comparison = compare(a, b, num_examples)
@@ -135,13 +134,13 @@ def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, 
 
 @cli.command(epilog=examples("chateval chat --checkpoint runs/sft", "chateval chat --checkpoint runs/sft --say 'Hi!'"))
 @click.option("--checkpoint", type=PATH, required=True, help="A run folder, a checkpoint, or a transformers export.")
-@click.option("--say", "says", multiple=True, metavar="TEXT", help="Say this, print the answer, and end (repeatable).")
+@click.option("--say", "says", multiple=True, metavar="TEXT", help="Send this, print the answer and exit (repeatable).")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.6, show_default=True, help="0: the likeliest token."
+    "--temperature", type=click.FloatRange(min=0), default=0.6, show_default=True, help="0 picks the most likely token."
 )
 @sampling_options
 def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str | None, **options: Any) -> None:
-    """Talk to a checkpoint. Tool calls are shown; /clear begins anew, /quit or Ctrl-D ends."""
+    """Chat with a checkpoint and see its tool calls. /clear starts over, /quit or Ctrl-D exits."""
     from chateval.ask.generate import Sampling
     from chateval.ask.subject import load_subject
     from chateval.chat import converse
@@ -152,10 +151,10 @@ def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str
 
 
 @cli.command(name="tasks")
-@click.option("--task-file", "task_files", type=PATH, multiple=True, help="Your own task, a Python file.")
+@click.option("--task-file", "task_files", type=PATH, multiple=True, help="A Python file that defines your own task.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
-    """The tasks a checkpoint can be scored on."""
+    """List the tasks that a checkpoint can be scored on."""
     from chatdata.look.console import table
     from chatdata.tasks.task import load_tasks
 

@@ -1,1 +1,1 @@
-"""Ask a checkpoint: questions as prompts, letters and generated answers, graded line by line."""
+"""Ask a checkpoint: run.py takes questions as prompts, gets letters or generated answers, and grades them."""

@@ -1,6 +1,6 @@
-"""From a batch of questions to lines of items.jsonl: one function for each way of scoring.
+"""Answer a batch of questions and grade the answers: one function for each way of scoring.
 
-A line is plain data with the fields of `chateval.results.Item`.
+Each yields lines of items.jsonl, plain data with the fields of `chateval.results.items.Item`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from chatdata.tasks.task import Task, call_task
 from chateval.ask.generate import Completion, Prompt, Sampling, generate
-from chateval.ask.gold import gold_losses
 from chateval.ask.letters import choose_letters
 from chateval.ask.questions import Question
-from chateval.ask.subject import Subject
+from chateval.ask.subject import Subject, gold_losses
 
 if TYPE_CHECKING:
-    from chateval.sandbox.isolation import Isolation
+    from chateval.sandbox.run_code import Isolation
 
-WHOLE_ENDINGS = ("assistant_end", "bos")  # endings of an answer that was not cut
+WHOLE_ENDINGS = ("assistant_end", "bos")  # of answers that were not cut
 CODE_THREADS = 4  # programs mostly wait for an interpreter to start
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What is asked at once: a question and which of its draws."""
+    """One answer to be given: a question, and which of its draws."""
 
     question: Question
     draw: int
@@ -37,7 +36,7 @@ class Draw:
 
 
 def answer_letters(subject: Subject, draws: Sequence[Draw]) -> Iterator[dict[str, Any]]:
-    """Multiple choice."""
+    """Multiple choice: the letter is the answer."""
     for draw, choice in zip(draws, choose_letters(subject, [draw.question for draw in draws]), strict=True):
         gold = draw.question.gold
         beyond = choice.num_prompt_tokens > subject.num_positions
@@ -47,7 +46,7 @@ def answer_letters(subject: Subject, draws: Sequence[Draw]) -> Iterator[dict[str
             "extracted": choice.letter,
             "gold": gold,
             "correct": choice.letter == gold,
-            # answered all the same, but the model never saw text of this length
+            # answered anyway, but the model was never trained on text this long
             "ending": "letter beyond context" if beyond else "letter",
             "num_prompt_tokens": choice.num_prompt_tokens,
             "num_tokens": 0,
@@ -60,7 +59,7 @@ def answer_letters(subject: Subject, draws: Sequence[Draw]) -> Iterator[dict[str
 
 
 def answer_texts(subject: Subject, task: Task, draws: Sequence[Draw], sampling: Sampling) -> Iterator[dict[str, Any]]:
-    """Generated answers, graded by the task's own file; each as it ends."""
+    """Generated answers, graded by the task's own file, each as it ends."""
     assert task.scoring is not None and task.scoring.grade is not None
     gold = gold_losses(subject, [draw.question.document for draw in draws])
     for number, completion in generate(subject, _prompts(draws), sampling):
@@ -82,8 +81,8 @@ def answer_texts(subject: Subject, task: Task, draws: Sequence[Draw], sampling: 
 def answer_programs(
     subject: Subject, task: Task, draws: Sequence[Draw], sampling: Sampling, isolation: Isolation
 ) -> Iterator[dict[str, Any]]:
-    """Generated programs, run in isolation."""
-    from chateval.sandbox.isolation import run_code
+    """Generated programs, run in the sandbox with their tests."""
+    from chateval.sandbox.run_code import run_code
 
     assert task.scoring is not None and task.scoring.program is not None
     write_program = task.scoring.program
@@ -109,13 +108,13 @@ def answer_programs(
         try:
             for future in running:
                 yield future.result()
-        except BaseException:  # an interruption does not wait for all programs that are still to be run
+        except BaseException:  # do not wait for the programs that have not started
             threads.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def answer_text(subject: Subject, completion: Completion) -> str:
-    """What the model says, without tool calls and their results."""
+    """The text of an answer, without tool calls and their results."""
     special = subject.tokenizer.special_ids
     closing = {special[f"<|{part}_start|>"]: special[f"<|{part}_end|>"] for part in ("python", "output")}
     kept, until = [], None

@@ -1,13 +1,13 @@
-"""Generation: many prompts at once, with a key/value cache and the calculator tool in between.
+"""Generate answers for many prompts at once, with a key/value cache and the calculator tool.
 
-Each row of a batch is at its own place in its own answer:
+Each row of a batch is at a different place in its answer:
 
     chosen    python_start 1 2 + 3 python_end                              . assistant_end
     forced                                    output_start 1 5 output_end
 
-Between python_start and python_end the row's tokens are an expression. At python_end the calculator's result is put
-into the answer, token by token, in place of what the model would say; an expression that cannot be calculated leaves
-the model to go on by itself (karpathy/nanochat@790f3be:nanochat/engine.py does the same). Rows that ended are dropped.
+The tokens between python_start and python_end are an expression. At python_end the calculator's result is forced into
+the answer, token by token; if the expression cannot be calculated, the model simply continues
+(karpathy/nanochat@790f3be:nanochat/engine.py does the same). Finished rows are dropped from the batch.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
     from chateval.ask.subject import Subject
 
-# assistant_end and bos end an answer; the others say why one was cut
+# assistant_end and bos end an answer; the others say why it was cut
 Ending = Literal["assistant_end", "bos", "max_tokens", "context"]
 
-DROP_SHARE = 0.25  # of the rows have ended before the cache is copied without them: a copy at every end costs more
+DROP_SHARE = 0.25  # copy the cache without its finished rows once they are this share: copying at every end costs more
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. temperature 0: the highest logit, the lowest id of several."""
+    """How tokens are chosen. At temperature 0: the highest logit, and the lowest id among equals."""
 
     temperature: float = 0.0
     top_k: int | None = None
-    max_new_tokens: int = 512  # forced ones included
+    max_new_tokens: int = 512  # including forced ones
     seed: int = 42
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to continue. `key` names problem and draw: with the seed it decides the row's random numbers."""
+    """A prompt to continue. `key` names question and draw; key and seed determine the row's random numbers."""
 
     tokens: Sequence[int]
     key: str = ""
@@ -68,9 +68,11 @@ class Completion:
 
 @dataclass
 class _Row:
-    """One answer in the making."""
+    """An unfinished answer."""
 
     prompt: Prompt
+    number: int  # of the prompt
+    cache_row: int
     generator: random.Random
     tokens: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
@@ -81,7 +83,7 @@ class _Row:
 
     @property
     def position(self) -> int:
-        """Of the newest token."""
+        """Position of the newest token."""
         return len(self.prompt.tokens) + len(self.tokens) - 1
 
 
@@ -91,84 +93,84 @@ def generate(
     sampling: Sampling,
     on_token: Callable[[int, int, bool], None] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
-    """Continue all of `prompts` as one batch; yield (number of the prompt, answer) as each ends.
+    """Continue all `prompts` as one batch; yield (number of the prompt, answer) as each answer ends.
 
-    on_token: called with (number of the prompt, token, forced) for each token, for showing it at once.
-    A prompt that fills the model's positions ends at once, with ending "context".
+    on_token: called with (number of the prompt, token, forced) for each token, to show it immediately.
+    A prompt that fills the model's positions ends immediately, with ending "context".
     """
     special = subject.tokenizer.special_ids
     ends: dict[int, Ending] = {special["<|assistant_end|>"]: "assistant_end", special["<|bos|>"]: "bos"}
-    rows: list[_Row | None] = []
-    numbers = []
+    rows: list[_Row] = []
     for number, prompt in enumerate(prompts):
         if len(prompt.tokens) >= subject.num_positions:
             yield number, Completion((), (), "context", 0, 0)
         else:
-            rows.append(_Row(prompt, random.Random(_seed(sampling.seed, prompt.key))))
-            numbers.append(number)
+            rows.append(_Row(prompt, number, len(rows), random.Random(_seed(sampling.seed, prompt.key))))
     if not rows:
         return
-    cache, logits = _read_prompts(subject, [row.prompt.tokens for row in rows if row], sampling)
+    cache, logits = _read_prompts(subject, [row.prompt.tokens for row in rows], sampling)
     while True:
-        chosen = _choose(logits, rows, sampling)
-        for i, row in enumerate(rows):
-            if row is None:
-                continue
+        unfinished = []
+        for row, choice in zip(rows, _choose(logits, rows, sampling), strict=True):
             forced = bool(row.waiting)
-            token = row.waiting.popleft() if forced else chosen[i]
+            token = row.waiting.popleft() if forced else choice
             ending = None if forced else ends.get(token)
             if ending is None:
                 _accept(row, token, forced, subject.tokenizer)
                 if on_token is not None:
-                    on_token(numbers[i], token, forced)
+                    on_token(row.number, token, forced)
                 ending = _cut(row, subject.num_positions, sampling)
-            if ending is not None:
-                yield numbers[i], _complete(row, ending)
-                rows[i] = None
-        going = [i for i, row in enumerate(rows) if row is not None]
-        if not going:
+            if ending is None:
+                unfinished.append(row)
+            else:
+                answer = Completion(tuple(row.tokens), tuple(row.forced), ending, row.tool_calls, row.tool_failures)
+                yield row.number, answer
+        rows = unfinished
+        if not rows:
             return
-        if len(rows) - len(going) >= DROP_SHARE * len(rows):
-            cache.keep(going)
-            rows, numbers = [rows[i] for i in going], [numbers[i] for i in going]
         logits = _read_tokens(subject, rows, cache)
 
 
 def _read_prompts(subject: Subject, prompts: list[Sequence[int]], sampling: Sampling) -> tuple[KeyValueCache, Tensor]:
-    """A cache that holds the prompts, and the logits [B, V] behind each."""
-    num_slots = min(max(map(len, prompts)) + sampling.max_new_tokens, subject.num_positions)
-    cache = KeyValueCache(subject.model.config, len(prompts), num_slots, subject.device, subject.dtype)
+    """A cache that holds B prompts, and the logits [B, V] after each."""
+    num_positions = min(max(map(len, prompts)) + sampling.max_new_tokens, subject.num_positions)
+    cache = KeyValueCache(subject.model.config, len(prompts), num_positions, subject.device, subject.dtype)
     cache.start()
     return cache, prompt_logits(subject, prompts, cache)
 
 
-def _read_tokens(subject: Subject, rows: list[_Row | None], cache: KeyValueCache) -> Tensor:
-    """Feed each row's newest token (for an ended row still here: anything); logits [B, V] behind it."""
-    tokens = [0 if row is None else row.tokens[-1] for row in rows]
-    positions = [0 if row is None else row.position for row in rows]
-    place = torch.tensor(positions, device=subject.device)
-    cache.advance(place, max(positions))
-    hidden = subject.hidden(torch.tensor(tokens, device=subject.device)[:, None], place[:, None], cache)
-    return subject.logits(hidden[:, 0])
+def _read_tokens(subject: Subject, rows: list[_Row], cache: KeyValueCache) -> Tensor:
+    """Feed each row's newest token; logits [B, V] after it, for all B rows of the cache (finished ones: anything)."""
+    if cache.num_rows - len(rows) >= DROP_SHARE * cache.num_rows:
+        cache.keep([row.cache_row for row in rows])
+        for place, row in enumerate(rows):
+            row.cache_row = place
+    newest = torch.zeros(2, cache.num_rows, dtype=torch.int64)
+    newest[:, [row.cache_row for row in rows]] = torch.tensor([(row.tokens[-1], row.position) for row in rows]).T
+    tokens, positions = newest.to(subject.device)
+    cache.advance(positions, max(row.position for row in rows))
+    return subject.logits(subject.hidden(tokens[:, None], positions[:, None], cache)[:, 0])
 
 
-def _choose(logits: Tensor, rows: list[_Row | None], sampling: Sampling) -> list[int]:
-    """A token for each row from logits [B, V]; each row's draws are its own, whatever else is in the batch."""
+def _choose(logits: Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
+    """A token for each row, from logits [B, V]. A row's draws do not depend on what else is in the batch."""
+    cache_rows = [row.cache_row for row in rows]
     if sampling.temperature == 0:
-        return logits.argmax(-1).tolist()  # the first of several equal ones
-    scaled = logits.cpu().double() / sampling.temperature
+        best = logits.argmax(-1).tolist()  # the first of equal ones
+        return [best[place] for place in cache_rows]
+    scaled = logits.cpu()[cache_rows].double() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.size(-1):
         smallest = scaled.topk(sampling.top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
     shares = scaled.softmax(-1).cumsum(-1)
-    # one number a row and chosen token: forced tokens draw none, so that they do not move the draws behind them
-    draws = [0.0 if row is None or row.waiting else row.generator.random() for row in rows]
+    # one number per row and chosen token; forced tokens take none, so they do not change the draws after them
+    draws = [0.0 if row.waiting else row.generator.random() for row in rows]
     drawn = torch.tensor(draws, dtype=torch.float64)[:, None] * shares[:, -1:]
     return torch.searchsorted(shares, drawn, right=True).squeeze(1).clamp(max=logits.size(-1) - 1).tolist()
 
 
 def _accept(row: _Row, token: int, forced: bool, tokenizer: Tokenizer) -> None:
-    """Append a token, and call the calculator where it closes an expression."""
+    """Append a token; call the calculator when it closes an expression."""
     special = tokenizer.special_ids
     row.tokens.append(token)
     row.forced.append(forced)
@@ -194,10 +196,6 @@ def _cut(row: _Row, num_positions: int, sampling: Sampling) -> Ending | None:
     if len(row.tokens) >= sampling.max_new_tokens:
         return "max_tokens"
     return "context" if row.position + 1 >= num_positions else None
-
-
-def _complete(row: _Row, ending: Ending) -> Completion:
-    return Completion(tuple(row.tokens), tuple(row.forced), ending, row.tool_calls, row.tool_failures)
 
 
 def _seed(seed: int, key: str) -> int:

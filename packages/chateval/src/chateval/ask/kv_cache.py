@@ -1,8 +1,8 @@
-"""Keys and values of what a batch of rows has read so far, so that each new token costs one position.
+"""Keys and values of everything a batch of rows has read so far, so that a new token costs one position.
 
-Shapes: L layers, B rows, S slots, K key/value heads, D head size. A row's token at position p has slot p, so "seen" is
-"slot ≤ position", in the prompt and behind it: what stands in slots behind a row's own position (padding of a prompt
-shorter than the longest) is never seen, and is overwritten when the row gets there.
+Shapes: L layers, B rows, S slots, K key/value heads, D head size. A row's token at position p is in slot p, so a row
+sees the slots up to its own position. Later slots (the padding of a shorter prompt) are never seen, and are
+overwritten when the row gets there.
 """
 
 from __future__ import annotations
@@ -20,30 +20,34 @@ class KeyValueCache:
         self, config: ModelConfig, num_rows: int, num_slots: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (config.n_layer, num_rows, num_slots, config.n_kv_head, config.head_size)
-        # zeros, not just any memory: a slot that is not seen has weight 0, but 0 times a NaN found there is NaN
+        # zeros, because an unseen slot has weight 0, but 0 times NaN is NaN
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self._positions: Tensor | None = None
         self._mask: Tensor | None = None
         self._longest = 0
 
+    @property
+    def num_rows(self) -> int:
+        return self.keys.size(1)
+
     def start(self) -> None:
         """The next tokens are prompts [B, T] from position 0 on, padded on the right."""
         self._positions = self._mask = None
 
     def advance(self, positions: Tensor, longest: int) -> None:
-        """The next tokens are one a row [B, 1], at `positions` [B]; `longest` is the largest of them."""
+        """The next tokens are one per row [B, 1], at `positions` [B]; `longest` is the largest of them."""
         self._positions, self._longest = positions, longest
         slots = torch.arange(longest + 1, device=positions.device)
         self._mask = (slots <= positions[:, None])[:, None, None, :]
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all other rows."""
+        """Drop all rows but these."""
         index = torch.tensor(rows, device=self.keys.device)
         self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A layer's new k, v [B, T, K, D] → all keys, all values [B, S, K, D], mask [B, 1, T, S] or None: causal."""
+        """A layer's new k, v [B, T, K, D] → all keys, all values [B, S, K, D], mask [B, 1, T, S] (None: causal)."""
         if self._positions is None:
             self.keys[layer, :, : k.size(1)], self.values[layer, :, : v.size(1)] = k, v
             return k, v, None

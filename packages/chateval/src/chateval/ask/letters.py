@@ -1,4 +1,4 @@
-"""Multiple choice: the letter with the highest logit right behind the prompt is the answer.
+"""Multiple choice: the answer is the letter with the highest logit right after the prompt.
 
 Only the hidden state at each prompt's last position goes through the head, in fp32.
 """
@@ -19,15 +19,15 @@ class Choice:
     """The answer to one question."""
 
     letter: str
-    tie: bool  # another letter had the same logit: the first of them was taken
+    tie: bool  # another letter had the same logit; the first is taken
     margin: float  # best letter's logit − the next one's
-    letter_mass: float  # probability of all letters together: how far the model answers in the form asked for
+    letter_mass: float  # probability of all letters together: how well the model follows the form
     gold_nats: float  # −log probability of the right letter
     num_prompt_tokens: int
 
 
 def letter_ids(subject: Subject, letters: Sequence[str]) -> list[int]:
-    """The token of each letter. Raises ScoringError for one of several tokens, which no single logit stands for."""
+    """The token of each letter. Raises ScoringError for a letter of several tokens, which has no single logit."""
     ids = [subject.tokenizer.encode_ordinary(letter) for letter in letters]
     for letter, tokens in zip(letters, ids, strict=True):
         if len(tokens) != 1:
@@ -42,7 +42,7 @@ def choose_letters(subject: Subject, questions: Sequence[Question]) -> list[Choi
     choices = []
     for i, question in enumerate(questions):
         values = logits[i, letter_ids(subject, question.letters)].tolist()
-        best = max(range(len(values)), key=values.__getitem__)  # the first of several equal ones
+        best = max(range(len(values)), key=values.__getitem__)  # the first of equal ones
         others = [value for place, value in enumerate(values) if place != best]
         choices.append(
             Choice(

@@ -1,4 +1,4 @@
-"""Which rows a checkpoint is asked, as prompts: the same sources, order and rendering as a build's."""
+"""The questions: rows of scored tasks as prompts, with the same sources, order and rendering as a build."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class Question:
     """One row of a scored task."""
 
     task: str  # the scored set's name
-    item: str  # which row, for people: "mmlu all test row 812"
+    item: str  # "mmlu all test row 812"
     subject: str | None
     row: Any
-    conversation: Any  # with the row's own answer
+    conversation: Any  # including the row's own answer
     prompt: list[int]  # ids up to assistant_start
     tokenizer: Tokenizer
-    letters: tuple[str, ...] = ()  # multiple choice: those to choose from, and
-    gold: str = ""  # the right one
+    letters: tuple[str, ...] = ()  # multiple choice: the letters to choose from
+    gold: str = ""  # and the right one
 
     @property
     def document(self) -> Document:
-        """The whole conversation, rendered. Not kept: multiple choice never asks for it."""
+        """The whole conversation, rendered. Not cached, because multiple choice never needs it."""
         return render_conversation(self.tokenizer, self.conversation)
 
     @cached_property
     def prompt_sha256(self) -> str:
-        """Over the ids as `<u4` bytes: two models may be compared on an item only if they were asked the same."""
+        """Over the ids as `<u4` bytes: two models are compared on an item only if their prompts are the same."""
         return hashlib.sha256(np.array(self.prompt, dtype="<u4").tobytes()).hexdigest()[:16]
 
 
@@ -63,13 +63,13 @@ class ScoredTask:
     chance: float
     task: Task
     scoring: Scoring
-    source: dict[str, Any]  # name, revision and files, as a manifest has them
-    num_rows: int  # of the source: more than there are questions under a limit
+    source: dict[str, Any]  # name, revision and files, as in a manifest
+    num_rows: int  # in the source; more than the questions if there is a limit
     questions: list[Question]
 
 
 def scored_sets(tasks: Mapping[str, Task]) -> dict[str, Task]:
-    """Name for --tasks → the task it belongs to. Raises TaskError if two tasks score a set of one name."""
+    """Name for --tasks → the task it belongs to. Raises TaskError if two tasks have a scored set of the same name."""
     owners: dict[str, Task] = {}
     for task in tasks.values():
         for name in task.scoring.sets if task.scoring else ():
@@ -87,9 +87,9 @@ def load_questions(
     words: str | None = None,
     limit: int | None = None,
 ) -> list[ScoredTask]:
-    """The scored sets `names` with their first `limit` rows (all by default).
+    """The scored sets `names` with their first `limit` rows (default: all).
 
-    Raises UsageError for unknown names, MissingSource naming all sources that are not at hand.
+    Raises UsageError for unknown names, MissingSource naming every source that was not found.
     """
     owners = scored_sets(tasks)
     for name in names:

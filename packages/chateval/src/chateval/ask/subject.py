@@ -1,4 +1,4 @@
-"""The model to score: from a run folder, a checkpoint, or a transformers export."""
+"""The model that is scored: load it, read its logits after prompts, measure its loss on known answers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chatdata.document import Document
 from chateval.errors import ScoringError
 from chattrain.checkpoint import read_checkpoint
 from chattrain.evaluate import token_byte_counts
+from chattrain.loss import IGNORED, position_losses
 from chattrain.model import GPT, ModelConfig, load_model
 from chattrain.nanochat.export import is_export, read_export
 
@@ -34,17 +36,17 @@ class Subject:
     device: torch.device
     dtype: torch.dtype  # of activations; weights are fp32
     weights_sha256: str  # see `hash_weights`
-    label: str  # where it came from, for people
-    step: int | None  # None: an export does not say
+    label: str  # its path
+    step: int | None  # None: an export does not record it
 
     @cached_property
     def token_byte_counts(self) -> np.ndarray:
-        """Bytes each id stands for, int64 [vocab_size]; 0 for special tokens."""
+        """Number of bytes of each id, int64 [vocab_size]; 0 for special tokens."""
         return token_byte_counts(self.tokenizer)
 
     @property
     def num_positions(self) -> int:
-        """The longest sequence it was trained for."""
+        """The longest sequence it was trained on."""
         return self.model.config.sequence_len
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
@@ -59,7 +61,7 @@ class Subject:
 
 
 def prompt_logits(subject: Subject, prompts: Sequence[Sequence[int]], cache: KeyValueCache | None = None) -> Tensor:
-    """Logits [B, V] behind each of B prompts. Shorter ones are padded on the right, which no position before sees."""
+    """Logits [B, V] after each of B prompts. Padding is on the right, where no earlier position sees it."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
     for i, prompt in enumerate(prompts):
@@ -68,11 +70,34 @@ def prompt_logits(subject: Subject, prompts: Sequence[Sequence[int]], cache: Key
     return subject.logits(hidden[torch.arange(len(prompts)), lengths - 1])
 
 
+def gold_losses(subject: Subject, documents: Sequence[Document]) -> list[tuple[float, int]]:
+    """Per document: the loss in nats of its supervised tokens, and their bytes; together they give bits per byte.
+
+    Special tokens have no bytes and count on neither side, as in chattrain's validation.
+    """
+    byte_counts = subject.token_byte_counts
+    width = max(len(document.tokens) for document in documents) - 1
+    inputs = np.zeros((len(documents), width), dtype=np.int64)
+    targets = np.full_like(inputs, IGNORED)
+    for i, document in enumerate(documents):
+        tokens = document.tokens.astype(np.int64)
+        counted = (document.mask[1:] == 1) & (byte_counts[tokens[1:]] > 0)
+        inputs[i, : len(tokens) - 1] = tokens[:-1]
+        targets[i, : len(tokens) - 1][counted] = tokens[1:][counted]
+    hidden = subject.hidden(torch.from_numpy(inputs).to(subject.device))
+    model = subject.model
+    losses = position_losses(
+        hidden.float(), model.lm_head.weight, torch.from_numpy(targets).to(subject.device), model.config.vocab_size
+    )
+    num_bytes = byte_counts[np.maximum(targets, 0)] * (targets != IGNORED)
+    return list(zip(losses.cpu().double().sum(1).tolist(), num_bytes.sum(1).tolist(), strict=True))
+
+
 def load_subject(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Subject:
     """Load a run folder's last checkpoint, a checkpoint, or a transformers export (see `chattrain export`).
 
     dtype: by default bfloat16 on cuda, else float32. Raises CheckpointError, WeightsError or ConfigError of chattrain,
-    TokenizerError, and ScoringError when model and tokenizer do not belong together.
+    TokenizerError, and ScoringError if model and tokenizer do not belong together.
     """
     from chatdata.tokenizer.load import load_tokenizer
 
@@ -85,8 +110,8 @@ def load_subject(path: Path, device: torch.device, dtype: torch.dtype | None = N
         tokenizer = load_tokenizer(checkpoint.path / "tokenizer")
     if tokenizer.vocab_size != config.vocab_size:
         raise ScoringError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size:,} entries, the model {config.vocab_size:,}; "
-            "they must be of one training run"
+            f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model {config.vocab_size:,}; "
+            "they must come from the same training run"
         )
     digest = hash_weights(weights, config, tokenizer)
     model = load_model(config, weights, device).eval()
@@ -96,9 +121,9 @@ def load_subject(path: Path, device: torch.device, dtype: torch.dtype | None = N
 
 
 def hash_weights(weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer) -> str:
-    """SHA-256 over what decides answers: sizes, the tokenizer's behaviour, every weight; padding rows do not.
+    """SHA-256 of everything that determines answers: sizes, the tokenizer's behaviour, every weight but padding rows.
 
-    So a checkpoint and its export have one hash.
+    A checkpoint and its export have the same hash.
     """
     digest = hashlib.sha256(json.dumps([asdict(config), tokenizer.canary_sha256], sort_keys=True).encode())
     for name in sorted(weights):

@@ -1,7 +1,7 @@
-"""What an isolation must prove before it is used: a program of assertions, run inside it as model-written code is.
+"""What the sandbox must prove before it is used: a program of assertions, run inside it like model-written code.
 
-It looks at what works, not at what things are called: it allocates, forks, connects, opens and kills. The first thing
-that is weaker than promised ends it, and its message becomes the reason of the refusal.
+It tests behaviour, not names: it allocates, forks, connects, opens and kills. The first thing weaker than promised ends
+it, and its message becomes the reason of the refusal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ assert libc.prctl(39, 0, 0, 0, 0) == 1, "no_new_privs is not set"
 assert libc.prctl(21, 0, 0, 0, 0) == 2, "no system call filter is in force"
 assert not os.environ, f"its environment has {list(os.environ)}"
 
-# system calls that would lead around the rest
+# system calls that would get around the rest
 for name, arguments in [("unshare", (0x10000000,)), ("shmget", (0, 4096, 0o1600)), ("msgget", (0, 0o1600))]:
     denied = getattr(libc, name)(*arguments) == -1 and ctypes.get_errno() == errno.EPERM
     assert denied, f"the call {name} is not denied"
@@ -44,10 +44,10 @@ for folder in ["/", "/usr/lib", "/python/lib", "/dev"]:
         assert error.errno in (errno.EROFS, errno.EACCES), error
 
 # processes
-assert os.getpid() < 10 and os.getppid() == 1, "it has no process namespace of its own"
+assert os.getpid() < 10 and os.getppid() == 1, "it has no process namespace"
 try:
-    os.kill(-1, 0)  # all that can be seen but itself and process 1
-    raise AssertionError("it sees processes of others")
+    os.kill(-1, 0)  # everything visible except itself and process 1
+    raise AssertionError("it sees other processes")
 except ProcessLookupError:
     pass
 
@@ -81,7 +81,7 @@ for name, limit in RLIMITS.items():
     assert resource.getrlimit(getattr(resource, name)) == tuple(limit), f"the limit {name} is not in force"
 try:
     bytearray(RLIMITS["RLIMIT_AS"][0])
-    raise AssertionError("more memory than the limit can be had")
+    raise AssertionError("more memory than the limit can be allocated")
 except MemoryError:
     pass
 try:

@@ -1,9 +1,9 @@
-"""A scoring run: questions in fixed batches, a line per answer as it comes, figures at the end.
+"""A scoring run: ask the questions in fixed batches and append each answer to items.jsonl.
 
-Batches are the same however often a run was interrupted: draws (answers to questions) sorted by length of prompt,
-longest first, rank r of R taking every R-th, B at a time. A batch whose lines are all there is skipped; one that was
-cut is answered again as a whole, so that its answers are those of an uninterrupted run, and only its missing lines are
-written. When all is done the lines are put in the tasks' order, so the file does not tell how it came about.
+Batches do not depend on interruptions: draws (answers to questions) are sorted by prompt length, longest first, rank r
+of R takes every R-th, B at a time. A batch with all its lines on disk is skipped. One that was cut short is answered
+again as a whole, so its answers equal those of an uninterrupted run, and only its missing lines are written. At the end
+the lines are sorted into the tasks' order.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chatdata.disk import naming, write_whole
+from chatdata.progress import Progress
 from chatdata.tasks.task import load_tasks
 from chateval.ask.answers import Draw, answer_letters, answer_programs, answer_texts
 from chateval.ask.generate import Sampling
 from chateval.ask.questions import ScoredTask, load_questions, scored_sets
 from chateval.ask.subject import Subject
 from chateval.errors import ScoringError, UsageError
-from chateval.progress import Progress
 from chateval.results.figures import RUN_FORMAT, RUN_NAME, VERSION, read_run, require_same_run, write_run
 from chateval.results.firewall import read_firewall
 from chateval.results.items import ITEMS_NAME, append_item, open_items, read_items
 from chattrain.run.ranks import Ranks
 
 if TYPE_CHECKING:
-    from chateval.sandbox.isolation import Isolation
+    from chateval.sandbox.run_code import Isolation
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The command line of `chateval run`, but for the model."""
+class ScoringSettings:
+    """The options of `chateval run`, except the model."""
 
     tasks: tuple[str, ...]
     out: Path
@@ -51,10 +51,10 @@ class Settings:
     firewall: Path | None = None
 
 
-def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress) -> None:
-    """Answer what is not answered yet: afterwards items.jsonl holds every item. A finished folder is only read.
+def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: Progress) -> None:
+    """Answer every question that has no answer on disk yet. A finished folder is only read.
 
-    Raises UsageError, MissingSource, ScoringError, ResultsError (a folder of another run), SandboxError.
+    Raises UsageError, MissingSource, ScoringError, ResultsError (the folder of another run), SandboxError.
     """
     tasks = load_tasks(settings.task_files)
     isolation = _isolation(settings, [name for name, task in scored_sets(tasks).items() if task.scoring.program])  # type: ignore[union-attr]
@@ -64,37 +64,38 @@ def score(subject: Subject, settings: Settings, ranks: Ranks, progress: Progress
         run["firewall"] = read_firewall(settings.firewall, run["tasks"])
     _begin(settings, run, ranks)
     done = {item.key for item in read_items(settings.out)}
-    ranks.wait()  # all have read before any writes
+    ranks.wait()  # every rank reads before any rank writes
     asked = [(task, list(batches_of(task, settings, ranks))) for task in scored]
     if any(draw.key not in done for _, batches in asked for batch in batches for draw in batch):
         path = settings.out / (ITEMS_NAME if ranks.is_first else f"items-{ranks.rank:05}.jsonl")
         with naming(path), open_items(path) as file:
             for task, batches in asked:
-                progress.begin(task.name, sum(len(batch) for batch in batches))
+                num_done, num_draws = 0, sum(map(len, batches))
+                progress(task.name, num_done, num_draws, "answers")
                 for batch in batches:
                     for line in _answer_missing(subject, task, batch, settings, isolation, done):
                         append_item(file, line)
-                    progress.advance(len(batch))
-                progress.end()
+                    num_done += len(batch)
+                    progress(task.name, num_done, num_draws, "answers")
     ranks.wait()
     if ranks.is_first:
         _put_in_order(settings.out, scored, settings.draws)
 
 
-def batches_of(task: ScoredTask, settings: Settings, ranks: Ranks) -> Iterator[list[Draw]]:
-    """This rank's batches of a task. Neighbours in length share a batch, so little of it is padding."""
+def batches_of(task: ScoredTask, settings: ScoringSettings, ranks: Ranks) -> Iterator[list[Draw]]:
+    """This rank's batches of a task. Prompts of similar length share a batch, which keeps padding small."""
     draws = [Draw(question, draw) for question in task.questions for draw in range(_num_draws(task, settings))]
     draws.sort(key=lambda draw: -len(draw.question.prompt))
     mine = draws[ranks.rank :: ranks.num_ranks]
     return (mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size))
 
 
-def _num_draws(task: ScoredTask, settings: Settings) -> int:
+def _num_draws(task: ScoredTask, settings: ScoringSettings) -> int:
     return 1 if task.kind == "categorical" else settings.draws
 
 
-def describe_run(subject: Subject, settings: Settings, scored: Sequence[ScoredTask]) -> dict[str, Any]:
-    """run.json: what decides the answers, beside the questions themselves."""
+def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[ScoredTask]) -> dict[str, Any]:
+    """run.json: everything that determines the answers, except the questions themselves."""
     return {
         "format": RUN_FORMAT,
         "version": VERSION,
@@ -116,22 +117,22 @@ def describe_run(subject: Subject, settings: Settings, scored: Sequence[ScoredTa
     }
 
 
-def _isolation(settings: Settings, code_tasks: Sequence[str]) -> Isolation | None:
-    """What programs of the model will run in; None if no task asks for it."""
+def _isolation(settings: ScoringSettings, code_tasks: Sequence[str]) -> Isolation | None:
+    """What the model's programs will run in; None if no task needs it."""
     asked = [name for name in settings.tasks if name in code_tasks]
     if not asked:
         return None
     if not settings.allow_code:
-        raise UsageError(f"{asked[0]} runs code the model wrote: allow it with --allow-code, or leave {asked[0]} out")
-    from chateval.sandbox.isolation import find_isolation
+        raise UsageError(f"{asked[0]} runs code that the model wrote: pass --allow-code, or leave {asked[0]} out")
+    from chateval.sandbox.run_code import find_isolation
 
     return find_isolation()
 
 
-def _begin(settings: Settings, run: dict[str, Any], ranks: Ranks) -> None:
-    require_same_run(settings.out, run)  # on every rank: all refuse, rather than one while the others wait for it
+def _begin(settings: ScoringSettings, run: dict[str, Any], ranks: Ranks) -> None:
+    require_same_run(settings.out, run)  # on every rank: if only one refused, the others would wait for it
     ranks.wait()
-    # a firewall file changes no answer: a folder that is there, even a finished one, takes it on
+    # a firewall file changes no answer, so it can be added to an existing folder, even a finished one
     if ranks.is_first and (
         not (settings.out / RUN_NAME).is_file()
         or ("firewall" in run and read_run(settings.out).get("firewall") != run["firewall"])
@@ -144,11 +145,11 @@ def _answer_missing(
     subject: Subject,
     task: ScoredTask,
     batch: Sequence[Draw],
-    settings: Settings,
+    settings: ScoringSettings,
     isolation: Isolation | None,
     done: Set[tuple[str, str, int]],
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a batch that are not `done`. Raises ScoringError for a batch too large for the memory."""
+    """The lines of a batch that are not `done`. Raises ScoringError if the batch does not fit in memory."""
     missing = {draw.key for draw in batch} - done
     if not missing:
         return
@@ -158,13 +159,13 @@ def _answer_missing(
                 yield line
     except torch.OutOfMemoryError:
         raise ScoringError(
-            f"{task.name}: out of memory with {len(batch)} questions at once: give a smaller --batch-size "
-            "(the run continues)"
+            f"{task.name}: out of memory with {len(batch)} questions at once; "
+            "run it again with a smaller --batch-size to continue"
         ) from None
 
 
 def _answer(
-    subject: Subject, task: ScoredTask, batch: Sequence[Draw], settings: Settings, isolation: Isolation | None
+    subject: Subject, task: ScoredTask, batch: Sequence[Draw], settings: ScoringSettings, isolation: Isolation | None
 ) -> Iterator[dict[str, Any]]:
     if task.kind == "categorical":
         return answer_letters(subject, batch)
@@ -175,16 +176,16 @@ def _answer(
 
 
 def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
-    """All lines in the tasks' order in items.jsonl, whole or not at all; then the other ranks' files go.
+    """Write all lines in the tasks' order to items.jsonl, whole or not at all; then remove the other ranks' files.
 
-    What is in order already is left alone: a finished folder may be one that cannot be written to.
+    A file already in order is left alone, because a finished folder may be read-only.
     """
     questions = ((task.name, question.item) for task in scored for question in task.questions)
     place = {(*question, draw): number for number, (question, draw) in enumerate(product(questions, range(draws)))}
     lines = {}
     paths = sorted(out.glob("items*.jsonl"))
     for path in paths:
-        *whole, _unfinished = path.read_bytes().split(b"\n")  # of a killed rank that this run does not have
+        *whole, _unfinished = path.read_bytes().split(b"\n")  # a killed rank's last line
         for line in whole:
             item = json.loads(line)
             lines[place[item["task"], item["item"], item["draw"]]] = line

@@ -1,18 +1,18 @@
-"""The system calls the sandbox denies: a seccomp filter as bytes, installed before model-written code starts.
+"""The seccomp filter: which system calls the sandbox denies, as bytes, installed before model-written code starts.
 
-Namespaces, a lost user id and rlimits leave a few ways around them. Each rule closes one:
+Namespaces, an unprivileged user and rlimits leave a few ways around them. Each rule closes one:
 
-    unshare, clone and clone3 with a new namespace   a user namespace of its own would give the code capabilities in it,
-                                                     and with them tmpfs mounts that no limit counts
-    memfd_create, memfd_secret, shmget, msgget,      memory that outlives its mapping, so RLIMIT_AS does not hold it
+    unshare, clone and clone3 with a new namespace   in its own user namespace the code would have capabilities, and
+                                                     with them tmpfs mounts that no limit counts
+    memfd_create, memfd_secret, shmget, msgget,      memory that outlives its mapping, so RLIMIT_AS does not limit it
     semget
-    socket, but for unix, IPv4 and IPv6              a network namespace does not hide vsock: a virtual machine's guest
-                                                     could still speak to its host
+    socket, except unix, IPv4 and IPv6               a network namespace does not hide vsock, so a virtual machine's
+                                                     guest could still talk to its host
     io_uring_setup                                   opens sockets without the call `socket`
     keyctl, add_key, request_key                     keyrings have no namespace: the code would hold the caller's
-    bpf, perf_event_open, userfaultfd                much kernel, no use here
+    bpf, perf_event_open, userfaultfd                a large attack surface with no use here
 
-clone3 answers "not implemented", since its flags lie behind a pointer where no filter can look; glibc then uses clone.
+clone3 returns "not implemented": its flags are behind a pointer that no filter can follow; glibc falls back to clone.
 Numbers: <asm/unistd_64.h> and <asm-generic/unistd.h>; program format: <linux/filter.h>, <linux/seccomp.h>.
 """
 
@@ -42,9 +42,9 @@ NUMBERS = {  # number on x86_64, on aarch64
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
 }
-SPECIAL = ("clone", "clone3", "socket")  # denied by what they ask for; all others always
+SPECIAL = ("clone", "clone3", "socket")  # denied depending on their arguments; all others always
 NEW_NAMESPACE = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
-X32 = 0x40000000  # set in the numbers of x86_64's 32-bit-pointer calls, which would pass every rule below
+X32 = 0x40000000  # set in the numbers of x86_64's x32 calls, which would pass every rule below
 
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 NUMBER, ARCHITECTURE, ARGUMENT_0 = 0, 4, 16  # offsets in struct seccomp_data; the argument's low half
@@ -52,7 +52,7 @@ ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
 def build_filter(machine: str) -> bytes:
-    """The filter as struct sock_filter[], 8 bytes an instruction. machine: a key of AUDIT_ARCH, as os.uname has it."""
+    """The filter as struct sock_filter[], 8 bytes per instruction. machine: a key of AUDIT_ARCH, as in os.uname."""
     number = {name: numbers[COLUMN[machine]] for name, numbers in NUMBERS.items()}
     deny = _instruction(RETURN, ERRNO | errno.EPERM)
     allow = _instruction(RETURN, ALLOW)

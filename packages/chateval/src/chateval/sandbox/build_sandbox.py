@@ -1,11 +1,11 @@
-"""The program that builds the sandbox from within: run by `unshare` in new namespaces, never imported by anyone else.
+"""Builds the sandbox from inside: `unshare` runs this file in new namespaces; nothing imports it.
 
-It is process 1 of its namespace and the only trusted process in it. It turns an empty tmpfs into the root folder with
-a few read-only parts of the host, gives up every privilege, starts a fresh interpreter (RUNNER) that runs the code, and
-waits. It ends when that interpreter ends or when the caller closes the lifeline (also by dying); with process 1 the
-kernel kills all others, whatever they ignore and wherever they forked to.
+It is process 1 of its namespace and the only trusted process there. It turns an empty tmpfs into the root folder, with
+read-only parts of the host, gives up every privilege, starts a fresh interpreter (RUNNER) for the code, and waits.
+It ends when that interpreter ends, or when the caller closes the lifeline (also by dying); the kernel then kills every
+other process of the namespace, whatever signals they ignore and wherever they forked to.
 
-It knows no secret. Everything it needs comes as JSON in its only argument; standard library alone, as it runs under -S.
+It knows no secret. Everything it needs is JSON in its only argument. Under -S, it has only the standard library.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import socket
 import sys
 from pathlib import Path
 
-# The interpreter's first lines, before model-written code. It holds the ticket while the code runs, but not the secret:
-# that comes in exchange for the ticket, once the tests have ended, and after printing it nothing runs any more.
+# What the interpreter runs before model-written code. It holds the ticket while the code runs, but not the secret: that
+# comes in exchange for the ticket once the tests have ended, and nothing runs after it is printed.
 RUNNER = """
 import os, sys, types
 
@@ -64,60 +64,60 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     with socket.socket(fileno=settings["channel"]) as channel:
         try:
-            build_room(settings)
+            build_root(settings)
             give_up_privileges(settings["uid"], bytes.fromhex(settings["filter"]))
         except OSError as error:
             channel.sendall(f"{error}\n".encode())
             os._exit(1)
-        channel.sendall(b"ready\n")  # before any untrusted code exists, so nobody else can have said it
+        channel.sendall(b"ready\n")  # no untrusted code exists yet that could send this
         child = os.fork()
         if child == 0:
             start_interpreter(settings, channel)
     os._exit(wait_for(child))
 
 
-def build_room(settings: dict) -> None:
-    """Make a new root folder and leave the host's for good. Raises OSError naming the mount that failed."""
-    if os.getpid() != 1:  # started by hand, it would take the machine's own mounts apart
-        raise OSError("not process 1 of a process namespace of its own")
-    with Path("/proc/self/oom_score_adj").open("w") as file:  # when memory is short, the kernel ends this first
+def build_root(settings: dict) -> None:
+    """Build a new root folder and leave the host's for good. Raises OSError naming the mount that failed."""
+    if os.getpid() != 1:  # started by hand, it would take apart the machine's mounts
+        raise OSError("not process 1 of a new process namespace")
+    with Path("/proc/self/oom_score_adj").open("w") as file:  # when memory runs out, the kernel kills this first
         file.write("1000")
     socket.sethostname("sandbox")
     os.umask(0o022)
-    # All of it happens on a tmpfs over /tmp that only this mount namespace sees: nothing to clean up on the host.
+    # Everything is built on a tmpfs over /tmp that only this mount namespace sees: the host needs no cleanup.
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
-    for name in ("room", "host"):
+    for name in ("new_root", "host"):
         Path(f"/tmp/{name}").mkdir()
     pivot_root("/tmp", "/tmp/host")
     os.chdir("/")
-    mount("tmpfs", "/room", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
+    mount("tmpfs", "/new_root", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
     for target, path in settings["links"]:
-        Path(f"/room{path}").symlink_to(target)
+        Path(f"/new_root{path}").symlink_to(target)
     for source, path in settings["binds"]:
-        bind(f"/host{source}", f"/room{path}")
+        bind(f"/host{source}", f"/new_root{path}")
     for path in settings["covered"]:
-        if Path(f"/room{path}").is_dir():
-            mount("tmpfs", f"/room{path}", "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=555")
-    Path("/room/tmp").mkdir()
-    # nr_inodes: empty files take no bytes of the size, but memory of the kernel's
+        if Path(f"/new_root{path}").is_dir():
+            mount("tmpfs", f"/new_root{path}", "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=555")
+    Path("/new_root/tmp").mkdir()
+    # nr_inodes: empty files do not count towards the size, but take kernel memory
     options = "size={folder_bytes},nr_inodes=4096,uid={uid},gid={uid},mode=700".format_map(settings)
-    mount("tmpfs", "/room/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
-    restrict("/room", READ_ONLY | NO_SUID | NO_DEV, 0)
-    os.chdir("/room")
+    mount("tmpfs", "/new_root/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
+    restrict("/new_root", READ_ONLY | NO_SUID | NO_DEV, 0)
+    os.chdir("/new_root")
     pivot_root(".", ".")
     check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
     os.chdir("/tmp")
 
 
 def bind(source: str, target: str) -> None:
-    """Show a file, device or folder of the host, with all mounts below it, read-only."""
+    """Bind a file, device or folder of the host, with all mounts below it, read-only."""
     if Path(source).is_dir():
         Path(target).mkdir(parents=True)
     else:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).touch()
     mount(source, target, None, MS_BIND | MS_REC, None)
-    is_device = target.startswith("/room/dev/")
+    is_device = target.startswith("/new_root/dev/")
     restrict(target, READ_ONLY | NO_SUID | (0 if is_device else NO_DEV), RECURSIVE)
 
 
@@ -127,7 +127,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
 
 
 def restrict(path: str, attributes: int, flags: int) -> None:
-    """mount_setattr(2): adds to a mount's own flags, so it never clears one that a user namespace must keep."""
+    """mount_setattr(2): only adds flags, so it never clears one that a user namespace must keep."""
     change = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
     number, size = ctypes.c_long(MOUNT_SETATTR), ctypes.c_size_t(ctypes.sizeof(change))
     check(libc.syscall(number, -100, path.encode(), flags, change, size), f"mount_setattr of {path}")
@@ -138,18 +138,18 @@ def pivot_root(new: str, old: str) -> None:
 
 
 def give_up_privileges(uid: int, program: bytes) -> None:
-    """No capability, no way back to one, an unprivileged user and the system call filter. Raises OSError."""
+    """Drop every capability for good, become an unprivileged user, install the system call filter. Raises OSError."""
     capability = 0
-    while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # until the first number the kernel does not know
+    while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # until the kernel does not know the number
         capability += 1
     check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0), "clearing ambient capabilities")
-    if os.getuid() != uid:  # root: in a user namespace of its own it already is that user
+    if os.getuid() != uid:  # as root; in a user namespace it already is that user
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     header, none = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
     check(libc.capset(header, none), "capset")
-    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "PR_SET_DUMPABLE")  # the code may not look into process 1
+    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "PR_SET_DUMPABLE")  # the code must not look into process 1
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     instructions = ctypes.create_string_buffer(program)
     filter_struct = FilterProgram(len(program) // 8, ctypes.cast(instructions, ctypes.c_void_p))
@@ -163,18 +163,18 @@ class FilterProgram(ctypes.Structure):
 
 
 def start_interpreter(settings: dict, channel: socket.socket) -> None:
-    """Become the interpreter that runs the code, with nothing open but the two outputs and the channel."""
+    """Become the interpreter that runs the code, with only the two outputs and the channel open."""
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     channel.set_inheritable(True)
     for name, value in settings["rlimits"].items():
         resource.setrlimit(getattr(resource, name), tuple(value))
-    # A shared libpython may be looked up under the host's prefix; RUNNER empties the environment again.
+    # A shared libpython would be looked up under the host's prefix; RUNNER clears the environment again.
     command = [PYTHON, "-I", "-S", "-B", "-c", RUNNER, str(channel.fileno())]
     os.execve(PYTHON, command, {"LD_LIBRARY_PATH": "/python/lib"})
 
 
 def wait_for(child: int) -> int:
-    """Wait for the child or the end of the lifeline (standard input). Returns an exit code, 128 + n for signal n."""
+    """Wait for the child or the end of the lifeline (standard input). Returns an exit code; 128 + n is signal n."""
     ended = os.pidfd_open(child)
     select.select([ended, sys.stdin.fileno()], [], [])
     pid, status = os.waitpid(child, os.WNOHANG)

@@ -44,7 +44,7 @@ def test_a_run_and_what_it_leaves(chateval, arguments, tmp_path) -> None:
     out = tmp_path / "scores"
     result = chateval(*arguments, "--out", out, "--json")
     assert result.returncode == 0, result.stderr
-    assert "demo_math: 40 of 40" in result.stderr
+    assert "demo_math: 40 of 40 answers" in result.stderr
     figures = json.loads(result.stdout)
     assert figures == json.loads((out / "results.json").read_text())
     lines = lines_of(out)
@@ -263,7 +263,7 @@ def test_questions_are_those_of_the_task(shared, tokenizer, words) -> None:
 
 def test_a_task_file_of_your_own(chateval, checkpoint, tmp_path) -> None:
     """The one of docs/add_a_task.md."""
-    page = (Path(__file__).parents[2] / "docs" / "add_a_task.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "add_a_task.md").read_text()
     (tmp_path / "double.py").write_text(re.findall(r"```python double.py\n(.*?)```", page, re.S)[0])
     command = "run --checkpoint runs/double --tasks double --task-file double.py"
     assert f"    chateval {command} --out scores/double\n" in page
@@ -293,7 +293,7 @@ def test_an_interrupted_chat_has_nothing_to_continue(arguments, chateval, checkp
     monkeypatch.setattr("chateval.chat.converse", interrupt)
     result = chateval("chat", "--checkpoint", checkpoint)
     assert (result.returncode, result.stderr) == (130, "\nError: interrupted\n")
-    monkeypatch.setattr("chateval.run.score", interrupt)
+    monkeypatch.setattr("chateval.ask.run.score", interrupt)
     said = "\nError: interrupted; the same command continues where it stopped\n"
     assert (chateval(*arguments).returncode, chateval(*arguments).stderr) == (130, said)
 

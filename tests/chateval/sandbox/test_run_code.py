@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from chateval.errors import SandboxError
-from chateval.sandbox import isolation as sandbox
-from chateval.sandbox.filter import AUDIT_ARCH, COLUMN, NUMBERS, build_filter
-from chateval.sandbox.isolation import Isolation, Limits, describe_isolation, find_isolation, run_code, verify
+from chateval.sandbox import run_code as sandbox
+from chateval.sandbox.run_code import Isolation, Limits, describe_isolation, find_isolation, run_code, verify
+from chateval.sandbox.seccomp import AUDIT_ARCH, COLUMN, NUMBERS, build_filter
 
 ROOT = Path(__file__).parents[3]
 TESTS = "\ndef check(candidate):\n    assert candidate(2) == 4\ncheck(double)\n"
@@ -139,7 +139,7 @@ time.sleep(0.3)
 
 def test_sandbox_ends_with_its_caller(isolation):
     mark = f"chateval-{os.urandom(8).hex()}"
-    script = "import sys\nfrom chateval.sandbox.isolation import *\nrun_code(find_isolation(), sys.argv[1], 60.0)"
+    script = "import sys\nfrom chateval.sandbox.run_code import *\nrun_code(find_isolation(), sys.argv[1], 60.0)"
     program = "import os\n" + MARKED.format(mark=mark)
     caller = subprocess.Popen([sys.executable, "-c", script, program])
     deadline = time.monotonic() + 20
@@ -201,12 +201,12 @@ def without(isolation: Isolation, argument: str) -> Isolation:
 
 def test_weaker_isolation_is_refused(isolation, tmp_path, monkeypatch):
     verify(isolation)
-    with pytest.raises(SandboxError, match=r"weaker than promised here: AssertionError: .*(network|interface)"):
+    with pytest.raises(SandboxError, match=r"weaker than promised: AssertionError: .*(network|interface)"):
         verify(without(isolation, "--net"))
-    with pytest.raises(SandboxError, match="cannot be built here: not process 1 of a process namespace"):
+    with pytest.raises(SandboxError, match="model-written code here: not process 1 of a new process namespace"):
         verify(without(isolation, "--pid"))
     (tmp_path / "readable").write_text("")
-    with pytest.raises(SandboxError, match="weaker than promised here: AssertionError: / shows"):
+    with pytest.raises(SandboxError, match="weaker than promised: AssertionError: / shows"):
         verify(dataclasses.replace(isolation, binds=(*isolation.binds, (str(tmp_path), "/shown"))))
     rlimits = sandbox._rlimits(Limits(), isolation.as_root)
     for name, wrong in [("RLIMIT_NPROC", (100, 100)), ("RLIMIT_AS", (2**40, 2**40))]:
@@ -240,7 +240,7 @@ def test_works_for_an_ordinary_user(isolation, tmp_path):
     try:
         shutil.copytree(Path(sandbox.__file__).parents[1], package / "chateval")
         package.chmod(0o755)
-        script = f"import sys\nsys.path.insert(0, {str(package)!r})\nfrom chateval.sandbox.isolation import *\n"
+        script = f"import sys\nsys.path.insert(0, {str(package)!r})\nfrom chateval.sandbox.run_code import *\n"
         script += f"here = find_isolation()\nprint(run_code(here, {DOUBLE + TESTS!r}).ending)\n"
         # the limit is the program's own here too, for all that has the same user beside it
         forks = "import os\nos.fork() or os._exit(0)"
@@ -256,7 +256,9 @@ def test_refusals_name_the_reason(isolation, tmp_path, monkeypatch):
     refusing = tmp_path / "unshare"
     refusing.write_text("#!/bin/sh\necho 'unshare: unshare failed: Operation not permitted' >&2\nexit 1\n")
     refusing.chmod(0o755)
-    message = "cannot be built here: unshare: unshare failed: Operation not permitted; run as root with CAP_SYS_ADMIN"
+    message = (
+        "model-written code here: unshare: unshare failed: Operation not permitted; run as root with CAP_SYS_ADMIN"
+    )
     with pytest.raises(SandboxError, match=message):
         run_code(dataclasses.replace(isolation, command=(str(refusing),)), DOUBLE + TESTS)
     monkeypatch.setattr(sandbox.shutil, "which", lambda *a, **k: None)

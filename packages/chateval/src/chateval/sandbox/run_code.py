@@ -1,28 +1,25 @@
-"""Running model-written Python in isolation: `find_isolation` once, then `run_code` for every program.
+"""Run model-written Python in isolation: call `find_isolation` once, then `run_code` for every program.
 
-    caller            no privilege is needed, root works too; nothing is written to the host's disk
-      unshare         new mount, process, network, IPC, host name and cgroup namespaces; for an ordinary user (or a root
-        |             without its own ids) a user namespace as well
-        process 1     sandbox_room.py: builds the root folder, drops every privilege, waits. Closing its standard input
-          |           ends it, and with it the kernel kills all other processes of the namespace
-          interpreter fresh, python -I -S -B: nothing but the standard library, one private folder (/tmp), no /proc,
-                      rlimits, the filter of sandbox_filter.py; runs the program
+    caller            needs no privilege (root works too); nothing is written to the host's disk
+      unshare         new mount, process, network, IPC, host name and cgroup namespaces; also a user namespace for an
+        |             ordinary user, or a root without its own user ids
+        process 1     build_sandbox.py: builds the root folder, drops every privilege and waits. Closing its standard
+          |           input ends it, and then the kernel kills every other process of the namespace
+          interpreter a fresh python -I -S -B: only the standard library, one private folder (/tmp), no /proc, rlimits,
+                      the filter of seccomp.py; runs the program
 
-As root, every run gets a user id of its own out of a range that nobody uses: RLIMIT_NPROC counts per user id, so runs
-side by side as `nobody` would take each other's processes. There is one isolation and no weaker one behind it.
+As root, every run gets its own unused user id: RLIMIT_NPROC counts per user id, so parallel runs as `nobody` would use
+up each other's processes. There is no weaker fallback.
 
-How success is proven. A program is a solution followed by its tests. It has passed when a secret, 32 random characters
-of each run, appears in its output. The secret is not in the interpreter while the program runs: not in an argument, the
-environment, a file, a stack frame, an object or a pipe. The interpreter holds a ticket, also random, hands it in once
-the program has run to its end, and only then is sent the secret, prints it and leaves by os._exit. So leaving early by
-any exit, raising, printing "passed", or searching everything that can be searched for the secret counts as not passed.
+Proof of success. A program, a solution followed by its tests, has passed if a secret, 32 random characters per run,
+appears in its output. While the program runs the secret is not in the interpreter: not in an argument, the environment,
+a file, a stack frame, an object or a pipe. The interpreter holds a random ticket, hands it in once the program has run
+to its end, and only then receives the secret, prints it and exits through os._exit. So exiting early in any way,
+raising, printing "passed" or searching for the secret all count as not passed.
 
-What this cannot do. Solution and tests share one interpreter, so a solution that rewrites what the tests check with
-(replaces `check`, patches builtins, overloads == on what it returns) passes them; so does one written against this very
-module that looks for the ticket in the frame of its caller and hands it in itself. Both take intent to cheat this
-scorer; preventing it would take tests in another process, which HumanEval's are not written for. Nor does it protect
-from flaws of the kernel, nor hide the processor's time and model. Memory is limited for each process, so all together
-can take num_processes * memory_bytes + folder_bytes.
+Limits. Solution and tests share one interpreter, so a solution passes if it tampers with what the tests use (replaces
+`check`, patches builtins, overloads ==) or hands in the ticket from its caller's frame. Both take intent to cheat this
+scorer. Kernel flaws are not covered. Memory is limited per process: num_processes * memory_bytes + folder_bytes in all.
 """
 
 from __future__ import annotations
@@ -45,38 +42,38 @@ from pathlib import Path
 from typing import Literal
 
 from chateval.errors import SandboxError
-from chateval.sandbox.filter import AUDIT_ARCH, build_filter
 from chateval.sandbox.probe import PROBE
+from chateval.sandbox.seccomp import AUDIT_ARCH, build_filter
 
 Ending = Literal["passed", "failed", "timeout", "cpu", "memory", "output", "killed"]
 
 UNPRIVILEGED = 65534  # nobody, in the user namespace of an ordinary caller
-UNUSED_UIDS = range(1_879_048_192, 2_147_483_647)  # systemd's table of user ids, docs/UIDS-GIDS.md: unused
-START_S, STOP_S = 30.0, 10.0  # far more than the 0.1 s that building the room takes, and than ending it takes
+UNUSED_UIDS = range(1_879_048_192, 2_147_483_647)  # unused according to systemd, docs/UIDS-GIDS.md
+START_S, STOP_S = 30.0, 10.0  # starting and stopping take about 0.1 s
 MAX_DETAIL = 200  # characters
-ROOM = Path(__file__).with_name("room.py")
+BUILD_SANDBOX = Path(__file__).with_name("build_sandbox.py")
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """A way to run code in isolation that was seen to work on this machine. Made by find_isolation."""
+    """How to run code in isolation on this machine; find_isolation makes one and checks that it works."""
 
-    command: tuple[str, ...]  # what builds the sandbox; the settings follow as JSON
-    as_root: bool  # each run gets one of UNUSED_UIDS; otherwise UNPRIVILEGED in a user namespace
-    binds: tuple[tuple[str, str], ...]  # file or folder of the host, where it is shown read-only
-    links: tuple[tuple[str, str], ...]  # target and path of symbolic links
-    covered: tuple[str, ...]  # folders inside that are hidden under an empty one: installed packages
+    command: tuple[str, ...]  # builds the sandbox; takes its settings as JSON
+    as_root: bool  # each run gets one of UNUSED_UIDS; if not, UNPRIVILEGED in a user namespace
+    binds: tuple[tuple[str, str], ...]  # (file or folder of the host, its read-only path inside)
+    links: tuple[tuple[str, str], ...]  # (target, path) of symbolic links
+    covered: tuple[str, ...]  # folders hidden by an empty one: installed packages
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. Time on the clock is run_code's timeout_s."""
+    """What one program may use. Wall-clock time is run_code's timeout_s."""
 
-    memory_bytes: int = 512 * 2**20  # address space of each process
-    cpu_s: int = 20  # of each process
-    num_processes: int = 4  # processes and threads at one time, the interpreter included
-    file_bytes: int = 16 * 2**20  # of each file
-    folder_bytes: int = 32 * 2**20  # of the private folder, all files together
+    memory_bytes: int = 512 * 2**20  # address space per process
+    cpu_s: int = 20  # per process
+    num_processes: int = 4  # processes and threads at a time, including the interpreter
+    file_bytes: int = 16 * 2**20  # per file
+    folder_bytes: int = 32 * 2**20  # all files in the private folder
     output_bytes: int = 2**20  # standard output and standard error together
 
 
@@ -84,36 +81,36 @@ class Limits:
 class Outcome:
     """How a program ended.
 
-    passed: the secret was printed. failed: it ended without. timeout, cpu, output: it was ended at that limit. memory:
-    it ended with MemoryError. killed: by a signal.
+    passed: it printed the secret. failed: it ended without. timeout, cpu, output: it was stopped at that limit.
+    memory: it ended with MemoryError. killed: a signal ended it.
     """
 
     passed: bool
     ending: Ending
-    detail: str  # the last line of standard error, printable and at most 200 characters; empty when passed
+    detail: str  # last line of standard error, printable, at most 200 characters; empty if passed
     duration_s: float  # from start to the death of the last process
 
 
 def find_isolation() -> Isolation:
-    """Probe what works here with a program run in it. Takes about 0.2 s.
+    """Find out how to isolate code here and prove it by running a probe. Takes about 0.2 s.
 
-    Raises SandboxError with the reason when the isolation cannot be reached, or is weaker than promised in any part.
+    Raises SandboxError with the reason if there is no isolation here, or if any part is weaker than promised.
     """
     if not sys.platform.startswith("linux"):
-        raise SandboxError(f"model-written code is run in Linux namespaces only; this is {sys.platform}")
+        raise SandboxError(f"model-written code runs in Linux namespaces only; this is {sys.platform}")
     machine = os.uname().machine
     if machine not in AUDIT_ARCH:
-        raise SandboxError(f"no system call filter for {machine}; there is one for {', '.join(AUDIT_ARCH)}")
+        raise SandboxError(f"no system call filter for {machine}, only for {', '.join(AUDIT_ARCH)}")
     unshare = shutil.which("unshare", path="/usr/bin:/bin:/usr/sbin:/sbin")
     if unshare is None:
-        raise SandboxError("the program unshare is missing; apt-get install util-linux brings it")
+        raise SandboxError("the program unshare is missing; apt-get install util-linux")
     isolation = describe_isolation(unshare, os.geteuid() == 0 and _has_own_uids())
     verify(isolation)
     return isolation
 
 
 def describe_isolation(unshare: str, as_root: bool) -> Isolation:
-    """What the sandbox would be made of here, without trying it. unshare: path of the program."""
+    """The sandbox of this machine, without trying it. unshare: path of the program."""
     executable = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     namespaces = ["--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child=KILL"]
     if not as_root:
@@ -130,46 +127,40 @@ def describe_isolation(unshare: str, as_root: bool) -> Isolation:
     version = f"python{sysconfig.get_python_version()}"
     packages = f"lib/{version}/site-packages", f"lib/{version}/dist-packages", "lib/python3/dist-packages"
     covered = [f"{prefix}/{folder}" for prefix in ("/python", "/usr") for folder in packages]
-    command = (unshare, *namespaces, executable, "-I", "-S", "-B", str(ROOM))
+    command = (unshare, *namespaces, executable, "-I", "-S", "-B", str(BUILD_SANDBOX))
     return Isolation(command, as_root, tuple(binds), tuple(links), tuple(covered))
 
 
 def verify(isolation: Isolation) -> None:
-    """Run the probe. Raises SandboxError with the first thing that is weaker than promised."""
+    """Run the probe. Raises SandboxError naming the first thing that is weaker than promised."""
     limits = Limits()
     known = {
-        "HOST_FOLDER": str(ROOM.parent),
+        "HOST_FOLDER": str(BUILD_SANDBOX.parent),
         "RLIMITS": _rlimits(limits, isolation.as_root),
         "FOLDER_BYTES": limits.folder_bytes,
     }
     program = "".join(f"{name} = {value!r}\n" for name, value in known.items()) + PROBE
     outcome = run_code(isolation, program, START_S, limits)
     if not outcome.passed:
-        raise SandboxError(f"the isolation is weaker than promised here: {outcome.detail or outcome.ending}")
+        raise SandboxError(f"the isolation here is weaker than promised: {outcome.detail or outcome.ending}")
 
 
 def run_code(isolation: Isolation, program: str, timeout_s: float = 10.0, limits: Limits | None = None) -> Outcome:
-    """Run a program, a solution and then its tests, and say how it ended. May be called from several threads at once.
+    """Run a program, a solution followed by its tests, and report how it ended. Thread-safe.
 
-    When it returns or raises, every process it started is dead and nothing of it is left on the host.
-    program: Python source, run as __main__ in a fresh interpreter with standard input empty.
-    Raises SandboxError when the sandbox cannot be built (never because of what the program does).
+    When it returns or raises, every process it started is dead and nothing is left on the host.
+    program: Python source, run as __main__ in a fresh interpreter with empty standard input.
+    Raises SandboxError if the sandbox cannot be built, never because of what the program does.
     """
     limits = limits or Limits()
     started = time.monotonic()
     channel, inner = socket.socketpair()
     with channel, inner:
         settings = _settings(isolation, limits, inner.fileno())
+        command = [*isolation.command, json.dumps(settings)]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         process = subprocess.Popen(
-            [*isolation.command, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            pass_fds=[inner.fileno()],
-            env={},
-            cwd="/",
-            start_new_session=True,
+            command, bufsize=0, pass_fds=[inner.fileno()], env={}, cwd="/", start_new_session=True, **pipes
         )
         inner.close()
         with process:
@@ -178,16 +169,15 @@ def run_code(isolation: Isolation, program: str, timeout_s: float = 10.0, limits
                 ending, errors = _follow(process, channel, program, timeout_s, limits.output_bytes)
             finally:
                 _stop(process)
+    details = {"timeout": f"not done after {timeout_s:g} s", "output": f"more than {limits.output_bytes} bytes"}
+    detail = details.get(ending, "")
     if ending is None:
         ending, detail = _ending_of(process.returncode, errors)
-    else:
-        details = {"timeout": f"not done after {timeout_s:g} s", "output": f"more than {limits.output_bytes} bytes"}
-        detail = details.get(ending, "")
     return Outcome(ending == "passed", ending, detail, time.monotonic() - started)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
-    """Read process 1's first line. Raises SandboxError when it is not `ready`, or when there is none."""
+    """Read process 1's first line. Raises SandboxError if it is not `ready` or missing."""
     channel.settimeout(START_S)
     try:
         line = channel.recv(4096).decode(errors="replace").strip()
@@ -197,15 +187,15 @@ def _wait_until_ready(process: subprocess.Popen[bytes], channel: socket.socket) 
         _stop(process)
         reason = line or _last_line(process.stderr.read()) or f"unshare ended with code {process.returncode}"
         remedy = "run as root with CAP_SYS_ADMIN, or where ordinary users may create user namespaces"
-        raise SandboxError(f"the sandbox for model-written code cannot be built here: {reason}; {remedy}")
+        raise SandboxError(f"cannot build the sandbox for model-written code here: {reason}; {remedy}")
 
 
 def _follow(
     process: subprocess.Popen[bytes], channel: socket.socket, program: str, timeout_s: float, output_bytes: int
 ) -> tuple[Ending | None, bytes]:
-    """Hand over the program, read what it prints, exchange the ticket for the secret.
+    """Hand over the program, read its output, exchange the ticket for the secret.
 
-    Returns the ending, None where the exit code decides it, and standard error.
+    Returns the ending (None: the exit code decides) and standard error.
     """
     ticket, secret = secrets.token_bytes(16), secrets.token_hex(16).encode()
     source = program.encode(errors="surrogatepass")
@@ -220,7 +210,7 @@ def _follow(
             channel.sendall(ticket + len(source).to_bytes(8, "big") + source)
         except TimeoutError:
             return "timeout", b""
-        except OSError:  # the interpreter did not start: its exit code and standard error say why
+        except OSError:  # the interpreter did not start; its exit code and standard error say why
             selector.unregister(channel)
         channel.settimeout(0)
         while unread:
@@ -229,12 +219,14 @@ def _follow(
                 return "timeout", output[process.stderr]
             for key, _ in selector.select(remaining_s):
                 if key.fileobj is channel:
-                    received = _receive(channel)
+                    received = b""
+                    with contextlib.suppress(OSError):
+                        received = channel.recv(16)
                     asked += received
                     if secrets.compare_digest(asked, ticket):
-                        with contextlib.suppress(OSError):  # whoever asked has gone already
+                        with contextlib.suppress(OSError):  # the interpreter is gone
                             channel.sendall(secret)
-                    if not received or len(asked) >= len(ticket):  # one try; the code may write here too
+                    if not received or len(asked) >= len(ticket):  # one try, because the code can write here too
                         selector.unregister(channel)
                     continue
                 part = key.fileobj.read(65536)
@@ -247,19 +239,12 @@ def _follow(
     return "passed" if secret in output[process.stdout] else None, output[process.stderr]
 
 
-def _receive(channel: socket.socket) -> bytes:
-    try:
-        return channel.recv(16)
-    except OSError:
-        return b""
-
-
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End process 1, and by that every process of the sandbox; unshare ends after it, so then all are dead."""
+    """End process 1 and with it every process of the sandbox; unshare ends last, so all are dead then."""
     process.stdin.close()
     try:
         process.wait(STOP_S)
-    except subprocess.TimeoutExpired:  # not seen so far: process 1 does nothing but wait for this
+    except subprocess.TimeoutExpired:  # never seen: process 1 only waits for this
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -274,7 +259,7 @@ def _ending_of(exit_code: int, errors: bytes) -> tuple[Ending, str]:
         return "killed", f"signal {exit_code - 128}"
     if line.startswith("MemoryError"):
         return "memory", line
-    return "failed", line or f"it left with exit code {exit_code} before its tests ended"
+    return "failed", line or f"it exited with code {exit_code} before its tests ended"
 
 
 def _last_line(text: bytes) -> str:
@@ -297,24 +282,19 @@ def _settings(isolation: Isolation, limits: Limits, channel: int) -> dict[str, o
 
 def _rlimits(limits: Limits, as_root: bool) -> dict[str, tuple[int, int]]:
     """Soft and hard limits by their names in `resource`."""
-    same_user = 1 if as_root else 2  # process 1; in a user namespace also unshare, which waits for it outside
+    same_user = 1 if as_root else 2  # process 1; in a user namespace also unshare, which waits outside
     values = {
         "RLIMIT_AS": limits.memory_bytes,
         "RLIMIT_NPROC": limits.num_processes + same_user,
         "RLIMIT_FSIZE": limits.file_bytes,
         "RLIMIT_NOFILE": 64,
-        "RLIMIT_CORE": 0,
-        "RLIMIT_MEMLOCK": 0,
-        "RLIMIT_MSGQUEUE": 0,
+        **dict.fromkeys(("RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE"), 0),
     }
     rlimits = {name: (value, value) for name, value in values.items()}
     return {**rlimits, "RLIMIT_CPU": (math.ceil(limits.cpu_s), math.ceil(limits.cpu_s) + 1)}  # SIGXCPU, then SIGKILL
 
 
 def _has_own_uids() -> bool:
-    """Whether the ids of UNUSED_UIDS exist here: not so for the root of a container with 65,536 ids."""
-    for line in Path("/proc/self/uid_map").read_text().splitlines():
-        first, _, count = map(int, line.split())
-        if first <= UNUSED_UIDS[0] and UNUSED_UIDS[-1] < first + count:
-            return True
-    return False
+    """Whether UNUSED_UIDS exist here; they do not for the root of a container with 65,536 ids."""
+    ranges = [map(int, line.split()) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    return any(first <= UNUSED_UIDS[0] and UNUSED_UIDS[-1] < first + count for first, _, count in ranges)
