@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chatdata.shards.read import Split, open_build
 from chattrain.batches import read_ahead, read_step
 from chattrain.nanochat.order import make_nanochat_plan
-from chattrain.plan import TrainingPlan, make_training_plan
 
 
 def queue_batches(split: Split, batch: int, seq_len: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -72,7 +72,7 @@ def compare(split: Split, batch: int, seq_len: int, repeats: int, queue_tokens: 
     sizes = {"seq_len": seq_len}
     plans = {
         "order nanochat": make_nanochat_plan(split, mask="ignore", num_ranks=1, device_batch_size=batch, **sizes),
-        "stream": make_training_plan(split, layout="stream", mask="ignore", step_sequences=batch, **sizes),
+        "stream": plan_epoch(split, layout="stream", mask="ignore", step_sequences=batch, **sizes),
     }
     num_steps = max(1, queue_tokens // (batch * seq_len))
     rates: dict[str, list[float]] = {"queue": [], **{name: [] for name in plans}}
@@ -92,9 +92,7 @@ def other_rows(split: Split, batch: int, seq_len: int, repeats: int) -> dict[str
     """Input tokens per second of the sft row forms, mask applied."""
     rates = {}
     for rows in ("pack", "pad"):
-        plan = make_training_plan(
-            split, layout=rows, mask="apply", seq_len=seq_len, step_sequences=batch, long="truncate"
-        )
+        plan = plan_epoch(split, layout=rows, mask="apply", seq_len=seq_len, step_sequences=batch, long="truncate")
         steps = range(min(plan.num_steps, 100))
         durations = [seconds(lambda plan=plan, steps=steps: read_plan(plan, steps)) for _ in range(repeats)]
         rates[rows] = statistics.median(tokens / duration_s for duration_s, tokens in durations)
@@ -107,8 +105,7 @@ def plan_seconds(split: Split, seq_len: int, repeats: int) -> dict[str, float]:
     for rows, mask in (("stream", "ignore"), ("pack", "apply")):
         arguments = {"layout": rows, "mask": mask, "seq_len": seq_len, "step_sequences": 1, "long": "truncate"}
         found[f"{rows}, {mask}"] = statistics.median(
-            seconds(lambda arguments=arguments: make_training_plan(split, **arguments).num_steps)[0]
-            for _ in range(repeats)
+            seconds(lambda arguments=arguments: plan_epoch(split, **arguments).num_steps)[0] for _ in range(repeats)
         )
     return found
 

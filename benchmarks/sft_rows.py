@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chatdata.shards.read import open_build
 from chattrain.attention import pack_sequences
 from chattrain.batches import Batch, read_step
@@ -27,7 +28,6 @@ from chattrain.loss import chunked_loss, plain_loss
 from chattrain.model import GPT, initial_weights, load_model, random_config
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import make_optimizers
-from chattrain.plan import TrainingPlan, make_training_plan
 
 SEQ_LEN = 2048
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     split = open_build(arguments.build)["train"]
-    packed = make_training_plan(split, layout="pack", mask="apply", seq_len=SEQ_LEN, step_sequences=1)
+    packed = plan_epoch(split, layout="pack", mask="apply", seq_len=SEQ_LEN, step_sequences=1)
     padded = make_nanochat_plan(split, mask="apply", seq_len=SEQ_LEN, num_ranks=1, device_batch_size=4)
     # as many steps of the padded side as have about the same number of targets
     more = round(packed.targets_per_step.mean() / padded.targets_per_step.mean())

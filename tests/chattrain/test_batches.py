@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 import chattrain.batches
 from chatdata.errors import PlanError
+from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chattrain.attention import pack_sequences
 from chattrain.batches import IGNORED, digest_text, read_ahead, read_rows, read_step, target_documents
 from chattrain.nanochat.order import make_nanochat_plan
-from chattrain.plan import TrainingPlan, make_training_plan
-from chattrain.reads import reads_of_step
+from chattrain.plan import reads_of_step
 
 PAD = 9  # conftest's <|assistant_end|>
 # a, b and c hold the padding id as a token of their own: what is padding is known by position
@@ -33,7 +33,7 @@ CUTS = [(1, 3), (2, 3), (4, 3), (3, 1), (1, 12), (12, 1)]
 
 
 def plan_of(split, layout="pack", mask="apply", seq_len=6, step_sequences=1, **more) -> TrainingPlan:
-    return make_training_plan(split, layout=layout, mask=mask, seq_len=seq_len, step_sequences=step_sequences, **more)
+    return plan_epoch(split, layout=layout, mask=mask, seq_len=seq_len, step_sequences=step_sequences, **more)
 
 
 def whole(plan: TrainingPlan, step: int, num_ranks: int = 1, batch: int | None = None):
@@ -169,14 +169,14 @@ def splits_and_plans(draw: st.DrawFn, make_split, layout: str | None = None, sha
         "step_sequences": 1,
     }
     try:
-        plan = make_training_plan(split, **arguments)
+        plan = plan_epoch(split, **arguments)
     except PlanError:  # nothing to train on
         return None
     return replace_steps(plan, draw(st.integers(1, plan.num_steps)))
 
 
 def replace_steps(plan: TrainingPlan, step_sequences: int) -> TrainingPlan:
-    return make_training_plan(
+    return plan_epoch(
         plan.split,
         layout=plan.layout,
         mask=plan.mask,
@@ -322,7 +322,7 @@ def test_tokens_of_a_step_are_its_inputs(plan_of_12) -> None:
     plan = plan_of_12
     for step in range(plan.num_steps):
         reads = reads_of_step(plan, step)
-        num_inputs = (reads.stop - reads.start).sum() - (12 if plan.layout == "stream" else len(reads))
+        num_inputs = (reads.stop - reads.start).sum() - (12 if plan.layout == "stream" else len(reads.document))
         read = read_step(plan, step)
         assert plan.tokens_per_step[step] == num_inputs == read.num_tokens
         longest = int((reads.stop - reads.start).max()) - 1

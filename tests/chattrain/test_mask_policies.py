@@ -19,16 +19,17 @@ from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
 from chatdata.cli.app import cli as chatdata_cli
 from chatdata.errors import PlanError
+from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chatdata.recipe import load_recipe
 from chatdata.shards.masks import MaskPolicy
 from chatdata.shards.read import Split, open_build
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
-from chattrain import plan as plans
 from chattrain.batches import IGNORED, read_rows, read_step
 from chattrain.cli import cli
 from chattrain.nanochat.order import make_nanochat_plan
+from chattrain.plan import plan_record, require_same_plan
 from chattrain.schedule import stages
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
@@ -73,9 +74,9 @@ def split(path: Path) -> Split:
     return split
 
 
-def plan_of(split: Split, mask: str, layout: str = "pack", **more: object) -> plans.TrainingPlan:
+def plan_of(split: Split, mask: str, layout: str = "pack", **more: object) -> TrainingPlan:
     settings = {"seq_len": 48, "step_sequences": 2, "long": "truncate", **more}
-    return plans.make_training_plan(split, layout=layout, mask=mask, **settings)  # type: ignore[arg-type]
+    return plan_epoch(split, layout=layout, mask=mask, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mask", POLICIES)
@@ -130,17 +131,17 @@ def test_a_cut_of_the_trainer_comes_after_the_policy(split: Split) -> None:
 def test_names_and_hashes(split: Split) -> None:
     """all is ignore and supervised is apply, under the older name; every other policy is a plan of its own."""
     for layout in ("stream", "pack"):
-        hashes = {mask: plan_of(split, mask, layout).hash for mask in (*POLICIES, "ignore", "apply")}
+        hashes = {mask: plan_record(plan_of(split, mask, layout))["hash"] for mask in (*POLICIES, "ignore", "apply")}
         assert hashes["ignore"] == hashes["ignore"] and hashes["apply"] == hashes["apply"]
         assert len(set(hashes.values())) == 5
-    assert plan_of(split, "apply").record()["mask"] == "apply"
+    assert plan_record(plan_of(split, "apply"))["mask"] == "apply"
 
 
 def test_what_changed_is_named(split: Split) -> None:
-    saved = plan_of(split, "last-turn", "stream").record()
-    plans.require_same_plan(saved, plan_of(split, "last-turn", "stream"))
+    saved = plan_record(plan_of(split, "last-turn", "stream"))
+    require_same_plan(saved, plan_record(plan_of(split, "last-turn", "stream")))
     with pytest.raises(PlanError, match="the plan changed: mask was 'last-turn' and is now 'apply'"):
-        plans.require_same_plan(saved, plan_of(split, "apply", "stream"))
+        require_same_plan(saved, plan_record(plan_of(split, "apply", "stream")))
 
 
 def test_order_nanochat_has_its_two_masks(split: Split) -> None:
@@ -210,9 +211,9 @@ def test_policies_need_no_polars(path: Path) -> None:
         "import sys\n"
         "for name in ('polars', 'datasets', 'pandas', 'rich', 'transformers'): sys.modules[name] = None\n"
         "from chatdata.shards.read import open_build\n"
-        "from chattrain.plan import make_training_plan\n"
+        "from chatdata.packing.epoch import plan_epoch\n"
         f"split = open_build({str(path)!r})['train']\n"
-        "plan = make_training_plan(split, layout='pack', mask='tools-only', seq_len=64, step_sequences=1)\n"
+        "plan = plan_epoch(split, layout='pack', mask='tools-only', seq_len=64, step_sequences=1)\n"
         "print(plan.counts()['targets'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from chatdata.cli.app import cli
 from chatdata.errors import PlanError
-from chatdata.look.what_if import STAGE_LAYOUTS, STAGE_MASKS, plan_numbers, what_if
-from chatdata.packing.epoch import Layout, document_targets, document_targets_at
+from chatdata.look.what_if import plan_numbers, what_if
+from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, Layout, document_targets, document_targets_at
 from chatdata.shards.read import open_build
 from chattrain.loop import prepare
 from chattrain.run.dry_run import dry_run

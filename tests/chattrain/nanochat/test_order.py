@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatdata.errors import PlanError
+from chatdata.packing.epoch import TrainingPlan
 from chattrain.batches import IGNORED, read_step
 from chattrain.nanochat.order import line_tokens, make_nanochat_plan, wrap_micro_batch
-from chattrain.plan import TrainingPlan, check_cut
+from chattrain.plan import check_cut
 
 Rows = list[list[int]]
 
@@ -114,7 +115,7 @@ def test_golden_sft_loader(golden_sft, shared) -> None:
 
 
 def test_queue_by_hand(make_split) -> None:
-    """The drawing in nanochat_order.py."""
+    """The drawing in nanochat/order.py."""
     split = make_split([[10, 11, 12, 13, 14], [20, 21, 22, 23], [30, 31, 32, 33, 34, 35, 36], [40, 41, 42]])
     plan = make_nanochat_plan(split, mask="ignore", seq_len=3, num_ranks=1, device_batch_size=2)
     assert plan.num_steps == 2 and plan.left_out.tail_tokens == 5

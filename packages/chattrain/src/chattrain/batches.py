@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from chatdata.errors import PlanError
+from chatdata.packing.epoch import TrainingPlan
 from chattrain.loss import IGNORED
-from chattrain.plan import TrainingPlan, check_cut
-from chattrain.reads import reads_of_sequences
+from chattrain.plan import check_cut, reads_of_sequences
 
 if TYPE_CHECKING:
     from chatdata.shards.read import Split

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from chatdata.arrow import values_of
+from chatdata.packing.epoch import TrainingPlan
 from chattrain.batches import read_rows, target_documents
 from chattrain.loss import position_losses
 from chattrain.model import GPT
-from chattrain.plan import TrainingPlan
 from chattrain.run.ranks import Ranks, StopRequest
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from chatdata.packing.epoch import Layout
+from chatdata.packing.epoch import Layout, TrainingPlan, plan_epoch
 from chatdata.shards.read import Build, open_build
 from chattrain.attention import pack_sequences
 from chattrain.batches import Batch, Step, digest_text, read_ahead
@@ -29,8 +29,7 @@ from chattrain.loss import chunked_loss
 from chattrain.model import GPT, ModelConfig, initial_weights, load_model, random_config
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import load_optimizer_tensors, make_optimizers, optimizer_tensors, set_step
-from chattrain.plan import TrainingPlan, check_cut, make_training_plan, require_same_plan
-from chattrain.reads import name_documents, reads_of_step
+from chattrain.plan import check_cut, name_documents, plan_record, reads_of_step, require_same_plan
 from chattrain.run import telemetry
 from chattrain.run.ranks import Ranks, StopRequest
 from chattrain.run.settings import Dtype, Settings, recipe_of, require_same_recipe
@@ -90,7 +89,7 @@ def prepare(settings: Settings, ranks: Ranks) -> Job:
     recipe = recipe_of(settings, stage.name, num_steps, dtype)
     resumed = last_checkpoint(settings.out) if settings.resume else None
     if resumed is not None:
-        require_same_plan(resumed.plan, plan)
+        require_same_plan(resumed.plan, plan_record(plan))
         require_same_recipe(resumed.recipe, recipe)
     config, weights = initial_model(settings, build) if resumed is None else (resumed.config, resumed.weights())
     model = load_model(config, weights, ranks.device, settings.recompute)
@@ -136,7 +135,7 @@ def make_run_plan(
             raise RunError(
                 f"--total-batch-tokens {settings.total_batch_tokens} is not a multiple of --seq-len {settings.seq_len}"
             )
-    return make_training_plan(
+    return plan_epoch(
         build[split],
         layout=layout,
         mask=mask,
@@ -317,7 +316,7 @@ def _save(job: Job, step: int) -> None:
             job.model.config,
             job.model.state_dict(),
             optimizer_tensors(job.model, job.optimizers),
-            job.plan.record(),
+            plan_record(job.plan),
             job.recipe,
             job.build.path / "tokenizer",
         )

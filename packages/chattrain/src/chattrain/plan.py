@@ -1,17 +1,23 @@
-"""The plan: which documents make which sequence, and which sequences make which step, known before step 0.
+"""How a training plan is cut for ranks, recorded and compared, and which documents a step reads.
 
 Shapes: T = seq_len, positions of a sequence · G = step_sequences, sequences of a step over all ranks · R ranks ·
 B = device_batch_size, sequences of one rank's micro-batch · S sequences of an epoch.
 
-Step s of an epoch takes sequences [s·G, (s + 1)·G), and rank r the r-th contiguous share of them, B at a time. So which
-tokens a step sees depends neither on ranks nor on micro-batches, and a position in the data is one integer, the step:
+Step s of an epoch takes sequences [s·G, (s + 1)·G), and rank r the r-th contiguous share of them, B at a time. So the
+tokens of a step depend neither on ranks nor on micro-batches, and a position in the data is one integer, the step:
 
     S = 14, G = 6    step 0  0 1 2 3 4 5     step 1  6 7 8 9 10 11     left out  12 13
     R = 2, B = 3     rank 0  0 1 2           rank 1  3 4 5
     R = 3, B = 1     rank 0  0, then 1       rank 1  2, then 3         rank 2  4, then 5
 
-Everything is integer arithmetic on the offsets (and on the mask, where it is applied): the same on every rank and
-machine. Epoch e repeats the plan. The order of nanochat's own loaders is in nanochat_order.py.
+Every epoch repeats the plan. chatdata's packing/epoch.py makes it; nanochat/order.py makes the order of nanochat's own
+loaders.
+
+A read is the part of one document that one sequence takes:
+
+    stream, T = 4      tokens       a a a b b b b b c c c …       every sequence reads T + 1 tokens
+                       sequence 0   a a a b b                     reads (a, 0 … 3), (b, 0 … 2)
+                       sequence 1           b b b b c             reads (b, 1 … 5), (c, 0 … 1)
 """
 
 from __future__ import annotations
@@ -20,78 +26,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
 from chatdata.errors import PlanError
-from chatdata.packing.epoch import Epoch, Layout, plan_epoch
-from chatdata.packing.layouts import Long
+from chatdata.packing.epoch import TrainingPlan
+from chattrain.nanochat.order import line_tokens
 
-if TYPE_CHECKING:
-    from chatdata.shards.read import Split
-
-Order = Literal["plan", "nanochat"]
-
-PLAN_VERSION = 2  # of what a plan's hash stands for: raise it when the same settings come to mean other batches
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingPlan(Epoch):
-    """Made by `make_training_plan` or `make_nanochat_plan`; read by batches.py."""
-
-    seed: int | None = None  # of the order of the sequences (pack and pad)
-    long: Long | None = None  # what became of documents over T + 1 tokens (pack and pad)
-    order: Order = "plan"
-    num_ranks: int | None = None  # order nanochat is of one number of ranks
-    device_batch_size: int | None = None  # and of one batch size
-    rank_offsets: tuple[np.ndarray, ...] | None = None  # order nanochat, stream: where documents start in a rank's line
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the batches of every step, as plain data, in the order in which a difference is named."""
-        names = ("mask", "order", "seq_len", "step_sequences", "seed", "long", "num_ranks", "device_batch_size")
-        return {
-            "build_id": self.split.build.manifest["build_id"],
-            "split": self.split.name,
-            "rows": self.layout,  # its name in records until their next version
-            **{name: getattr(self, name) for name in names},
-            "plan_version": PLAN_VERSION,
-        }
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 over the settings and every document's place."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        digest.update(np.array([self.num_steps], "<i8").tobytes())
-        if self.packing is not None:
-            for array in (self.packing.documents, self.packing.bounds, self.packing.lengths):
-                digest.update(array.astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps for `require_same_plan`: the settings and the hash."""
-        return {**self.settings, "hash": self.hash}
-
-
-def make_training_plan(
-    split: Split, *, layout: Layout, mask: str, seq_len: int, step_sequences: int, seed: int = 42, long: Long = "error"
-) -> TrainingPlan:
-    """Plan an epoch over `split`: `plan_epoch` of chatdata, which `chatdata plan` shows, and what a run has to keep.
-
-    Raises PlanError for arguments out of range, for a split that does not fill one step and for one without any target;
-    PackingError for a document of more than T + 1 tokens with layout pack or pad and long="error".
-    """
-    epoch = plan_epoch(
-        split, layout=layout, mask=mask, seq_len=seq_len, step_sequences=step_sequences, seed=seed, long=long
-    )
-    # the order of stream rows is the build's: neither a seed nor a length rule decides anything
-    chosen = {} if epoch.packing is None else {"seed": seed, "long": long}
-    return TrainingPlan(**vars(epoch), **chosen)
+PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
 
 
 def check_cut(plan: TrainingPlan, num_ranks: int, device_batch_size: int) -> None:
-    """Raises PlanError unless a step can be cut into micro-batches of `device_batch_size` for `num_ranks` ranks."""
+    """Raise PlanError unless a step can be cut into micro-batches of `device_batch_size` for `num_ranks` ranks."""
     if num_ranks < 1 or device_batch_size < 1:
         raise PlanError(f"{num_ranks} ranks × device batch size {device_batch_size}: both must be at least 1")
     if plan.order == "nanochat" and (num_ranks, device_batch_size) != (plan.num_ranks, plan.device_batch_size):
@@ -108,12 +55,93 @@ def check_cut(plan: TrainingPlan, num_ranks: int, device_batch_size: int) -> Non
         )
 
 
-def require_same_plan(saved: Mapping[str, Any], plan: TrainingPlan) -> None:
-    """Raises PlanError naming what changed, if `plan` is not the one whose `record()` was saved."""
-    current = plan.record()
+def plan_record(plan: TrainingPlan) -> dict[str, Any]:
+    """What decides the batches of every step, as plain data, and a SHA-256 over it and every document's place.
+
+    Checkpoints keep it for `require_same_plan`, which names the first key that differs.
+    """
+    names = ("mask", "order", "seq_len", "step_sequences", "seed", "long", "num_ranks", "device_batch_size")
+    settings = {
+        "build_id": plan.split.build.manifest["build_id"],
+        "split": plan.split.name,
+        "rows": plan.layout,  # named so until the next version of checkpoints
+        **{name: getattr(plan, name) for name in names},
+        "plan_version": PLAN_VERSION,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(np.array([plan.num_steps], "<i8").tobytes())
+    if plan.packing is not None:
+        for array in (plan.packing.documents, plan.packing.bounds, plan.packing.lengths):
+            digest.update(array.astype("<i8").tobytes())
+    return {**settings, "hash": digest.hexdigest()}
+
+
+def require_same_plan(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise PlanError naming what changed between two plan records."""
     for name in current:
         if saved.get(name) != current[name]:
             raise PlanError(
                 f"the plan changed: {name} was {saved.get(name)!r} and is now {current[name]!r}; "
                 "a run continues only on the same build with the same plan"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """Which tokens of which documents sequences read, in reading order. All int64 [n]."""
+
+    sequence: np.ndarray  # of the plan, not of the step
+    document: np.ndarray  # of the split
+    start: np.ndarray  # tokens [start, stop) of the document
+    stop: np.ndarray
+
+
+def reads_of_step(plan: TrainingPlan, step: int) -> Reads:
+    """What all ranks read in step 0, 1, … of the run, counted on through its epochs."""
+    first = step % plan.num_steps * plan.step_sequences
+    return reads_of_sequences(plan, first, first + plan.step_sequences)
+
+
+def reads_of_sequences(plan: TrainingPlan, first: int, last: int) -> Reads:
+    """What sequences [first, last) of the plan read."""
+    sequences = np.arange(first, last)
+    if plan.packing is not None:
+        packing = plan.packing
+        placed = slice(packing.bounds[first], packing.bounds[last])
+        sequence = np.repeat(sequences, np.diff(packing.bounds[first : last + 1]))
+        lengths = packing.lengths[placed]
+        return Reads(sequence, packing.documents[placed], np.zeros_like(lengths), lengths)
+    if plan.order == "plan":
+        return _reads_of_line(plan.split.offsets, sequences, sequences * plan.seq_len, plan.seq_len + 1)
+    assert plan.rank_offsets is not None and plan.num_ranks is not None and plan.device_batch_size is not None
+    steps, rest = np.divmod(sequences, plan.step_sequences)
+    ranks, rows = np.divmod(rest, plan.device_batch_size)
+    starts = steps * line_tokens(plan) + rows * plan.seq_len
+    parts = []
+    for rank, offsets in enumerate(plan.rank_offsets):
+        mine = ranks == rank
+        part = _reads_of_line(offsets, sequences[mine], starts[mine], plan.seq_len + 1)
+        parts.append(Reads(part.sequence, part.document * plan.num_ranks + rank, part.start, part.stop))
+    order = np.argsort(np.concatenate([part.sequence for part in parts]), kind="stable")
+    return Reads(*(np.concatenate([getattr(p, name) for p in parts])[order] for name in Reads.__dataclass_fields__))
+
+
+def name_documents(reads: Reads, most: int = 8) -> str:
+    """For one-line messages: "documents 3, 17 and 5 more" (numbers of the split)."""
+    numbers = list(dict.fromkeys(reads.document.tolist()))
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"document{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:most]))}{more}"
+
+
+def _reads_of_line(offsets: np.ndarray, sequences: np.ndarray, starts: np.ndarray, num_tokens: int) -> Reads:
+    """Reads of sequences that each take `num_tokens` tokens from `starts` of a line of documents back to back.
+
+    offsets: [documents + 1], where the documents start in the line. Document numbers are those of the line.
+    """
+    stops = starts + num_tokens
+    first = np.searchsorted(offsets, starts, side="right") - 1
+    counts = np.searchsorted(offsets, stops - 1, side="right") - first
+    of = np.repeat(np.arange(len(sequences)), counts)
+    document = first[of] + np.arange(len(of)) - (np.cumsum(counts) - counts)[of]
+    start, stop = np.maximum(offsets[document], starts[of]), np.minimum(offsets[document + 1], stops[of])
+    return Reads(sequences[of], document, start - offsets[document], stop - offsets[document])

@@ -1,6 +1,6 @@
-"""What a trainer would make of a build, in numbers, before any GPU hour: `chatdata plan`.
+"""What training on a build would look like, in numbers, before any GPU hour: `chatdata plan`.
 
-The numbers are those of `plan_epoch` and `plan_sequences`, which chattrain trains on. Shapes as in sequences.py.
+The numbers come from `plan_epoch` and `plan_sequences`, which chattrain trains on. Shapes as in packing/epoch.py.
 """
 
 from __future__ import annotations
@@ -13,24 +13,20 @@ from rich.markup import escape
 from chatdata.errors import PackingError, PlanError
 from chatdata.look.console import console, share, table
 from chatdata.packing.epoch import (
-    Epoch,
+    STAGE_LAYOUTS,
+    STAGE_MASKS,
     Layout,
+    TrainingPlan,
     document_targets_at,
     plan_epoch,
     plan_sequences,
 )
-from chatdata.packing.layouts import Long, Packing
+from chatdata.packing.layouts import Long
 from chatdata.shards.masks import MaskPolicy, check_policy
 
 if TYPE_CHECKING:
     from chatdata.shards.read import Build, Split
 
-STAGE_LAYOUTS: dict[str, Layout] = {
-    "base": "stream",
-    "mid": "stream",
-    "sft": "pack",
-}  # as chattrain's stages.toml, tested
-STAGE_MASKS: dict[str, MaskPolicy] = {"base": "ignore", "mid": "ignore", "sft": "apply"}
 WHAT_IF_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
@@ -43,10 +39,10 @@ def plan_numbers(
     long: Long = "error",
     seed: int = 42,
 ) -> dict[str, Any]:
-    """The plan at `seq_len` and the what-if table, for all three rows: plain data, as `chatdata plan --json` prints it.
+    """The plan at `seq_len` and the what-if table, for all layouts: plain data, printed by `chatdata plan --json`.
 
-    batch_size: G, sequences of a step (B · ranks in chattrain). mask: by default the stage's. What cannot be planned
-    stands there as {"refused": why}. Raises PlanError for arguments out of range.
+    batch_size: G, sequences of a step (B · ranks in chattrain). mask: by default the stage's. Failed plans are reported
+    as {"refused": why}. Raises PlanError for arguments out of range.
     """
     if split not in build.splits:
         raise PlanError(f"{build.path} has no split {split!r}; it has {', '.join(build.splits)}")
@@ -70,14 +66,14 @@ def plan_numbers(
 def what_if(
     split: Split, mask: MaskPolicy, batch_size: int, seed: int, seq_lens: tuple[int, ...] = WHAT_IF_LENGTHS
 ) -> list[dict[str, Any]]:
-    """One record per length and rows, over all sequences of an epoch (what does not fill a step is in it).
+    """One record per length and layout, over all sequences of an epoch, including those that do not fill a step.
 
-    documents_cut: those whose targets no single sequence holds: stream splits them over two or more, pack and pad cut
-        or drop them (`--long`). Everything about pack and pad but supervised_lost_if_dropped is of --long truncate.
-    supervised_lost: supervised tokens that are no target, because they were cut or stand in stream's tail. Where the
-        mask is ignored, those of the stored mask.
-    filled, efficiency: input tokens and targets ÷ positions; 0 for no sequences. A batch of layout pad
-        is as wide as its longest sequence.
+    documents_cut: documents whose targets are not all in one sequence: stream splits them, pack and pad cut or drop
+        them (`--long`). Apart from supervised_lost_if_dropped, pack and pad are counted with --long truncate.
+    supervised_lost: supervised tokens that are not targets, because they were cut or are in stream's tail. If the mask
+        is ignored, supervised means supervised by the stored mask.
+    filled, efficiency: input tokens and targets ÷ positions; 0 for no sequences. A batch of layout pad is as wide as
+        its longest sequence.
     """
     lengths, applied = np.diff(split.offsets), mask if mask != "ignore" else "apply"
     longest = int(lengths.max(initial=1))
@@ -87,29 +83,30 @@ def what_if(
         num_targets = np.maximum(np.minimum(lengths, seq_len + 1) - 1, 0) if mask == "ignore" else kept
         too_long = lengths > seq_len + 1
         for layout in get_args(Layout):
-            made = plan_sequences(
-                split, layout=layout, mask=mask, seq_len=seq_len, seed=seed, long="truncate", num_targets=num_targets
-            )
-            if made.packing is None:
-                tail = split.mask(min(len(made.tokens) * seq_len + 1, split.num_tokens), split.num_tokens, applied)
-                lost = dropped = int(np.count_nonzero(tail))
-                num_cut, positions = _num_split(split.offsets, seq_len), len(made.tokens) * seq_len
+            # a sequence a step, so that none is left over
+            plan = plan_sequences(split, layout, mask, seq_len, 1, seed, "truncate", num_targets)
+            input_tokens, targets = int(plan.tokens_per_step.sum()), int(plan.targets_per_step.sum())
+            positions = _positions(plan, batch_size)
+            if layout == "stream":
+                tail = split.mask(min(plan.num_steps * seq_len + 1, split.num_tokens), split.num_tokens, applied)
+                num_cut, lost = _num_split(split.offsets, seq_len), int(np.count_nonzero(tail))
+                dropped = lost
             else:
-                lost, dropped = int((whole - kept).sum()), int(whole[too_long].sum())
-                num_cut, positions = int(np.count_nonzero(too_long)), _positions(made.packing, layout, batch_size)
+                num_cut, lost = int(np.count_nonzero(too_long)), int((whole - kept).sum())
+                dropped = int(whole[too_long].sum())
             records.append(
                 {
                     "seq_len": seq_len,
                     "rows": layout,
-                    "sequences": len(made.tokens),
+                    "sequences": plan.num_steps,
                     "documents_cut": num_cut,
                     "supervised_lost": lost,
                     "supervised_lost_if_dropped": dropped,
                     "positions": positions,
-                    "padding": positions - int(made.tokens.sum()),
-                    "targets": int(made.targets.sum()),
-                    "filled": round(int(made.tokens.sum()) / max(positions, 1), 4),
-                    "efficiency": round(int(made.targets.sum()) / max(positions, 1), 4),
+                    "padding": positions - input_tokens,
+                    "targets": targets,
+                    "filled": round(input_tokens / max(positions, 1), 4),
+                    "efficiency": round(targets / max(positions, 1), 4),
                 }
             )
     return records
@@ -118,15 +115,14 @@ def what_if(
 def _plan(
     split: Split, layout: Layout, mask: MaskPolicy, seq_len: int, batch_size: int, long: Long, seed: int
 ) -> dict[str, Any]:
-    """`plan_epoch` in numbers: what chattrain's dry run prints as "plan", positions, padding, and targets of a step."""
+    """The counts that chattrain's dry run prints as "plan", with positions, padding, and targets of a step."""
     try:
-        epoch = plan_epoch(
+        plan = plan_epoch(
             split, layout=layout, mask=mask, seq_len=seq_len, step_sequences=batch_size, seed=seed, long=long
         )
     except (PackingError, PlanError) as error:
         return {"refused": str(error)}
-    positions, counts = _epoch_positions(epoch), epoch.counts()
-    per_step = epoch.targets_per_step
+    positions, counts, per_step = _positions(plan, batch_size), plan.counts(), plan.targets_per_step
     return {
         **counts,
         "positions": positions,
@@ -139,28 +135,19 @@ def _plan(
     }
 
 
-def _epoch_positions(epoch: Epoch) -> int:
-    num_sequences = epoch.num_steps * epoch.step_sequences
-    if epoch.packing is None:
-        return num_sequences * epoch.seq_len
-    return _positions(epoch.packing, epoch.layout, epoch.step_sequences, num_sequences)
-
-
-def _positions(packing: Packing, layout: Layout, batch_size: int, num_sequences: int | None = None) -> int:
-    """Positions of the first `num_sequences` (default: all), padding too; a batch of pad is as wide as its longest."""
-    num_sequences = packing.num_sequences if num_sequences is None else num_sequences
-    if layout == "pack":
-        return num_sequences * packing.seq_len
-    if not num_sequences:
-        return 0
+def _positions(plan: TrainingPlan, batch_size: int) -> int:
+    """Positions of the steps' sequences, padding included; a batch of pad is as wide as its longest sequence."""
+    num_sequences = plan.num_steps * plan.step_sequences
+    if plan.packing is None or plan.layout == "pack" or not num_sequences:
+        return num_sequences * plan.seq_len
     firsts = np.arange(0, num_sequences, batch_size)
-    widths = np.maximum.reduceat(packing.lengths[:num_sequences], firsts) - 1  # pad has one document a sequence
+    widths = np.maximum.reduceat(plan.packing.lengths[:num_sequences], firsts) - 1  # pad: one document per sequence
     return int((widths * np.diff(firsts, append=num_sequences)).sum())
 
 
 def _num_split(offsets: np.ndarray, seq_len: int) -> int:
-    """Documents whose targets lie in more than one sequence of a stream, or partly in its tail."""
-    first, last = offsets[:-1] + 1, offsets[1:] - 1  # their own targets: the first token is the document before's
+    """Documents whose targets are in more than one sequence of a stream, or partly in its tail."""
+    first, last = offsets[:-1] + 1, offsets[1:] - 1  # its own targets: the first token is a target of the one before
     return int(np.count_nonzero((last > first) & ((first - 1) // seq_len != (last - 1) // seq_len)))
 
 

@@ -1,58 +1,52 @@
-"""How many sequences and steps a split makes, and what is in each: `chatdata plan` shows it, chattrain trains on it.
+"""Plan an epoch: which documents make which sequence, and which sequences make which step, known before training.
 
 Shapes: T = seq_len, positions of a sequence · G = step_sequences, sequences of a step · S sequences of an epoch. Step s
-takes sequences [s·G, (s + 1)·G); the S mod G at the end are left out. Everything is integer arithmetic on the offsets
-(and on the mask, where it is applied): the same everywhere. Which documents make which sequence: packing.py.
+takes sequences [s·G, (s + 1)·G); the last S mod G are left out. Everything is integer arithmetic on the offsets (and on
+the mask, unless it is ignored), so a plan is the same on every machine. layouts.py fills the sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from chatdata.errors import PlanError
 from chatdata.packing.layouts import Long, Packing, pack, pad, stream
-from chatdata.shards.masks import MaskPolicy, check_policy
+from chatdata.shards.masks import MaskPolicy
 
 if TYPE_CHECKING:
     from chatdata.shards.read import Split
 
 Layout = Literal["stream", "pack", "pad"]
+Order = Literal["plan", "nanochat"]
 
-MAX_SEQ_LEN = 2**20  # 512 × nanochat's; packing keeps a set of rooms of this many bits
-CHUNK_TOKENS = 2**22  # of the mask counted at a time: 32 MiB of sums
+STAGE_LAYOUTS: dict[str, Layout] = {"base": "stream", "mid": "stream", "sft": "pack"}  # unless --layout is given
+STAGE_MASKS: dict[str, MaskPolicy] = {"base": "ignore", "mid": "ignore", "sft": "apply"}  # unless --mask is given
+
+MAX_SEQ_LEN = 2**20  # 512 times nanochat's; packing keeps a set of rooms of this many bits
+CHUNK_TOKENS = 2**22  # of the mask, counted at a time: 32 MiB of sums
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What an epoch of the plan does not train on, each thing counted once, in the first field it fits."""
+    """What an epoch does not train on. Each thing is counted once, in the first field it fits."""
 
     long_documents_dropped: int = 0  # more than T + 1 tokens, long="drop"
     long_documents_cut: int = 0  # trained on, but cut to T + 1 tokens by long="truncate"
-    long_tokens: int = 0  # tokens of the dropped, tokens cut from the others
+    long_tokens: int = 0  # tokens of the dropped documents, tokens cut from the others
     one_token_documents: int = 0  # (pack and pad) nothing to predict
     documents_without_targets: int = 0  # (pack and pad) nothing supervised, before or after the cut
     tail_tokens: int = 0  # (stream) never a target, because they do not fill a sequence
-    sequences: int = 0  # S mod G at the end
+    sequences: int = 0  # the last S mod G
     sequence_targets: int = 0  # the targets in them
 
 
 @dataclass(frozen=True, eq=False)
-class Sequences:
-    """All sequences a split makes, in the order of an epoch."""
-
-    tokens: np.ndarray  # int64 [S], input tokens, padding not counted
-    targets: np.ndarray  # int64 [S]
-    packing: Packing | None  # pack and pad: the documents of every sequence
-    left_out: LeftOut
-
-
-@dataclass(frozen=True, eq=False)
-class Epoch:
-    """The sequences cut into steps."""
+class TrainingPlan:
+    """Which sequences make which step of an epoch, made by `plan_epoch` or by chattrain's `make_nanochat_plan`."""
 
     split: Split
     layout: Layout
@@ -63,10 +57,16 @@ class Epoch:
     tokens_per_step: np.ndarray  # int64 [num_steps], input tokens over all ranks, padding not counted
     targets_per_step: np.ndarray  # int64 [num_steps], over all ranks
     left_out: LeftOut
-    packing: Packing | None  # pack and pad: the documents of every sequence
+    packing: Packing | None = None  # pack and pad: the documents of every sequence
+    seed: int | None = None  # pack and pad: shuffles the sequences
+    long: Long | None = None  # pack and pad: what happened to documents of more than T + 1 tokens
+    order: Order = "plan"
+    num_ranks: int | None = None  # order nanochat depends on the number of ranks
+    device_batch_size: int | None = None  # and on the batch size
+    rank_offsets: tuple[np.ndarray, ...] | None = None  # order nanochat, stream: where each rank's documents start
 
     def counts(self) -> dict[str, Any]:
-        """The epoch in numbers, for people and logs: plain integers."""
+        """The epoch in plain integers, for people and logs."""
         return {
             "documents": len(self.split),
             "tokens": self.split.num_tokens,
@@ -84,80 +84,85 @@ def plan_epoch(
     split: Split,
     *,
     layout: Layout,
-    mask: str,
+    mask: MaskPolicy,
     seq_len: int,
     step_sequences: int,
     seed: int = 42,
     long: Long = "error",
-) -> Epoch:
-    """Plan an epoch over `split`, in steps of `step_sequences`.
+) -> TrainingPlan:
+    """Plan an epoch over `split` in steps of `step_sequences`.
 
     Raises PlanError for arguments out of range, for a split that does not fill one step and for one without any target;
     PackingError for a document of more than T + 1 tokens with layout pack or pad and long="error".
     """
-    check_sizes(seq_len, step_sequences)
-    mask = check_policy(mask)
-    made = plan_sequences(split, layout=layout, mask=mask, seq_len=seq_len, seed=seed, long=long)
-    num_steps, num_over = divmod(len(made.tokens), step_sequences)
-    without = made.left_out.documents_without_targets
-    if (len(made.targets) and not made.targets.any()) or (without and not len(made.targets)):
+    plan = plan_sequences(split, layout, mask, seq_len, step_sequences, seed, long)
+    left_out, num_targets = plan.left_out, plan.targets_per_step.sum() + plan.left_out.sequence_targets
+    num_sequences = plan.num_steps * step_sequences + left_out.sequences
+    if not num_targets and (num_sequences or left_out.documents_without_targets):
         raise PlanError(f"{split.name} has {len(split):,} documents, but not one target with mask {mask}")
-    if not num_steps:
-        raise too_small(split, len(made.tokens), seq_len, step_sequences)
+    if not plan.num_steps:
+        raise too_small(split, num_sequences, seq_len, step_sequences)
+    return plan
+
+
+def plan_sequences(
+    split: Split,
+    layout: Layout,
+    mask: MaskPolicy,
+    seq_len: int,
+    step_sequences: int = 1,
+    seed: int = 42,
+    long: Long = "error",
+    num_targets: np.ndarray | None = None,
+) -> TrainingPlan:
+    """`plan_epoch` without its last two checks: the plan may have no step, and no target.
+
+    num_targets: int64 [documents], `document_targets` where it is already known.
+    """
+    for name, value, valid in (("layout", layout, get_args(Layout)), ("long", long, get_args(Long))):
+        if value not in valid:
+            raise PlanError(f"{name} is {value!r}: it must be one of {', '.join(valid)}")
+    check_sizes(seq_len, step_sequences)
+    packing, left_out = None, {}
+    if layout == "stream":
+        num_sequences, left_out["tail_tokens"] = stream(split.num_tokens, seq_len)
+        tokens = np.full(num_sequences, seq_len)
+        targets = tokens if mask == "ignore" else _stream_targets(split, mask, num_sequences, seq_len)
+    else:
+        num_targets = document_targets(split, mask, seq_len) if num_targets is None else num_targets
+        lengths = np.diff(split.offsets)
+        packing = (pack if layout == "pack" else pad)(lengths, num_targets, seq_len, seed, long)
+        tokens = packing.sum_by_sequence(packing.lengths - 1)
+        targets = packing.sum_by_sequence(num_targets[packing.documents])
+        num_one_token = int(np.count_nonzero(lengths < 2))
+        left_out = {
+            "long_documents_dropped": packing.num_dropped,
+            "long_documents_cut": packing.num_truncated,
+            "long_tokens": packing.num_tokens_lost,
+            "one_token_documents": num_one_token,
+            "documents_without_targets": packing.num_without_targets - num_one_token,
+        }
+    num_steps, num_over = divmod(len(tokens), step_sequences)
     used = num_steps * step_sequences
-    return Epoch(
+    return TrainingPlan(
         split=split,
         layout=layout,
         mask=mask,
         seq_len=seq_len,
         step_sequences=step_sequences,
         num_steps=num_steps,
-        tokens_per_step=made.tokens[:used].reshape(num_steps, -1).sum(1),
-        targets_per_step=made.targets[:used].reshape(num_steps, -1).sum(1),
-        left_out=replace(made.left_out, sequences=num_over, sequence_targets=int(made.targets[used:].sum())),
-        packing=made.packing,
+        tokens_per_step=tokens[:used].reshape(num_steps, step_sequences).sum(1),
+        targets_per_step=targets[:used].reshape(num_steps, step_sequences).sum(1),
+        left_out=LeftOut(**left_out, sequences=num_over, sequence_targets=int(targets[used:].sum())),
+        packing=packing,
+        # the build decides the order of a stream: neither a seed nor a length rule changes it
+        seed=None if packing is None else seed,
+        long=None if packing is None else long,
     )
-
-
-def plan_sequences(
-    split: Split,
-    *,
-    layout: Layout,
-    mask: MaskPolicy,
-    seq_len: int,
-    seed: int = 42,
-    long: Long = "error",
-    num_targets: np.ndarray | None = None,
-) -> Sequences:
-    """All sequences of a split, before any cut into steps. Errors as of `plan_epoch`, but for those about steps.
-
-    num_targets: int64 [documents], what `document_targets` gives, where it is known already.
-    """
-    check_setting("layout", layout, get_args(Layout))
-    check_setting("long", long, get_args(Long))
-    check_sizes(seq_len, 1)
-    if layout == "stream":
-        num_sequences, tail_tokens = stream(split.num_tokens, seq_len)
-        tokens = np.full(num_sequences, seq_len)
-        targets = tokens if mask == "ignore" else _stream_targets(split, mask, num_sequences, seq_len)
-        return Sequences(tokens, targets, None, LeftOut(tail_tokens=tail_tokens))
-    lengths = np.diff(split.offsets)
-    num_targets = document_targets(split, mask, seq_len) if num_targets is None else num_targets
-    packing = (pack if layout == "pack" else pad)(lengths, num_targets, seq_len, seed, long)
-    num_one_token = int(np.count_nonzero(lengths < 2))
-    left_out = LeftOut(
-        long_documents_dropped=packing.num_dropped,
-        long_documents_cut=packing.num_truncated,
-        long_tokens=packing.num_tokens_lost,
-        one_token_documents=num_one_token,
-        documents_without_targets=packing.num_without_targets - num_one_token,
-    )
-    tokens = sums(packing.lengths - 1, packing.bounds)
-    return Sequences(tokens, sums(num_targets[packing.documents], packing.bounds), packing, left_out)
 
 
 def document_targets(split: Split, mask: MaskPolicy, seq_len: int) -> np.ndarray:
-    """Targets of every document on its own, after a cut to T + 1 tokens; position 0 is never one. int64 [documents]."""
+    """Targets of every document after a cut to T + 1 tokens; its first token is never one. int64 [documents]."""
     return document_targets_at(split, mask, [seq_len])[0]
 
 
@@ -181,16 +186,6 @@ def document_targets_at(split: Split, mask: MaskPolicy, seq_lens: Sequence[int])
     return counts
 
 
-def sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """values [bounds[-1]] summed from each bound to the next: int64 [bounds - 1]."""
-    return np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[bounds])
-
-
-def check_setting(name: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise PlanError(f"{name} is {value!r}: it must be one of {', '.join(valid)}")
-
-
 def check_sizes(seq_len: int, step_sequences: int) -> None:
     if not 1 <= seq_len <= MAX_SEQ_LEN:
         raise PlanError(f"sequence length is {seq_len}: it must lie in 1 … {MAX_SEQ_LEN:,}")
@@ -206,7 +201,7 @@ def too_small(split: Split, num_sequences: int, seq_len: int, step_sequences: in
 
 
 def _stream_targets(split: Split, mask: MaskPolicy, num_sequences: int, seq_len: int) -> np.ndarray:
-    """Supervised targets of every sequence, read back to back: int64 [num_sequences]."""
+    """Supervised targets of every sequence of a stream: int64 [num_sequences]."""
     counts = np.empty(num_sequences, np.int64)
     at_once = max(1, CHUNK_TOKENS // seq_len)
     for first in range(0, num_sequences, at_once):

@@ -12,9 +12,8 @@ its last target is the first input of the next, so no target is lost. 26 tokens,
 
     a0 a1 a2 a3 a4 b0 | b1 b2 b3 b4 b5 b6 | c0 c1 c2 d0 d1 d2 | d3 d4 d5 e0 e1 e2 | (f0: its target f1 is the tail)
 
-pack: whole documents, longest first, each into the fullest bin it still fits (best-fit decreasing). Bins are found by
-the room that remains in them: one stack of bins per room, and the next document goes to the top of the first stack
-whose room is enough.
+pack: whole documents, longest first, each into the fullest bin that still has room for it (best-fit decreasing). There
+is a stack of bins for every amount of remaining room; the next document goes to the top of the first stack with enough.
 
     put     stacks of bins after it   the bin it went to
             room 1   room 2   room 4
@@ -25,11 +24,11 @@ whose room is enough.
     e (2)   1                 3       3: e0 e1 .  .  .  .    room 1 is too little: a new bin
     f (1)                     3       1: d0 d1 d2 d3 d4 f0   room 1 is a better fit than room 4
 
-    Inside a bin documents stand by length, longest first, then by number; the bins are shuffled with the seed (here 0).
+    Inside a bin documents are sorted by length, longest first, then by number. The seed (here 0) shuffles the bins.
 
     a0 a1 a2 a3 c0 c1 | b0 b1 b2 b3 b4 b5 | d0 d1 d2 d3 d4 f0 | e0 e1 .  .  .  .
 
-pad: one document a sequence, shuffled with the seed (here 1). How wide a batch gets is the trainer's business.
+pad: one document per sequence, shuffled by the seed (here 1). The trainer decides how wide a batch gets.
 
     e0 e1 | a0 a1 a2 a3 | c0 c1 | b0 b1 b2 b3 b4 b5 | f0 | d0 d1 d2 d3 d4
 
@@ -51,12 +50,12 @@ Long = Literal["error", "drop", "truncate"]  # what happens to a document of mor
 
 @dataclass(frozen=True)
 class Packing:
-    """Which documents make which sequence. All documents = those placed + num_dropped + num_without_targets."""
+    """Which documents make which sequence. All documents = placed + num_dropped + num_without_targets."""
 
     seq_len: int
     documents: np.ndarray  # int64 [placed], document numbers, sequence after sequence
     bounds: np.ndarray  # int64 [sequences + 1], documents[bounds[s]:bounds[s + 1]] make sequence s
-    lengths: np.ndarray  # int64 [placed], tokens taken from each; fewer than it has only when long="truncate"
+    lengths: np.ndarray  # int64 [placed], tokens taken from each: all but for documents cut by long="truncate"
     num_dropped: int  # documents left out by long="drop"
     num_truncated: int  # documents placed, but cut by long="truncate"
     num_tokens_lost: int  # tokens of the dropped documents, tokens cut from the truncated ones
@@ -70,6 +69,10 @@ class Packing:
     def fill(self) -> float:
         """Share of the num_sequences x seq_len positions that hold an input token; 0.0 for no sequences."""
         return float((self.lengths - 1).sum()) / max(self.num_sequences * self.seq_len, 1)
+
+    def sum_by_sequence(self, values: np.ndarray) -> np.ndarray:
+        """Values of the placed documents, [placed], added up in each sequence: int64 [sequences]."""
+        return np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[self.bounds])
 
 
 def stream(num_tokens: int, seq_len: int) -> tuple[int, int]:
@@ -90,7 +93,7 @@ def pack(
     seed: int,
     long: Long = "error",
 ) -> Packing:
-    """Plan sequences of whole documents: best-fit decreasing into seq_len positions, bins shuffled with the seed.
+    """Pack whole documents into sequences of seq_len positions: best-fit decreasing, then shuffled by the seed.
 
     lengths: integers [documents], tokens of each document, np.diff of the offsets.
     num_targets: integers [documents], targets of each document under the mask policy, after any cut to seq_len + 1
@@ -117,7 +120,7 @@ def pad(
     seed: int,
     long: Long = "error",
 ) -> Packing:
-    """Plan sequences of one document each, the documents shuffled with the seed. Arguments and errors as for pack."""
+    """One document per sequence, shuffled by the seed. Arguments and errors as for pack."""
     documents, taken, counts = _choose_documents(lengths, num_targets, seq_len, long)
     order = np.random.default_rng(seed).permutation(len(documents))
     return Packing(seq_len, documents[order], np.arange(len(order) + 1), taken[order], **counts)
@@ -126,8 +129,8 @@ def pad(
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """Put every document into the fullest bin that still has room for it, longest document first.
 
-    Documents of one size go in the order of their numbers. Among bins with the same room, the one filled last is taken
-    (a stack). A bin is opened only when no bin has room.
+    Documents of one size go in the order of their numbers. Of several bins with the same room, the last one filled is
+    taken (a stack). A bin is opened only when no bin has room.
 
     sizes: integers [documents], positions each document takes, 1 <= size <= capacity.
     Returns int64 [documents], the bin of each document; bins are numbered in the order they were opened.
@@ -142,7 +145,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     # stacks[room] is a stack of runs, a run an array of bins, the next to take first. Working on runs is what makes
     # this fast: 850,000 sft documents need 3,403 turns of the inner loop, not 850,000.
     stacks: defaultdict[int, list[np.ndarray]] = defaultdict(list)
-    rooms = 0  # bit r is set while stacks[r] holds a run: the first room >= size is the lowest bit of rooms >> size
+    rooms = 0  # bit r is set while stacks[r] holds a run, so the lowest bit of rooms >> size is the first room >= size
 
     def push(room: int, run: np.ndarray) -> None:
         nonlocal rooms
@@ -165,7 +168,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
                 opened = -(-(end - done) // (room // size))
                 run = np.arange(num_bins, num_bins + opened)
                 num_bins += opened
-            # A bin just filled is the fullest one still, so it takes documents of this size until none fits.
+            # A bin just filled is still the fullest, so it takes documents of this size until none fits.
             per_bin = room // size
             placed = min(end - done, len(run) * per_bin)
             filled, rest = divmod(placed, per_bin)
@@ -188,10 +191,10 @@ def _check_seq_len(seq_len: int) -> None:
 def _choose_documents(
     lengths: np.ndarray, num_targets: np.ndarray, seq_len: int, long: Long
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Apply the length rule, then leave out documents without a target: for pack and pad alike.
+    """Apply the length rule, then leave out documents without a target.
 
     Returns the documents kept (int64 [kept], ascending), the tokens taken from each (int64 [kept], 2..seq_len + 1), and
-    Packing's four counts by name.
+    the four counts of Packing by name.
     """
     _check_seq_len(seq_len)
     if long not in get_args(Long):
@@ -212,7 +215,7 @@ def _choose_documents(
     dropped = is_long if long == "drop" else np.zeros_like(is_long)
     without_targets = ~dropped & (num_targets < 1)
     kept = ~dropped & ~without_targets
-    # A count over the whole of a document that will be cut would keep it with nothing to learn from.
+    # counted before the cut, a document could be kept with nothing left to learn from
     assert (num_targets[kept] < taken[kept]).all(), "num_targets must be counted after the cut, without position 0"
     cut = kept & is_long
     documents = np.flatnonzero(kept)

@@ -171,10 +171,11 @@ class Split:
         i. Returns uint8 of the same shape: `stored` itself for "apply", else a new array. Raises PlanError for an
         unknown policy.
         """
-        if check_policy(policy) == "apply":
+        if policy == "apply":
             return stored
         if policy == "ignore":
             return np.ones_like(stored)
+        check_policy(policy)
         kind = "last-turn" if policy == "last-turn" else "python"
         if kind not in self._ranges:
             self._ranges[kind] = ranges_of(policy, self._spans())

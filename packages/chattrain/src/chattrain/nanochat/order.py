@@ -1,11 +1,11 @@
 """`--order nanochat`: the order in which that commit's loaders read documents (karpathy/nanochat@790f3be).
 
 Shapes as in plan.py: R ranks · B sequences of a rank's micro-batch · T positions. There is one micro-batch a step, so a
-step has G = R·B sequences; both R and B change which tokens it sees. Rank r owns documents r, r + R, r + 2R, …
+step has G = R·B sequences, and both R and B change which tokens it sees. Rank r owns documents r, r + R, r + 2R, …
 
 mask ignored (scripts/mid_train.py): a rank's documents back to back are its line. Every micro-batch takes B·T + 1
-tokens off it: B·T inputs, and the last token, only ever a target. Training ends for all ranks when the first has read
-its last document, so every step lies within the first epoch:
+tokens off it: B·T inputs, and the last token, only ever a target. Training ends for all ranks when the first one has
+read its last document, so every step is within the first epoch:
 
     R = 1, B = 2, T = 3     line        a a a a a b b b b c c c c c c c d d d
                             step 0      a a a | a a b b        (7 tokens: inputs and targets share all but the ends)
@@ -18,15 +18,14 @@ longest of them needs. Steps end with the last R·B whole documents.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chatdata.errors import PlanError
-from chatdata.packing.epoch import LeftOut, check_sizes, document_targets, sums, too_small
+from chatdata.packing.epoch import LeftOut, TrainingPlan, check_sizes, document_targets, too_small
 from chatdata.packing.layouts import Packing
 from chatdata.shards.masks import check_policy
-from chattrain.plan import TrainingPlan
 
 if TYPE_CHECKING:
     from chatdata.shards.read import Split
@@ -38,16 +37,23 @@ def make_nanochat_plan(
     """Plan the first epoch in nanochat's order: its midtraining loader (mask="ignore") or its sft loader ("apply").
 
     Raises PlanError for a split too small for one step, for a mask that nanochat does not have, and for a document of
-    more than T + 1 tokens where the mask is applied (nanochat cuts when it renders: build with max_tokens).
+    more than T + 1 tokens if the mask is applied (nanochat cuts when it renders: build with --max-tokens).
     """
     mask = check_policy(mask)
     if mask not in ("ignore", "apply"):
         raise PlanError(f"order nanochat has the masks ignore and apply, not {mask}; leave out --order for others")
-    step_sequences = num_ranks * device_batch_size
-    check_sizes(seq_len, step_sequences)
-    if mask == "ignore":
-        return _queue_plan(split, seq_len, num_ranks, device_batch_size)
-    return _padded_plan(split, seq_len, num_ranks, device_batch_size)
+    check_sizes(seq_len, num_ranks * device_batch_size)
+    fill = _queue if mask == "ignore" else _padded
+    return TrainingPlan(
+        split=split,
+        mask=mask,
+        seq_len=seq_len,
+        step_sequences=num_ranks * device_batch_size,
+        order="nanochat",
+        num_ranks=num_ranks,
+        device_batch_size=device_batch_size,
+        **fill(split, seq_len, num_ranks, device_batch_size),
+    )
 
 
 def line_tokens(plan: TrainingPlan) -> int:
@@ -57,42 +63,32 @@ def line_tokens(plan: TrainingPlan) -> int:
 
 
 def wrap_micro_batch(rank_offsets: np.ndarray, micro_batch_tokens: int) -> int:
-    """The micro-batch, from 0, during whose filling a rank's documents run out: the first that needs its last one."""
+    """The micro-batch, from 0, during which a rank's documents run out: the first that needs its last one."""
     return int(rank_offsets[-2]) // micro_batch_tokens
 
 
-def _queue_plan(split: Split, seq_len: int, num_ranks: int, device_batch_size: int) -> TrainingPlan:
-    step_sequences = num_ranks * device_batch_size
-    if len(split) < num_ranks:
-        raise too_small(split, 0, seq_len, step_sequences)
-    lengths = np.diff(split.offsets)
+def _queue(split: Split, seq_len: int, num_ranks: int, device_batch_size: int) -> dict[str, Any]:
+    """The fields of a plan in which every rank reads its documents back to back."""
+    lengths, taken = np.diff(split.offsets), device_batch_size * seq_len + 1
     rank_offsets = tuple(np.concatenate([[0], lengths[rank::num_ranks].cumsum()]) for rank in range(num_ranks))
-    taken = device_batch_size * seq_len + 1
-    num_steps = min(wrap_micro_batch(offsets, taken) for offsets in rank_offsets)
+    enough = len(split) >= num_ranks
+    num_steps = min(wrap_micro_batch(offsets, taken) for offsets in rank_offsets) if enough else 0
     if not num_steps:
-        raise too_small(split, 0, seq_len, step_sequences)
-    tokens_per_step = np.full(num_steps, step_sequences * seq_len)
-    return TrainingPlan(
-        split=split,
-        layout="stream",
-        mask="ignore",
-        seq_len=seq_len,
-        step_sequences=step_sequences,
-        num_steps=num_steps,
-        tokens_per_step=tokens_per_step,
-        targets_per_step=tokens_per_step,
-        left_out=LeftOut(tail_tokens=split.num_tokens - num_ranks * num_steps * taken),
-        packing=None,
-        order="nanochat",
-        num_ranks=num_ranks,
-        device_batch_size=device_batch_size,
-        rank_offsets=rank_offsets,
-    )
+        raise too_small(split, 0, seq_len, num_ranks * device_batch_size)
+    per_step = np.full(num_steps, num_ranks * device_batch_size * seq_len)
+    return {
+        "layout": "stream",
+        "num_steps": num_steps,
+        "tokens_per_step": per_step,
+        "targets_per_step": per_step,
+        "left_out": LeftOut(tail_tokens=split.num_tokens - num_ranks * num_steps * taken),
+        "rank_offsets": rank_offsets,
+    }
 
 
-def _padded_plan(split: Split, seq_len: int, num_ranks: int, device_batch_size: int) -> TrainingPlan:
-    step_sequences = num_ranks * device_batch_size
-    lengths = np.diff(split.offsets)
+def _padded(split: Split, seq_len: int, num_ranks: int, device_batch_size: int) -> dict[str, Any]:
+    """The fields of a plan in which every rank reads its documents one per sequence."""
+    lengths, step_sequences = np.diff(split.offsets), num_ranks * device_batch_size
     num_steps, num_over = divmod(len(lengths), step_sequences)
     if not num_steps:
         raise too_small(split, len(lengths), seq_len, step_sequences)
@@ -106,19 +102,11 @@ def _padded_plan(split: Split, seq_len: int, num_ranks: int, device_batch_size: 
     # sequence (step, rank, j) is the rank's next document: j first, then steps
     documents = np.arange(used).reshape(num_steps, device_batch_size, num_ranks).transpose(0, 2, 1).reshape(-1)
     num_targets = document_targets(split, "apply", seq_len)
-    steps = np.arange(num_steps + 1) * step_sequences
-    return TrainingPlan(
-        split=split,
-        layout="pad",
-        mask="apply",
-        seq_len=seq_len,
-        step_sequences=step_sequences,
-        num_steps=num_steps,
-        tokens_per_step=sums(lengths[documents] - 1, steps),
-        targets_per_step=sums(num_targets[documents], steps),
-        left_out=LeftOut(sequences=num_over, sequence_targets=int(num_targets[used:].sum())),
-        packing=Packing(seq_len, documents, np.arange(used + 1), lengths[documents], 0, 0, 0, 0),
-        order="nanochat",
-        num_ranks=num_ranks,
-        device_batch_size=device_batch_size,
-    )
+    return {
+        "layout": "pad",
+        "num_steps": num_steps,
+        "tokens_per_step": (lengths[documents] - 1).reshape(num_steps, -1).sum(1),
+        "targets_per_step": num_targets[documents].reshape(num_steps, -1).sum(1),
+        "left_out": LeftOut(sequences=num_over, sequence_targets=int(num_targets[used:].sum())),
+        "packing": Packing(seq_len, documents, np.arange(used + 1), lengths[documents], 0, 0, 0, 0),
+    }

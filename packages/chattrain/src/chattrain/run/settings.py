@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from chatdata.packing.epoch import Layout
+from chatdata.packing.epoch import Layout, Order
 from chatdata.packing.layouts import Long
 from chattrain.errors import ResumeError
-from chattrain.plan import Order
 
 Dtype = Literal["float32", "bfloat16"]
 NonFinite = Literal["raise", "skip"]

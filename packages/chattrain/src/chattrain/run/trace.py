@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from chatdata.disk import write_whole
+from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chatdata.shards.read import open_build
 from chattrain.checkpoint import FORMAT
 from chattrain.errors import RunError
 from chattrain.nanochat.order import make_nanochat_plan
-from chattrain.plan import TrainingPlan, make_training_plan, require_same_plan
-from chattrain.reads import reads_of_step
+from chattrain.plan import plan_record, reads_of_step, require_same_plan
 from chattrain.run.telemetry import LOG_NAME, read_log
 
 RUN_NAME = "run.json"
@@ -20,7 +20,7 @@ RUN_NAME = "run.json"
 
 def write_run(out: Path, data: Path, plan: TrainingPlan, recipe: dict[str, Any]) -> None:
     """run.json: where the run's data was, its plan and recipe. Written before step 0."""
-    contents = {"format": FORMAT, "data": str(data.resolve()), "plan": plan.record(), "recipe": recipe}
+    contents = {"format": FORMAT, "data": str(data.resolve()), "plan": plan_record(plan), "recipe": recipe}
     write_whole(out / RUN_NAME, (json.dumps(contents, indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -42,10 +42,8 @@ def plan_again(record: dict[str, Any], data: Path | None) -> TrainingPlan:
     else:
         keys = ("mask", "seq_len", "step_sequences", "seed", "long")
         # stream needs neither: its record holds null
-        made = make_training_plan(
-            split, layout=plan["rows"], **{key: plan[key] for key in keys if plan[key] is not None}
-        )
-    require_same_plan(plan, made)
+        made = plan_epoch(split, layout=plan["rows"], **{key: plan[key] for key in keys if plan[key] is not None})
+    require_same_plan(plan, plan_record(made))
     return made
 
 
