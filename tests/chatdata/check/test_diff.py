@@ -11,8 +11,7 @@ import pytest
 from chatdata import open_build
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
-from chatdata.check.diff import _parting, diff_builds, lines_of
-from chatdata.check.differences import ABSENT, differences
+from chatdata.check.diff import ABSENT, _parting, diff_builds, differences, lines_of
 from chatdata.recipe import load_recipe
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks

@@ -1,17 +1,19 @@
-"""`chatdata diff A B`: what differs between two builds, the causes first (recipe, sources), then what came of them.
+"""`chatdata diff A B`: what differs between two builds, the causes first (recipe, sources), then the effects.
 
-Documents are told apart by their digests, so a build of a million documents is compared without reading a token.
-Equal digests are paired first (of several copies, that of the same row and entry); what is left over on both sides
-under one (task, row, entry) is the same row with other tokens or another mask; the rest is only here or only there.
+Documents are compared by digest, so a build of a million documents is compared without reading a token. Equal digests
+are paired first (of several copies, the one of the same row and entry). A (task, row, entry) that is then left on both
+sides is the same row with other tokens or another mask; every other document is only in a or only in b.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from difflib import SequenceMatcher
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chatdata.check.differences import ABSENT, differences
 from chatdata.document import Document
 from chatdata.errors import printable
 from chatdata.shards.read import Build, Split
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 SHOWN_DOCUMENTS = 3
 CONTEXT_TOKENS = 6  # before and after the first token that differs
+ABSENT = "absent"
+MAX_ALIGNED = 500  # items of a list; aligning takes quadratic time, and `epochs = 30_000` makes that many
 TOTALS = ("documents", "tokens", "supervised")
 _KEY = ["task", "row", "entry"]
 _COMPARED = ("task", "row", "entry", "position", "num_turns", "num_tool_calls", "original_tokens", "truncated", "spans")
@@ -55,7 +59,7 @@ def _listed(a: Any, b: Any) -> list[dict[str, Any]]:
 
 
 def _by_name(sources: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sources by name, their files by name: one more source, or a file, then moves no other."""
+    """Sources by name, their files by name, so that an added source or file does not shift the others."""
     table: dict[str, Any] = {}
     for source in sources:
         name, copy = source["name"], 1
@@ -86,9 +90,9 @@ def _by_entry(entries: list[dict[str, Any]]) -> dict[str, Any]:
 def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
     """Counts of documents, and the first ones: `only_a`, `only_b`, `changed` (same row, other tokens or mask), `order`.
 
-    equal: pairs of equal digest. columns: of how many of these pairs each column of the index differs. order: the
-    first place where the equal documents come in another order, None if nowhere. changed: `same_length` of them have
-    as many tokens in both (if nothing but the mask changed, all have).
+    equal: pairs of equal digest. columns: in how many of these pairs each column of the index differs. order: the
+    first place where the equal documents come in another order, or None. changed: `same_length` of them have as many
+    tokens in both (all of them, if only the mask changed).
     """
     import polars as pl
 
@@ -121,7 +125,7 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
 
 
 def _pair_equal(one: pl.DataFrame, two: pl.DataFrame) -> pl.DataFrame:
-    """doc_a, doc_b of equal digest: first those of the same row and entry, then whatever copies are left."""
+    """doc_a, doc_b of equal digest: first those of the same row and entry, then the copies that are left."""
     import polars as pl
 
     pairs = []
@@ -145,7 +149,7 @@ def _column_differences(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFram
 
 
 def _order_difference(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any] | None:
-    """By digest, not by pair: two copies of one document that changed places leave the stream as it was."""
+    """By digest, not by pair: two copies of one document that changed places do not change the stream."""
     import polars as pl
 
     one = one[pairs["doc_a"].cast(pl.UInt32)]
@@ -167,7 +171,7 @@ def _tasks_of(index: pl.DataFrame) -> dict[str, int]:
 
 
 def _parting(a: Split, b: Split, doc_a: int, doc_b: int) -> dict[str, Any]:
-    """Where two documents part: the first position, what differs there, and a few tokens around it on both sides."""
+    """Where two documents first differ: the position, what differs there, and a few tokens around it on both sides."""
     one, two = a[doc_a], b[doc_b]
     length = min(len(one), len(two))
     tokens = one.tokens[:length] != two.tokens[:length]
@@ -184,6 +188,40 @@ def _around(document: Document, position: int) -> dict[str, Any]:
     piece = Document(document.tokens[part], document.mask[part], tokenizer=document.tokenizer)
     text = "".join(f"⟦{run}⟧" if supervised else run for supervised, run in piece.runs())
     return {"num_tokens": len(document), "ids": piece.tokens.tolist(), "mask": piece.mask.tolist(), "text": text}
+
+
+def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) for everything that differs: `("train[3].rows", 2000, 3000)`.
+
+    Items of lists are numbered as in `a` (new ones as in `b`); an item that only one list has is paired with ABSENT
+    and does not shift the others: `("train[2]", ABSENT, {…})`.
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            inner = f"{where}.{key}" if where else str(key)
+            yield from differences(a.get(key, ABSENT), b.get(key, ABSENT), inner)
+    elif isinstance(a, list) and isinstance(b, list):
+        for i, j in _aligned(a, b):
+            if i is not None and j is not None:
+                yield from differences(a[i], b[j], f"{where}[{i}]")
+            elif i is not None:
+                yield f"{where}[{i}]", a[i], ABSENT
+            elif j is not None:
+                yield f"{where}[{j}]", ABSENT, b[j]
+    elif a != b or type(a) is not type(b):
+        yield where, a, b
+
+
+def _aligned(a: list[Any], b: list[Any]) -> Iterator[tuple[int | None, int | None]]:
+    """Pairs of places: equal items with each other, changed ones between them in order, None for items left over."""
+    if max(len(a), len(b)) > MAX_ALIGNED:
+        yield from zip_longest(range(len(a)), range(len(b)))
+        return
+    blocks = SequenceMatcher(None, [repr(x) for x in a], [repr(x) for x in b], autojunk=False).get_opcodes()
+    for _, first_a, last_a, first_b, last_b in blocks:
+        for k in range(max(last_a - first_a, last_b - first_b)):
+            i, j = first_a + k, first_b + k
+            yield i if i < last_a else None, j if j < last_b else None
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
@@ -217,7 +255,7 @@ def _value(value: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    """A table or a list as a recipe would have it, what is not set left out; anything else by its own words."""
+    """A table or a list as a recipe would have it, without unset keys; anything else as str."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items() if inner is not None) + "}"
     return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else str(value)

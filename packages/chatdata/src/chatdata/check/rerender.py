@@ -1,39 +1,45 @@
-"""`chatdata verify --level semantic`: is a build what its recipe makes of its sources? Rendered again, and compared.
+"""`chatdata verify --level semantic`: does the recipe, applied to the sources again, give this build?
 
-The order of all documents is computed again from the recipe; a share of them, and of those the policies dropped, is
-rendered from the sources with the one-conversation renderer and tiktoken. Nothing of the build's own path from rows
-to shards is used: a fault there would be repeated here.
+The order of all documents is computed from the recipe; a share of them, and of those the policies dropped, is
+rendered with the one-conversation renderer and tiktoken. This uses none of the code that takes rows to shards in a
+build, because a fault there would repeat itself here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from chatdata.build.plan import mixture_order, permutation
-from chatdata.check.differences import differences
+from chatdata.build.plan import BuildPlan, make_build_plan, mixture_order, permutation
+from chatdata.check.diff import differences
 from chatdata.check.verify import shortened, verify_full
 from chatdata.document import SPAN_ROLES, Document, Span
 from chatdata.errors import ChatdataError, RecipeError
 from chatdata.progress import Progress, no_progress
-from chatdata.recipe import Entry, Recipe, load_recipe, parse_recipe, shipped_recipes
+from chatdata.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from chatdata.render import specification as render
-from chatdata.shards.index import index_arrays, read_index
 from chatdata.shards.read import Split, open_build
 from chatdata.tasks.task import Task, call_task
 
 if TYPE_CHECKING:
-    from chatdata.build.plan import BuildPlan
     from chatdata.sources.find import Locations
     from chatdata.sources.source import PlannedEntry, Source
 
-RECORDED = ("original_tokens", "num_turns", "num_tool_calls")
 LEAST_DOCUMENTS = 100  # rendered again per split, however small the share
+
+
+class _Chosen(NamedTuple):
+    """A document to render again. doc: its number in the split, None if a policy dropped it."""
+
+    split: Split
+    planned: PlannedEntry
+    row: int
+    doc: int | None
 
 
 def verify_semantic(
@@ -47,12 +53,10 @@ def verify_semantic(
 ) -> list[str]:
     """Everything of full; then sources, order, and `share` of each split (at least 100 documents, one per entry).
 
-    recipe: only where to look for files that the recipe names; by default `recipe_of_build`. Damage found by full, or
-    sources that are not those of the build, end it there: what comes after would only repeat them.
-    Raises MissingSource for sources that are not at hand, RecipeError if `recipe` is not the build's.
+    recipe: says only where the files it names are; by default `recipe_of_build`. Stops after full, or after the
+    sources, if these have problems: what follows would only repeat them.
+    Raises MissingSource for sources that cannot be found, RecipeError if `recipe` is not the build's.
     """
-    from chatdata.build.plan import make_build_plan
-
     problems = verify_full(path, progress)
     if problems:
         return problems
@@ -66,8 +70,7 @@ def verify_semantic(
         return problems
     chosen: list[_Chosen] = []
     for name, entries in plan.splits.items():
-        index = _whole_index(build[name])
-        found, wrong = _check_order(build[name], index, entries, recipe, share)
+        found, wrong = _check_order(build[name], entries, recipe, share)
         chosen += found
         problems += wrong
     rendering = list(_check_rendering(plan, chosen, progress))
@@ -75,9 +78,9 @@ def verify_semantic(
 
 
 def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task]) -> Recipe:
-    """The shipped recipe that a build was made of, else the one in its manifest, whose files are sought from here.
+    """The shipped recipe that a build was made with, or else the one in its manifest, with files relative to here.
 
-    Raises RecipeError if the manifest's recipe is not one this chatdata understands (a --task-file may be missing).
+    Raises RecipeError if this chatdata does not understand the manifest's recipe (a --task-file may be missing).
     """
     for name in shipped_recipes():
         try:
@@ -85,25 +88,23 @@ def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task]) -> Reci
         except RecipeError:
             continue
     wanted = manifest["recipe"]
-    table = {key: wanted[key] for key in ("stage", "seed", "overflow", "zero_supervised")}
-    table |= {"max_tokens": wanted["max_tokens"]} if wanted["max_tokens"] is not None else {}
+    keys = ("stage", "seed", "max_tokens", "overflow", "zero_supervised")
+    table: dict[str, Any] = {key: wanted[key] for key in keys if wanted[key] is not None}
     table |= {split: [_entry_table(entry, tasks) for entry in wanted[split]] for split in manifest["splits"]}
     table["shuffle"] = {split: wanted["shuffle"][split] for split in manifest["splits"] if split in wanted["shuffle"]}
     return _same_recipe(manifest, parse_recipe(table, "the build's recipe", Path("recipe.toml"), tasks))
 
 
 def _entry_table(entry: dict[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """An entry of a resolved recipe as it may stand in a TOML file: without nulls and what goes without saying."""
+    """An entry of a resolved recipe as a TOML file would have it: without nulls and implied keys."""
     if entry.get("task") not in tasks:
-        raise RecipeError(
-            f"the build's task {entry.get('task')!r} is not one of the shipped ones: pass its --task-file"
-        )
-    idle = ("split", "subset") if "path" in entry else ()
-    return {key: value for key, value in entry.items() if value is not None and key not in idle}
+        raise RecipeError(f"the build's task {entry.get('task')!r} is not a shipped one: pass its --task-file")
+    implied = ("split", "subset") if "path" in entry else ()
+    return {key: value for key, value in entry.items() if value is not None and key not in implied}
 
 
 def _same_recipe(manifest: dict[str, Any], recipe: Recipe) -> Recipe:
-    """`recipe` with the build's length rule, or a RecipeError naming the first thing in which it is not the build's."""
+    """`recipe` with the build's length rule. Raises RecipeError naming the first other difference."""
     wanted = {key: value for key, value in manifest["recipe"].items() if key not in ("limit", "decontaminate")}
     recipe = replace(recipe, max_tokens=wanted["max_tokens"], overflow=wanted["overflow"])
     for key, there, here in differences(wanted, recipe.resolved()):
@@ -112,18 +113,19 @@ def _same_recipe(manifest: dict[str, Any], recipe: Recipe) -> Recipe:
 
 
 def _pinned(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:
-    """The recipe with the Hub commits the build found: `main` may have moved since."""
-    splits: dict[str, list[Entry]] = {name: [] for name in recipe.splits}
+    """The recipe with the Hub commits that the build used: `main` may have moved since."""
+    splits = {}
     for name, entries in recipe.splits.items():
+        pinned = []
         for entry, line in zip(entries, manifest["splits"][name]["entries"], strict=True):
             found = {source["revision"] for source in manifest["sources"] if source["name"] == line["source"]}
-            revision = found.pop() if len(found) == 1 and not entry.revision else entry.revision
-            splits[name].append(replace(entry, revision=revision))
-    return replace(recipe, splits={name: tuple(entries) for name, entries in splits.items()})
+            pinned.append(entry if entry.revision or len(found) != 1 else replace(entry, revision=found.pop()))
+        splits[name] = tuple(pinned)
+    return replace(recipe, splits=splits)
 
 
 def _source_problems(path: Path, plan: BuildPlan, recorded: list[dict[str, Any]]) -> list[str]:
-    """Sources of another content than the build's; their places and names may differ."""
+    """Sources whose content is not the build's; where they are and what they are called may differ."""
     if len(plan.sources) != len(recorded):
         return [f"{path}: {len(recorded)} sources in the manifest, but its recipe has {len(plan.sources)}"]
     problems = []
@@ -141,84 +143,53 @@ def _source_problems(path: Path, plan: BuildPlan, recorded: list[dict[str, Any]]
     return problems
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """A document to render again: `doc` is its number in the split, None if a policy dropped it.
-
-    recorded: what the index says of it (RECORDED), and its spans.
-    """
-
-    split: Split
-    planned: PlannedEntry
-    row: int
-    doc: int | None = None
-    recorded: Mapping[str, Any] = field(default_factory=dict)
-
-
 def _check_order(
-    split: Split, index: dict[str, np.ndarray], entries: list[PlannedEntry], recipe: Recipe, share: float
+    split: Split, entries: list[PlannedEntry], recipe: Recipe, share: float
 ) -> tuple[list[_Chosen], list[str]]:
-    """(row, position, entry) of all documents against the mixture; the documents to render again."""
-    file = split.build.path / split.name
+    """The documents to render again, and where (row, position, entry) of the index is not the recipe's mixture.
+
+    A place is a number in the concatenation of all entries' positions: `rows` and `entry` are by place.
+    """
+    folder = split.build.path / split.name
+    index = {name: split.index[name].to_numpy().astype(np.int64) for name in ("row", "position", "entry")}
+    counts = [len(planned.task_positions) for planned in entries]
     rows = np.concatenate([_rows_of(planned) for planned in entries])
-    entry = np.repeat(np.arange(len(entries)), [len(e.task_positions) for e in entries])
-    order = mixture_order([len(e.task_positions) for e in entries], recipe.seed, recipe.shuffle[split.name])
-    # where in the mixture each document of the build stands: of its entry, so many positions behind the first
-    starts = np.cumsum([0, *(len(e.task_positions) for e in entries)])
-    lows = np.array([e.task_positions.start for e in entries])
-    within = index["position"] - lows[index["entry"]]
-    strange = (within < 0) | (within >= np.diff(starts)[index["entry"]])
+    entry = np.repeat(np.arange(len(entries)), counts)
+    order = mixture_order(counts, recipe.seed, recipe.shuffle[split.name])
+    within = index["position"] - np.array([planned.task_positions.start for planned in entries])[index["entry"]]
+    strange = (within < 0) | (within >= np.array(counts)[index["entry"]])
     if strange.any():
-        return [], [f"{file}: document {np.argmax(strange)} has a position that its entry does not take"]
-    pairs = starts[index["entry"]] + within
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    places = place[pairs]
+        return [], [f"{folder}: document {np.argmax(strange)} has a position that its entry does not take"]
+    places = np.cumsum([0, *counts])[index["entry"]] + within
+    mixed = np.empty(len(order), dtype=np.int64)  # place → its number in the mixture
+    mixed[order] = np.arange(len(order))
     problems = []
-    wrong = np.concatenate([[False], places[1:] <= places[:-1]])
+    wrong = np.diff(mixed[places], prepend=-1) <= 0
     if wrong.any():
-        problems.append(f"{file}: document {np.argmax(wrong)} is not in the order of the recipe's mixture")
-    wrong = rows[pairs] != index["row"]
+        problems.append(f"{folder}: document {np.argmax(wrong)} is not in the order of the recipe's mixture")
+    wrong = rows[places] != index["row"]
     if wrong.any():
         first = int(np.argmax(wrong))
         problems.append(
-            f"{file}: document {first} has row {index['row'][first]:,}, but position {index['position'][first]:,} of "
-            f"its entry is row {rows[pairs][first]:,}"
+            f"{folder}: document {first} has row {index['row'][first]:,}, but position {index['position'][first]:,} of "
+            f"its entry is row {rows[places][first]:,}"
         )
-    is_there = np.zeros(len(order), dtype=bool)
-    is_there[pairs] = True
-    dropped = order[~is_there[order]]
+    dropped = order[~np.isin(order, places)]
     ledger = split.build.manifest["splits"][split.name]["entries"]
     for number, count in enumerate(np.bincount(entry[dropped], minlength=len(entries)).tolist()):
-        if count != sum(ledger[number]["dropped"].values()):
+        recorded = sum(ledger[number]["dropped"].values())
+        if count != recorded:
             problems.append(
-                f"{file}: entry {number} ({ledger[number]['task']}) lacks {count:,} documents of the mixture, but the "
-                f"manifest says {sum(ledger[number]['dropped'].values()):,} were dropped"
+                f"{folder}: entry {number} ({ledger[number]['task']}) lacks {count:,} documents of the mixture, but "
+                f"the manifest says {recorded:,} were dropped"
             )
-    chosen = [
-        _Chosen(split, entries[index["entry"][doc]], int(rows[pairs[doc]]), doc, _recorded(index, doc))
-        for doc in choose(index["entry"], share).tolist()
-    ]
-    gone = dropped[choose(entry[dropped], share)]
-    return chosen + [_Chosen(split, entries[entry[i]], int(rows[i])) for i in gone.tolist()], problems
-
-
-def _whole_index(split: Split) -> dict[str, np.ndarray]:
-    """The index of a split as arrays, and in `first_span` where each document's spans begin."""
-    parts = [index_arrays(read_index(split.path("index", number))) for number in range(len(split.shards))]
-    columns = [name for name in parts[0] if name not in ("task", "digest")]
-    index = {name: np.concatenate([part[name] for part in parts]).astype(np.int64) for name in columns}
-    return index | {"first_span": np.cumsum(index["num_spans"]) - index["num_spans"]}
-
-
-def _recorded(index: dict[str, np.ndarray], doc: int) -> dict[str, Any]:
-    spans = slice(first := int(index["first_span"][doc]), first + int(index["num_spans"][doc]))
-    columns = [index[f"span_{key}"][spans].tolist() for key in ("role", "start", "length")]
-    return {name: int(index[name][doc]) for name in RECORDED} | {"spans": list(zip(*columns, strict=True))}
+    chosen = [(doc, places[doc]) for doc in choose(index["entry"], share).tolist()]
+    chosen += [(None, place) for place in dropped[choose(entry[dropped], share)].tolist()]
+    return [_Chosen(split, entries[entry[place]], int(rows[place]), doc) for doc, place in chosen], problems
 
 
 def _rows_of(planned: PlannedEntry) -> np.ndarray:
-    """The row at every position an entry takes."""
+    """The row at each of an entry's positions."""
     positions = np.arange(planned.task_positions.start, planned.task_positions.stop)
     return permutation(planned.source.num_rows)[positions] if planned.task.permuted else positions
 
@@ -226,15 +197,15 @@ def _rows_of(planned: PlannedEntry) -> np.ndarray:
 def choose(entry: np.ndarray, share: float) -> np.ndarray:
     """Numbers of the documents to render again, ascending (int64): `share` of them, at least 100 and one per entry.
 
-    entry: [documents], the entry of each. The choice goes by a hash of the number: always the same, and spread evenly.
+    entry: [documents], the entry of each. Chosen by a hash of the number: always the same ones, evenly spread.
     """
     number = np.arange(len(entry), dtype=np.uint64)
-    with np.errstate(over="ignore"):  # splitmix64's last step: multiplying wraps, and is meant to
+    with np.errstate(over="ignore"):  # splitmix64's last step; multiplying is meant to wrap
         number = (number + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
         number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     order = np.argsort(number ^ (number >> np.uint64(31)), kind="stable")
     count = min(len(entry), max(LEAST_DOCUMENTS, math.ceil(share * len(entry))))
-    _, first = np.unique(entry[order], return_index=True)  # of each entry, the document whose hash is lowest
+    _, first = np.unique(entry[order], return_index=True)  # per entry, the document of the lowest hash
     return np.unique(np.concatenate([order[:count], order[first]]))
 
 
@@ -266,7 +237,7 @@ def _render_row(source: Source, raw: Any, plan: BuildPlan) -> Document:
 
 
 def _after_policies(document: Document, recipe: Recipe) -> Document | None:
-    """What the recipe's policies leave of a document; None: it is no part of the build."""
+    """What the recipe's policies leave of a document; None if they drop it."""
     limit = recipe.max_tokens
     if limit is not None and len(document) > limit and recipe.overflow != "keep":
         if recipe.overflow != "truncate":
@@ -280,7 +251,7 @@ def _compare(chosen: _Chosen, original: Document, recipe: Recipe, where: str) ->
     expected = _after_policies(original, recipe)
     folder = chosen.split.build.path / chosen.split.name
     if chosen.doc is None:
-        # what the firewall dropped depends on the scored sets that were at hand: only its number is checked
+        # what the firewall dropped depends on the scored sets it found then: only its number is checked
         if expected is not None and chosen.split.build.manifest["recipe"].get("decontaminate") != "drop":
             yield f"{folder}: {where} was dropped, but the recipe's policies keep it"
         return
@@ -298,12 +269,14 @@ def _compare(chosen: _Chosen, original: Document, recipe: Recipe, where: str) ->
             i = differs[0]
             yield f"{here}: {what} at position {i:,} is {one[i]}, but rendered again {other[i]}"
     starts = [chosen.split.build.tokenizer.special_ids[f"<|{role}_start|>"] for role in ("user", "assistant")]
-    recorded = {
+    facts = {
         "original_tokens": len(original),
         "num_turns": int(np.isin(original.tokens, starts).sum()),
         "num_tool_calls": sum(SPAN_ROLES[span.role] == "python" for span in original.spans),
         "spans": [tuple(span) for span in expected.spans],
     }
-    for name, value in recorded.items():
-        if chosen.recorded[name] != value:
-            yield f"{here}: {name} is {chosen.recorded[name]} in the index, but rendered again {value}"
+    recorded = chosen.split.index.row(chosen.doc, named=True)
+    recorded["spans"] = [tuple(span.values()) for span in recorded["spans"]]
+    for name, value in facts.items():
+        if recorded[name] != value:
+            yield f"{here}: {name} is {recorded[name]} in the index, but rendered again {value}"

@@ -1,8 +1,8 @@
-"""`chatdata verify`: is what lies on disk what the manifest says, and what the format allows? Every problem is listed.
+"""`chatdata verify`: do the files of a build match its manifest and the format? Lists every problem.
 
-quick     manifest, file sizes and headers, offsets, counts                 (milliseconds)
-full      and SHA-256 of every file, tokenizer, contract of every document  (12.4 M tokens: 2 s)
-semantic  and a share of the documents rendered again from the sources      (rerender.py)
+quick     manifest, file sizes and headers, offsets, counts                       (milliseconds)
+full      also SHA-256 of every file, tokenizer, contract of every document       (12.4 M tokens: 2 s)
+semantic  also sources, order, and a share of the documents rendered again        (rerender.py)
 
 A manifest is data from anywhere: nothing in it is used before `contradictions` found none.
 """
@@ -27,7 +27,7 @@ from chatdata.shards.index import index_arrays, read_index
 from chatdata.shards.manifest import FILE_KINDS, contradictions, parse_manifest
 from chatdata.shards.read import Build, Split
 
-SHOWN_PER_KIND = 10  # problems of one kind named one by one; the rest is counted
+SHOWN_PER_KIND = 10  # problems of one kind that are listed; the rest are counted
 HEADER_BYTES = 128
 
 
@@ -50,22 +50,23 @@ def verify_full(path: Path, progress: Progress = no_progress) -> list[str]:
 
 
 def _quick(path: Path) -> tuple[Build | None, list[str], dict[str, list[int]]]:
-    """The build (None if its manifest cannot be used), what is wrong, and per split the shards fit to be read."""
-    file = path / "manifest.json"
+    """The build (None if its manifest cannot be used), what is wrong, and per split the shards that can be read."""
     try:
         manifest = parse_manifest(path)
     except FormatError as error:
         return None, [str(error)], {}
-    problems = [f"{file}, {problem}" for problem in contradictions(manifest)]
+    problems = [f"{path / 'manifest.json'}, {problem}" for problem in contradictions(manifest)]
     if problems:
         return None, problems, {}
     build = Build(path, manifest)
     problems += _links(build)
-    sound = {}
-    for split in build.splits.values():
-        found = {number: _check_shard(split, number) for number in range(len(split.shards))}
-        sound[split.name] = [number for number, (_, fit) in found.items() if fit]
-        problems += [problem for lines, _ in found.values() for problem in lines]
+    sound: dict[str, list[int]] = {}
+    for name, split in build.splits.items():
+        sound[name] = []
+        for number in range(len(split.shards)):
+            found, readable = _check_shard(split, number)
+            problems += found
+            sound[name] += [number] if readable else []
         problems += _check_sums(split)
     for name, sha256 in manifest["tokenizer"]["files"].items():
         file = path / "tokenizer" / name
@@ -104,7 +105,7 @@ def _check_sums(split: Split) -> list[str]:
 
 
 def _check_shard(split: Split, number: int) -> tuple[list[str], bool]:
-    """What is wrong with the files of a shard, and whether its documents can be read all the same."""
+    """What is wrong with the files of a shard, and whether its documents can be read anyway."""
     shard, dtype = split.shards[number], split.build.manifest["dtype"]
     problems = []
     for kind in FILE_KINDS:
@@ -129,14 +130,14 @@ def _check_shard(split: Split, number: int) -> tuple[list[str], bool]:
         index = read_index(index_path, ["num_tokens", "num_supervised"])
     except FormatError as error:
         return [*problems, str(error)], False
-    fit = not problems and index.num_rows == shard["documents"]
+    readable = not problems and index.num_rows == shard["documents"]
     if index.num_rows != shard["documents"]:
         problems.append(f"{index_path}: {index.num_rows:,} rows for {shard['documents']:,} documents")
     elif not np.array_equal(values_of(index["num_tokens"]), np.diff(offsets)):
         problems.append(f"{index_path}: num_tokens differs from the offsets")
     if int(values_of(index["num_supervised"]).sum()) != shard["supervised"]:
         problems.append(f"{index_path}: num_supervised does not add up to {shard['supervised']:,}")
-    return problems, fit
+    return problems, readable
 
 
 def _check_header(file: Path, dtype: str, length: int) -> list[str]:
@@ -148,9 +149,8 @@ def _check_header(file: Path, dtype: str, length: int) -> list[str]:
     size, expected_size = file.stat().st_size, HEADER_BYTES + length * np.dtype(dtype).itemsize
     if header != expected + b"\n":
         found = re.match(rb"\x93NUMPY\x01\x00..{'descr': '([^']*)', .*'shape': (\([0-9, ]*\))", header, re.DOTALL)
-        said = "{} of shape {}".format(*(part.decode("ascii", "replace") for part in found.groups())) if found else ""
-        said = said or "another header"
-        return [f"{file}: {said}, but the manifest says {dtype} of shape ({length},)"]
+        here = "{} of shape {}".format(*(part.decode("ascii", "replace") for part in found.groups())) if found else ""
+        return [f"{file}: {here or 'another header'}, but the manifest says {dtype} of shape ({length},)"]
     if size != expected_size:
         return [f"{file}: {size:,} bytes, but {length:,} values of {dtype} make {expected_size:,}"]
     return []
@@ -194,46 +194,43 @@ def _tokenizer_problems(build: Build) -> list[str]:
 
 
 def rules_of(manifest: dict[str, Any]) -> Rules:
-    """What a manifest says its documents keep to."""
+    """The rules that a manifest sets for its documents."""
     tokenizer, recipe = manifest["tokenizer"], manifest["recipe"]
     policies = {key: recipe[key] for key in ("max_tokens", "overflow", "zero_supervised")}
     return Rules(tokenizer["special_ids"], tokenizer["vocab_size"], manifest["stage"], **policies)
 
 
 def _split_problems(split: Split, sound: list[int], progress: Progress) -> list[str]:
-    """The contract of every document of the sound shards; the ledger too if that is all of them."""
+    """Documents of the sound shards that break the contract; and sums of the ledger, if all shards can be read."""
     entries = split.build.manifest["splits"][split.name]["entries"]
     rules, problems, first, first_token = rules_of(split.build.manifest), [], 0, 0
     sums = {key: np.zeros(len(entries)) for key in ("documents", "tokens", "supervised", "truncated", "tokens_lost")}
+    complete = len(sound) == len(split.shards)
     for number, shard in enumerate(split.shards):
-        if number in sound:
-            try:
-                table = read_index(split.path("index", number))
-            except FormatError as error:
-                problems.append(str(error))
-                sound = []
-                continue
-            index = index_arrays(table)
+        try:
+            index = index_arrays(read_index(split.path("index", number))) if number in sound else None
+        except FormatError as error:
+            problems.append(str(error))
+            index, complete = None, False
+        if index is not None:
             tokens, mask, offsets = (split.map(kind, number) for kind in ("tokens", "mask", "offsets"))
-            report = _shard_progress(progress, split, first_token)
-            findings = check_documents(tokens, mask, offsets, index, rules, report)
+            findings = check_documents(tokens, mask, offsets, index, rules, _reporter(progress, split, first_token))
             findings += _check_numbering(index, first, entries)
             for finding in findings:
                 problems += _described(finding, split.path(finding.file, number), split.name, first)
             _add_sums(sums, index)
         first, first_token = first + shard["documents"], first_token + shard["tokens"]
-    if len(sound) == len(split.shards):
-        for i, entry in enumerate(entries):
-            problems += [
-                f"{split.build.path / 'manifest.json'}: {split.name} entry {i} ({entry['task']}): {key} is "
-                f"{entry[key]:,}, but the index adds up to {int(values[i]):,}"
-                for key, values in sums.items()
-                if entry[key] != int(values[i])
-            ]
+    for i, entry in enumerate(entries) if complete else ():
+        problems += [
+            f"{split.build.path / 'manifest.json'}: {split.name} entry {i} ({entry['task']}): {key} is "
+            f"{entry[key]:,}, but the index adds up to {int(values[i]):,}"
+            for key, values in sums.items()
+            if entry[key] != int(values[i])
+        ]
     return problems
 
 
-def _shard_progress(progress: Progress, split: Split, first: int) -> Callable[[int], None]:
+def _reporter(progress: Progress, split: Split, first: int) -> Callable[[int], None]:
     return lambda done: progress(f"check {split.name}", first + done, split.num_tokens, "tokens")
 
 
@@ -273,6 +270,6 @@ def _described(finding: Finding, file: Path, split: str, first: int) -> list[str
 
 
 def shortened(problems: list[str], what: str) -> list[str]:
-    """The first problems of a list of one kind, and a line that counts the rest."""
+    """The first problems of a list, and a line that counts the rest."""
     rest = len(problems) - SHOWN_PER_KIND
     return [*problems[:SHOWN_PER_KIND], f"and {rest:,} more {what}"] if rest > 0 else problems
