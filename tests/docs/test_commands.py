@@ -177,6 +177,7 @@ QUICK = {
 RUN_ON = {
     "README": ["build", "inspect", "stats", "verify", "diff", "report", "plan", "run", "compare", "chat"],
     "building": ["build", "verify", "cache", "diff"],
+    "demo": ["build", "inspect", "stats", "verify", "diff", "report", "plan", "run", "compare", "chat"],
     "scoring": ["compare", "chat"],
     "training": ["run"],
 }
