@@ -250,7 +250,7 @@ def test_damage_is_one_line(small: Path, tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] = 0
     file.write_bytes(data)
-    with pytest.raises(FormatError, match="supervised per entry are not those of the manifest; `chatdata verify"):
+    with pytest.raises(FormatError, match="damaged: supervised per entry differ from the manifest; `chatdata verify"):
         report.write_report(small)
     file.write_bytes(data[:-1])
     with pytest.raises(FormatError, match=r"mask-00000.npy: 166 bytes, but the manifest says 167"):

@@ -1,7 +1,7 @@
 """The numbers of a report as Altair charts, in Vega-Lite's JSON.
 
-Every figure is in the data and in a table of the page as well; colours are the page's CSS variables, so that a chart
-follows dark mode without being drawn again. Names of tasks and tokens are data here, never part of an expression.
+Every number is also in a table of the page. Colours are the page's CSS variables, so a chart follows dark mode without
+being drawn again. Names of tasks and tokens are data here, never part of an expression.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from chatdata.tokenizer.bpe import Tokenizer
 INK, FAINT, RULE, BAR = "var(--ink)", "var(--faint)", "var(--rule)", "var(--c0)"
 MEASURES = {"documents": "documents", "tokens": "tokens", "supervised": "supervised tokens"}
 KINDS = ("supervised", "not supervised")
-LABEL_PX = 120  # of a task's name: half of a phone stays for the bars
+SHARE_TOOLTIP = (alt.Tooltip("count:Q", format=","), alt.Tooltip("share:Q", format=".1%"))
+LABEL_PX = 120  # of a task's name; leaves half of a phone's width for the bars
 
 
 def chart_specs(numbers: dict[str, Any], tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
@@ -34,21 +35,15 @@ def chart_specs(numbers: dict[str, Any], tokenizer: Tokenizer) -> dict[str, dict
 
 
 def styled(chart: alt.Chart) -> alt.Chart:
-    """As wide as its element, in the page's colours and font, on no background."""
+    """As wide as its element, in the page's colours and font, without a background."""
+    axis_colours = {"labelColor": INK, "titleColor": FAINT} | dict.fromkeys(
+        ("gridColor", "domainColor", "tickColor"), RULE
+    )
     return (
         chart.properties(width="container", autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
         .configure(background="transparent", font="system-ui, sans-serif")
         .configure_view(stroke=None)
-        .configure_axis(
-            labelColor=INK,
-            labelFontSize=12,
-            titleColor=FAINT,
-            titleFontSize=12,
-            titleFontWeight="normal",
-            gridColor=RULE,
-            domainColor=RULE,
-            tickColor=RULE,
-        )
+        .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", **axis_colours)
     )
 
 
@@ -62,11 +57,11 @@ def mixture(split: str, numbers: dict[str, Any]) -> alt.Chart:
     return (
         _chart(rows, f"{split}: share of documents, tokens and supervised tokens per task")
         .encode(
-            x=alt.X("share:Q", title=None, axis=alt.Axis(format="%", tickCount=5)),
+            x=_shares(),
             y=_tasks(),
             yOffset=alt.YOffset("of:N", sort=None),
             color=_colours("of", list(MEASURES.values())),
-            tooltip=["task:N", "of:N", alt.Tooltip("count:Q", format=","), alt.Tooltip("share:Q", format=".1%")],
+            tooltip=["task:N", "of:N", *SHARE_TOOLTIP],
         )
         .properties(height=38 * len(numbers["tasks"]))
         .mark_bar()
@@ -74,7 +69,7 @@ def mixture(split: str, numbers: dict[str, Any]) -> alt.Chart:
 
 
 def roles(split: str, tasks: list[dict[str, Any]]) -> alt.Chart:
-    """A task's tokens by role, as shares; what is not supervised is pale."""
+    """A task's tokens by role, as shares; unsupervised ones are pale."""
     rows = [
         {"task": task["task"], "role": role, "kind": kind, "count": count, "share": count / task["tokens"]}
         for task in tasks
@@ -85,17 +80,11 @@ def roles(split: str, tasks: list[dict[str, Any]]) -> alt.Chart:
     return (
         _chart(rows, f"{split}: tokens per task by role, supervised or not")
         .encode(
-            x=alt.X("share:Q", title=None, axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(domain=[0, 1])),
+            x=_shares(scale=alt.Scale(domain=[0, 1])),
             y=_tasks(),
             color=_colours("role", ROLES),
             opacity=alt.Opacity("kind:O", scale=alt.Scale(domain=KINDS, range=[1, 0.35]), legend=None),
-            tooltip=[
-                "task:N",
-                "role:N",
-                "kind:N",
-                alt.Tooltip("count:Q", format=","),
-                alt.Tooltip("share:Q", format=".1%"),
-            ],
+            tooltip=["task:N", "role:N", "kind:N", *SHARE_TOOLTIP],
         )
         .properties(height=26 * len(tasks))
         .mark_bar()
@@ -103,7 +92,7 @@ def roles(split: str, tasks: list[dict[str, Any]]) -> alt.Chart:
 
 
 def lengths(split: str, task: dict[str, Any]) -> alt.Chart:
-    """Documents of a task by length in tokens; a last bar that holds everything longer has another colour."""
+    """Documents of a task by length in tokens; a last bar that holds all longer ones has another colour."""
     width = task["histogram"]["width"]
     rows = [
         {**part, "end": part["from"] + width, "longer": part["to"] >= part["from"] + width}
@@ -116,11 +105,7 @@ def lengths(split: str, task: dict[str, Any]) -> alt.Chart:
             x2="end:Q",
             y=alt.Y("documents:Q", title=None, axis=_integers(0, max(row["documents"] for row in rows))),
             color=alt.condition("datum.longer", alt.value("var(--c1)"), alt.value(BAR)),
-            tooltip=[
-                alt.Tooltip("from:Q", title="tokens from", format=","),
-                alt.Tooltip("to:Q", title="to", format=","),
-                alt.Tooltip("documents:Q", format=","),
-            ],
+            tooltip=[_count("from", "tokens from"), _count("to", "to"), _count("documents", "documents")],
         )
         .properties(height=110)
         .mark_bar(binSpacing=1)
@@ -128,21 +113,16 @@ def lengths(split: str, task: dict[str, Any]) -> alt.Chart:
 
 
 def frequency(vocabulary: dict[str, Any], tokenizer: Tokenizer) -> alt.Chart:
-    """How often the entry of each rank occurs, both on a log scale."""
+    """How often the token of each rank occurs, both on a log scale."""
     rows = [{**point, "token": spelled(tokenizer, point["id"])} for point in vocabulary["curve"]]
     log = alt.Scale(type="log", nice=False)
-    axis = alt.Axis(format="~s", values=[10**power for power in range(19)])  # without them a line at 2, 3, … 9 too
+    axis = alt.Axis(format="~s", values=[10**power for power in range(19)])  # without these, also a line at 2, 3, … 9
     return (
-        _chart(rows, f"{vocabulary['split']}: occurrences of the vocabulary's entries by rank")
+        _chart(rows, f"{vocabulary['split']}: occurrences of the vocabulary's tokens by rank")
         .encode(
             x=alt.X("rank:Q", title="rank", scale=log, axis=axis),
             y=alt.Y("count:Q", title="occurrences", scale=log, axis=axis),
-            tooltip=[
-                "token:N",
-                "id:Q",
-                alt.Tooltip("rank:Q", format=","),
-                alt.Tooltip("count:Q", title="occurrences", format=","),
-            ],
+            tooltip=["token:N", "id:Q", _count("rank", "rank"), _count("count", "occurrences")],
         )
         .properties(height=300)
         .mark_line(color=BAR, point=alt.OverlayMarkDef(color=BAR, size=22))
@@ -160,11 +140,19 @@ def _integers(first: int, last: int, **options: Any) -> alt.Axis:
     return alt.Axis(tickCount=4, format=",d", **options)
 
 
+def _shares(**options: Any) -> alt.X:
+    return alt.X("share:Q", title=None, axis=alt.Axis(format="%", tickCount=5), **options)
+
+
+def _count(field: str, title: str) -> alt.Tooltip:
+    return alt.Tooltip(f"{field}:Q", title=title, format=",")
+
+
 def _tasks() -> alt.Y:
     return alt.Y("task:N", sort=None, title=None, axis=alt.Axis(labelLimit=LABEL_PX, ticks=False, domain=False))
 
 
 def _colours(field: str, domain: Sequence[str]) -> alt.Color:
-    """The page's colours --c0 … in this order. The key is the page's own: Vega's does not fold on a phone."""
+    """The page's colours --c0 … in this order. The page has its own key, because Vega's does not fold on a phone."""
     colours = [f"var(--c{i})" for i in range(len(domain))]
     return alt.Color(f"{field}:N", scale=alt.Scale(domain=domain, range=colours), legend=None)

@@ -1,6 +1,6 @@
-"""The numbers of a report: plain values that JSON can hold, each exact, none sampled.
+"""The numbers of a report: plain values that JSON can hold, all exact, none sampled.
 
-Shards are read in blocks of whole documents, so that memory does not depend on the size of the build.
+Shards are read in blocks of whole documents, so memory use does not grow with the build.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK_TOKENS = 1 << 22  # tokens in memory at once: the running sum of their mas
 MAX_BINS = 40  # of a histogram: bars of 4 pixels or more on a phone
 CURVE_POINTS = 200
 UNUSED_LISTED = 200
-RARE = 10  # an entry seen fewer times than this has hardly been trained
+RARE = 10  # a token seen fewer times than this has hardly been trained
 # bos, assistant_start and assistant_end are in no span; only the last is supervised
 ROLES = (*SPAN_ROLES, "markers")
 
@@ -31,12 +31,17 @@ def report_numbers(build: Build) -> dict[str, Any]:
 
     build_id, stage, `splits` (per split: documents, tokens, supervised, the manifest's ledger as `entries`, and per
     task what `chatdata stats` says with `histogram` and `roles`) and `vocabulary` (see `vocabulary_numbers`).
-    Raises FormatError if tokens, mask and index contradict each other or the manifest.
+    Raises FormatError if tokens, mask and index contradict each other or the manifest: `verify_quick` sees only sizes.
     """
     stats, splits, counts = build_stats(build), {}, {}
     for name, split in build.splits.items():
         contents = build.manifest["splits"][name]
-        counts[name], roles = count_split(split)
+        try:
+            counts[name], roles = count_split(split)
+        except (IndexError, ValueError) as error:  # ids, entries or spans out of range, or sums that differ
+            raise FormatError(
+                f"{build.path / name}: damaged: {error}; `chatdata verify --level full` lists the damage"
+            ) from None
         lengths, entry = np.diff(split.offsets), split.index["entry"].to_numpy()
         tasks = stats["splits"][name]
         for row in tasks:
@@ -56,30 +61,24 @@ def count_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Occurrences of each id, int64 [vocab_size], and tokens and supervised tokens by entry and role,
     int64 [2, entries, roles]: roles as in ROLES.
 
-    Raises FormatError if an id is outside the vocabulary, a span outside its document, an entry outside the recipe, or
-    the supervised tokens are not those of the manifest.
+    Raises IndexError or ValueError if an id, a span or an entry is out of range, or sums differ from the manifest's.
     """
     contents = split.build.manifest["splits"][split.name]
     vocab_size, num_entries = split.build.manifest["tokenizer"]["vocab_size"], len(contents["entries"])
     occurrences = np.zeros(vocab_size, dtype=np.int64)
     by_role = np.zeros((2, num_entries, len(ROLES)), dtype=np.int64)
     for number in range(len(split.shards)):
-        file = split.path("index", number)
-        index = index_arrays(read_index(file))
+        index = index_arrays(read_index(split.path("index", number)))
         offsets, entry = split.map("offsets", number), index["entry"].astype(np.int64)
         document = np.repeat(np.arange(len(entry)), index["num_spans"])
         start = offsets[document] + index["span_start"]
         end = start + index["span_length"]
-        if (entry < 0).any() or (entry >= num_entries).any():
-            raise _damaged(f"{file}: an entry is not one of 0 … {num_entries - 1}")
-        if (end > offsets[document + 1]).any() or (start[1:] < end[:-1]).any() or (index["span_role"] > 3).any():
-            raise _damaged(f"{file}: spans overlap, leave their document or have an unknown role")
+        if (end > offsets[document + 1]).any() or (start[1:] < end[:-1]).any():
+            raise ValueError("spans overlap or leave their document")
         first_span = np.concatenate([[0], np.cumsum(index["num_spans"])])
         for first, last in shard_bounds(np.diff(offsets), BLOCK_TOKENS):
             begin, stop = int(offsets[first]), int(offsets[last])
             ids = split.map("tokens", number)[begin:stop]
-            if int(ids.max()) >= vocab_size:
-                raise _damaged(f"{split.path('tokens', number)}: an id is outside 0 … {vocab_size - 1}")
             occurrences += np.bincount(ids, minlength=vocab_size)
             spans = slice(first_span[first], first_span[last])
             span_entry, role = entry[document[spans]], index["span_role"][spans]
@@ -89,23 +88,19 @@ def count_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
                 in_span = before[end[spans] - begin] - before[start[spans] - begin]
                 np.add.at(by_role[kind], (span_entry, role), in_span)
                 np.add.at(by_role[kind, :, -1], entry[first:last], np.diff(before[bounds]))
-    by_role[:, :, -1] -= by_role[:, :, :-1].sum(axis=2)  # of the documents, what is in no span
+    by_role[:, :, -1] -= by_role[:, :, :-1].sum(axis=2)  # tokens of a document that are in no span
     for key, found in zip(("tokens", "supervised"), by_role.sum(axis=2).tolist(), strict=True):
         if found != [line[key] for line in contents["entries"]]:
-            raise _damaged(f"{split.build.path / split.name}: {key} per entry are not those of the manifest")
+            raise ValueError(f"{key} per entry differ from the manifest")
     return occurrences, by_role
-
-
-def _damaged(problem: str) -> FormatError:
-    return FormatError(f"{problem}; `chatdata verify --level full` lists the damage")
 
 
 def histogram(lengths: np.ndarray) -> dict[str, Any]:
     """Documents by length: `bins` of one round `width`, each `from`, `to` (both inclusive) and `documents`; at most
     MAX_BINS.
 
-    One document may be a hundred times as long as all others: bins end at twice the 99 % quantile, and the last one
-    takes what is longer.
+    One document may be a hundred times as long as all others, so bins end at twice the 99 % quantile and the last one
+    takes everything longer.
     """
     shortest, longest = int(lengths.min()), int(lengths.max())
     end = min(longest, 2 * int(np.quantile(lengths, 0.99, method="inverted_cdf")))
@@ -126,13 +121,13 @@ def _round_widths() -> Iterator[int]:
 
 
 def vocabulary_numbers(tokenizer: Tokenizer, counts: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Which entries of the vocabulary the first split (train) uses, how often. counts: int64 [vocab_size] per split.
+    """Which tokens of the vocabulary the first split (train) uses, and how often. counts: int64 [vocab_size] per split.
 
-    entries, used, unused, rare (used fewer than RARE times), unused_bytes (how many of the 256 single bytes),
-    unused_ids (the lowest UNUSED_LISTED of the other ones: merges are numbered by how common they were in the
-    tokenizer's own corpus), elsewhere (per other split, entries that it uses and the first does not), `curve` (rank
-    from 1, id, count; at most CURVE_POINTS ranks evenly spaced on a log scale) and `coverage` (rank → tokens that the
-    entries up to this rank make).
+    entries (size of the vocabulary), used, unused, rare (used fewer than RARE times), unused_bytes (how many of the 256
+    single bytes), unused_ids (the lowest UNUSED_LISTED of the others: merges are numbered by how common they were in
+    the tokenizer's corpus), elsewhere (per other split, tokens that it uses and the first does not), `curve` (rank from
+    1, id, count; at most CURVE_POINTS ranks, evenly spaced on a log scale) and `coverage` (rank → occurrences of all
+    tokens up to this rank).
     """
     split, *others = counts
     ids = np.array(sorted([*tokenizer.token_bytes, *tokenizer.special_ids.values()]))

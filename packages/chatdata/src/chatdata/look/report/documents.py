@@ -1,4 +1,4 @@
-"""Which documents a report shows, and each as lines of segments that a page can set."""
+"""The documents that a report shows, each as lines of segments that a page can style."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 PER_TASK = 20
 EXTREMES = {"truncated": 4, "longest": 2, "shortest": 2}  # of PER_TASK; the rest is chosen by digest
-# 400 documents of 6,000 bytes are 2.4 MB of text, at worst 12 MB of page: below 15 MB whatever the build
+# 400 documents of 6,000 bytes are 2.4 MB of text, at most 12 MB of page: below 15 MB for any build
 MAX_SHOWN = 400
 MAX_BYTES = 6_000
 COLUMNS = ["doc", "row", "task", "num_tokens", "num_supervised", "original_tokens", "truncated", "digest"]
 _LINE_ENDS = ("<|bos|>", "<|user_end|>", "<|assistant_end|>")
-# what a page would drop, or obey: control characters but tab and newline, shown as their pictures
+# control characters other than tab and newline, which a page would drop or obey, shown as their pictures
 _CONTROLS = {c: chr(0x2400 + c) for c in range(32) if c not in b"\t\n"} | {127: "␡"}
 
 
 class Segment(NamedTuple):
-    """A run of tokens set alike. kind: "supervised", "plain", and for a special token "supervised chip", "chip"."""
+    """A run of tokens of one style. kind: "supervised" or "plain"; for a special token "supervised chip" or "chip"."""
 
     kind: str
     text: str
@@ -45,8 +45,7 @@ class ShownDocument:
 
 
 def shown_documents(build: Build) -> list[ShownDocument]:
-    """Documents of every split and task, at most MAX_SHOWN, the task with most tokens first. The same build shows the
-    same ones on every machine."""
+    """Documents of every split and task, at most MAX_SHOWN, the task with most tokens first; the same on every machine."""
     groups = []
     for name, split in build.splits.items():
         frame = split.index.select(COLUMNS).with_columns(task=split.index["task"].cast(str))
@@ -63,8 +62,8 @@ def shown_documents(build: Build) -> list[ShownDocument]:
 
 
 def choose(frame: pl.DataFrame, number: int) -> list[tuple[dict[str, Any], str]]:
-    """`number` rows of one task's index, none with equal tokens and mask, and why each: truncated ones, the longest,
-    the shortest, then by digest, which is as good as by chance and the same everywhere."""
+    """`number` rows of one task's index, no two with equal tokens and mask, and why each was chosen: truncated ones,
+    the longest, the shortest, then by digest, which is as good as chance and the same everywhere."""
     rest = frame.unique("digest", keep="first", maintain_order=True).sort("digest")
     picks = {
         "truncated": rest.filter("truncated"),
@@ -84,12 +83,12 @@ def choose(frame: pl.DataFrame, number: int) -> list[tuple[dict[str, Any], str]]
 def lines_of(
     tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, max_bytes: int = MAX_BYTES
 ) -> tuple[list[list[Segment]], int]:
-    """The first tokens as lines (a message each, bos by itself), and how many tokens more there are.
+    """The first tokens as lines (one per message, bos alone), and how many tokens are left.
 
-    tokens and mask are [num_tokens]; no more are taken than stand for `max_bytes` bytes.
+    tokens and mask are [num_tokens]; the tokens taken decode to at most `max_bytes` bytes.
     """
     names = {token_id: name for name, token_id in tokenizer.special_ids.items()}
-    ids = tokens[:max_bytes].tolist()  # every token stands for a byte or more
+    ids = tokens[:max_bytes].tolist()  # every token is a byte or more
     sizes = [len(tokenizer.token_bytes.get(token_id) or names.get(token_id, "")) for token_id in ids]
     num_shown = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right"))
     lines: list[list[Segment]] = [[]]
@@ -114,8 +113,7 @@ def _runs(ids: Sequence[int], mask: np.ndarray, names: dict[int, str]) -> list[t
 
 
 def spelled(tokenizer: Tokenizer, token_id: int) -> str:
-    """One entry of the vocabulary as a person can read it: blanks and control characters by their pictures, bytes that
-    are no text as hexadecimal."""
+    """A token as people can read it: blanks and control characters as pictures, bytes that are not text as hex."""
     data = tokenizer.token_bytes.get(token_id)
     if data is None:
         return next(name for name, special_id in tokenizer.special_ids.items() if special_id == token_id)

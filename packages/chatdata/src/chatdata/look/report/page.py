@@ -1,8 +1,8 @@
-"""A report as one HTML file that asks for nothing: Vega, styles, numbers and documents are all in it.
+"""`chatdata report`: one HTML file that holds Vega, styles, numbers and documents, and loads nothing else.
 
-Text from the data may be anything. It reaches the page in two ways: through jinja2 with escaping on, and as JSON in
-which `<`, `>`, `&` and `'` are written \\u003c …. Behind both stands a Content-Security-Policy: scripts run only if
-their SHA-256 is one of three, and nothing may be fetched, not even an image.
+Text from the data may be anything. It reaches the page in two ways: through jinja2 with escaping on, and as JSON with
+`<`, `>`, `&` and `'` written as \\u003c …. As a second guard, a Content-Security-Policy lets only our scripts run, by
+their SHA-256, and lets nothing be fetched, not even an image.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ MISSING = 'a report needs Altair, its JavaScript and Jinja: pip install "chatdat
 
 
 def default_out(build: Path) -> Path:
-    """`<build>-report.html` beside the build: a file inside it would be damage to `chatdata verify`."""
+    """`<build>-report.html` next to the build: `chatdata verify` would report a file inside it as damage."""
     folder = Path(os.path.abspath(build))  # noqa: PTH100 ("." and ".." get a name, a link keeps its own)
     return folder.with_name(f"{folder.name}-report.html")
 
 
 def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
-    """Write the report of the build at `path` to `out` (see `default_out`), whole or not at all; return its numbers
-    (see `report_numbers`) with `out`, `bytes` and `documents_shown`.
+    """Write the report of the build at `path` to `out` (see `default_out`), complete or not at all.
 
-    Raises UsageError if the extra `report` is not installed or `out` is a folder, in none or inside the build,
+    Returns its numbers (see `report_numbers`) with `out`, `bytes` and `documents_shown`. Raises UsageError if the extra
+    `report` is not installed, or if `out` is a folder, inside the build, or in a folder that does not exist;
     FormatError if the build is damaged.
     """
     try:
@@ -62,7 +62,7 @@ def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocument]) -> str:
-    """The page. numbers: of `report_numbers`."""
+    """The page as HTML. numbers: see `report_numbers`."""
     import jinja2
 
     from chatdata.look.report.charts import MEASURES, chart_specs
@@ -97,7 +97,7 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
 
 
 def _made(path: Path) -> dict[str, Any]:
-    """What report.json says about making the build; {} without one: it may be left out of a copy."""
+    """What report.json says about the build's making; {} without one: a copy may leave it out."""
     try:
         made = json.loads((path / "report.json").read_text(encoding="utf-8"))
         return {
@@ -115,7 +115,7 @@ def _file(name: str) -> str:
 
 
 def _vega() -> str:
-    """Vega, Vega-Lite and Vega-Embed as vl-convert ships them (0.9 MB), of the version Altair writes for."""
+    """Vega, Vega-Lite and Vega-Embed as vl-convert ships them (0.9 MB), in the version that Altair writes for."""
     import altair
     import vl_convert
 
@@ -124,7 +124,7 @@ def _vega() -> str:
 
 
 def _inline(script: str) -> str:
-    """A script that may stand between script tags: nothing in it closes them or opens a comment."""
+    """A script that is safe inside script tags: nothing in it closes them or opens a comment."""
     import markupsafe
 
     return markupsafe.Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\r\n", "\n"))
@@ -139,6 +139,6 @@ def _share(part: int, whole: int) -> str:
 
 
 def _options(entry: dict[str, Any]) -> str:
-    """What a recipe's entry says beside its task."""
-    said = {key: value for key, value in entry.items() if key != "task" and value not in (None, "")}
-    return ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in said.items())
+    """The keys of a recipe entry other than its task."""
+    options = {key: value for key, value in entry.items() if key != "task" and value not in (None, "")}
+    return ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in options.items())
