@@ -36,14 +36,12 @@ def chart_specs(numbers: dict[str, Any], tokenizer: Tokenizer) -> dict[str, dict
 
 def styled(chart: alt.Chart) -> alt.Chart:
     """As wide as its element, in the page's colours and font, without a background."""
-    axis_colours = {"labelColor": INK, "titleColor": FAINT} | dict.fromkeys(
-        ("gridColor", "domainColor", "tickColor"), RULE
-    )
+    colours = {"labelColor": INK, "titleColor": FAINT, "gridColor": RULE, "domainColor": RULE, "tickColor": RULE}
     return (
         chart.properties(width="container", autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
         .configure(background="transparent", font="system-ui, sans-serif")
         .configure_view(stroke=None)
-        .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", **axis_colours)
+        .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", **colours)
     )
 
 

@@ -45,7 +45,7 @@ class ShownDocument:
 
 
 def shown_documents(build: Build) -> list[ShownDocument]:
-    """Documents of every split and task, at most MAX_SHOWN, the task with most tokens first; the same on every machine."""
+    """Documents of every split and task, at most MAX_SHOWN, the task with most tokens first. Deterministic."""
     groups = []
     for name, split in build.splits.items():
         frame = split.index.select(COLUMNS).with_columns(task=split.index["task"].cast(str))
