@@ -1,6 +1,6 @@
-"""Every command line of the pages is parsed by the real commands and, where it needs no data, run.
+"""Every command line on the pages is parsed by the real commands and, if it needs no data, run.
 
-docs/commands.md, which lists every option as `--help` has it, is written by this file (or: just commands):
+This file also writes docs/commands.md, which lists every option of `--help` (or: just commands):
 
     uv run python tests/docs/test_commands.py
 """
@@ -28,7 +28,7 @@ PAGES = [
 ]
 IDS = [page.stem for page in PAGES]
 PROGRAMS = ("chatdata", "chattrain", "chateval")
-# options of other programs that the pages name
+# options of other programs on the pages
 FOREIGN = {
     "--nproc-per-node",
     "--package",
@@ -58,12 +58,12 @@ def commands(program: str) -> dict[str, click.Command]:
 
 
 def own_text(page: Path) -> str:
-    """A page without its sources, which name other projects' files and options."""
+    """A page without its section "Sources", which names other projects' files and options."""
     return page.read_text(encoding="utf-8").partition("\n## Sources\n")[0]
 
 
 def command_lines(page: Path) -> list[str]:
-    """What calls one of our programs in the indented and the shell blocks of a page: "chatdata build …", and so on."""
+    """The lines of a page's indented and shell blocks that call our programs: "chatdata build …", and so on."""
     return command_lines_of(page.read_text(encoding="utf-8"))
 
 
@@ -81,7 +81,7 @@ def command_lines_of(text: str) -> list[str]:
 
 
 def ours(call: str) -> str | None:
-    """The part of a line that is ours: behind `uv run`, torchrun, python -m, and settings of the environment."""
+    """The part of a line that is ours: after `uv run`, torchrun, python -m, and environment variables."""
     call = re.sub(r"^(\w+=\S* +)+", "", call)
     call = re.sub(r"^uv run (--(?:package|extra) \w+ )*", "", call)
     call = re.sub(r"^(torchrun .*?|python )-m (?=chat)", "", call)
@@ -89,7 +89,7 @@ def ours(call: str) -> str | None:
 
 
 def parse(line: str) -> tuple[str, click.Context]:
-    """("chatdata build", the options as click reads them). Raises click.UsageError for a line it does not take."""
+    """("chatdata build", its parsed options). Raises click.UsageError for an invalid line."""
     program, *arguments = shlex.split(line, comments=True)
     name, command = program, import_module(f"{program}.cli").cli
     while isinstance(command, click.Group):
@@ -166,14 +166,14 @@ def test_every_example_of_help_is_a_command_line() -> None:
 
 # --- running them ----------------------------------------------------------------------------------------------------
 
-# added to a line so that it is quick; of an option given twice the last one counts
+# appended to a line to make it quick; the last of repeated options counts
 QUICK = {
     "chatdata build": "--limit 20 --force",
     "chattrain run": "--steps 1 --device-batch-size 1 --device cpu",
     "chateval run": "--limit 2 --batch-size 2 --device cpu --max-new-tokens 4",
     "chateval chat": "--device cpu",
 }
-# what must have run of each page, at least; docs/faq.md has a test of its own
+# commands that each page must at least have run; test_faq.py runs docs/faq.md
 RUN_ON = {
     "README": ["build", "inspect", "stats", "verify", "diff", "report", "plan", "run", "compare", "chat"],
     "building": ["build", "verify", "cache", "diff"],
@@ -185,7 +185,7 @@ RUN_ON = {
 
 @pytest.fixture
 def work(demo_work: Path, tmp_path: Path, command_line: Callable, offline: None) -> Path:
-    """The small demo builds, a run of each and scores of each, under the names the pages use."""
+    """Small demo builds, a run and scores of each, under the names that the pages use."""
     folder = shutil.copytree(demo_work, tmp_path / "work")
     scored = "chateval run --checkpoint runs/mid --tasks demo_choice --limit 2 --device cpu --out scores/mid"
     assert command_line(scored, folder).returncode == 0
@@ -195,7 +195,7 @@ def work(demo_work: Path, tmp_path: Path, command_line: Callable, offline: None)
 
 
 def can_run(context: click.Context, folder: Path) -> bool:
-    """Whether all files that a line reads are there, and it needs no cluster."""
+    """Whether all files that a line reads exist, and it needs no cluster."""
     given = context.params
     reads = [value for key, value in given.items() if isinstance(value, Path) and key not in ("out", "markdown")]
     reads += [*given.get("task_files", ()), *([given["words"]] if given.get("words") else [])]
@@ -205,7 +205,7 @@ def can_run(context: click.Context, folder: Path) -> bool:
 
 
 def run_page(page: Path, folder: Path, command_line: Callable) -> list[str]:
-    """Run what can be run of a page, in order, in `folder`; the names of the commands."""
+    """Run the page's commands that can run, in order, in `folder`; return their names."""
     ran = []
     for line in command_lines(page):
         name, context = parse(line)
@@ -235,13 +235,13 @@ def test_the_commands_of_a_page_run(stem: str, work: Path, command_line: Callabl
 
 
 def write_files_of(page: Path, folder: Path) -> None:
-    """Blocks that begin "```toml my.toml" are files."""
+    """A block that begins "```toml my.toml" is a file."""
     for name, text in re.findall(r"^```\w+ (\S+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def test_the_chinese_readme_is_the_same() -> None:
-    """Commands, code, files, pictures, links and tables: all but the words."""
+    """Commands, code, files, pictures, links and tables are the same; only the words differ."""
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
 
     def kept(text: str) -> list[list[str]]:
@@ -279,8 +279,8 @@ def test_add_a_task(work: Path, command_line: Callable) -> None:
 
 HEAD = """# All commands
 
-Written by `just commands` from the commands themselves; `--help` of each adds examples. `--debug`, anywhere, shows the
-traceback of an error; [faq.md](faq.md) has errors and exit codes.
+`just commands` writes this page from `--help`, which also has examples. `--debug` shows the traceback of an error.
+[faq.md](faq.md) has errors and exit codes.
 """
 
 

@@ -1,6 +1,6 @@
-"""docs/faq.md: every command there is run, and says what the page says it does.
+"""docs/faq.md: every command on it is run and prints the message that the page shows.
 
-A block is commands, which start with `$`, and then what the last of them says on standard error.
+A block has commands, which start with `$`, then what the last one prints on standard error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def block_of(text: str) -> tuple[list[str], list[str]]:
 
 @pytest.fixture
 def folder(demo_work: Path, tmp_path: Path) -> Path:
-    """The folder as the page says it was, with all files shown on it."""
+    """The folder that the page describes, with all files it shows."""
     folder = shutil.copytree(demo_work, tmp_path / "me")
     (folder / "hub").mkdir()
     for name, text in re.findall(r"^```\w+ (\S+)\n(.*?)^```", PAGE, re.M | re.S):
@@ -59,7 +59,7 @@ def test_an_error_says_what_the_page_says(
 
 
 def _hold_lock(partial: Path) -> None:
-    """What a build that is running there holds, until this process ends."""
+    """Hold the lock of a running build until this process ends."""
     partial.mkdir()
     (partial / ".chatdata-build").touch()
     fcntl.flock(os.open(partial, os.O_RDONLY), fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""docs/format.md is enough: a reader made of its rules alone reads what the commands build, and refuses the rest."""
+"""docs/format.md is complete: a reader that follows only its rules reads real builds, and refuses everything else."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from chatdata.tokenizer.bpe import CANARY_TEXTS, SPECIAL_TOKENS, SPLIT_PATTERN, 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 
 
-# The reader: nothing of chatdata, nothing of numpy. Keep it at 40 lines or fewer (a test counts them).
+# The reader uses neither chatdata nor numpy. At most 40 lines (a test counts them).
 def read_build(out: Path) -> Iterator[tuple[str, dict, list[int], list[int]]]:
-    """(split, index row, ids, mask) of every document, everything checked that the page lets a reader check."""
+    """(split, index row, ids, mask) of every document, after every check that the page allows."""
     manifest = json.loads((out / "manifest.json").read_text("utf-8"))
     assert (manifest["format"], manifest["version"]) == ("chatdata", 1), "unknown format or version"
     rest = {key: value for key, value in manifest.items() if key != "build_id"}
@@ -76,7 +76,7 @@ def _values(data: bytes, dtype: str, length: int) -> tuple[int, ...]:
 
 
 def test_the_reader_is_short_and_uses_nothing_of_ours() -> None:
-    code = Path(__file__).read_text().split("# The reader:")[1].split("# The end of the reader.")[0]
+    code = Path(__file__).read_text().split("# The reader uses")[1].split("# The end of the reader.")[0]
     lines = [line for line in code.splitlines()[1:] if line.strip()]
     assert (
         len(lines) <= 40 and "library" not in code and "shards." not in code and "numpy" not in code.split("\n", 1)[1]
@@ -122,7 +122,7 @@ def test_read_by_the_page_alone(folder: Path) -> None:
         read = [document[1:] for document in documents if document[0] == split]
         assert [row for row, _, _ in read] == found[split].index_table().to_pylist()
         assert [(ids, mask) for _, ids, mask in read] == [(d.tokens.tolist(), d.mask.tolist()) for d in found[split]]
-        # what the page says of the columns, of the ledger and of reads
+        # what the page says about columns, ledger and spans
         assert [row["doc"] for row, _, _ in read] == list(range(len(read)))
         ledger = found.manifest["splits"][split]["entries"]
         for number, entry in enumerate(ledger):
@@ -136,13 +136,13 @@ def test_read_by_the_page_alone(folder: Path) -> None:
             assert rendered(row["spans"], ids, found.manifest["tokenizer"]["special_ids"]) == mask
 
 
-def rendered(reads: list[dict], ids: list[int], special_ids: dict[str, int]) -> list[int]:
-    """The mask that the section "Documents" asks for, worked out from reads."""
+def rendered(spans: list[dict], ids: list[int], special_ids: dict[str, int]) -> list[int]:
+    """The mask that the section "Documents" calls for, computed from spans."""
     mask = [int(token == special_ids["<|assistant_end|>"]) for token in ids]
     names = {token: name for name, token in special_ids.items()}
     opened = {0: "<|user_start|>", 2: "<|python_start|>", 3: "<|output_start|>"}
     assert names[ids[0]] == "<|bos|>" and ids.count(ids[0]) == 1
-    for role, start, length in (span.values() for span in reads):
+    for role, start, length in (span.values() for span in spans):
         inside = ids[start : start + length]
         assert length and names.get(inside[0]) == opened.get(role)
         assert sum(token in names for token in inside) <= 2 * (role != 1)
@@ -155,8 +155,8 @@ def test_the_odd_build_is_odd(small: Path) -> None:
     assert (found.manifest["dtype"], found.manifest["tokenizer"]["vocab_size"]) == ("<u4", 70_010)
     assert len(found["train"].shards) > 3 and verify_full(small) == []
     assert any(document.num_supervised == 0 for document in found["train"])  # cut inside the user's message
-    reads = [[tuple(span.values()) for span in row["spans"]] for row in found["val"].index_table().to_pylist()]
-    assert [(0, 1, 6), (2, 8, 5), (3, 13, 3), (1, 16, 1), (1, 17, 1)] in reads
+    spans = [[tuple(span.values()) for span in row["spans"]] for row in found["val"].index_table().to_pylist()]
+    assert [(0, 1, 6), (2, 8, 5), (3, 13, 3), (1, 16, 1), (1, 17, 1)] in spans
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

@@ -1,4 +1,4 @@
-"""Documents are tested: links, trees, and what pages say of keys and columns. Their commands: test_commands.py."""
+"""The pages: links, the README's tree and route, keys and columns. Their commands are in test_commands.py."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def sampling_options(command: Any) -> Any:
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on cuda."),
         click.option("--seed", type=int, default=42, show_default=True, help="Random seed of draws."),
         click.option("--max-new-tokens", type=POSITIVE, default=512, show_default=True, help="Longest answer."),
-        click.option("--top-k", type=POSITIVE, help="Sample from the K most likely tokens only."),
+        click.option("--top-k", type=POSITIVE, help="Draw from the K most likely tokens only."),
     ):
         command = option(command)
     return command
