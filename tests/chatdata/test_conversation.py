@@ -106,3 +106,12 @@ def test_the_table_in_the_docs_is_true() -> None:
             assert verdict == "accepted", record
         except ConversationError as error:
             assert (verdict, str(error)) == ("refused", message.strip("`")), record
+
+
+def test_lone_surrogates_are_refused() -> None:
+    with pytest.raises(ConversationError, match=r"message 0, key \"content\": lone surrogate U\+D800"):
+        parse_conversation([{"role": "user", "content": "a\ud800"}])
+    with pytest.raises(ConversationError, match=r"part 0: lone surrogate U\+DFFF"):
+        parse_conversation([HI[0], {"role": "assistant", "content": [{"type": "python", "text": "\udfff"}]}])
+    with pytest.raises(ConversationError, match='"text" must be a string'):
+        parse_conversation([HI[0], {"role": "assistant", "content": [{"type": "python", "text": b"1"}]}])

@@ -416,7 +416,7 @@ def test_pieces_make_no_difference(demo_mid: Path, monkeypatch: pytest.MonkeyPat
     rules = Rules(split.build.tokenizer.special_ids, 400, "mid")
     found = []
     for tokens in (1 << 22, 1000, 100):
-        monkeypatch.setattr("chatdata.render.contract.PIECE_TOKENS", tokens)
+        monkeypatch.setattr("chatdata.render.contract.BLOCK_TOKENS", tokens)
         findings = check_documents(*arrays, index, rules)
         found.append({f.kind: list(zip(f.documents.tolist(), f.positions.tolist(), strict=True)) for f in findings})
     assert found[0] == found[1] == found[2] and len(found[0]) > 5

@@ -1,34 +1,21 @@
-"""Many conversations at once give what render.py, the specification, gives one by one."""
+"""Many conversations rendered at once equal those that the specification renders one by one."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatdata.conversation import parse_conversation
 from chatdata.document import Span
-from chatdata.errors import ConversationError, FormatError
-from chatdata.render.batch import RenderedBatch, render_batch
-from chatdata.render.pieces import (
-    CLOSES,
-    OPENS,
-    PYTHON,
-    TEXT,
-    USER,
-    Pieces,
-    _take_messages,
-    pieces_of_conversations,
-    pieces_of_texts,
-)
+from chatdata.errors import FormatError
+from chatdata.render.batch import Mismatch, RenderedBatch, render_batch, replay_call
+from chatdata.render.format import PYTHON, TEXT, USER
+from chatdata.render.pieces import CLOSES, OPENS, Pieces, pieces_of_conversations, pieces_of_texts
 from chatdata.render.specification import render_conversation, render_text
-from chatdata.render.table import pieces_of_table
 from chatdata.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 
 texts = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\x00", "a\r\n", "<|bos|>", "<|user_end|>12", "🤖é"]))
@@ -109,46 +96,6 @@ def test_one_conversation_by_hand(byte_tokenizer: Tokenizer) -> None:
     assert columns.spans.tolist() == [(0, 1, 6), (2, 8, 3), (0, 12, 3)]
 
 
-NOISE = st.sampled_from([None, "", [], {}, 1, b"a", "\ud800", ["a"], {"type": "text"}, {"type": [], "text": "a"}])
-
-
-@st.composite
-def odd_conversations(draw: st.DrawFn) -> Any:
-    """A conversation in another accepted form, or with one thing changed that may or may not be accepted."""
-    messages: Any = draw(conversations())
-    place = draw(st.integers(0, len(messages) - 1))
-    change = draw(st.sampled_from(["none", "wrap", "beside", "drop", "key", "value", "part", "sharegpt", "null"]))
-    if change == "drop":
-        del messages[place]
-    elif change == "key":
-        messages[place][draw(st.sampled_from(["weight", "tool_calls"]))] = draw(NOISE)
-    elif change == "value":
-        messages[place][draw(st.sampled_from(["role", "content"]))] = draw(NOISE)
-    elif change == "part" and isinstance(messages[place]["content"], list):
-        messages[place]["content"].append(draw(NOISE))
-    elif change == "sharegpt":
-        return {"conversations": [{"from": m["role"], "value": m["content"]} for m in messages]}
-    elif change == "null":
-        return draw(NOISE)
-    return {"messages": messages} | ({"source": "x"} if change == "beside" else {}) if change != "none" else messages
-
-
-@given(odd_conversations())
-@settings(max_examples=500, deadline=None)
-def test_what_is_taken_at_a_glance_is_what_the_parser_takes(conversation: Any) -> None:
-    try:
-        messages = parse_conversation(conversation)["messages"]
-    except ConversationError as error:
-        with pytest.raises(ConversationError, match=f"^{re.escape(str(error))}$"):
-            pieces_of_conversations([conversation])
-        return
-    texts: list[str] = []
-    codes = bytearray()
-    _take_messages(messages, texts, codes)
-    found = pieces_of_conversations([conversation])
-    assert (found.texts, found.codes.tolist(), found.counts.tolist()) == (texts, list(codes), [len(texts)])
-
-
 @given(st.lists(texts, min_size=1, max_size=5))
 @settings(deadline=None)
 def test_plain_texts(byte_tokenizer: Tokenizer, batch: list[str]) -> None:
@@ -158,85 +105,34 @@ def test_plain_texts(byte_tokenizer: Tokenizer, batch: list[str]) -> None:
     assert columns.num_turns.tolist() == [0] * len(batch)
 
 
-def table(rows: list[Any], large: bool = False, **others: list[Any]) -> pa.RecordBatch:
-    string, list_of = (pa.large_string(), pa.large_list) if large else (pa.string(), pa.list_)
-    messages = pa.array(rows, list_of(pa.struct([("role", string), ("content", string)])))
-    columns = {"messages": messages, **{name: pa.array(values) for name, values in others.items()}}
-    return pa.RecordBatch.from_pydict(columns)
-
-
-def plain(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
-    return [m | {"content": m["content"] if isinstance(m["content"], str) else "parts"} for m in messages]
-
-
-@given(st.lists(conversations().map(plain), min_size=1, max_size=6), st.booleans(), st.integers(0, 5))
-@settings(deadline=None)
-def test_tables_give_the_pieces_of_their_rows(batch: list[Any], large: bool, first: int) -> None:
-    first = min(first, len(batch) - 1)
-    found = pieces_of_table(table(batch, large, source=["x"] * len(batch)).slice(first))
-    expected = pieces_of_conversations(batch[first:])
-    assert found is not None
-    assert found.texts == expected.texts
-    assert found.codes.tolist() == expected.codes.tolist()
-    assert found.counts.tolist() == expected.counts.tolist()
-
-
-ROW = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        table([ROW, []]),
-        table([ROW, None]),
-        table([ROW, [None]]),
-        table([[{"role": "user", "content": None}]]),
-        table([[{"role": None, "content": "a"}]]),
-        table([[{"role": "tool", "content": "a"}]]),
-        table([ROW[::-1]]),
-        table([ROW + ROW[1:]]),
-        table([[{"role": "system", "content": "a"}]]),
-        table([[{"role": "system", "content": "a"}, {"role": "assistant", "content": "a"}]]),
-        table([[ROW[0], {"role": "system", "content": "a"}]]),
-        table([ROW], tools=[""]),
-        table([ROW], conversations=[None]),
-        pa.RecordBatch.from_pydict({"messages": ["a"]}),
-        pa.RecordBatch.from_pydict({"messages": [[{"role": "user", "content": "a", "weight": 1}]]}),
-        pa.RecordBatch.from_pydict({"messages": [[{"role": "user", "content": ["a"]}]]}),
-        pa.RecordBatch.from_pydict({"conversations": [[{"from": "human", "value": "a"}]]}),
-    ],
-)
-def test_what_is_not_plainly_well_formed_is_left_to_the_parser(odd: pa.RecordBatch) -> None:
-    assert pieces_of_table(odd) is None
-
-
-@given(st.lists(st.lists(st.text(max_size=9), min_size=1, max_size=3), min_size=1, max_size=8), st.integers(1, 20))
-def test_splitting_keeps_every_piece_and_the_bound(batch: list[list[str]], max_chars: int) -> None:
-    pieces = Pieces(
-        [text for row in batch for text in row],
-        np.zeros(sum(map(len, batch)), dtype=np.uint8),
-        np.array([len(row) for row in batch], dtype=np.int64),
-    )
-    found = list(pieces.split(max_chars))
-    assert [text for part in found for text in part.texts] == pieces.texts
-    assert [count for part in found for count in part.counts.tolist()] == pieces.counts.tolist()
-    for part in found:
-        assert len(part.codes) == len(part.texts) == part.counts.sum()
-        assert len(part) == 1 or sum(map(len, part.texts)) <= max_chars
-
-
-def test_lone_surrogates_are_refused() -> None:
-    with pytest.raises(ConversationError, match=r"message 0, key \"content\": lone surrogate U\+D800"):
-        parse_conversation([{"role": "user", "content": "a\ud800"}])
-    with pytest.raises(ConversationError, match=r"part 0: lone surrogate U\+DFFF"):
-        parse_conversation([ROW[0], {"role": "assistant", "content": [{"type": "python", "text": "\udfff"}]}])
-    with pytest.raises(ConversationError, match='"text" must be a string'):
-        parse_conversation([ROW[0], {"role": "assistant", "content": [{"type": "python", "text": b"1"}]}])
-
-
 def test_an_id_outside_the_vocabulary_is_refused(byte_tokenizer: Tokenizer) -> None:
     def encode(batch: list[str]) -> tuple[np.ndarray, np.ndarray]:
         return np.array([70_000], dtype=np.uint32), np.array([1])
 
     with pytest.raises(FormatError, match="token id 70000"):
         render_batch(pieces_of_texts(["a"]), encode, byte_tokenizer.special_ids, np.dtype("<u2"), 265)
+
+
+@pytest.mark.parametrize(
+    ("call", "recorded", "kind", "computed"),
+    [
+        ("3*4", "12", "equal", "12"),
+        ("3*4", "12.0", "point_zero", "12"),
+        ("3-1.5", "1.50", "format", "1.5"),
+        ("1/2", ".5", "format", "0.5"),
+        ("10/3", "3.33", "rounding", "3.33333333333"),
+        ("2+2", "5", "different", "4"),
+        ("2+2", "", "different", "4"),
+        ("1/0", "0", "failure", "division by zero"),
+        ("import os", "0", "failure", "character 1"),
+        ("'banana'.count('a')", "3", "equal", "3"),
+    ],
+)
+def test_kinds(call: str, recorded: str, kind: str, computed: str) -> None:
+    found = replay_call(call, recorded)
+    assert (found.kind, found.call, found.recorded) == (kind, call, recorded)
+    assert found.computed == computed or (kind == "failure" and computed in found.computed)
+
+
+def test_a_call_without_an_output() -> None:
+    assert replay_call("1+1", None) == Mismatch("no_output", "1+1", "", "")

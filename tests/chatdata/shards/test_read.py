@@ -7,15 +7,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import chatdata
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
 from chatdata.check.verify import verify_quick
 from chatdata.disk import write_json
-from chatdata.document import shard_bounds
 from chatdata.errors import FormatError
 from chatdata.recipe import load_recipe
 from chatdata.shards.index import index_schema
@@ -39,21 +36,6 @@ def small(tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyP
     recipe = load_recipe(str(tmp_path / "r.toml"), tasks)
     build(make_build_plan(recipe, tasks, byte_tokenizer, Locations(tmp_path)), tmp_path / "out")
     return chatdata.open_build(tmp_path / "out")
-
-
-def test_a_shard_closes_before_the_document_that_would_pass() -> None:
-    assert shard_bounds(np.array([4, 4, 2, 1, 9, 20, 1]), 10) == [(0, 3), (3, 5), (5, 6), (6, 7)]
-    assert shard_bounds(np.array([10, 10]), 10) == [(0, 1), (1, 2)]
-    assert shard_bounds(np.array([], dtype=np.int64), 10) == []
-
-
-@given(st.lists(st.integers(1, 30), max_size=60), st.integers(5, 40))
-def test_shard_bounds_always(lengths: list[int], limit: int) -> None:
-    bounds = shard_bounds(np.array(lengths, dtype=np.int64), limit)
-    assert [i for first, last in bounds for i in range(first, last)] == list(range(len(lengths)))
-    for first, last in bounds:
-        assert sum(lengths[first:last]) <= limit or last == first + 1
-        assert last == len(lengths) or sum(lengths[first : last + 1]) > limit
 
 
 def test_reading_over_shards(small: chatdata.Build) -> None:

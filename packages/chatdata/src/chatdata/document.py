@@ -1,8 +1,9 @@
-"""One rendered conversation: tokens, mask, and ways to look at it."""
+"""A rendered conversation and ways to look at it; blocks of documents, and the check of ids before they are stored."""
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from chatdata.errors import FormatError
 IGNORED = -100  # a label without loss, in torch and transformers
 # what a span's role number means, in the index and in Document.spans
 SPAN_ROLES = ("user", "text", "python", "output")
+# tokens that end a line of `conversation_markup`; tests/chatdata/render/test_format.py holds them to the chat format
+LINE_ENDS = ("<|bos|>", "<|user_end|>", "<|assistant_end|>")
 
 
 class Span(NamedTuple):
@@ -28,8 +31,8 @@ class Span(NamedTuple):
 class Document:
     """Tokens [n] (uint16 or uint32), mask [n] (uint8: 1 = supervised), aligned, not shifted.
 
-    Both are views where the document comes from a build: slicing and reading copy nothing. `spans` is filled by the
-    renderer; for a document of a build the spans stand in its split's index.
+    Both are views if the document comes from a build: slicing and reading copy nothing. `spans` is filled by the
+    renderer; for a document of a build, spans are in the split's index.
     """
 
     tokens: np.ndarray
@@ -52,11 +55,9 @@ class Document:
         return self._tokenizer().decode(self.tokens.tolist())
 
     def conversation_markup(self) -> str:
-        """Text in which a person sees the mask without colour: supervised runs between ⟦ and ⟧, a line per message."""
+        """Text that shows the mask without colour: supervised runs between ⟦ and ⟧, a line per message."""
         lines = "".join(f"⟦{text}⟧" if supervised else text for supervised, text in self.runs())
-        for name in ("<|bos|>", "<|user_end|>", "<|assistant_end|>⟧"):
-            lines = lines.replace(name, name + "\n")
-        return lines.rstrip("\n")
+        return re.sub(f"({'|'.join(map(re.escape, LINE_ENDS))})⟧?", r"\g<0>\n", lines).rstrip("\n")
 
     def runs(self) -> Iterator[tuple[bool, str]]:
         """(supervised, text) for each longest run of equal mask."""
@@ -83,18 +84,22 @@ class Document:
         return self.tokenizer
 
 
-def shard_bounds(lengths: np.ndarray, max_tokens: int) -> list[tuple[int, int]]:
-    """[first, last) documents per shard: a shard closes before the document that would pass `max_tokens`."""
-    ends = np.cumsum(lengths, dtype=np.int64)
+def blocks_of(sizes: np.ndarray, max_size: int) -> list[tuple[int, int]]:
+    """[first, last) of each block of neighbours: a block closes before the document that would pass `max_size`.
+
+    A document over `max_size` is a block of one. Sizes are tokens for shards and for what is held in memory at once,
+    characters for texts encoded in one call.
+    """
+    ends = np.cumsum(sizes, dtype=np.int64)
     bounds, first, used = [], 0, 0
-    while first < len(lengths):
-        last = max(first + 1, int(np.searchsorted(ends, used + max_tokens, side="right")))
+    while first < len(sizes):
+        last = max(first + 1, int(np.searchsorted(ends, used + max_size, side="right")))
         bounds.append((first, last))
         first, used = last, int(ends[last - 1])
     return bounds
 
 
-def check_range(ids: np.ndarray, limit: int) -> None:
+def check_ids(ids: np.ndarray, limit: int) -> None:
     """Raise FormatError if an id is negative or ≥ `limit`."""
     if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < limit):
         bad = int(ids.max()) if int(ids.max()) >= limit else int(ids.min())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from chatdata.render.format import NANOCHAT
 from chateval.ask.generate import Completion, Prompt, Sampling, generate
 from chateval.ask.subject import Subject
 from chateval.results.report import printable
@@ -19,17 +20,17 @@ if TYPE_CHECKING:
 HELP = "/clear starts over, /quit or Ctrl-D exits."
 # how the start and end of a tool call and of its result are shown
 TOOL_MARKS = {
-    "<|python_start|>": " ⟨",
-    "<|python_end|>": "⟩",
-    "<|output_start|>": " → ",
-    "<|output_end|>": " ",
+    NANOCHAT.python.opening: " ⟨",
+    NANOCHAT.python.closing: "⟩",
+    NANOCHAT.output.opening: " → ",
+    NANOCHAT.output.closing: " ",
 }
 
 
 def converse(subject: Subject, sampling: Sampling, says: Sequence[str]) -> None:
     """Answer each of `says`, or each typed line; the whole conversation is the prompt of the next answer."""
     special = subject.tokenizer.special_ids
-    history = [special["<|bos|>"]]
+    history = [special[NANOCHAT.bos]]
     for number, text in enumerate(says or _typed()):
         if says:
             click.echo(click.style("you ", dim=True) + text)
@@ -37,14 +38,15 @@ def converse(subject: Subject, sampling: Sampling, says: Sequence[str]) -> None:
             history = history[:1]
             click.echo("– a new conversation –")
             continue
-        asked = [special["<|user_start|>"], *subject.tokenizer.encode_ordinary(text), special["<|user_end|>"]]
-        prompt = [*history, *asked, special["<|assistant_start|>"]]
+        user = NANOCHAT.user
+        asked = [special[user.opening], *subject.tokenizer.encode_ordinary(text), special[user.closing]]
+        prompt = [*history, *asked, special[NANOCHAT.assistant_start]]
         completion = _answer(subject, Prompt(prompt, str(number)), sampling)
         if completion.ending == "context":
             click.echo(f"[the conversation fills the model's {subject.num_positions:,} positions: /clear starts over]")
         elif completion.ending == "max_tokens":
             click.echo(f"[cut at {sampling.max_new_tokens} tokens: --max-new-tokens]")
-        history = [*prompt, *completion.tokens, special["<|assistant_end|>"]]
+        history = [*prompt, *completion.tokens, special[NANOCHAT.assistant_end]]
 
 
 def _typed() -> Iterator[str]:
@@ -85,7 +87,7 @@ def _shower(tokenizer: Tokenizer) -> Callable[[int], None]:
             click.echo(click.style(text, fg=colour), nl=False)
         else:
             click.echo(click.style(TOOL_MARKS.get(name, name), fg="cyan", dim=True), nl=False)
-            colour = {"<|python_start|>": "cyan", "<|output_start|>": "green"}.get(name)
+            colour = {NANOCHAT.python.opening: "cyan", NANOCHAT.output.opening: "green"}.get(name)
         sys.stdout.flush()
 
     return show

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan
+from chatdata.render.format import NANOCHAT
 from chattrain.loss import IGNORED
 from chattrain.plan import check_cut, reads_of_sequences
 
@@ -177,7 +178,7 @@ def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None)
     """Whole documents: each has a position for every token but its last, so no target crosses a document."""
     assert plan.packing is not None
     split, place = plan.split, _places(plan, first, last, width)
-    padding = split.build.manifest["tokenizer"]["special_ids"]["<|assistant_end|>"]
+    padding = split.build.manifest["tokenizer"]["special_ids"][NANOCHAT.padding]
     inputs = np.full((last - first, place.width), padding)
     targets = np.full_like(inputs, IGNORED)
     inputs.reshape(-1)[place.position] = _take(split, "tokens", place.token, place.starts)

@@ -214,6 +214,7 @@ def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None
 @click.option("--verify", is_flag=True, help="Load it with transformers and compare logits and config.")
 def export(checkpoint: Path, out: Path, verify: bool) -> None:
     """Write a checkpoint (or a run's last one) as transformers' NanoChat."""
+    from chatdata.render.format import NANOCHAT
     from chatdata.tokenizer.load import load_tokenizer
     from chattrain.checkpoint import read_checkpoint
     from chattrain.nanochat.export import export_transformers
@@ -221,7 +222,7 @@ def export(checkpoint: Path, out: Path, verify: bool) -> None:
     found = read_checkpoint(checkpoint)
     tokenizer = found.path / "tokenizer"
     special_ids = load_tokenizer(tokenizer).special_ids
-    bos, end = special_ids["<|bos|>"], special_ids["<|assistant_end|>"]
+    bos, end = special_ids[NANOCHAT.bos], special_ids[NANOCHAT.assistant_end]
     export_transformers(found.weights(), found.config, out, bos, end, tokenizer, verify)
     click.echo(f"{out}: {found.path.name} as NanoChat{', verified against transformers' if verify else ''}")
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatdata.build.plan import SplitRows
-from chatdata.document import shard_bounds
+from chatdata.document import blocks_of
 from chatdata.errors import BuildError
 from chatdata.progress import Progress
+from chatdata.render.batch import OUTCOMES
 from chatdata.render.documents import DROP_REASONS, RenderedDocuments
-from chatdata.render.replay import OUTCOMES
 from chatdata.shards.write import INDEX_ROWS, MAX_SHARD_TOKENS, write_shard
 from chatdata.sources.source import PlannedEntry
 from chatdata.tokenizer.bpe import Tokenizer
@@ -58,7 +58,7 @@ def write_split(
             yield documents.index_table(part.document, start, part.row, part.task_position, part.entry, names)
 
     shards = []
-    for number, (first, last) in enumerate(shard_bounds(lengths, MAX_SHARD_TOKENS)):
+    for number, (first, last) in enumerate(blocks_of(lengths, MAX_SHARD_TOKENS)):
         chunks = documents.chunks(rows.document[first:last])
         if progress:
             done, total = int(lengths[:first].sum()), int(lengths.sum())

@@ -25,8 +25,7 @@ from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, SourceError
 from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, render_batch
 from chatdata.render.contract import Rules, check_documents, raise_defect
-from chatdata.render.pieces import Pieces, pieces_of_conversations, pieces_of_texts
-from chatdata.render.table import pieces_of_table
+from chatdata.render.pieces import Pieces, pieces_of_conversations, pieces_of_table, pieces_of_texts
 from chatdata.sources.files import SEGMENT_BYTES, Rows, records_of
 from chatdata.sources.source import Source
 from chatdata.tasks.task import call_task

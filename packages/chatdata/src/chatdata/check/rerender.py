@@ -23,6 +23,7 @@ from chatdata.errors import ChatdataError, RecipeError
 from chatdata.progress import Progress, no_progress
 from chatdata.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from chatdata.render import specification as render
+from chatdata.render.format import NANOCHAT
 from chatdata.shards.read import Split, open_build
 from chatdata.tasks.task import Task, call_task
 
@@ -268,7 +269,8 @@ def _compare(chosen: _Chosen, original: Document, recipe: Recipe, where: str) ->
         if len(differs):
             i = differs[0]
             yield f"{here}: {what} at position {i:,} is {one[i]}, but rendered again {other[i]}"
-    starts = [chosen.split.build.tokenizer.special_ids[f"<|{role}_start|>"] for role in ("user", "assistant")]
+    special_ids = chosen.split.build.tokenizer.special_ids
+    starts = [special_ids[token] for token in (NANOCHAT.user.opening, NANOCHAT.assistant_start)]
     facts = {
         "original_tokens": len(original),
         "num_turns": int(np.isin(original.tokens, starts).sum()),

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from chatdata.render.format import NANOCHAT
 from chatdata.tokenizer.bpe import Tokenizer
 
 NUM_WORDS = 8  # of an n-gram of a long text; one changed word in a question of 30 leaves 15 of its 23 n-grams
@@ -71,7 +72,7 @@ def word_table(tokenizer: Tokenizer) -> WordTable:
             letters[token_id] = _letters(token.decode())
         except UnicodeDecodeError:
             continue
-    letters[tokenizer.special_ids["<|bos|>"]] = b" \0 "
+    letters[tokenizer.special_ids[NANOCHAT.bos]] = b" \0 "
     text = np.frombuffer(b"".join(letters), dtype=np.uint8)
     lengths = np.fromiter(map(len, letters), dtype=np.int64, count=len(letters))
     ends = np.cumsum(lengths)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from chatdata.look.console import console, grid, shard_dtype, share, table
-from chatdata.render.replay import OUTCOMES
+from chatdata.render.batch import OUTCOMES
 
 if TYPE_CHECKING:
     from chatdata.build.plan import BuildPlan

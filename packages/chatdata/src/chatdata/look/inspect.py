@@ -14,6 +14,7 @@ from rich.text import Text
 from chatdata.document import IGNORED, Document
 from chatdata.errors import ChatdataError, SourceError, UsageError, printable
 from chatdata.look.console import console
+from chatdata.render.format import NANOCHAT
 from chatdata.render.specification import render_conversation
 from chatdata.shards.read import Split, open_build
 from chatdata.tokenizer.bpe import Tokenizer
@@ -54,7 +55,7 @@ def token_rows(document: Document, stages: tuple[str, ...]) -> list[dict[str, An
         last = i + 1 == len(ids)
         if "mid" in stages:
             row["mid_input"] = token_id
-            row["mid_target"] = tokenizer.special_ids["<|bos|>"] if last else ids[i + 1]
+            row["mid_target"] = tokenizer.special_ids[NANOCHAT.bos] if last else ids[i + 1]
         if "sft" in stages:
             row["sft_input"] = None if last else token_id
             supervised = not last and bool(document.mask[i + 1])

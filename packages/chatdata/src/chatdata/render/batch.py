@@ -1,42 +1,46 @@
-"""Many conversations to many documents at once: one encode call for all texts, then ids and mask laid out as arrays.
+"""Render many conversations at once: one encode call for all texts, then ids and mask laid out as arrays.
 
-A conversation is a run of pieces. A piece is one text with its role (user, text, python or output, as in a span) and
-whether an assistant message opens before it or closes behind it; that and its number of ids decide every delimiter and
-mask value around it. render.py is the specification: both give the same documents (tests/chatdata/test_columns.py).
+The role of a piece, whether an assistant message opens before it or closes after it, and its number of ids decide every
+delimiter and mask value around it. tests/chatdata/render/test_batch.py holds the result to specification.py.
+
+Every `python` part is also put through the calculator. A recorded output teaches the model what the tool will say;
+where the calculator says something else, the model learns one thing and meets another (docs/building.md).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from chatdata.document import SPAN_ROLES, check_range
-from chatdata.render.pieces import CLOSES, OPENS, OUTPUT, PYTHON, TEXT, USER, Pieces
-from chatdata.render.replay import replay_calls
+from chatdata.calculator import calculate, compare_outputs
+from chatdata.document import check_ids
+from chatdata.errors import CalculatorError
+from chatdata.render.format import NANOCHAT, OUTPUT, PYTHON, USER
+from chatdata.render.pieces import CLOSES, OPENS, Pieces
+from chatdata.tokenizer.fast import EncodeBatch
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_DELIMITERS = {  # role → tokens around it; a text has none
-    USER: ("<|user_start|>", "<|user_end|>"),
-    PYTHON: ("<|python_start|>", "<|python_end|>"),
-    OUTPUT: ("<|output_start|>", "<|output_end|>"),
-}
-_SUPERVISED = np.array([0, 1, 1, 0], dtype=np.uint8)  # by role, delimiters included
 SPAN_DTYPE = np.dtype([("role", "u1"), ("start", "<u4"), ("length", "<u4")])  # packed: 9 bytes
-
-# texts → (ids of all of them, [num_ids]; number of ids of each, int64 [num_texts])
-EncodeBatch = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+# What a call can come to. point_zero: `10.0` recorded, `10` computed; format: the same number, written differently;
+# failure: not a call the calculator takes; no_output: no output is recorded after it.
+OUTCOMES = ("equal", "point_zero", "format", "rounding", "different", "failure", "no_output")
 
 
 @dataclass(frozen=True)
 class RenderedBatch:
-    """Rendered documents back to back; `tokens` and `mask` are [num_tokens], the others have a row per document but
-    `spans` (SPAN_DTYPE, `num_spans` per document, starts counted within the document)."""
+    """Rendered documents back to back.
+
+    `tokens` and `mask` are [num_tokens]. `spans` (SPAN_DTYPE) has `num_spans` rows per document, starts counted within
+    the document; `mismatches` has `num_mismatches`. All others have a row per document.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -47,21 +51,24 @@ class RenderedBatch:
     num_spans: np.ndarray
     spans: np.ndarray
     digests: np.ndarray  # "V16"
-    num_mismatches: np.ndarray  # tool calls whose recorded output is not what the calculator gives (replay.py)
-    mismatches: Sequence[str] | pa.StringArray  # as rendered, as read
+    num_mismatches: np.ndarray  # tool calls whose recorded output is not what the calculator gives
+    mismatches: Sequence[str] | pa.StringArray  # a Mismatch as JSON each: a list as rendered, an array as read
 
 
 def render_batch(
     pieces: Pieces, encode: EncodeBatch, special_ids: Mapping[str, int], dtype: np.dtype, vocab_size: int
 ) -> RenderedBatch:
-    """Render conversations: tokens in `dtype`, everything else as Columns says. Nothing is cut.
+    """Render conversations, tokens in `dtype`. Nothing is cut.
 
     Raises TokenizerError from `encode`, FormatError if it gives an id at or over `vocab_size`.
     """
     ids, num_ids = encode(pieces.texts)
-    check_range(ids, vocab_size)
+    check_ids(ids, vocab_size)
+    forms = NANOCHAT.spans
     role, opens, closes = pieces.codes & 3, (pieces.codes & OPENS) > 0, (pieces.codes & CLOSES) > 0
-    delimited = role != TEXT
+    delimited = np.array([form.opening != "" for form in forms])[role]
+    supervised = np.array([form.supervised for form in forms], dtype=np.uint8)[role]
+    opening, closing = np.array([[special_ids.get(t, 0) for t in (form.opening, form.closing)] for form in forms]).T
     first_piece = np.cumsum(pieces.counts) - pieces.counts
     starts_document = np.zeros(len(role), dtype=bool)
     starts_document[first_piece] = True
@@ -71,53 +78,48 @@ def render_batch(
     begin = end - length
     body_begin = begin + starts_document + opens
     body_end = body_begin + body
-    bos, assistant_start = begin[first_piece], (body_begin - 1)[opens]
-    assistant_end = body_end[closes]
-    opening, closing = np.zeros((2, len(SPAN_ROLES)), dtype=np.int64)
-    for span_role, (opening_token, closing_token) in _DELIMITERS.items():
-        opening[span_role], closing[span_role] = special_ids[opening_token], special_ids[closing_token]
+    bos, assistant_start, assistant_end = begin[first_piece], (body_begin - 1)[opens], body_end[closes]
 
     num_tokens = np.add.reduceat(length, first_piece)
     tokens = np.empty(int(end[-1]), dtype=dtype)
     is_text = np.ones(len(tokens), dtype=bool)
     for places, special in (
-        (bos, special_ids["<|bos|>"]),
-        (assistant_start, special_ids["<|assistant_start|>"]),
+        (bos, special_ids[NANOCHAT.bos]),
+        (assistant_start, special_ids[NANOCHAT.assistant_start]),
         (body_begin[delimited], opening[role[delimited]]),
         (body_end[delimited] - 1, closing[role[delimited]]),
-        (assistant_end, special_ids["<|assistant_end|>"]),
+        (assistant_end, special_ids[NANOCHAT.assistant_end]),
     ):
         tokens[places] = special
         is_text[places] = False
     tokens[is_text] = ids
-    mask = np.repeat(_SUPERVISED[role], length)
+    mask = np.repeat(supervised, length)
     mask[bos] = 0
     mask[assistant_start] = 0
     mask[assistant_end] = 1
 
-    def per_document(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values, first_piece, dtype=np.int64)
-
-    calls = np.flatnonzero(role == PYTHON)
-    mismatches, mismatched = replay_calls(pieces.texts, role, calls)
-    conversation = np.searchsorted(np.cumsum(pieces.counts), mismatched, side="right")
-    num_mismatches = np.bincount(conversation, minlength=len(pieces))
     has_span = body > 0
+    counts = (supervised * body + closes, (role == USER) | opens, role == PYTHON, has_span)
+    num_supervised, num_turns, num_tool_calls, num_spans = (
+        np.add.reduceat(count, first_piece, dtype=np.int64) for count in counts
+    )
     spans = np.empty(int(has_span.sum()), dtype=SPAN_DTYPE)
     spans["role"] = role[has_span]
     spans["start"] = (body_begin - np.repeat(bos, pieces.counts))[has_span]
     spans["length"] = body[has_span]
+    mismatches, mismatched = replay_calls(pieces.texts, role)
+    conversation = np.searchsorted(np.cumsum(pieces.counts), mismatched, side="right")
     return RenderedBatch(
         tokens=tokens,
         mask=mask,
         num_tokens=num_tokens,
-        num_supervised=per_document(np.where(_SUPERVISED[role], body, 0) + closes),
-        num_turns=per_document((role == USER) + opens.astype(np.int64)),
-        num_tool_calls=per_document(role == PYTHON),
-        num_spans=per_document(has_span),
+        num_supervised=num_supervised,
+        num_turns=num_turns,
+        num_tool_calls=num_tool_calls,
+        num_spans=num_spans,
         spans=spans,
         digests=digests_of(tokens, mask, num_tokens),
-        num_mismatches=num_mismatches,
+        num_mismatches=np.bincount(conversation, minlength=len(pieces)),
         mismatches=mismatches,
     )
 
@@ -127,9 +129,50 @@ def digests_of(tokens: np.ndarray, mask: np.ndarray, num_tokens: np.ndarray) -> 
     ids, mask_bytes = tokens.astype("<u4").data.cast("B"), mask.data
     digests, begin, empty = [], 0, hashlib.blake2b(digest_size=16)
     for end in np.cumsum(num_tokens).tolist():
-        digest = empty.copy()  # a quarter quicker than a new one
+        digest = empty.copy()  # a quarter faster than a new one
         digest.update(ids[4 * begin : 4 * end])
         digest.update(mask_bytes[begin:end])
         digests.append(digest.digest())
         begin = end
     return np.frombuffer(b"".join(digests), dtype="V16")
+
+
+class Mismatch(NamedTuple):
+    """A call that is not `equal`. `computed` is the calculator's reason where it refuses the call."""
+
+    kind: str
+    call: str
+    recorded: str
+    computed: str
+
+
+def replay_calls(texts: list[str], roles: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Mismatches among the pieces that are tool calls (roles: uint8 per piece): as JSON, and at which (int64)."""
+    found, places = [], []
+    for i in np.flatnonzero(roles == PYTHON).tolist():
+        # an output in another message or conversation comes after a user's piece, never directly after a call
+        recorded = texts[i + 1] if i + 1 < len(roles) and roles[i + 1] == OUTPUT else None
+        if recorded is not None and _calculate(texts[i]) == (recorded, False):
+            continue
+        found.append(json.dumps(replay_call(texts[i], recorded), ensure_ascii=False))
+        places.append(i)
+    return found, np.array(places, dtype=np.int64)
+
+
+def replay_call(call: str, recorded: str | None) -> Mismatch:
+    """One call against its recorded output (None: there is none)."""
+    if recorded is None:
+        return Mismatch("no_output", call, "", "")
+    computed, refused = _calculate(call)
+    if refused:
+        return Mismatch("failure", call, recorded, computed)
+    kind = compare_outputs(recorded, computed)
+    return Mismatch("point_zero" if recorded == f"{computed}.0" else kind, call, recorded, computed)
+
+
+@lru_cache(maxsize=1 << 14)  # 23,716 calls of GSM8K train are 14,000 different ones
+def _calculate(call: str) -> tuple[str, bool]:
+    try:
+        return calculate(call), False
+    except CalculatorError as error:
+        return str(error), True

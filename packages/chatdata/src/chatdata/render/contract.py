@@ -1,61 +1,38 @@
-"""The rules every rendered document keeps (render.py, docs/format.md), checked over a whole shard in numpy.
+"""The rules every rendered document keeps (docs/format.md), checked over a whole shard in numpy.
 
-Ordinary text never holds the id of a special token, so delimiters are found by id. Which delimiter comes next in a
-document depends on the one before it alone (a `python_end` is only ever reached from inside an assistant message), so
-one table of pairs says what is allowed; and the last delimiter before a token says what its mask must be:
+Ordinary text never holds the id of a special token, so delimiters are found by id. Which delimiter comes next depends
+only on the one before it (`python_end` can only be reached from inside an assistant message), so a table of pairs says
+what is allowed; and the last delimiter before a token says what its mask must be:
 
     tokens     bos user_start  w  w  user_end assistant_start  w python_start  w python_end output_start  w output_end …
     mask        0      0       0  0     0            0         1      1        1      1           0       0     0
 
-Nothing here reads a file or knows a folder: arrays in, findings out.
+The tables are derived from format.py. Nothing here reads a file: arrays in, findings out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from chatdata.document import SPAN_ROLES, shard_bounds
+from chatdata.document import blocks_of
 from chatdata.errors import BuildError
 from chatdata.render.batch import digests_of
-from chatdata.tokenizer.bpe import SPECIAL_TOKENS
+from chatdata.render.format import NANOCHAT, TEXT
 
-PIECE_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the shard
-WHOLE_DOCUMENT = -1  # a finding's position when it is about no single token
+BLOCK_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the size of the shard
+WHOLE_DOCUMENT = -1  # a finding's position if it is about no single token
 
-# Events: START is the state before a document's first token, END stands behind its last one; between them the nine.
-START, END, OTHER = 0, 11, 10
-BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END, PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END = range(
-    1, 10
-)
-_NAMES = ("start", *(name[2:-2] for name in SPECIAL_TOKENS), "another special token", "end")
-_IN_ASSISTANT = {ASSISTANT_END, PYTHON_START, OUTPUT_START}
-_FOLLOWERS = {
-    START: {BOS},
-    BOS: {USER_START},
-    USER_START: {USER_END},
-    USER_END: {ASSISTANT_START, END},
-    ASSISTANT_START: _IN_ASSISTANT,
-    ASSISTANT_END: {USER_START, END},
-    PYTHON_START: {PYTHON_END},
-    PYTHON_END: _IN_ASSISTANT,
-    OUTPUT_START: {OUTPUT_END},
-    OUTPUT_END: _IN_ASSISTANT,
-}
-_TEXT_AFTER = {  # where ordinary tokens may stand: role of their span, words for people
-    USER_START: (SPAN_ROLES.index("user"), "a user message"),
-    ASSISTANT_START: (SPAN_ROLES.index("text"), "assistant text"),
-    PYTHON_START: (SPAN_ROLES.index("python"), "a python part"),
-    PYTHON_END: (SPAN_ROLES.index("text"), "assistant text"),
-    OUTPUT_START: (SPAN_ROLES.index("output"), "tool output"),
-    OUTPUT_END: (SPAN_ROLES.index("text"), "assistant text"),
-}
-_OPENERS = (USER_START, PYTHON_START, OUTPUT_START)  # their spans include the delimiters
-_SUPERVISED = (ASSISTANT_END, PYTHON_START, PYTHON_END)  # delimiters with mask 1
-_SUPERVISED_TEXT = (ASSISTANT_START, PYTHON_START, PYTHON_END, OUTPUT_END)  # text behind these has mask 1
-_TEXT = SPAN_ROLES.index("text")
+# An event is the number of a delimiter. START is the state before a document's first token, END comes after its last
+_EVENTS = {token: number for number, token in enumerate(NANOCHAT.delimiters, start=1)}
+START, OTHER, END = 0, len(_EVENTS) + 1, len(_EVENTS) + 2  # OTHER: a special token that the format does not use
+_NAMES = ("start", *(token.strip("<|>") for token in _EVENTS), "another special token", "end")
+
+# file, kind, documents (int64 [n]), positions (int64 [n]); a document may come several times
+Problem = tuple[str, str, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -97,28 +74,29 @@ def check_documents(
     span_length, each [sum of num_spans]; digest, uint8 [documents, 16].
     progress is called with the tokens done. Of several faults of one kind in one document, the first is reported.
     """
-    merged: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
+    found: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
     num_spans = index.get("num_spans", np.zeros(len(offsets) - 1, dtype=np.int64))
     first_spans = np.concatenate([[0], np.cumsum(num_spans, dtype=np.int64)])
-    for first, last in shard_bounds(np.diff(offsets), PIECE_TOKENS):
+    for first, last in blocks_of(np.diff(offsets), BLOCK_TOKENS):
         begin, end = int(offsets[first]), int(offsets[last])
         spans = slice(int(first_spans[first]), int(first_spans[last]))
         part = {key: values[spans if key.startswith("span_") else slice(first, last)] for key, values in index.items()}
         bounds = np.asarray(offsets[first : last + 1], dtype=np.int64) - begin
-        for finding in _check_piece(np.asarray(tokens[begin:end]), np.asarray(mask[begin:end]), bounds, part, rules):
-            merged.setdefault((finding.file, finding.kind), []).append((finding.documents + first, finding.positions))
+        block = _check_block(np.asarray(tokens[begin:end]), np.asarray(mask[begin:end]), bounds, part, rules)
+        for file, kind, documents, positions in block:
+            if len(documents):
+                documents, positions = _first_of_each(documents + first, positions)
+                found.setdefault((file, kind), []).append((documents, positions))
         if progress:
             progress(end)
-    findings: list[Finding] = []
-    for (file, kind), parts in merged.items():
-        documents, positions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        order = np.lexsort([positions, documents])  # one kind may come of several delimiters
-        findings += _first(file, kind, documents[order], positions[order])
-    return findings
+    return [
+        Finding(file, kind, *_first_of_each(*map(np.concatenate, zip(*parts, strict=True))))
+        for (file, kind), parts in found.items()
+    ]
 
 
 def raise_defect(findings: list[Finding], numbers: np.ndarray, where: Callable[[int], str]) -> None:
-    """For who has just rendered the documents: raise BuildError for the first of `findings`, if there is any.
+    """Raise BuildError for the first of `findings`, if there is any: these documents have just been rendered.
 
     numbers: integers [documents], by which `where` knows the place of each document that was checked.
     """
@@ -128,30 +106,66 @@ def raise_defect(findings: list[Finding], numbers: np.ndarray, where: Callable[[
         raise BuildError(f"{place}: {finding.kind}{at}: a defect of chatdata, please report it")
 
 
-def _check_piece(
+def _check_block(
     tokens: np.ndarray, mask: np.ndarray, offsets: np.ndarray, index: Mapping[str, np.ndarray], rules: Rules
-) -> Iterator[Finding]:
+) -> Iterator[Problem]:
     truncated = index["truncated"].astype(bool)
-    yield from _at("tokens", f"id outside the vocabulary of {rules.vocab_size:,}", tokens >= rules.vocab_size, offsets)
-    yield from _at("mask", "mask is neither 0 nor 1", mask > 1, offsets)
-    walk = _walk(tokens, offsets, rules)
+    for file, kind, wrong in (
+        ("tokens", f"id outside the vocabulary of {rules.vocab_size:,}", tokens >= rules.vocab_size),
+        ("mask", "mask is neither 0 nor 1", mask > 1),
+    ):
+        places = np.flatnonzero(wrong)
+        documents = np.searchsorted(offsets, places, side="right") - 1
+        yield file, kind, documents, places - offsets[documents]
+    walk, grammar = _walk(tokens, offsets, rules), _grammar(rules.stage)
     broken = np.zeros(len(truncated), dtype=bool)
-    for finding in _check_delimiters(walk, truncated, rules):
-        broken[finding.documents] = True
-        yield finding
-    yield from _check_mask(walk, mask, offsets, broken, rules)
+    for problem in _check_delimiters(walk, grammar, truncated, rules):
+        broken[problem[2]] = True
+        yield problem
+    yield from _check_mask(walk, grammar, mask, offsets, broken)
     if "num_tokens" in index:
         yield from _check_counts(walk, mask, offsets, index, truncated, rules)
     if "num_spans" in index:
-        yield from _check_spans(walk, index, broken, rules)
+        yield _whole("index", "spans differ from the delimiters", _wrong_spans(walk, grammar, index, broken) & ~broken)
     if "digest" in index:
         digests = digests_of(tokens, np.ascontiguousarray(mask), np.diff(offsets)).view(np.uint8).reshape(-1, 16)
-        yield from _whole("index", "digest differs from tokens and mask", (digests != index["digest"]).any(axis=1))
+        yield _whole("index", "digest differs from tokens and mask", (digests != index["digest"]).any(axis=1))
+
+
+@dataclass(frozen=True)
+class _Grammar:
+    """The chat format, or plain text for stage base, as arrays by event."""
+
+    stage: str
+    allowed: np.ndarray  # bool [events, events]: the second may come next after the first
+    role_after: np.ndarray  # int64 [events]: span role of the text after it; -1 where no text may be
+    opens: np.ndarray  # bool [events]: the span of the text after it includes it and the next delimiter
+    delimiter_mask: np.ndarray  # uint8 [events]
+    text_mask: np.ndarray  # uint8 [events]: of the text after it
+
+
+@cache
+def _grammar(stage: str) -> _Grammar:
+    followers, text_after = NANOCHAT.followers, NANOCHAT.text_after
+    if stage == "base":
+        followers, text_after = {"": {NANOCHAT.bos}, NANOCHAT.bos: {""}}, {NANOCHAT.bos: TEXT}
+    allowed = np.zeros((END + 1, END + 1), dtype=bool)
+    for token, following in followers.items():
+        allowed[_EVENTS.get(token, START), [_EVENTS.get(follower, END) for follower in following]] = True
+    role_after = np.full(END + 1, -1)
+    opens, delimiter_mask, text_mask = (np.zeros(END + 1, dtype=dtype) for dtype in (bool, np.uint8, np.uint8))
+    for token, role in text_after.items():
+        role_after[_EVENTS[token]] = role
+        opens[_EVENTS[token]] = token == NANOCHAT.spans[role].opening
+        text_mask[_EVENTS[token]] = NANOCHAT.spans[role].supervised
+    for token, supervised in NANOCHAT.delimiters.items():
+        delimiter_mask[_EVENTS[token]] = supervised
+    return _Grammar(stage, allowed, role_after, opens, delimiter_mask, text_mask)
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """The delimiters of a piece in order, an END behind each document. All arrays int64 [delimiters + documents]."""
+    """The delimiters of a block in order, an END after each document. All arrays int64 [delimiters + documents]."""
 
     event: np.ndarray
     previous: np.ndarray  # event before it in its document; START for the first
@@ -163,11 +177,11 @@ class _Walk:
 def _walk(tokens: np.ndarray, offsets: np.ndarray, rules: Rules) -> _Walk:
     lowest, highest = min(rules.special_ids.values()), max(rules.special_ids.values())
     event_of_id = np.zeros(highest - lowest + 1, dtype=np.int64)
-    for name, token_id in rules.special_ids.items():
-        event_of_id[token_id - lowest] = SPECIAL_TOKENS.index(name) + 1 if name in SPECIAL_TOKENS else OTHER
+    for token, token_id in rules.special_ids.items():
+        event_of_id[token_id - lowest] = _EVENTS.get(token, OTHER)
     places = np.flatnonzero((tokens >= lowest) & (tokens <= highest))
     events = event_of_id[tokens[places].astype(np.int64) - lowest]
-    places, events = places[events > 0], events[events > 0]  # special ids need not lie side by side
+    places, events = places[events > 0], events[events > 0]  # special ids need not be consecutive
     starts, stops = offsets[:-1], offsets[1:]
     ends_at = np.searchsorted(places, stops)
     event = np.insert(events, ends_at, END)
@@ -179,48 +193,43 @@ def _walk(tokens: np.ndarray, offsets: np.ndarray, rules: Rules) -> _Walk:
     return _Walk(event, previous, at, at - previous_at - 1, document)
 
 
-def _check_delimiters(walk: _Walk, truncated: np.ndarray, rules: Rules) -> Iterator[Finding]:
-    allowed = np.zeros((OTHER + 2, OTHER + 2), dtype=bool)
-    followers = {START: {BOS}, BOS: {END}} if rules.stage == "base" else _FOLLOWERS
-    for event, following in followers.items():
-        allowed[event, list(following)] = True
+def _check_delimiters(walk: _Walk, grammar: _Grammar, truncated: np.ndarray, rules: Rules) -> Iterator[Problem]:
     cut = (walk.event == END) & truncated[walk.document] & (walk.previous != START)
-    wrong = np.flatnonzero(~(allowed[walk.previous, walk.event] | cut))
+    wrong = np.flatnonzero(~(grammar.allowed[walk.previous, walk.event] | cut))
     pairs = walk.previous[wrong] * (END + 1) + walk.event[wrong]
     for pair in np.unique(pairs).tolist():
         found = wrong[pairs == pair]
         previous, event = divmod(pair, END + 1)
-        # END is no token: what is missing there is missing behind the document's last one
-        positions = walk.at[found] - (event == END)
-        yield from _first("tokens", _fault(previous, event, rules), walk.document[found], positions)
-    text_after = [BOS] if rules.stage == "base" else list(_TEXT_AFTER)
-    stray = (walk.gap > 0) & ~np.isin(walk.previous, text_after) & (walk.previous != OTHER)
+        # END is no token: what is missing there is missing after the document's last one
+        yield "tokens", _fault(previous, event, rules.stage), walk.document[found], walk.at[found] - (event == END)
+    stray = (walk.gap > 0) & (grammar.role_after[walk.previous] < 0) & (walk.previous != OTHER)
     for kind, chosen in (
         ("does not begin with bos", stray & (walk.previous == START) & (walk.event != END)),
         ("text outside a message", stray & (walk.previous != START)),
     ):
-        yield from _first("tokens", kind, walk.document[chosen], (walk.at - walk.gap)[chosen])
+        yield "tokens", kind, walk.document[chosen], (walk.at - walk.gap)[chosen]
 
 
-def _fault(previous: int, event: int, rules: Rules) -> str:
+def _fault(previous: int, event: int, stage: str) -> str:
     """What is wrong when `event` comes after `previous`, in words."""
-    name, before = _NAMES[event], _NAMES[previous]
+    chat, name, before = NANOCHAT, _NAMES[event], _NAMES[previous]
     if previous == START:
         return "does not begin with bos"
-    if event == BOS:
+    if event == _EVENTS[chat.bos]:
         return "bos inside a document"
-    if event == OTHER or previous == OTHER:
+    if OTHER in (previous, event):
         return "a special token that no document holds"
-    if rules.stage == "base":
+    if stage == "base":
         return f"{name} in plain text"
-    if previous in _OPENERS:
+    if _grammar(stage).opens[previous]:
         return f"{before} without its end"
-    in_assistant = previous in (ASSISTANT_START, PYTHON_END, OUTPUT_END)
-    if in_assistant and event in (USER_START, USER_END, ASSISTANT_START, END):
+    parts = (chat.python, chat.output)
+    ends_part = event in [_EVENTS[part.closing] for part in parts]
+    if _grammar(stage).role_after[previous] == TEXT and not ends_part:  # in an assistant message
         return "assistant_start without its end"
-    if event in (USER_END, ASSISTANT_END, PYTHON_END, OUTPUT_END):
+    if ends_part or event in (_EVENTS[chat.user.closing], _EVENTS[chat.assistant_end]):
         return f"{name} without its start"
-    if event in (PYTHON_START, OUTPUT_START):
+    if event in [_EVENTS[part.opening] for part in parts]:
         return f"{name} outside an assistant message"
     if event == END:
         return "no message"
@@ -228,15 +237,13 @@ def _fault(previous: int, event: int, rules: Rules) -> str:
 
 
 def _check_mask(
-    walk: _Walk, mask: np.ndarray, offsets: np.ndarray, broken: np.ndarray, rules: Rules
-) -> Iterator[Finding]:
-    """Mask against the one the delimiters ask for; documents with broken delimiters are left out: none is right."""
-    delimiter, text = np.zeros(END + 1, dtype=np.uint8), np.zeros(END + 1, dtype=np.uint8)
-    delimiter[list(_SUPERVISED)] = 1
-    text[BOS if rules.stage == "base" else list(_SUPERVISED_TEXT)] = 1
+    walk: _Walk, grammar: _Grammar, mask: np.ndarray, offsets: np.ndarray, broken: np.ndarray
+) -> Iterator[Problem]:
+    """Mask against the one that the delimiters require; documents with broken delimiters have no right one."""
     # two runs per event: the text before it, then itself (END is no token)
     lengths = np.stack([walk.gap, walk.event != END], axis=1).ravel()
-    expected = np.repeat(np.stack([text[walk.previous], delimiter[walk.event]], axis=1).ravel(), lengths)
+    values = np.stack([grammar.text_mask[walk.previous], grammar.delimiter_mask[walk.event]], axis=1).ravel()
+    expected = np.repeat(values, lengths)
     if np.array_equal(mask, expected):
         return
     wrong = np.flatnonzero((mask != expected) & (mask <= 1))
@@ -250,11 +257,11 @@ def _check_mask(
         event, in_text = divmod(key, 2)
         should = bool(expected[wrong[found][0]])
         if in_text:
-            where = "plain text" if rules.stage == "base" else _TEXT_AFTER[event][1]
-            kind = f"{'unsupervised' if should else 'supervised'} token inside {where}"
+            label = "plain text" if grammar.stage == "base" else NANOCHAT.spans[grammar.role_after[event]].label
+            kind = f"{'unsupervised' if should else 'supervised'} token inside {label}"
         else:
             kind = f"{_NAMES[event]} {'not ' if should else ''}supervised"
-        yield from _first("mask", kind, documents[found], (wrong - offsets[documents])[found])
+        yield "mask", kind, documents[found], (wrong - offsets[documents])[found]
 
 
 def _check_counts(
@@ -264,74 +271,71 @@ def _check_counts(
     index: Mapping[str, np.ndarray],
     truncated: np.ndarray,
     rules: Rules,
-) -> Iterator[Finding]:
-    num_documents, lengths = len(truncated), np.diff(offsets)
+) -> Iterator[Problem]:
+    chat, num_documents, lengths = NANOCHAT, len(truncated), np.diff(offsets)
     supervised = np.add.reduceat(mask != 0, offsets[:-1], dtype=np.int64)
-    yield from _whole("index", "num_tokens differs from the offsets", index["num_tokens"] != lengths)
-    yield from _whole("index", "num_supervised differs from the mask", index["num_supervised"] != supervised)
-    for column, starts in (("num_turns", (USER_START, ASSISTANT_START)), ("num_tool_calls", (PYTHON_START,))):
-        counted = np.bincount(walk.document[np.isin(walk.event, starts)], minlength=num_documents)
+    yield _whole("index", "num_tokens differs from the offsets", index["num_tokens"] != lengths)
+    yield _whole("index", "num_supervised differs from the mask", index["num_supervised"] != supervised)
+    for column, openings in (
+        ("num_turns", (chat.user.opening, chat.assistant_start)),
+        ("num_tool_calls", (chat.python.opening,)),
+    ):
+        is_opening = np.isin(walk.event, [_EVENTS[token] for token in openings])
+        counted = np.bincount(walk.document[is_opening], minlength=num_documents)
         # both are counted before any cut: a truncated document may show fewer
         wrong = (index[column] != counted) & ~(truncated & (index[column] > counted))
-        yield from _whole("index", f"{column} differs from the delimiters", wrong)
+        yield _whole("index", f"{column} differs from the delimiters", wrong)
     original = index["original_tokens"].astype(np.int64)
     wrong = np.where(truncated, original <= lengths, original != lengths)
-    yield from _whole("index", "original_tokens does not agree with num_tokens and truncated", wrong)
+    yield _whole("index", "original_tokens does not agree with num_tokens and truncated", wrong)
     limit = rules.max_tokens
     if rules.overflow == "truncate" and limit is not None:
         kept_rule = np.where(original > limit, truncated & (lengths == limit), ~truncated)
     else:
         kept_rule = ~truncated & (rules.overflow == "keep" or limit is None or lengths <= limit)
     rule = f'overflow = "{rules.overflow}"' + (f", max_tokens = {limit:,}" if limit is not None else "")
-    yield from _whole("index", f"length against the recipe's {rule}", ~kept_rule)
+    yield _whole("index", f"length against the recipe's {rule}", ~kept_rule)
     if rules.zero_supervised != "keep":
         kind = f'no supervised token, against the recipe\'s zero_supervised = "{rules.zero_supervised}"'
-        yield from _whole("mask", kind, supervised == 0)
+        yield _whole("mask", kind, supervised == 0)
 
 
-def _check_spans(walk: _Walk, index: Mapping[str, np.ndarray], broken: np.ndarray, rules: Rules) -> Iterator[Finding]:
-    """Spans against the delimiters. Text parts in a row leave no trace in the tokens, so their spans count as one."""
-    role_after = np.full(END + 1, -1)
-    for event, (span_role, _) in ((BOS, (_TEXT, "")),) if rules.stage == "base" else _TEXT_AFTER.items():
-        role_after[event] = span_role
-    opened = np.isin(walk.previous, _OPENERS)
-    length = np.where(opened, walk.gap + 1 + (walk.event != END), walk.gap)
-    start = walk.at - walk.gap - opened
-    there = (role_after[walk.previous] >= 0) & (length > 0)
-    expected = [values[there] for values in (walk.document, role_after[walk.previous], start, length)]
+def _wrong_spans(walk: _Walk, grammar: _Grammar, index: Mapping[str, np.ndarray], broken: np.ndarray) -> np.ndarray:
+    """bool [documents]: the spans of the index differ from those between the delimiters.
+
+    Spans are compared as columns (document, role, start, length) of an int64 array [4, spans].
+    """
+    role, opened = grammar.role_after[walk.previous], grammar.opens[walk.previous]
+    length = walk.gap + opened * (1 + (walk.event != END))
+    expected = np.stack([walk.document, role, walk.at - walk.gap - opened, length])[:, (role >= 0) & (length > 0)]
 
     num_documents = len(index["num_spans"])
     document = np.repeat(np.arange(num_documents), index["num_spans"])
-    role, start, length = (index[f"span_{key}"].astype(np.int64) for key in ("role", "start", "length"))
-    wrong = broken.copy()  # reported already
-    wrong[document[length == 0]] = True
-    joined = (document[1:] == document[:-1]) & (role[1:] == _TEXT) & (role[:-1] == _TEXT)
-    joined &= start[1:] == start[:-1] + length[:-1]
-    begins = np.flatnonzero(np.concatenate([[True], ~joined])) if len(document) else np.zeros(0, dtype=np.int64)
-    length = np.add.reduceat(length, begins) if len(begins) else length
-    found = [document[begins], role[begins], start[begins], length]
-    wrong |= np.bincount(found[0], minlength=num_documents) != np.bincount(expected[0], minlength=num_documents)
-    found, expected = ([values[~wrong[side[0]]] for values in side] for side in (found, expected))
-    differs = np.any([a != b for a, b in zip(found, expected, strict=True)], axis=0)
-    wrong[found[0][differs]] = True
-    yield from _whole("index", "spans differ from the delimiters", wrong & ~broken)
+    found = np.stack([document, *(index[f"span_{key}"].astype(np.int64) for key in ("role", "start", "length"))])
+    wrong = np.bincount(document[found[3] == 0], minlength=num_documents) > 0
+    # neighbouring text parts cannot be told apart in the tokens: their spans count as one
+    before, after = found[:, :-1], found[:, 1:]
+    continues = (after[0] == before[0]) & (after[1] == TEXT) & (before[1] == TEXT) & (after[2] == before[2] + before[3])
+    firsts = np.flatnonzero(np.concatenate([[True], ~continues])[: len(document)])
+    lengths = np.add.reduceat(found[3], firsts)
+    found = found[:, firsts]
+    found[3] = lengths
+
+    same_number = np.bincount(found[0], minlength=num_documents) == np.bincount(expected[0], minlength=num_documents)
+    wrong |= ~same_number
+    found, expected = (spans[:, (same_number & ~broken)[spans[0]]] for spans in (found, expected))
+    wrong[found[0][(found != expected).any(axis=0)]] = True
+    return wrong
 
 
-def _at(file: str, kind: str, wrong: np.ndarray, offsets: np.ndarray) -> Iterator[Finding]:
-    """A finding about single tokens: wrong is bool [num_tokens]."""
-    places = np.flatnonzero(wrong)
-    documents = np.searchsorted(offsets, places, side="right") - 1
-    yield from _first(file, kind, documents, places - offsets[documents])
-
-
-def _whole(file: str, kind: str, wrong: np.ndarray) -> Iterator[Finding]:
-    """A finding about whole documents: wrong is bool [documents]."""
+def _whole(file: str, kind: str, wrong: np.ndarray) -> Problem:
+    """A problem of whole documents: wrong is bool [documents]."""
     documents = np.flatnonzero(wrong)
-    yield from _first(file, kind, documents, np.full(len(documents), WHOLE_DOCUMENT))
+    return file, kind, documents, np.full(len(documents), WHOLE_DOCUMENT)
 
 
-def _first(file: str, kind: str, documents: np.ndarray, positions: np.ndarray) -> Iterator[Finding]:
-    """At most one finding, the first position of each document; documents ascend."""
-    if len(documents):
-        documents, first = np.unique(documents, return_index=True)
-        yield Finding(file, kind, documents, positions[first])
+def _first_of_each(documents: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each document once, ascending, with its first position."""
+    order = np.lexsort([positions, documents])
+    documents, first = np.unique(documents[order], return_index=True)
+    return documents, positions[order][first]

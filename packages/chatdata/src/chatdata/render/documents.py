@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
-from chatdata.document import Span, shard_bounds
+from chatdata.document import Span, blocks_of
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
-from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, digests_of
+from chatdata.render.batch import SPAN_DTYPE, Mismatch, RenderedBatch, digests_of
 from chatdata.render.contract import Rules, check_documents, raise_defect
-from chatdata.render.replay import Mismatch
 from chatdata.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class RenderedDocuments:
 
     def chunks(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(tokens, mask) of the chosen documents back to back, about GATHER_TOKENS at a time."""
-        for first, last in shard_bounds(self.num_tokens[chosen], GATHER_TOKENS):
+        for first, last in blocks_of(self.num_tokens[chosen], GATHER_TOKENS):
             yield self.gather(chosen[first:last])
 
     def gather(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +178,7 @@ def check_cut(documents: RenderedDocuments, recipe: Recipe, tokenizer: Tokenizer
     """Hold truncated documents to the contract; whole ones were held to it when they were rendered."""
     rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, recipe.stage, recipe.max_tokens, overflow="truncate")
     cut = np.flatnonzero(documents.truncated)
-    for first, last in shard_bounds(documents.num_tokens[cut], GATHER_TOKENS):
+    for first, last in blocks_of(documents.num_tokens[cut], GATHER_TOKENS):
         part = cut[first:last]
         offsets = np.concatenate([[0], np.cumsum(documents.num_tokens[part], dtype=np.int64)])
         findings = check_documents(*documents.gather(part), offsets, {"truncated": documents.truncated[part]}, rules)

@@ -1,4 +1,4 @@
-"""From one conversation to one document: the specification every faster form is held to.
+"""Render one conversation: the specification that the batch renderer is held to.
 
     element                       tokens                                mask
     start of document             bos                                   0
@@ -8,7 +8,8 @@
     part `python`                 python_start · text · python_end      1 · 1 · 1
     part `python_output`          output_start · text · output_end      0 · 0 · 0
 
-Text is encoded with ordinary encoding, each part on its own: a special token spelled inside a message stays text.
+The tokens and mask values are those of NANOCHAT in format.py. Each part is encoded separately with ordinary encoding: a
+special token spelled inside a message stays text.
 Semantics: karpathy/nanochat@790f3be:nanochat/tokenizer.py (render_conversation), except that nothing is cut here.
 """
 
@@ -20,10 +21,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from chatdata.conversation import Message, Part, check_surrogates, parse_conversation
-from chatdata.document import SPAN_ROLES, Document, Span
+from chatdata.document import Document, Span
 from chatdata.errors import ConversationError
-
-_USER, _TEXT, _PYTHON, _OUTPUT = (SPAN_ROLES.index(role) for role in ("user", "text", "python", "output"))
+from chatdata.render.format import NANOCHAT, PART_ROLES, TEXT, USER
 
 
 class TokenizerLike(Protocol):
@@ -50,16 +50,16 @@ def render_conversation(tokenizer: TokenizerLike, conversation: Any) -> Document
 def render_for_completion(tokenizer: TokenizerLike, conversation: Any) -> list[int]:
     """Ids of the prompt for the last assistant message: the conversation before it, then assistant_start. Never cuts.
 
-    Raises as `render_conversation`, and ConversationError if the conversation does not end on an assistant message.
+    Raises what `render_conversation` raises, and ConversationError if the conversation does not end on the assistant.
     """
     messages = parse_conversation(conversation)["messages"]
     if messages[-1]["role"] != "assistant":
         raise ConversationError(
-            f"message {len(messages) - 1}: a prompt for completion is made from a conversation that ends on the "
-            "assistant, not the user"
+            f"message {len(messages) - 1}: a prompt for completion needs a conversation that ends on the assistant, "
+            "not the user"
         )
     ids, _, _ = _render_messages(tokenizer, messages[:-1])
-    return [*ids, tokenizer.special_ids["<|assistant_start|>"]]
+    return [*ids, tokenizer.special_ids[NANOCHAT.assistant_start]]
 
 
 def render_text(tokenizer: TokenizerLike, text: str) -> Document:
@@ -68,10 +68,10 @@ def render_text(tokenizer: TokenizerLike, text: str) -> Document:
     Raises ConversationError for a lone surrogate, TokenizerError if the split pattern gives up.
     """
     ids = tokenizer.encode_ordinary(check_surrogates(text, 'key "text"'))
-    tokens = np.array([tokenizer.special_ids["<|bos|>"], *ids], dtype=tokenizer.dtype)
+    tokens = np.array([tokenizer.special_ids[NANOCHAT.bos], *ids], dtype=tokenizer.dtype)
     mask = np.ones(len(tokens), dtype=np.uint8)
     mask[0] = 0
-    spans = (Span(_TEXT, 1, len(ids)),) if ids else ()
+    spans = (Span(TEXT, 1, len(ids)),) if ids else ()
     return Document(tokens, mask, spans, tokenizer)
 
 
@@ -85,40 +85,37 @@ def _render_messages(tokenizer: TokenizerLike, messages: list[Message]) -> tuple
         ids.extend(tokens)
         mask.extend([supervised] * len(tokens))
 
-    def add_span(role: int, tokens: list[int], supervised: int) -> None:
+    def add_span(role: int, text: str) -> None:
+        form = NANOCHAT.spans[role]
+        tokens = tokenizer.encode_ordinary(text)
+        if form.opening:
+            tokens = [special[form.opening], *tokens, special[form.closing]]
         if tokens:
             spans.append(Span(role, len(ids), len(tokens)))
-        add(tokens, supervised)
+        add(tokens, int(form.supervised))
 
-    add([special["<|bos|>"]], 0)
+    add([special[NANOCHAT.bos]], 0)
     for role, content in merged_turns(messages):
         if role == "user":
-            text = tokenizer.encode_ordinary(content)
-            add_span(_USER, [special["<|user_start|>"], *text, special["<|user_end|>"]], 0)
+            add_span(USER, content)
             continue
-        add([special["<|assistant_start|>"]], 0)
+        add([special[NANOCHAT.assistant_start]], 0)
         parts: list[Part] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts:
-            text = tokenizer.encode_ordinary(part["text"])
-            if part["type"] == "text":
-                add_span(_TEXT, text, 1)
-            elif part["type"] == "python":
-                add_span(_PYTHON, [special["<|python_start|>"], *text, special["<|python_end|>"]], 1)
-            else:
-                add_span(_OUTPUT, [special["<|output_start|>"], *text, special["<|output_end|>"]], 0)
-        add([special["<|assistant_end|>"]], 1)
+            add_span(PART_ROLES[part["type"]], part["text"])
+        add([special[NANOCHAT.assistant_end]], 1)
     return ids, mask, spans
 
 
 def merged_turns(messages: list[Message]) -> Iterator[tuple[str, Any]]:
-    """(role, content) per user and assistant message; a leading system text stands in front of the first user text."""
+    """(role, content) per user and assistant message; a leading system text is put in front of the first user text."""
     system = ""
     for message in messages:
         content = message["content"]
         if message["role"] == "assistant":
             yield "assistant", content
             continue
-        assert isinstance(content, str)  # parse_conversation joins parts of all but the assistant's
+        assert isinstance(content, str)  # parse_conversation joins the parts of user and system messages
         if message["role"] == "system":
             system = content + "\n\n"
         else:

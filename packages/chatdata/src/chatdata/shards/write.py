@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatdata.disk import file_sha256
-from chatdata.document import check_range
+from chatdata.document import check_ids
 from chatdata.shards.index import index_schema
 from chatdata.shards.manifest import file_name
 
@@ -50,7 +50,7 @@ def write_shard(
     offsets_file = _NpyFile(folder / file_name("offsets", number), np.dtype("<i8"), len(lengths) + 1)
     with tokens_file.file, mask_file.file, offsets_file.file:
         for ids, mask in chunks:
-            check_range(ids, min(vocab_size, np.iinfo(dtype).max + 1))
+            check_ids(ids, min(vocab_size, np.iinfo(dtype).max + 1))
             tokens_file.write(ids.astype(dtype, copy=False))
             mask_file.write(mask)
             num_supervised += int(np.count_nonzero(mask))

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from chatdata.render.format import NANOCHAT
 from chatdata.tasks.task import Task, call_task
 from chateval.ask.generate import Completion, Prompt, Sampling, generate
 from chateval.ask.letters import choose_letters
@@ -116,7 +117,7 @@ def answer_programs(
 def answer_text(subject: Subject, completion: Completion) -> str:
     """The text of an answer, without tool calls and their results."""
     special = subject.tokenizer.special_ids
-    closing = {special[f"<|{part}_start|>"]: special[f"<|{part}_end|>"] for part in ("python", "output")}
+    closing = {special[part.opening]: special[part.closing] for part in (NANOCHAT.python, NANOCHAT.output)}
     kept, until = [], None
     for token in completion.tokens:
         if until is not None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from chatdata.calculator import calculate
 from chatdata.errors import CalculatorError
+from chatdata.render.format import NANOCHAT
 from chateval.ask.kv_cache import KeyValueCache
 from chateval.ask.subject import prompt_logits
 
@@ -99,7 +100,7 @@ def generate(
     A prompt that fills the model's positions ends immediately, with ending "context".
     """
     special = subject.tokenizer.special_ids
-    ends: dict[int, Ending] = {special["<|assistant_end|>"]: "assistant_end", special["<|bos|>"]: "bos"}
+    ends: dict[int, Ending] = {special[NANOCHAT.assistant_end]: "assistant_end", special[NANOCHAT.bos]: "bos"}
     rows: list[_Row] = []
     for number, prompt in enumerate(prompts):
         if len(prompt.tokens) >= subject.num_positions:
@@ -176,9 +177,9 @@ def _accept(row: _Row, token: int, forced: bool, tokenizer: Tokenizer) -> None:
     row.forced.append(forced)
     if forced:
         return
-    if token == special["<|python_start|>"]:
+    if token == special[NANOCHAT.python.opening]:
         row.expression = []
-    elif token == special["<|python_end|>"] and row.expression is not None:
+    elif token == special[NANOCHAT.python.closing] and row.expression is not None:
         row.tool_calls += 1
         try:
             result = calculate(tokenizer.decode(row.expression))
@@ -186,7 +187,7 @@ def _accept(row: _Row, token: int, forced: bool, tokenizer: Tokenizer) -> None:
             row.tool_failures += 1
         else:
             output = tokenizer.encode_ordinary(result)
-            row.waiting.extend([special["<|output_start|>"], *output, special["<|output_end|>"]])
+            row.waiting.extend([special[NANOCHAT.output.opening], *output, special[NANOCHAT.output.closing]])
         row.expression = None
     elif row.expression is not None:
         row.expression.append(token)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from chatdata.document import SPAN_ROLES, shard_bounds
+from chatdata.document import SPAN_ROLES, blocks_of
 from chatdata.errors import FormatError
 from chatdata.look.stats import build_stats
 from chatdata.shards.index import index_arrays, read_index
@@ -76,7 +76,7 @@ def count_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
         if (end > offsets[document + 1]).any() or (start[1:] < end[:-1]).any():
             raise ValueError("spans overlap or leave their document")
         first_span = np.concatenate([[0], np.cumsum(index["num_spans"])])
-        for first, last in shard_bounds(np.diff(offsets), BLOCK_TOKENS):
+        for first, last in blocks_of(np.diff(offsets), BLOCK_TOKENS):
             begin, stop = int(offsets[first]), int(offsets[last])
             ids = split.map("tokens", number)[begin:stop]
             occurrences += np.bincount(ids, minlength=vocab_size)

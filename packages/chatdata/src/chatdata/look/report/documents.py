@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from chatdata.document import LINE_ENDS
 from chatdata.shards.read import Build
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -21,7 +22,6 @@ EXTREMES = {"truncated": 4, "longest": 2, "shortest": 2}  # of PER_TASK; the res
 MAX_SHOWN = 400
 MAX_BYTES = 6_000
 COLUMNS = ["doc", "row", "task", "num_tokens", "num_supervised", "original_tokens", "truncated", "digest"]
-_LINE_ENDS = ("<|bos|>", "<|user_end|>", "<|assistant_end|>")
 # control characters other than tab and newline, which a page would drop or obey, shown as their pictures
 _CONTROLS = {c: chr(0x2400 + c) for c in range(32) if c not in b"\t\n"} | {127: "␡"}
 
@@ -97,7 +97,7 @@ def lines_of(
         text = (name or tokenizer.decode(ids[start:stop])).translate(_CONTROLS)
         kind = "supervised chip" if name and supervised else "chip" if name else "supervised" if supervised else "plain"
         lines[-1].append(Segment(kind, text))
-        if name in _LINE_ENDS:
+        if name in LINE_ENDS:
             lines.append([])
     return [line for line in lines if line], len(tokens) - num_shown
 

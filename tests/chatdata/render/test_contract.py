@@ -1,48 +1,23 @@
-"""Tool calls worked out again while a build renders, and every document held to the contract before it is written."""
+"""A build replays its tool calls, and holds every document to the contract before it is written."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
 from chatdata.errors import BuildError
 from chatdata.recipe import load_recipe
-from chatdata.render import batch as columns
-from chatdata.render.replay import Mismatch, replay_call
+from chatdata.render import batch
+from chatdata.render.format import NANOCHAT
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
-
-
-@pytest.mark.parametrize(
-    ("call", "recorded", "kind", "computed"),
-    [
-        ("3*4", "12", "equal", "12"),
-        ("3*4", "12.0", "point_zero", "12"),
-        ("3-1.5", "1.50", "format", "1.5"),
-        ("1/2", ".5", "format", "0.5"),
-        ("10/3", "3.33", "rounding", "3.33333333333"),
-        ("2+2", "5", "different", "4"),
-        ("2+2", "", "different", "4"),
-        ("1/0", "0", "failure", "division by zero"),
-        ("import os", "0", "failure", "character 1"),
-        ("'banana'.count('a')", "3", "equal", "3"),
-    ],
-)
-def test_kinds(call: str, recorded: str, kind: str, computed: str) -> None:
-    found = replay_call(call, recorded)
-    assert (found.kind, found.call, found.recorded) == (kind, call, recorded)
-    assert found.computed == computed or (kind == "failure" and computed in found.computed)
-
-
-def test_a_call_without_an_output() -> None:
-    assert replay_call("1+1", None) == Mismatch("no_output", "1+1", "", "")
 
 
 def tool(call: str, *outputs: str) -> list[dict[str, str]]:
@@ -100,18 +75,20 @@ def test_gsm8k(golden_mid: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("supervised", "problem"),
+    ("role", "problem"),  # whose mask the batch renderer turns round
     [
-        ([0, 1, 1, 1], "output_start supervised, position"),
-        ([1, 1, 1, 0], "user_start supervised, position 1"),
-        ([0, 0, 1, 0], "unsupervised token inside assistant text, position"),
+        ("output", "output_start supervised, position"),
+        ("user", "user_start supervised, position 1"),
+        ("text", "unsupervised token inside assistant text, position"),
     ],
 )
 def test_a_renderer_that_breaks_the_contract_writes_nothing(
-    run: Callable[[str], dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supervised: list[int], problem: str
+    run: Callable[[str], dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, problem: str
 ) -> None:
     monkeypatch.setenv("CHATDATA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(columns, "_SUPERVISED", np.array(supervised, dtype=np.uint8))
+    span = getattr(NANOCHAT, role)
+    broken = replace(NANOCHAT, **{role: replace(span, supervised=not span.supervised)})
+    monkeypatch.setattr(batch, "NANOCHAT", broken)
     with pytest.raises(BuildError, match=rf"^c.jsonl line \d: {problem}.*: a defect of chatdata, please report it$"):
         run("broken")
     assert not (tmp_path / "broken").exists()

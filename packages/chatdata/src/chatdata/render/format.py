@@ -1,0 +1,100 @@
+"""The chat format as data: which special tokens a document holds, where, and what is supervised.
+
+Rendering, the contract, reports, batches and generation read NANOCHAT; another format is another table of this form:
+
+    bos   user.opening … user.closing   assistant_start  (text | python | output)*  assistant_end   user.opening …
+
+Delimiters must differ from each other: the contract tells from a delimiter alone where it is in a document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chatdata.document import SPAN_ROLES
+
+USER, TEXT, PYTHON, OUTPUT = (SPAN_ROLES.index(role) for role in ("user", "text", "python", "output"))
+PART_ROLES = {"text": TEXT, "python": PYTHON, "python_output": OUTPUT}  # part type of a message → span role
+
+
+@dataclass(frozen=True)
+class SpanFormat:
+    """How the text of one span role is written: special tokens around it ("" for none), all with one mask value."""
+
+    opening: str
+    closing: str
+    supervised: bool
+    label: str  # in messages for people
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Special tokens by name, in the order of a document."""
+
+    bos: str  # mask 0; generation ends here, too
+    user: SpanFormat  # a user message
+    assistant_start: str  # mask 0: a prompt for completion ends here
+    text: SpanFormat  # part of an assistant message
+    python: SpanFormat  # a tool call
+    output: SpanFormat  # its result
+    assistant_end: str  # mask 1: the model learns to end its answer
+    padding: str  # input of positions that no document fills; never a target
+
+    @property
+    def spans(self) -> tuple[SpanFormat, ...]:
+        """By role, as in SPAN_ROLES."""
+        return self.user, self.text, self.python, self.output
+
+    @property
+    def delimiters(self) -> dict[str, bool]:
+        """Every special token of a document, and whether it is supervised."""
+        user, python, output = self.user, self.python, self.output
+        return {
+            self.bos: False,
+            **dict.fromkeys((user.opening, user.closing), user.supervised),
+            self.assistant_start: False,
+            self.assistant_end: True,
+            **dict.fromkeys((python.opening, python.closing), python.supervised),
+            **dict.fromkeys((output.opening, output.closing), output.supervised),
+        }
+
+    @property
+    def followers(self) -> dict[str, set[str]]:
+        """Which delimiters may come next after each, text aside; "" is the start and the end of a document."""
+        parts = (self.python, self.output)
+        in_message = {self.assistant_end, *(part.opening for part in parts)}
+        return {
+            "": {self.bos},
+            self.bos: {self.user.opening},
+            self.user.opening: {self.user.closing},
+            self.user.closing: {self.assistant_start, ""},
+            self.assistant_start: in_message,
+            self.assistant_end: {self.user.opening, ""},
+            **{part.opening: {part.closing} for part in parts},
+            **{part.closing: in_message for part in parts},
+        }
+
+    @property
+    def text_after(self) -> dict[str, int]:
+        """Role of the text after each delimiter that may have text after it."""
+        return {
+            self.user.opening: USER,
+            self.assistant_start: TEXT,
+            self.python.opening: PYTHON,
+            self.python.closing: TEXT,
+            self.output.opening: OUTPUT,
+            self.output.closing: TEXT,
+        }
+
+
+# karpathy/nanochat@790f3be:nanochat/tokenizer.py (render_conversation)
+NANOCHAT = ChatFormat(
+    bos="<|bos|>",
+    user=SpanFormat("<|user_start|>", "<|user_end|>", supervised=False, label="a user message"),
+    assistant_start="<|assistant_start|>",
+    text=SpanFormat("", "", supervised=True, label="assistant text"),
+    python=SpanFormat("<|python_start|>", "<|python_end|>", supervised=True, label="a python part"),
+    output=SpanFormat("<|output_start|>", "<|output_end|>", supervised=False, label="tool output"),
+    assistant_end="<|assistant_end|>",
+    padding="<|assistant_end|>",
+)
