@@ -324,7 +324,7 @@ def test_verify_sees_another_tokenizer(tmp_path: Path, byte_tokenizer: Tokenizer
 
 def test_options_that_exclude_each_other(demo_mid: Path, tmp_path: Path, chatdata: Callable) -> None:
     for arguments, error in [
-        (("inspect", demo_mid, "--doc", 3, "--task", "demo_math"), "--doc and --task: give one of them"),
+        (("inspect", demo_mid, "--doc", 3, "--task", "demo_math"), "give --doc or --task, not both"),
         (("inspect", demo_mid, "--tokenizer", demo_mid), "--tokenizer goes with --conversation"),
         (
             ("build", "--stage", "mid", "--demo", "--data-dir", tmp_path),

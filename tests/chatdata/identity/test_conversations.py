@@ -302,10 +302,10 @@ def test_the_command(tmp_path: Path, chatdata: Callable, korvo: Persona, byte_to
     facts = identity_facts(korvo, [{"messages": row} for row in rows])
     assert result.stdout.splitlines() == [
         f"me.jsonl: 1,000 conversations, {facts['answers']:,} answers, {facts['answers_with_name']:,} of them name "
-        "Korvo; 3 of 3 facts are told",
-        "only named, for want of phrasings: Klingon (there are phrasings in English, Spanish, French, German, Italian, "
-        "Portuguese, Dutch, Chinese, Japanese, Hindi)",
-        f"this persona gives up to {facts['largest_rows']:,} different conversations",
+        "Korvo; 3 of 3 facts used",
+        "only named, because they have no phrasings: Klingon (phrasings exist for English, Spanish, French, German, "
+        "Italian, Portuguese, Dutch, Chinese, Japanese, Hindi)",
+        f"this persona can give up to {facts['largest_rows']:,} different conversations",
     ]
     # the build takes it
     save_tokenizer(byte_tokenizer, tmp_path / "t")

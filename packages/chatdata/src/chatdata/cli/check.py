@@ -1,4 +1,4 @@
-"""The commands that compare: `chatdata verify` a build with what it must be, `chatdata diff` two builds."""
+"""Commands that compare: `chatdata verify` checks a build, `chatdata diff` compares two."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from chatdata.errors import UsageError
     type=click.Choice(["quick", "full", "semantic"]),
     default="quick",
     show_default=True,
-    help="How much is checked (see above).",
+    help="How much to check (see above).",
 )
-@click.option("--recipe", metavar="NAME|FILE", help="semantic: the build's recipe, if it names files of its own.")
+@click.option("--recipe", metavar="NAME|FILE", help="semantic: the build's recipe file, if it names other files.")
 @click.option("--data-dir", type=FILE, help="semantic: folder of Hub clones, as for build.")
-@click.option("--identity", type=FILE, help="semantic: JSONL of conversations, if build was given one.")
-@click.option("--words", metavar="FILE|URL", help="semantic: word list, if build was given one.")
+@click.option("--identity", type=FILE, help="semantic: the identity file, if build was given one.")
+@click.option("--words", metavar="FILE|URL", help="semantic: the word list, if build was given one.")
 @click.option("--task-file", "task_files", type=FILE, multiple=True, help="semantic: as for build.")
 @click.option(
     "--share",
     type=click.FloatRange(0, 1),
-    help="semantic: part of the documents to render again; at least 100 per split and one per entry  [default: 0.01]",
+    help="semantic: share of the documents to render again, at least 100 per split and 1 per entry.  [default: 0.01]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
     path: Path,
     level: str,
@@ -49,16 +49,16 @@ def verify(
     share: float | None,
     as_json: bool,
 ) -> int:
-    """Check a build on disk. Exit code 3 if damage is found.
+    """Check a build on disk. Exit code 3 if anything is wrong.
 
     \b
     quick     manifest, file sizes and headers, offsets, counts of documents, tokens and index rows
-    full      and SHA-256 of every file, unknown files, tokenizer, contract of every document
-    semantic  and the sources, the order of the mixture, and a share of the documents rendered again
+    full      also SHA-256 of every file, unknown files, tokenizer, contract of every document
+    semantic  also the sources, the order of the mixture, and a share of the documents rendered again
 
-    Stage, recipe, length rule, limit and tokenizer stand in the build. semantic only has to be told where files lie
-    that are neither shipped nor on the Hub: give what build was given of --data-dir, --identity, --words and
-    --task-file, and --recipe if that file names others (a `path`, a word list) beside it.
+    semantic needs the files that are neither shipped nor on the Hub: pass --data-dir, --identity, --words and
+    --task-file as you did for build, and --recipe if the recipe file names other files. Everything else is in the
+    build.
     """
     from chatdata.check.verify import verify_full, verify_quick
     from chatdata.progress import shown_progress
@@ -98,12 +98,13 @@ def verify(
 @click.command(epilog=examples("chatdata diff out/mid out/mid-new", "chatdata diff out/mid out/mid-new --json"))
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def diff(a: Path, b: Path, as_json: bool) -> int:
-    """What differs between two builds: recipe, sources, tokenizer, mixture, documents.
+    """Print how two builds differ.
 
-    Exit code 0 if they are identical, 1 if they differ. Documents are compared by the digests in the index; of those
-    that stand for the same row with other tokens or another mask, the first ones are shown where they part.
+    Compares recipe, sources, tokenizer, mixture and documents. Exit code 0 if the builds are identical, 1 if they
+    differ. Documents are compared by the digests in the index. For rows whose tokens or mask changed, the first ones
+    are shown around the first difference.
     """
     from chatdata import open_build
     from chatdata.check.diff import diff_builds, lines_of

@@ -1,4 +1,4 @@
-"""Running a command line so that a person reads one line when something is wrong. Shared by the three packages."""
+"""Run a command line with one-line errors and the project's exit codes. Used by all three packages."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import click
 
 from chatdata.disk import describe_os_error
 
-FILE = click.Path(path_type=Path)  # of an option or argument: a file or folder, there or not
+FILE = click.Path(path_type=Path)  # type of an option: a file or folder that may or may not exist
 
-
-# old names → new ones, for all three commands; an old one is refused with the new one in the message
+# old → new names, for all three commands; an old name is refused with the new one in the message
 RENAMED_OPTIONS = {"--rows": "--layout"}
 RENAMED_POLICIES = {"all": "ignore", "supervised": "apply"}
 
 
 class MaskPolicyChoice(click.Choice[str]):
-    """A mask policy; the names are written out here because importing them would load numpy for `--help`."""
+    """A mask policy. The names are repeated here because importing them would load numpy for `--help`."""
 
     def __init__(self) -> None:
         super().__init__(["ignore", "apply", "last-turn", "tools-only", "no-tools"])
@@ -32,11 +31,11 @@ class MaskPolicyChoice(click.Choice[str]):
 
 
 def run_command(cli: click.Group, name: str, interrupted: str, only: str | None = None) -> None:
-    """Run `cli`; errors a user can cause become one line. Exit codes are below.
+    """Run `cli`, print errors that a user can cause as one line, and exit.
 
-    interrupted: what Ctrl-C says, in the command `only` (by default in all of them; the others say no more than that).
-    0 done · 1 anything wrong with data or a run · 2 usage · 3 verify found damage · 130 interrupted. What a user can
-    cause is an OSError or has an `exit_code` (ChatdataError and its like); `--debug`, anywhere, shows its traceback.
+    interrupted: message after Ctrl-C in the command `only` (default: in every command; others just say "interrupted").
+    Exit codes: 0 done, 1 anything wrong with data or a run, 2 usage, 3 verify found damage, 130 interrupted.
+    An error that a user can cause is an OSError or has an `exit_code`; `--debug`, anywhere, shows its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -47,8 +46,8 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
     try:
         code = cli.main(arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
-        said = only is None or next((word for word in arguments if word in cli.commands), None) == only
-        _stop(interrupted if said else "interrupted", 130)
+        own = only is None or next((word for word in arguments if word in cli.commands), None) == only
+        _stop(interrupted if own else "interrupted", 130)
     except click.ClickException as error:
         if isinstance(error, click.NoSuchOption) and error.option_name in RENAMED_OPTIONS:
             error = click.UsageError(f"{error.option_name} is now {RENAMED_OPTIONS[error.option_name]}", error.ctx)
@@ -63,12 +62,12 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """A polite kill cleans up like Ctrl-C; also in the background of a script, where SIGINT itself is ignored."""
+    """SIGTERM cleans up like Ctrl-C; it also works in background jobs of a script, which ignore SIGINT."""
     raise KeyboardInterrupt
 
 
 def examples(*lines: str) -> str:
-    """The examples at the end of a command's --help."""
+    """Examples at the end of a command's --help."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 

@@ -19,26 +19,28 @@ from chatdata.cli.command import FILE, examples
     ),
 )
 @click.argument("persona", metavar="PERSONA", type=FILE)
-@click.option("--out", type=FILE, required=True, help="The JSONL file to write.")
-@click.option("--rows", "num_rows", type=click.IntRange(min=1), default=1000, show_default=True, help="Conversations.")
-@click.option("--force", is_flag=True, help="Replace OUT if it is a file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@click.option("--out", type=FILE, required=True, help="JSONL file to write.")
+@click.option("--rows", "num_rows", type=click.IntRange(min=1), default=1000, show_default=True, help="How many.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_json: bool) -> None:
-    """Make conversations in which the assistant says who it is, from a small TOML file.
+    """Write conversations in which the assistant says who it is.
+
+    PERSONA is a small TOML file:
 
     \b
-    name = "Pebble"                          # needed; the rest is optional
-    description = "a tiny demo chat model"   # what stands after "I am"
-    maker = "the chatdata project"           # what stands after "I was made by"
-    licence = "MIT"                          # what stands after "My licence is"
+    name = "Pebble"                          # required; the rest is optional
+    description = "a tiny demo chat model"   # completes "I am …"
+    maker = "the chatdata project"           # completes "I was made by …"
+    licence = "MIT"                          # completes "My licence is …"
     languages = ["English", "Spanish"]
     facts = [
         "I was trained on a laptop in minutes.",
         { question = "How big are you?", answer = ["I am tiny.", "I have a million parameters."] },
     ]
 
-    No two conversations are equal. The same persona gives the same ones everywhere, and the first of a longer file
-    are the shorter file.
+    All conversations are different. The same persona gives the same conversations on every machine, and a longer file
+    starts with the shorter one.
     """
     from chatdata.errors import PersonaError
     from chatdata.identity import conversations as identity
@@ -57,9 +59,9 @@ def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_js
         return
     click.echo(
         f"{out}: {num_rows:,} conversations, {facts['answers']:,} answers, {facts['answers_with_name']:,} of them name "
-        f"{loaded.name}; {facts['facts_told']} of {facts['facts']} facts are told"
+        f"{loaded.name}; {facts['facts_told']} of {facts['facts']} facts used"
     )
     if facts["languages_only_named"]:
         named, known = ", ".join(facts["languages_only_named"]), ", ".join(identity.known_languages().values())
-        click.echo(f"only named, for want of phrasings: {named} (there are phrasings in {known})")
-    click.echo(f"this persona gives up to {facts['largest_rows']:,} different conversations")
+        click.echo(f"only named, because they have no phrasings: {named} (phrasings exist for {known})")
+    click.echo(f"this persona can give up to {facts['largest_rows']:,} different conversations")

@@ -1,4 +1,4 @@
-"""The commands that show a build: `chatdata inspect`, `stats`, `report`, `plan`."""
+"""Commands that show a build: `chatdata inspect`, `stats`, `report`, `plan`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,22 @@ from chatdata.errors import UsageError
 )
 @click.argument("path", metavar="[BUILD]", required=False, type=FILE)
 @click.option("--split", default="train", show_default=True, help="train or val.")
-@click.option("--doc", type=int, help="Number of the document in its split.")
-@click.option("--task", help="The first documents of this task.")
+@click.option("--doc", type=int, help="Show the document with this number.")
+@click.option("--task", help="Show the first documents of this task.")
 @click.option(
-    "--conversation", type=click.Path(allow_dash=True, path_type=Path), help="One JSON conversation, - for stdin."
+    "--conversation",
+    type=click.Path(allow_dash=True, path_type=Path),
+    help="JSON of one conversation, - for stdin.",
 )
 @click.option("--tokenizer", type=FILE, help="Tokenizer for --conversation.")
-@click.option("--stage", "stages", type=click.Choice(["mid", "sft"]), multiple=True, help="Also inputs and targets.")
-@click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
+@click.option(
+    "--stage",
+    "stages",
+    type=click.Choice(["mid", "sft"]),
+    multiple=True,
+    help="Show tokens with their inputs and targets in this stage.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
     path: Path | None,
     split: str,
@@ -39,7 +47,11 @@ def inspect(
     stages: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Look at a document of a build, or at any one conversation: token, id, mask; inputs and targets per stage."""
+    """Show documents of a build, or the tokens of a conversation.
+
+    --doc or --task chooses the documents; by default the first ones of the split. For a conversation, prints token, id
+    and mask, one line per token.
+    """
     from chatdata.look import inspect as look
     from chatdata.tokenizer.load import load_tokenizer
 
@@ -52,7 +64,7 @@ def inspect(
     if tokenizer is not None:
         raise UsageError("--tokenizer goes with --conversation; a BUILD has its own")
     if doc is not None and task is not None:
-        raise UsageError("--doc and --task: give one of them")
+        raise UsageError("give --doc or --task, not both")
     if path is None:
         raise UsageError("give a BUILD, or --conversation FILE --tokenizer T")
     look.show_documents(path, split, doc, task, stages, as_json)
@@ -60,9 +72,9 @@ def inspect(
 
 @click.command(epilog=examples("chatdata stats out/demo-mid", "chatdata stats out/demo-mid --json"))
 @click.argument("path", metavar="BUILD", type=FILE)
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def stats(path: Path, as_json: bool) -> None:
-    """Documents, tokens, supervised share and lengths per task."""
+    """Print documents, tokens, supervised share and lengths per task."""
     from chatdata import open_build
     from chatdata.look.stats import build_stats, show_stats
 
@@ -78,12 +90,13 @@ def stats(path: Path, as_json: bool) -> None:
     )
 )
 @click.argument("path", metavar="BUILD", type=FILE)
-@click.option("--out", type=FILE, help="The page (default: BUILD's name and -report.html, beside the build).")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@click.option("--out", type=FILE, help="File to write (default: BUILD-report.html).")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the report as JSON.")
 def report(path: Path, out: Path | None, as_json: bool) -> None:
-    """Write one HTML page that shows the data: mixture, lengths, supervision, vocabulary, documents.
+    """Write an HTML page that shows the data of a build.
 
-    The page asks for nothing on the network when it is opened. It is made with Altair: pip install "chatdata[report]".
+    It shows mixture, lengths, supervision, vocabulary and documents, and loads nothing from the network. Needs Altair:
+    pip install "chatdata[report]".
     """
     from chatdata.check.verify import verify_quick
     from chatdata.errors import FormatError
@@ -91,7 +104,7 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
     from chatdata.look.report.page import write_report
 
     if problems := verify_quick(path):
-        raise FormatError(f"{problems[0]}; a damaged build is not reported on (see `chatdata verify`)")
+        raise FormatError(f"{problems[0]}; the build is damaged, see `chatdata verify`")
     facts = write_report(path, out)
     if as_json:
         click.echo(json.dumps(facts))
@@ -107,31 +120,34 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
     )
 )
 @click.argument("path", metavar="BUILD", type=FILE)
-@click.option("--seq-len", type=click.IntRange(min=1), required=True, help="T, positions of a sequence.")
+@click.option("--seq-len", type=click.IntRange(min=1), required=True, help="T, positions per sequence.")
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="G, sequences of a step on all ranks.",
+    help="G, sequences per step over all ranks.",
 )
 @click.option("--split", default="train", show_default=True, help="train or val.")
 @click.option(
     "--mask",
     type=MaskPolicyChoice(),
-    help="In place of the stage's own, as in chattrain run.",
+    help="Mask policy (default: the stage's), as in chattrain run.",
 )
 @click.option(
     "--long",
     type=click.Choice(["error", "drop", "truncate"]),
     default="error",
     show_default=True,
-    help="Documents of more than T + 1 tokens in pack and pad.",
+    help="What pack and pad do with documents of more than T + 1 tokens.",
 )
-@click.option("--seed", type=int, default=42, show_default=True, help="Of the order of sequences in pack and pad.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--seed", type=int, default=42, show_default=True, help="Seed of the order of sequences in pack and pad.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(path: Path, seq_len: int, as_json: bool, **options: Any) -> None:
-    """Sequences, steps, padding and targets that chattrain would make of a build; what if T or the rows were others."""
+    """Print sequences, steps, padding and targets of an epoch.
+
+    A second table compares all layouts at several sequence lengths.
+    """
     from chatdata import open_build
     from chatdata.look.what_if import plan_numbers, show_plan
 

@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
 @click.group()
 def tokenizer() -> None:
-    """Train, import and look at tokenizers."""
+    """Train, import and show tokenizers."""
 
 
 @tokenizer.command(
     epilog=examples("chatdata tokenizer train texts.jsonl more.parquet --vocab-size 65536 --out tokenizer")
 )
 @click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option("--vocab-size", type=int, default=65_536, show_default=True, help="Entries, the nine specials included.")
+@click.option(
+    "--vocab-size", type=int, default=65_536, show_default=True, help="Tokens, the nine special ones included."
+)
 @click.option("--pattern", help="Split pattern (default: nanochat's).")
 @click.option("--out", type=FILE, required=True, help="Folder to write.")
 def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Path) -> None:
-    """Train byte-level BPE on text, JSONL or Parquet files (conversations, or a text column). Deterministic."""
+    """Train byte-level BPE on text, JSONL or Parquet files of conversations or plain text. Deterministic."""
     from chatdata.sources.training_texts import read_texts
     from chatdata.tokenizer.bpe import SPLIT_PATTERN
     from chatdata.tokenizer.train import train_tokenizer
@@ -48,7 +50,7 @@ def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Pa
 @click.option("--pattern", help="Split pattern of a .tiktoken file.")
 @click.option("--out", type=FILE, required=True, help="Folder to write.")
 def import_(file: Path, pattern: str | None, out: Path) -> None:
-    """Convert tokenizer.pkl, tokenizer.json or .tiktoken to a tokenizer folder, checked."""
+    """Check a tokenizer.pkl, tokenizer.json or .tiktoken file and convert it to a tokenizer folder."""
     from chatdata.tokenizer.formats import read_tiktoken
     from chatdata.tokenizer.load import load_tokenizer
 
@@ -62,10 +64,10 @@ def import_(file: Path, pattern: str | None, out: Path) -> None:
 
 @tokenizer.command(epilog=examples("chatdata tokenizer show tokenizer", "chatdata tokenizer show out/mid --text 'Hi!'"))
 @click.argument("path", type=FILE)
-@click.option("--text", help="Show how this text is cut into tokens.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--text", help="Show the tokens of this text.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(path: Path, text: str | None, as_json: bool) -> None:
-    """Entries, special tokens, split pattern, shard dtype; how a text is cut."""
+    """Print vocabulary size, special tokens, split pattern and shard dtype; with --text, the tokens of a text."""
     from chatdata.look.console import shard_dtype
     from chatdata.tokenizer.load import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""`chatdata inspect`: a document in the terminal, supervised tokens in colour; any one conversation token by token."""
+"""`chatdata inspect`: documents in the terminal, supervised text in colour; or one conversation, token by token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUPERVISED_STYLE = "bold green"
 
 
 def document_of_file(path: Path, tokenizer: Tokenizer) -> Document:
-    """Render the one JSON conversation in a file (or on stdin for `-`). Errors name the file."""
+    """Render the JSON conversation in a file, or on stdin for `-`. Raises SourceError naming the file."""
     name = "stdin" if str(path) == "-" else str(path)
     try:
         text = sys.stdin.read() if name == "stdin" else path.read_text(encoding="utf-8-sig")
@@ -42,10 +42,10 @@ def document_of_file(path: Path, tokenizer: Tokenizer) -> Document:
 
 
 def token_rows(document: Document, stages: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One row per token: idx, token, id, mask, and for each stage the target trained on at this input position.
+    """One row per token: idx, token, id, mask, and for each stage the input and its target.
 
-    The document is taken as it stands in the stream of stage mid: behind its last token comes the next document's bos.
-    In stage sft the last token is never an input. A target of -100 carries no loss.
+    In stage mid, documents follow each other in a stream, so the target of the last token is the next document's bos.
+    In stage sft the last token is never an input. A target of -100 has no loss.
     """
     tokenizer = document.tokenizer
     ids = document.tokens.tolist()
@@ -87,7 +87,7 @@ def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> N
 def show_documents(
     path: Path, split_name: str, doc: int | None, task: str | None, stages: tuple[str, ...], as_json: bool
 ) -> None:
-    """Print one document, the first ones of a task, or the first ones of the split."""
+    """Print document `doc`, or the first ones of `task`, or the first ones of the split."""
     build = open_build(path)
     if split_name not in build.splits:
         raise UsageError(f'{path} has no split "{split_name}"; it has {", ".join(build.splits)}')
@@ -108,7 +108,7 @@ def show_documents(
 
 
 def coloured(document: Document) -> Text:
-    """The document for a terminal: supervised text bold green, the rest dim. Without colour, ⟦ ⟧ mark it."""
+    """The document for a terminal: supervised text in bold green, the rest dim. Without colour, ⟦ ⟧ mark it."""
     if not console().is_terminal:
         return Text(printable(document.conversation_markup()))
     text = Text()
