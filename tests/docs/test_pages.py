@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,19 +72,53 @@ def test_every_page_is_reached_from_the_readme() -> None:
     assert [page.name for page in PAGES if page not in reached] == []
 
 
-def test_the_trees_of_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
-    tree = text.split("## The tree\n")[1].split("\n## ")[0]
-    named = {line.split()[0].split("/")[0] for line in tree.splitlines() if line.strip()}
-    assert all((ROOT / name).exists() for name in re.findall(r"^    (\S+)", tree, re.M))
+def test_the_tree_of_the_readme() -> None:
+    """All folders of the repository, and of each package every room and module, by names that exist."""
+    tree = (ROOT / "README.md").read_text().split("## The tree\n")[1].split("\n## ")[0]
     tracked = subprocess.run(["git", "ls-tree", "-d", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     folders = {name for name in tracked.stdout.split() if not name.startswith(".")}
-    assert folders <= named, "a folder that the README's tree does not name"
-    route = text.split("## The route of a conversation\n")[1].split("\n## ")[0]
+    assert folders <= set(re.findall(r"([\w.]+)/", tree)), "a folder that the README's tree does not name"
+    for name, lines in re.findall(r"^    packages/(\w+)/src/\w+/ .*\n((?: {8}.*\n)+)", tree, re.M):
+        package = ROOT / "packages" / name / "src" / name
+        named: set[str] = set()
+        for line in lines.splitlines():
+            entries = re.findall(r"[\w.]+", line[8:].split("  ")[0])
+            assert all((package / entry).exists() for entry in entries), line
+            for file in re.findall(r"\w+\.py", line[8:].partition("  ")[2]):
+                assert any((package / entry / file).exists() for entry in entries), (line, file)
+            named |= set(entries)
+        modules = {path.name for path in package.iterdir() if path.suffix == ".py" and "__" not in path.name}
+        rooms = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
+        assert modules | rooms <= named, (name, modules | rooms - named)
+
+
+def test_the_route_of_the_readme() -> None:
+    route = (ROOT / "README.md").read_text().split("## The route of a conversation\n")[1].split("\n## ")[0]
     modules = re.findall(r"(?<![\w/])([\w/]+\.py)", route.replace("tests/test_route.py", ""))
     packages = [path for path in ROOT.glob("packages/*/src/*") if path.is_dir()]
     sources = {file.relative_to(package).as_posix() for package in packages for file in package.rglob("*.py")}
     assert len(modules) > 8 and set(modules) <= sources, set(modules) - sources
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 8_192
+
+
+def test_the_two_commands() -> None:
+    """CI runs the README's test command as it is."""
+    text = (ROOT / "README.md").read_text()
+    command = "pip install uv && uv run pytest -n 2 --dist worksteal"
+    assert f"\n    {command}\n" in text and f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_output_of_the_demo(name: str, command_line: Callable, tmp_path: Path, offline: None) -> None:
+    """Each line that the README shows is a line that the build prints."""
+    section = (ROOT / name).read_text().split("uv run --package chatdata chatdata ")[1].split("\n\n")
+    command, shown = section[0], [line.strip() for line in section[1].splitlines()]
+    result = command_line(f"chatdata {command}", tmp_path)
+    printed = {line.strip() for line in result.stdout.splitlines()}
+    assert len(shown) > 3 and set(shown) <= printed, set(shown) - printed
 
 
 def test_the_script_of_building(tmp_path: Path) -> None:
