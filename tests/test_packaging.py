@@ -118,3 +118,13 @@ def test_every_command_says_its_version(clean: Path, wheels: dict[str, Path], pa
     version = wheels[package].name.split("-")[1]
     assert run(clean, package, "--version") == f"{package}, version {version}\n"
     assert "Examples:" in run(clean, package, "build" if package == "chatdata" else "run", "--help")
+
+
+def test_another_project_depends_on_the_git_url(tmp_path: Path) -> None:
+    """The README's `uv add "chatdata @ git+https://…#subdirectory=…"`, with this repository as the address."""
+    (line,) = re.findall(r"^    uv add \"(chatdata @ git\+https://\S+)\"$", (ROOT / "README.md").read_text(), re.M)
+    requirement = line.replace("https://HOST/OWNER/REPO", ROOT.as_uri())
+    uv("venv", "--python", sys.executable, tmp_path / "env")
+    uv("pip", "install", "--python", tmp_path / "env", "--no-deps", requirement)
+    version = "from importlib.metadata import version; print(version('chatdata'))"
+    assert run(tmp_path / "env", "python", "-c", version).strip() == "0.1.0"
