@@ -96,7 +96,7 @@ BAD_INPUTS = [
         'stage = "mid"\n[train]\ntask = "gsm8k"\n',
         [],
         1,
-        "{tmp}/r.toml, key \"train\": must be list, not dict {'task': 'gsm8k'}; write [[train]]",
+        '{tmp}/r.toml, key "train": must be one or more [[train]] entries, not {"task": "gsm8k"}',
     ),
     (
         "roles out of order",
@@ -235,7 +235,7 @@ BAD_INPUTS = [
         CONVERSATIONS,
         ["--max-tokens", "9"],
         1,
-        'command line: max_tokens = 9 does nothing with overflow = "keep"; choose truncate, drop or error',
+        '{tmp}/r.toml: max_tokens = 9 does nothing with overflow = "keep"; choose truncate, drop or error',
     ),
     ("demo of base", {}, None, ["--stage", "base", "--demo"], 2, "--demo has the stages mid and sft, not base"),
     ("no stage", {}, None, [], 2, "give --stage mid|sft|base, or --recipe NAME|FILE"),

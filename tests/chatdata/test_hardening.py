@@ -16,12 +16,11 @@ import pytest
 import chatdata as library
 from chatdata.build.cache import take_unit
 from chatdata.build.publish import check_out, partial_folder, publish
-from chatdata.errors import BuildError, ConversationError, RecipeError, SourceError, TokenizerError
-from chatdata.recipe import load_recipe
+from chatdata.errors import BuildError, ConversationError, SourceError, TokenizerError
 from chatdata.render.specification import render_text
 from chatdata.sources.hub import check_complete
 from chatdata.sources.training_texts import read_texts
-from chatdata.tasks import load_tasks, spelling_bee
+from chatdata.tasks import spelling_bee
 from chatdata.tasks.words import read_words
 from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
 from chatdata.tokenizer.formats import read_json, save_tokenizer
@@ -248,33 +247,6 @@ def test_content_is_never_left_out_in_silence(byte_tokenizer: Tokenizer) -> None
             library.render_conversation(byte_tokenizer, record)
     with pytest.raises(ConversationError, match="lone surrogate"):
         render_text(byte_tokenizer, "a\ud800b")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("val = []\n[[train]]\ntask = 'gsm8k'", "val is empty; leave it out"),
-        ("seed = -42\n[[train]]\ntask = 'gsm8k'", 'key "seed": -42; at least 0'),
-        ("[[train]]\ntask = ['gsm8k']", 'key "task": must be str'),
-        (
-            "[[train]]\ntask = 'demo_math'\nrows = 10\npath = 'x'",
-            'key "path": does nothing, because "demo_math" is gen',
-        ),
-        ("[[train]]\ntask = 'gsm8k'\npath = 'x.jsonl'\nrepo = 'a/b'", 'key "repo": does nothing'),
-        ("[[train]]\ntask = 'gsm8k'\npath = 'x.jsonl'\nsplit = 'bogus'", 'key "split": does nothing'),
-        ("[[train]]\ntask = 'demo_math'\nrows = 1000000000000000", "rows, start and stop lie below 100,000,000"),
-    ],
-)
-def test_recipe_keys_that_do_nothing(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "r.toml").write_text("stage = 'mid'\n" + text)
-    with pytest.raises(RecipeError, match=message):
-        load_recipe(str(tmp_path / "r.toml"), load_tasks())
-
-
-def test_a_file_in_the_way_does_not_become_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo-mid").write_text("my notes")
-    assert load_recipe("demo-mid", load_tasks()).stage == "mid"
 
 
 def test_rows_that_cannot_be_read(tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable) -> None:

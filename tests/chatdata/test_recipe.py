@@ -7,7 +7,7 @@ import pytest
 
 from chatdata.build.plan import mixture_order, permutation, select
 from chatdata.errors import RecipeError
-from chatdata.recipe import load_recipe, override, shipped_recipes
+from chatdata.recipe import load_recipe, shipped_recipes
 from chatdata.tasks import load_tasks
 
 TASKS = load_tasks()
@@ -59,35 +59,55 @@ def test_mid_recipe_expanded() -> None:
 
 
 ENTRY = '\n[[train]]\ntask = "gsm8k"\n'
+MATH = '\n[[train]]\ntask = "demo_math"\n'
 BAD = [
     ('stage = "mid"\nsed = 1' + ENTRY, 'unknown key "sed"; did you mean "seed"?'),
-    ('stage = "mid"\nseed = "1"' + ENTRY, "key \"seed\": must be int, not str '1'"),
-    ('stage = "mid"\nseed = true' + ENTRY, 'key "seed": must be int, not bool True'),
-    ('stage = "midd"' + ENTRY, 'key "stage": \'midd\'; did you mean "mid"?'),
-    ("seed = 1" + ENTRY, 'no key "stage"; one of base, mid, sft'),
-    ('stage = "mid"', "no [[train]] entry"),
-    ('stage = "mid"\noverflow = "cut"' + ENTRY, "key \"overflow\": 'cut'; valid: keep, truncate, drop, error"),
+    ('stage = "mid"\nseed = "1"' + ENTRY, 'key "seed": must be an integer of at least 0, not "1"'),
+    ('stage = "mid"\nseed = true' + ENTRY, 'key "seed": must be an integer of at least 0, not true'),
+    ('stage = "midd"' + ENTRY, 'key "stage": "midd"; did you mean "mid"?'),
+    ("seed = 1" + ENTRY, 'no key "stage"; it must be base, mid or sft'),
+    ('stage = "mid"', 'no key "train"; it must be one or more [[train]] entries'),
+    ('stage = "mid"\noverflow = "cut"' + ENTRY, 'key "overflow": "cut"; valid: keep, truncate, drop, error'),
     ('stage = "mid"\noverflow = "drop"' + ENTRY, 'overflow = "drop" needs max_tokens'),
     (
         'stage = "mid"\nmax_tokens = 9' + ENTRY,
         'max_tokens = 9 does nothing with overflow = "keep"; choose truncate, drop or error',
     ),
-    ('stage = "mid"\nmax_tokens = 1\noverflow = "drop"' + ENTRY, 'key "max_tokens": 1; a document has at least 2'),
-    ('stage = "mid"\nshuffle = {test = true}' + ENTRY, '[shuffle]: unknown key "test"; valid: train'),
-    ('stage = "mid"\n[[train]]\nrows = 5', '[[train]] entry 1: no key "task"'),
+    (
+        'stage = "mid"\nmax_tokens = 1\noverflow = "drop"' + ENTRY,
+        'key "max_tokens": must be an integer of at least 2, not 1',
+    ),
+    ('stage = "mid"\nshuffle = {test = true}' + ENTRY, 'key "shuffle": unknown key "test"; valid: train, val'),
+    ('stage = "mid"\n[[train]]\nrows = 5', '[[train]] entry 1: no key "task"; it must be a string'),
     ('stage = "mid"\n[[train]]\ntask = "gsm8"', 'entry 1, key "task": unknown task "gsm8"; did you mean "gsm8k"?'),
     ('stage = "mid"' + ENTRY + "row = 5", '[[train]] entry 1: unknown key "row"; did you mean "rows"?'),
-    ('stage = "mid"' + ENTRY + 'rows = "5"', "entry 1, key \"rows\": must be int, not str '5'"),
-    ('stage = "mid"' + ENTRY + "rows = 0", 'entry 1, key "rows": 0; at least 1'),
-    ('stage = "mid"' + ENTRY + "epochs = 0", 'entry 1, key "epochs": 0; at least 1'),
-    ('stage = "mid"' + ENTRY + "holdout = true", 'entry 1: unknown key "holdout"; valid: task'),
+    (
+        'stage = "mid"' + ENTRY + 'rows = "5"',
+        'entry 1, key "rows": must be an integer of at least 1 and at most 100,000,000, not "5"',
+    ),
+    ('stage = "mid"' + ENTRY + "rows = 0", 'entry 1, key "rows": must be an integer of at least 1 and'),
+    ('stage = "mid"' + ENTRY + "epochs = 0", 'entry 1, key "epochs": must be an integer of at least 1, not 0'),
+    ('stage = "mid"' + ENTRY + "holdout = true", 'entry 1: unknown key "holdout"; valid: task, split'),
     ('stage = "mid"' + ENTRY + 'split = "tests"', 'key "split": "tests"; did you mean "test"?'),
     ('stage = "mid"' + ENTRY + 'subset = "mian"', 'key "subset": "mian"; did you mean "main"?'),
     ('stage = "mid"' + ENTRY + ENTRY.replace("gsm8k", "humaneval"), 'entry 2: "humaneval" is only for scoring'),
     ('stage = "mid"' + ENTRY.replace("gsm8k", "simple_spelling"), 'is generated and needs the key "rows"'),
-    ('stage = "mid"' + ENTRY.replace("gsm8k", "text"), 'task "text" is text, but stage mid is made of conversations'),
-    ('stage = "base"' + ENTRY, 'task "gsm8k" is conversation, but stage base is made of plain text'),
+    ('stage = "mid"' + ENTRY.replace("gsm8k", "text"), 'entry 1: "text" is text, but stage mid takes conversations'),
+    ('stage = "base"' + ENTRY, 'entry 1: "gsm8k" is conversation, but stage base takes plain text'),
     ("stage = mid", "not valid TOML: "),
+    ('stage = "mid"\nval = []' + ENTRY, 'key "val": must be one or more [[val]] entries, not []'),
+    ('stage = "mid"\nshuffle = {val = false}' + ENTRY, 'key "shuffle.val": does nothing without a [[val]] entry'),
+    ('stage = "mid"\nseed = -42' + ENTRY, 'key "seed": must be an integer of at least 0, not -42'),
+    ('stage = "mid"\ntrain = {}', 'key "train": must be one or more [[train]] entries, not {}'),
+    ('stage = "mid"\n[[train]]\ntask = ["gsm8k"]', 'entry 1, key "task": must be a string, not ["gsm8k"]'),
+    ('stage = "mid"' + MATH + "rows = 10\npath = 'x'", 'key "path": does nothing, because "demo_math" is generated'),
+    ('stage = "mid"' + ENTRY + "path = 'x.jsonl'\nrepo = 'a/b'", 'key "repo": does nothing, because "gsm8k" reads'),
+    ('stage = "mid"' + ENTRY + "path = 'x.jsonl'\nsplit = 'bogus'", 'key "split": does nothing'),
+    (
+        'stage = "mid"' + MATH + "rows = 1000000000000000",
+        'key "rows": must be an integer of at least 1 and at most 100',
+    ),
+    ('stage = "mid"' + MATH + "rows = 1\nstart = -1", "start and stop of a generated task cannot be negative"),
 ]
 
 
@@ -103,12 +123,14 @@ def test_unknown_recipe_name() -> None:
         load_recipe("midd", TASKS)
 
 
-def test_override() -> None:
-    sft = load_recipe("sft", TASKS)
-    assert override(sft, max_tokens=512, overflow=None).max_tokens == 512
-    assert override(sft, max_tokens=None, overflow="keep").max_tokens is None
-    with pytest.raises(RecipeError, match="command line: max_tokens = 512 does nothing"):
-        override(load_recipe("mid", TASKS), max_tokens=512, overflow=None)
+def test_limits_of_the_command_line_replace_the_recipes_own() -> None:
+    assert load_recipe("sft", TASKS, max_tokens=512).max_tokens == 512
+    assert load_recipe("sft", TASKS, overflow="keep").max_tokens is None
+    assert load_recipe("mid", TASKS, max_tokens=512, overflow="drop").overflow == "drop"
+    with pytest.raises(RecipeError, match=r"^mid.toml: max_tokens = 512 does nothing"):
+        load_recipe("mid", TASKS, max_tokens=512)
+    with pytest.raises(RecipeError, match=r'^mid.toml: overflow = "drop" needs max_tokens'):
+        load_recipe("mid", TASKS, overflow="drop")
 
 
 def test_permutation_is_that_of_datasets() -> None:
@@ -143,3 +165,9 @@ def test_select() -> None:
     ]:
         with pytest.raises(RecipeError, match=message):
             select(*arguments)
+
+
+def test_a_file_in_the_way_does_not_become_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo-mid").write_text("my notes")
+    assert load_recipe("demo-mid", TASKS).stage == "mid"

@@ -146,7 +146,15 @@ def test_index_columns_are_documented() -> None:
 
 
 def test_the_recipe_of_the_page_has_every_key_and_is_one() -> None:
-    from chatdata.recipe import _ENTRY_KEYS, _TOP_KEYS, OVERFLOW, STAGES, ZERO_SUPERVISED, parse_recipe, shipped_recipes
+    from chatdata.recipe import (
+        OVERFLOW,
+        STAGES,
+        ZERO_SUPERVISED,
+        EntryTable,
+        RecipeTable,
+        parse_recipe,
+        shipped_recipes,
+    )
     from chatdata.tasks import load_tasks
 
     text, tasks = text_of("recipes.md"), load_tasks()
@@ -157,9 +165,9 @@ def test_the_recipe_of_the_page_has_every_key_and_is_one() -> None:
         "spelling_bee",
     ]
     entries = [*table["train"], *table["val"]]
-    assert set(table) == set(_TOP_KEYS)
+    assert set(table) == set(RecipeTable.__struct_fields__)
     options = {key for task in tasks.values() for key in task.options}
-    assert {key for entry in entries for key in entry} == set(_ENTRY_KEYS) | options
+    assert {key for entry in entries for key in entry} == set(EntryTable.__struct_fields__) | options
     comment = dict(re.findall(r"^(\w+) = .*?# (.*)$", blocks("recipes.md", "toml")[0], re.M))
     for key, words in (("stage", STAGES), ("overflow", OVERFLOW), ("zero_supervised", ZERO_SUPERVISED)):
         assert all(re.search(rf"\b{word}\b", comment[key]) for word in words), key

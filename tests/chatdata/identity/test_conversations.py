@@ -75,51 +75,54 @@ def test_a_persona_file(korvo: Persona) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("", 'no key "name"; a persona has at least a name, as in name = "Pebble"'),
+        ("", 'no key "name"; it must be a line of text without space around it'),
         ('nam = "X"', 'unknown key "nam"; did you mean "name"?'),
         ('name = "X"\nlicense = "MIT"', 'unknown key "license"; did you mean "licence"?'),
         (
             'name = "X"\nzzz = 1',
             'unknown key "zzz"; valid: name, description, maker, licence, languages, facts',
         ),
-        ("name = 5", 'key "name": must be str, not int 5'),
-        ('name = ""', "key \"name\": '' is empty, or has a space at its start or end"),
-        ('name = "X "', "key \"name\": 'X ' is empty, or has a space at its start or end"),
-        ('name = "X\\nY"', "key \"name\": 'X\\nY' is more than one line"),
-        ('name = "X"\nlanguages = "English"', "key \"languages\": must be list, not str 'English'"),
-        ('name = "X"\nlanguages = [1]', 'key "languages": must be str, not int 1'),
+        ("name = 5", 'key "name": must be a line of text without space around it, not 5'),
+        ('name = ""', 'key "name": must be a line of text without space around it, not ""'),
+        ('name = "X "', 'key "name": must be a line of text without space around it, not "X "'),
+        ('name = "X\\nY"', 'key "name": must be a line of text without space around it, not "X\\nY"'),
+        ('name = "X"\nlanguages = "English"', 'key "languages": must be a list, not "English"'),
+        (
+            'name = "X"\nlanguages = [1]',
+            'key "languages[0]": must be a line of text without space around it, not 1',
+        ),
         (
             'name = "X"\nlanguages = ["English", "english"]',
-            'key "languages": "english" stands there twice; leave one out',
+            'key "languages": "english" is there twice; leave one out',
         ),
-        ('name = "X"\nfacts = {}', 'key "facts": must be list, not dict {}; write [[facts]]'),
+        ('name = "X"\nfacts = {}', 'key "facts": must be a list, not {}'),
         (
             'name = "X"\nfacts = ["I am.", 5]',
-            'key "facts", fact 2: must be a sentence or a table of question and answer, not 5',
+            'key "facts[1]": must be a sentence with its full stop or a table of question and answer, not 5',
         ),
         (
             'name = "X"\nfacts = ["I am small"]',
-            "key \"facts\", fact 1: 'I am small' does not end like a sentence; end it with a full stop",
+            'key "facts[0]": must be a sentence with its full stop or a table of question and answer, not "I am small"',
         ),
         (
             'name = "X"\n[[facts]]\nquestion = "A?"\nanswers = "B."',
-            'key "facts", fact 1: unknown key "answers"; did you mean "answer"?',
+            'key "facts[0]": unknown key "answers"; did you mean "answer"?',
         ),
         (
             'name = "X"\n[[facts]]\nquestion = "A?"',
-            'key "facts", fact 1: needs the key "answer": one text, or a list of phrasings',
+            'key "facts[0]": no key "answer"; it must be a string or a list',
         ),
         (
             'name = "X"\n[[facts]]\nquestion = []\nanswer = "B."',
-            'key "facts", fact 1: needs the key "question": one text, or a list of phrasings',
+            'key "facts[0]": question must be a text or a list of texts, without space around them',
         ),
         (
             'name = "X"\n[[facts]]\nquestion = ["A?", 5]\nanswer = "B."',
-            'key "facts", fact 1, key "question": must be str, not int 5',
+            'key "facts[0].question[1]": must be a string, not 5',
         ),
         (
             'name = "X"\nfacts = [{question="A?", answer="B"}, {question=["C?", "a?"], answer="D"}]',
-            'key "facts": "a?" stands there twice; leave one out',
+            'key "facts": "a?" is there twice; leave one out',
         ),
     ],
 )

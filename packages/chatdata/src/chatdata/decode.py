@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -67,56 +67,46 @@ def shown(value: Any) -> str:
 
 
 def _explain(value: Any, type: Any, problem: str) -> tuple[str, str]:
-    """(place, text) of the innermost part of `value` that is wrong. problem: msgspec's words about `value`."""
-    for name, part, kind in _parts(value, type):
-        try:
-            msgspec.convert(part, kind)
-        except msgspec.ValidationError as inner:
-            place, text = _explain(part, kind, str(inner))
-            return name + place, text
-    struct = _member(value, type)
-    if isinstance(value, dict) and is_struct_type(struct):
-        fields = msgspec.structs.fields(struct)
-        names = [field.encode_name for field in fields]
-        for key in value if struct.__struct_config__.forbid_unknown_fields else ():
-            if key not in names:
-                return "", f"unknown key {json.dumps(key)}{nearest(key, names)}"
-        for field in fields:
-            if field.required and field.encode_name not in value:
-                return "", f'no key "{field.encode_name}"; it must be {_words(field.type)}'
-        return "", problem.splitlines()[0]  # of its __post_init__
+    """(place, text) of the innermost part of `value` that is wrong. problem: what msgspec says about `value`."""
+    inner = next(_inside(value, type, problem), None)
+    if inner is not None:
+        return inner
     if get_origin(type) is Literal and isinstance(value, str):
         return "", shown(value) + nearest(value, get_args(type))
     return "", f"must be {_words(type)}, not {shown(value)}"
 
 
-def _parts(value: Any, type: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value, type) of everything inside a list or table."""
-    kind = _member(value, type)
-    if isinstance(value, list) and get_origin(kind) in (list, tuple):
-        yield from ((f"[{i}]", item, get_args(kind)[0]) for i, item in enumerate(value))
-    elif isinstance(value, dict) and get_origin(kind) is dict:
-        for key, item in value.items():
-            yield f".{key}" if key.replace("-", "_").isidentifier() else f"[{shown(key)}]", item, get_args(kind)[1]
-    elif isinstance(value, dict) and is_struct_type(kind):
-        for field in msgspec.structs.fields(kind):
-            if field.encode_name in value:
-                yield f".{field.encode_name}", value[field.encode_name], field.type
-
-
-def _member(value: Any, type: Any) -> Any:
-    """The alternative of a union that a list or table is for; without Annotated."""
-    if get_origin(type) is Annotated:
-        return _member(value, get_args(type)[0])
-    if get_origin(type) not in (Union, UnionType):
-        return type
-    members = [_member(value, member) for member in get_args(type)]
-    wanted = (list, tuple) if isinstance(value, list) else (dict,)
-    return next((m for m in members if get_origin(m) in wanted or (dict in wanted and is_struct_type(m))), type)
+def _inside(value: Any, type: Any, problem: str) -> Iterator[tuple[str, str]]:
+    """(place, text) of everything that is wrong inside a list or table."""
+    origin, inner = get_origin(type), get_args(type)
+    parts: Iterable[tuple[str, Any, Any]] = ()
+    is_struct = isinstance(value, dict) and is_struct_type(type)
+    fields = {field.encode_name: field for field in msgspec.structs.fields(type)} if is_struct else {}
+    if origin in (Union, UnionType, Annotated):
+        for member in inner:
+            yield from _inside(value, member, problem)
+    elif isinstance(value, list) and origin in (list, tuple):
+        parts = ((f"[{i}]", item, inner[0]) for i, item in enumerate(value))
+    elif isinstance(value, dict) and origin is dict:
+        parts = ((f".{key}" if key.isidentifier() else f"[{shown(key)}]", value[key], inner[1]) for key in value)
+    elif is_struct:
+        parts = ((f".{key}", value[key], field.type) for key, field in fields.items() if key in value)
+    for name, part, kind in parts:
+        try:
+            msgspec.convert(part, kind)
+        except msgspec.ValidationError as error:
+            place, text = _explain(part, kind, str(error))
+            yield name + place, text
+    if is_struct:
+        unknown = [key for key in value if key not in fields and type.__struct_config__.forbid_unknown_fields]
+        yield from (("", f"unknown key {json.dumps(key)}{nearest(key, list(fields))}") for key in unknown)
+        missing = [key for key, field in fields.items() if field.required and key not in value]
+        yield from (("", f'no key "{key}"; it must be {_words(fields[key].type)}') for key in missing)
+        yield "", problem.splitlines()[0]  # of its __post_init__
 
 
 def _words(type: Any) -> str:
-    """What a value of the type is: "an integer of at least 1", "a string or null", "base, mid or sft"."""
+    """What a value of the type is: "an integer of at least 1", "a string or a list", "base, mid or sft"."""
     origin, parts = get_origin(type), get_args(type)
     if origin is Annotated:
         meta = parts[1]
@@ -124,6 +114,7 @@ def _words(type: Any) -> str:
         most = f" and at most {meta.le:,}" if meta.le is not None else ""
         return meta.description or f"{_words(parts[0])}{least}{most}"
     if origin in (Union, UnionType, Literal):
-        words = [str(part) if origin is Literal else _words(part) for part in parts]
+        # without null: TOML has none, and JSON with a null is written by us
+        words = [str(part) if origin is Literal else _words(part) for part in parts if part is not NoneType]
         return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
     return _NOUNS.get(origin or type, "a table")

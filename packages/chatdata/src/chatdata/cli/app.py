@@ -108,15 +108,14 @@ def build(
     from chatdata.build.run import build as run_build
     from chatdata.look.build import show_plan, show_result
     from chatdata.progress import shown_progress
-    from chatdata.recipe import load_recipe, override
+    from chatdata.recipe import load_recipe
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks
 
     tasks = load_tasks(task_files)
-    loaded = load_recipe(_recipe_name(stage, recipe, demo), tasks)
+    loaded = load_recipe(_recipe_name(stage, recipe, demo), tasks, max_tokens=max_tokens, overflow=overflow)
     if stage and loaded.stage != stage:
         raise UsageError(f'--stage {stage}, but the recipe "{loaded.name}" is for stage {loaded.stage}')
-    loaded = override(loaded, max_tokens=max_tokens, overflow=overflow)
     used = {entry.task for entries in loaded.splits.values() for entry in entries}
     if identity and "identity" not in used:
         raise UsageError(f'--identity is given, but the recipe "{loaded.name}" has no identity entry')

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chatdata.conversation import Conversation, Role
+from chatdata.decode import decode
 from chatdata.disk import check_file, naming, write_whole
 from chatdata.errors import BuildError, PersonaError, UsageError
 from chatdata.identity.persona import SENTENCE_ENDS, Persona
-from chatdata.recipe import read_toml
 
 PHRASINGS = Path(__file__).with_name("phrasings.toml")
 NUM_TURNS = (1, 1, 1, 2, 2, 3)  # drawn from, so half of the conversations have one question
@@ -234,7 +234,7 @@ def _alike(a: str, b: str) -> bool:
 
 @cache
 def _phrasings() -> dict[str, Any]:
-    return read_toml(PHRASINGS, PHRASINGS.name, PersonaError)
+    return decode(PHRASINGS.read_bytes(), dict, PHRASINGS.name, PersonaError, "toml")
 
 
 def known_languages() -> dict[str, str]:

@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 
 from chatdata.decode import convert, decode, shown
 from chatdata.errors import FormatError
+from chatdata.recipe import Overflow, Stage, ZeroSupervised
 from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, SPECIAL_TOKENS
 
 FORMAT, VERSION = "chatdata", 1
@@ -25,7 +26,6 @@ MAX_COUNT = 2**53 - 1  # exact as a float as well; a build of this size is 16 pe
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")]
-Stage = Literal["base", "mid", "sft"]
 
 
 class Head(Struct):
@@ -40,8 +40,8 @@ class Recipe(Struct):
     stage: Stage
     seed: int
     max_tokens: Positive | None
-    overflow: Literal["keep", "truncate", "drop", "error"]
-    zero_supervised: Literal["keep", "drop", "error"]
+    overflow: Overflow
+    zero_supervised: ZeroSupervised
     shuffle: dict[str, bool]
     train: list[dict[str, Any]]
     val: list[dict[str, Any]] = []
