@@ -5,17 +5,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import nbformat
-import numpy as np
 import pytest
-from nbclient import NotebookClient
 
 import chatdata as library
 from chatdata.look.inspect import token_rows
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.formats import save_tokenizer
 
-NOTEBOOKS = Path(__file__).parents[3] / "notebooks"
 CHAT = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": [{"type": "python", "text": "b"}, {"type": "python_output", "text": "c"}]},
@@ -109,40 +105,3 @@ def test_documents_of_a_build(demo_mid: Path, chatdata: Callable) -> None:
         result = chatdata("inspect", demo_mid, *arguments)
         assert result.returncode == 2 and result.stderr.startswith(f"Error: {error}")
     assert chatdata("inspect").returncode == 2
-
-
-def test_tables(demo_mid: Path, chatdata: Callable) -> None:
-    assert "demo_math" in chatdata("stats", demo_mid).stdout
-    assert "openai/gsm8k" in chatdata("tasks").stdout
-    listed = {task["task"]: task for task in json.loads(chatdata("tasks", "--json").stdout)}
-    assert listed["gsm8k"]["splits"]["main"] == {"train": 7473, "test": 1319}
-    assert listed["mmlu"]["licence"] == "MIT" and listed["arc"]["source"] == "allenai/ai2_arc"
-    assert chatdata("verify", demo_mid).stdout == f"{demo_mid}: no damage found (quick)\n"
-
-
-def test_verify_exit_code(demo_mid: Path, tmp_path: Path, chatdata: Callable) -> None:
-    import shutil
-
-    broken = tmp_path / "broken"
-    shutil.copytree(demo_mid, broken)
-    path = broken / "train" / "mask-00000.npy"
-    path.write_bytes(path.read_bytes()[:-5])
-    result = chatdata("verify", broken)
-    assert (result.returncode, result.stdout) == (3, f"{broken}: 1 problems (quick)\n")
-    assert result.stderr.startswith(f"{path}: ")
-    assert json.loads(chatdata("verify", broken, "--json").stdout)["problems"] == [result.stderr.strip()]
-
-
-def test_the_notebook_runs(demo_mid: Path) -> None:
-    notebook = nbformat.read(NOTEBOOKS / "inspect_shards.ipynb", as_version=4)
-    os.environ["CHATDATA_BUILD"] = str(demo_mid)
-    try:
-        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
-    finally:
-        del os.environ["CHATDATA_BUILD"]
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    kinds = {kind for output in outputs for kind in output.get("data", {})}
-    assert {"text/html", "image/png"} <= kinds
-    html = "".join(output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {}))
-    assert html.count("supervised (green)") >= 3 and "demo_math" in html
-    assert not np.any([output.output_type == "error" for output in outputs])

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from chatdata import open_build
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
 from chatdata.errors import BuildError
 from chatdata.recipe import load_recipe
 from chatdata.render import batch
+from chatdata.render.contract import Rules, check_documents
 from chatdata.render.format import NANOCHAT
+from chatdata.render.specification import render_conversation
+from chatdata.shards.index import index_arrays, index_schema
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
@@ -92,3 +101,66 @@ def test_a_renderer_that_breaks_the_contract_writes_nothing(
     with pytest.raises(BuildError, match=rf"^c.jsonl line \d: {problem}.*: a defect of chatdata, please report it$"):
         run("broken")
     assert not (tmp_path / "broken").exists()
+
+
+TEXT = st.text(max_size=4)
+PARTS = st.lists(
+    st.builds(
+        lambda kind, text: {"type": kind, "text": text}, st.sampled_from(["text", "python", "python_output"]), TEXT
+    )
+)
+CHATS = st.lists(st.tuples(TEXT, st.one_of(TEXT, PARTS)), min_size=1, max_size=3)
+
+
+@given(st.lists(st.tuples(CHATS, st.booleans(), st.integers(2, 60)), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_what_the_renderer_makes_keeps_the_contract(byte_tokenizer: Tokenizer, chats: list) -> None:
+    """Any conversation, whole or cut anywhere, is sound; with any one mask flipped it is not."""
+    documents, rows = [], []
+    for turns, ends_on_user, limit in chats:
+        messages = [
+            message
+            for user, answer in turns
+            for message in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})
+        ]
+        whole = render_conversation(byte_tokenizer, messages[:-1] if ends_on_user else messages)
+        cut = min(limit, len(whole))
+        documents.append((whole.tokens[:cut], whole.mask[:cut]))
+        spans = [(s.role, s.start, min(s.length, cut - s.start)) for s in whole.spans if s.start < cut]
+        row = {"num_tokens": cut, "num_supervised": int(whole.mask[:cut].sum()), "original_tokens": len(whole)}
+        row["num_turns"] = int(np.isin(whole.tokens, [257, 259]).sum())
+        row |= {"num_tool_calls": sum(s.role == 2 for s in whole.spans), "truncated": cut < len(whole)}
+        ids = whole.tokens[:cut].astype("<u4").tobytes()
+        row["digest"] = hashlib.blake2b(ids + whole.mask[:cut].tobytes(), digest_size=16).digest()
+        row["spans"] = [dict(zip(("role", "start", "length"), span, strict=True)) for span in spans]
+        rows.append(row | {"doc": 0, "row": 0, "position": 0, "entry": 0, "task": "t"})
+    tokens, mask = (np.concatenate([document[i] for document in documents]) for i in (0, 1))
+    offsets = np.cumsum([0, *(len(ids) for ids, _ in documents)])
+    index = index_arrays(pa.Table.from_pylist(rows, schema=index_schema()))
+    rules = Rules(byte_tokenizer.special_ids, 265, "mid")
+    cuts = {'length against the recipe\'s overflow = "keep"'}  # every document has a limit of its own here
+    assert {finding.kind for finding in check_documents(tokens, mask, offsets, index, rules)} <= cuts
+    for place in range(0, len(mask), max(1, len(mask) // 12)):
+        flipped = mask.copy()
+        flipped[place] ^= 1
+        found = [
+            finding for finding in check_documents(tokens, flipped, offsets, index, rules) if finding.file == "mask"
+        ]
+        document = int(np.searchsorted(offsets, place, side="right")) - 1
+        assert [(f.documents.tolist(), f.positions.tolist()) for f in found] == [
+            ([document], [place - offsets[document]])
+        ]
+
+
+def test_pieces_make_no_difference(demo_mid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_build(demo_mid)["train"]
+    arrays = [np.array(split.map(kind, 0)) for kind in ("tokens", "mask", "offsets")]
+    arrays[1][::97] ^= 1
+    index = index_arrays(split.index_table())
+    rules = Rules(split.build.tokenizer.special_ids, 400, "mid")
+    found = []
+    for tokens in (1 << 22, 1000, 100):
+        monkeypatch.setattr("chatdata.render.contract.BLOCK_TOKENS", tokens)
+        findings = check_documents(*arrays, index, rules)
+        found.append({f.kind: list(zip(f.documents.tolist(), f.positions.tolist(), strict=True)) for f in findings})
+    assert found[0] == found[1] == found[2] and len(found[0]) > 5

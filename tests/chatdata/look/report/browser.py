@@ -107,6 +107,12 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    def wait_for_charts(self) -> None:
+        """Until every chart of a report has been drawn."""
+        self.wait(
+            "[...document.querySelectorAll('.chart')].every(c => c.querySelector('.role-mark path, .role-mark rect'))"
+        )
+
     def wait(self, condition: str) -> None:
         """Wait until a JavaScript expression is true."""
         end = time.monotonic() + TIMEOUT_S
