@@ -272,42 +272,6 @@ def test_rows_that_cannot_be_read(tmp_path: Path, byte_tokenizer: Tokenizer, cha
         assert "Traceback" not in result.stderr
 
 
-def test_narrow_terminals_cut_no_number(demo_mid: Path, chatdata: Callable) -> None:
-    tokens = sum(split["tokens"] for split in [library.open_build(demo_mid).manifest["splits"]["train"]])
-    shown = chatdata("stats", demo_mid, env={**os.environ, "COLUMNS": "60"}).stdout
-    assert "…" not in shown and len(str(tokens)) > 4
-    assert "→" in chatdata("build", "--stage", "mid", "--demo", "--dry-run").stdout
-    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    assert chatdata("build", "--stage", "mid", "--demo", "--dry-run", env=ascii_only).returncode == 0
-
-
-def test_terminal_escapes_are_shown_not_sent(tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable) -> None:
-    assert build_of(tmp_path, byte_tokenizer, chatdata, [[{"role": "user", "content": "\x1b[2Jgone"}]]).returncode == 0
-    shown = chatdata("inspect", tmp_path / "out").stdout
-    assert "\x1b" not in shown and "\\x1b[2Jgone" in shown
-
-
-def test_verify_sees_another_tokenizer(tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable) -> None:
-    assert build_of(tmp_path, byte_tokenizer, chatdata, [HI]).returncode == 0
-    (tmp_path / "out" / "tokenizer" / "tokenizer.json").write_text("hi")
-    result = chatdata("verify", tmp_path / "out")
-    assert result.returncode == 3 and "tokenizer.json: SHA-256 differs from the manifest's" in result.stderr
-
-
-def test_options_that_exclude_each_other(demo_mid: Path, tmp_path: Path, chatdata: Callable) -> None:
-    for arguments, error in [
-        (("inspect", demo_mid, "--doc", 3, "--task", "demo_math"), "give --doc or --task, not both"),
-        (("inspect", demo_mid, "--tokenizer", demo_mid), "--tokenizer goes with --conversation"),
-        (
-            ("build", "--stage", "mid", "--demo", "--data-dir", tmp_path),
-            "--data-dir is given, but --demo reads no data",
-        ),
-        (("build", "--stage", "mid", "--data-dir", tmp_path / "typo"), "typo: no such folder"),
-    ]:
-        result = chatdata(*arguments)
-        assert result.returncode == 2 and error in result.stderr
-
-
 @pytest.mark.parametrize("bad", ["x", 1.5, None, True, -1, 2**32, 2**70])
 def test_an_id_that_is_no_number_of_32_bits(tmp_path: Path, byte_tokenizer: Tokenizer, bad: object) -> None:
     save_tokenizer(byte_tokenizer, tmp_path)

@@ -218,3 +218,9 @@ def test_no_manifest_crashes_quick(demo_mid: Path, tmp_path: Path, data: st.Data
 def test_no_file_crashes_quick(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     assert len(verify_quick(tmp_path)) == 1
+
+
+def test_another_tokenizer(built: Path) -> None:
+    file = built / "tokenizer" / "tokenizer.json"
+    file.write_text("hi")
+    assert verify_quick(built) == [f"{file}: SHA-256 differs from the manifest's"]

@@ -325,3 +325,17 @@ def test_tasks(chatdata: Callable) -> None:
     listed = {task["task"]: task for task in json.loads(chatdata("tasks", "--json").stdout)}
     assert listed["gsm8k"]["splits"]["main"] == {"train": 7473, "test": 1319}
     assert listed["mmlu"]["licence"] == "MIT" and listed["arc"]["source"] == "allenai/ai2_arc"
+
+
+def test_options_that_exclude_each_other(demo_mid: Path, tmp_path: Path, chatdata: Callable) -> None:
+    for arguments, error in [
+        (("inspect", demo_mid, "--doc", 3, "--task", "demo_math"), "give --doc or --task, not both"),
+        (("inspect", demo_mid, "--tokenizer", demo_mid), "--tokenizer goes with --conversation"),
+        (
+            ("build", "--stage", "mid", "--demo", "--data-dir", tmp_path),
+            "--data-dir is given, but --demo reads no data",
+        ),
+        (("build", "--stage", "mid", "--data-dir", tmp_path / "typo"), "typo: no such folder"),
+    ]:
+        result = chatdata(*arguments)
+        assert result.returncode == 2 and error in result.stderr

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 
 from chatdata.cli.command import run_command
-from chatdata.disk import describe_os_error, naming
+from chatdata.disk import naming
 
 
 @pytest.fixture
@@ -52,25 +52,6 @@ def test_an_error_of_the_system_names_the_file(say, tmp_path, action, said) -> N
     assert say(lambda: action(tmp_path), "run") == (1, f"Error: {tmp_path}/{said}\n")
 
 
-def test_an_error_without_a_file_or_a_number() -> None:
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert describe_os_error(full) == "no space left on device; free some space, then call again"
-    assert describe_os_error(OSError("the connection broke off")) == "the connection broke off"
-    assert describe_os_error(OSError(errno.EBUSY, "Device or resource busy", 3)) == "device or resource busy"
-
-
-def test_only_what_the_disk_says_gets_a_name() -> None:
-    """A refused connection has nothing to do with the file being written; a name that is there is the right one."""
-    for error, name in [
-        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), None),
-        (OSError(errno.EIO, "Input/output error"), "here"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "there"), "there"),
-    ]:
-        with pytest.raises(type(error)) as raised, naming(Path("here")):
-            raise error
-        assert raised.value is error and error.filename == name
-
-
 def test_an_interruption_says_what_holds_for_the_command(say) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -78,3 +59,9 @@ def test_an_interruption_says_what_holds_for_the_command(say) -> None:
     assert say(interrupt, "chat") == (130, "\nError: interrupted; call again\n")
     assert say(interrupt, "run", only="run") == (130, "\nError: interrupted; call again\n")
     assert say(interrupt, "chat", only="run") == (130, "\nError: interrupted\n")
+
+
+def test_an_ascii_terminal_gets_no_traceback(chatdata: Callable) -> None:
+    command = ["build", "--stage", "mid", "--demo", "--dry-run"]
+    assert "→" in chatdata(*command).stdout
+    assert chatdata(*command, env={**os.environ, "PYTHONIOENCODING": "ascii"}).returncode == 0

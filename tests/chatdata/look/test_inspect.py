@@ -105,3 +105,13 @@ def test_documents_of_a_build(demo_mid: Path, chatdata: Callable) -> None:
         result = chatdata("inspect", demo_mid, *arguments)
         assert result.returncode == 2 and result.stderr.startswith(f"Error: {error}")
     assert chatdata("inspect").returncode == 2
+
+
+def test_terminal_escapes_are_shown_not_sent(tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable) -> None:
+    save_tokenizer(byte_tokenizer, tmp_path / "t")
+    (tmp_path / "c.jsonl").write_text('[{"role": "user", "content": "\\u001b[2Jgone"}]\n')
+    (tmp_path / "r.toml").write_text('stage = "mid"\n[[train]]\ntask = "conversations"\npath = "c.jsonl"\n')
+    command = ["build", "--recipe", tmp_path / "r.toml", "--tokenizer", tmp_path / "t", "--out", tmp_path / "out"]
+    assert chatdata(*command).returncode == 0
+    shown = chatdata("inspect", tmp_path / "out").stdout
+    assert "\x1b" not in shown and "\\x1b[2Jgone" in shown
