@@ -55,7 +55,7 @@ def make_build_plan(arguments: argparse.Namespace) -> BuildPlan:
     from chatdata.recipe import load_recipe
     from chatdata.sources.find import Locations
     from chatdata.tasks import load_tasks
-    from chatdata.tokenizer.load import load_tokenizer
+    from chatdata.tokenizer.files import load_tokenizer
 
     shared, tasks = arguments.shared, load_tasks()
     recipe = load_recipe(str(arguments.recipe), tasks)
@@ -182,7 +182,7 @@ def chat_template(arguments: argparse.Namespace, folder: Path) -> Callable[[], i
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from chatdata.tokenizer.formats import save_tokenizer
+    from chatdata.tokenizer.files import save_tokenizer
 
     plan = make_build_plan(arguments)
     save_tokenizer(plan.tokenizer, folder / "tokenizer")

@@ -18,8 +18,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from chatdata.tasks import load_tasks
-from chatdata.tokenizer.formats import save_tokenizer
-from chatdata.tokenizer.load import load_tokenizer
+from chatdata.tokenizer.files import load_tokenizer, save_tokenizer
 from chateval.ask.letters import choose_letters
 from chateval.ask.questions import load_questions
 from chateval.ask.subject import load_subject

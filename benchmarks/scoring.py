@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from chatdata.tasks import load_tasks
-from chatdata.tokenizer.load import load_tokenizer
+from chatdata.tokenizer.files import load_tokenizer
 from chateval.ask.generate import Prompt, Sampling, generate
 from chateval.ask.letters import choose_letters
 from chateval.ask.questions import ScoredTask, load_questions

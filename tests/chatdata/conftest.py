@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
-from chatdata.tokenizer.load import load_tokenizer
+from chatdata.tokenizer.files import load_tokenizer
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 

@@ -22,9 +22,8 @@ from chatdata.sources.hub import check_complete
 from chatdata.sources.training_texts import read_texts
 from chatdata.tasks import spelling_bee
 from chatdata.tasks.words import read_words
-from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
-from chatdata.tokenizer.formats import read_json, save_tokenizer
-from chatdata.tokenizer.train import train_tokenizer
+from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens, train_tokenizer
+from chatdata.tokenizer.files import read_json, save_tokenizer
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 SPECIALS = append_special_tokens(BYTES)
@@ -83,7 +82,7 @@ def test_tokenizer_json_that_means_something_else(tmp_path: Path, byte_tokenizer
         (with_split(pattern={"String": " "}), "with a Regex"),
         (with_split(pattern={"Regex": r"\w+"}), "the split pattern loses text"),
         ({"model": {**good["model"], "dropout": 0.5}}, "its model has dropout = 0.5"),
-        ({"model": {**good["model"], "ignore_merges": False, "merges": merges[:3]}}, "no merge makes the entry"),
+        ({"model": {**good["model"], "ignore_merges": False, "merges": merges[:3]}}, "no merge makes the token"),
         ({"added_tokens": [*good["added_tokens"], hello]}, "'hello' is added but not special"),
     ]:
         with pytest.raises(TokenizerError, match=message):

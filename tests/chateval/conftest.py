@@ -20,7 +20,7 @@ from torch import Tensor
 
 import chatdata
 from chatdata.tokenizer.bpe import Tokenizer
-from chatdata.tokenizer.load import load_tokenizer
+from chatdata.tokenizer.files import load_tokenizer
 from chateval.ask.subject import Subject
 from chateval.cli import main
 from chateval.errors import SandboxError

@@ -18,7 +18,7 @@ from chatdata.build.run import build
 from chatdata.errors import UsageError
 from chatdata.tasks.words import is_test_word
 from chatdata.tokenizer.bpe import Tokenizer
-from chatdata.tokenizer.formats import save_tokenizer
+from chatdata.tokenizer.files import save_tokenizer
 
 ROOT = Path(__file__).parents[3]
 

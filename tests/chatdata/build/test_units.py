@@ -320,7 +320,7 @@ def run_small(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def tokenizer_file(byte_tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    from chatdata.tokenizer.formats import save_tokenizer
+    from chatdata.tokenizer.files import save_tokenizer
 
     save_tokenizer(byte_tokenizer, tmp_path / "tokenizer")
     return tmp_path / "tokenizer"

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer
-from chatdata.tokenizer.formats import save_tokenizer
+from chatdata.tokenizer.files import save_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CONVERSATIONS = 'stage = "mid"\n[[train]]\ntask = "conversations"\npath = "c.jsonl"\n'
@@ -198,7 +198,7 @@ BAD_INPUTS = [
         CONVERSATIONS,
         ["--tokenizer", "{tmp}/wide.tiktoken"],
         1,
-        "{tmp}/wide.tiktoken: id 4294967304 does not fit uint32 shards; ids must lie in 0 … 4294967295",
+        "{tmp}/wide.tiktoken: id 4294967304 does not fit uint32 shards; ids must be in 0 … 4294967295",
     ),
     (
         "a tokenizer that is not there",

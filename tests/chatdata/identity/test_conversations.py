@@ -23,7 +23,7 @@ from chatdata.render.specification import render_conversation
 from chatdata.sources.find import Locations, resolve
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
-from chatdata.tokenizer.formats import save_tokenizer
+from chatdata.tokenizer.files import save_tokenizer
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ROOT / "packages" / "chatdata" / "src" / "chatdata" / "demo"

@@ -10,7 +10,7 @@ import pytest
 import chatdata as library
 from chatdata.look.inspect import token_rows
 from chatdata.tokenizer.bpe import Tokenizer
-from chatdata.tokenizer.formats import save_tokenizer
+from chatdata.tokenizer.files import save_tokenizer
 
 CHAT = [
     {"role": "user", "content": "a"},

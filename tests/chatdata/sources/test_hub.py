@@ -26,8 +26,8 @@ from chatdata.errors import MissingSource
 from chatdata.recipe import Entry
 from chatdata.sources.find import Locations, resolve
 from chatdata.tasks import load_tasks
-from chatdata.tokenizer.formats import save_tokenizer
-from chatdata.tokenizer.train import train_tokenizer
+from chatdata.tokenizer.bpe import train_tokenizer
+from chatdata.tokenizer.files import save_tokenizer
 
 
 def _load_hub_server() -> ModuleType:

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 
 from chatdata import load_tokenizer, render_conversation
 from chatdata.errors import TokenizerError
-from chatdata.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, append_special_tokens
-from chatdata.tokenizer.formats import read_json, read_pickle, read_tiktoken, save_tokenizer
-from chatdata.tokenizer.train import train_tokenizer
+from chatdata.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, append_special_tokens, train_tokenizer
+from chatdata.tokenizer.files import read_json, read_pickle, read_tiktoken, save_tokenizer
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
@@ -140,7 +139,7 @@ def test_training_is_deterministic_over_thread_counts(tmp_path: Path, chatdata: 
 
 
 def test_training_on_too_little_text() -> None:
-    with pytest.raises(TokenizerError, match="yields only 258 of the 991 entries asked for"):
+    with pytest.raises(TokenizerError, match="yields only 258 of the 991 tokens requested"):
         train_tokenizer(iter(["abc"]), 1000)
     with pytest.raises(TokenizerError, match="256 bytes and 9 special tokens need 265"):
         train_tokenizer(iter(["abc"]), 264)
@@ -243,7 +242,7 @@ def test_vocabulary_is_checked() -> None:
         ({**BYTES, b"ab": 2**32}, specials, "id 4294967296 does not fit uint32 shards"),
         ({**BYTES, b"ab": 256}, specials, "id 256 is used twice"),
         ({**BYTES, b"ab": -1}, specials, "id -1 does not fit"),
-        ({b"a": 0}, specials, "255 of the 256 single bytes have no entry"),
+        ({b"a": 0}, specials, "255 of the 256 single bytes have no token"),
     ]:
         with pytest.raises(TokenizerError, match=message):
             Tokenizer(ranks, SPLIT_PATTERN, special_ids, "test")

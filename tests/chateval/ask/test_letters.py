@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chatdata.tasks import load_tasks
-from chatdata.tokenizer.load import load_tokenizer
+from chatdata.tokenizer.files import load_tokenizer
 from chateval.ask.letters import choose_letters, letter_ids
 from chateval.ask.questions import load_questions
 from chateval.ask.subject import load_subject
@@ -24,7 +24,7 @@ NEAR_TIE = 1e-4
 @pytest.fixture(scope="module")
 def checkpoint(shared, save_random, tmp_path_factory):
     """Random weights over the 65,536-entry tokenizer."""
-    from chatdata.tokenizer.formats import save_tokenizer
+    from chatdata.tokenizer.files import save_tokenizer
 
     folder = tmp_path_factory.mktemp("random")
     save_tokenizer(load_tokenizer(shared / "data" / "tokenizer" / "tokenizer.pkl"), folder / "tokenizer")

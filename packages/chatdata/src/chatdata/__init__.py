@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from chatdata.render.specification import render_conversation, render_for_completion
     from chatdata.shards.read import Build, Split, open_build
     from chatdata.tokenizer.bpe import Tokenizer
-    from chatdata.tokenizer.load import load_tokenizer
+    from chatdata.tokenizer.files import load_tokenizer
 
 __version__ = version("chatdata")
 __all__ = [
@@ -34,7 +34,7 @@ _HOMES = {
     "Document": "document",
     "Split": "shards.read",
     "Tokenizer": "tokenizer.bpe",
-    "load_tokenizer": "tokenizer.load",
+    "load_tokenizer": "tokenizer.files",
     "open_build": "shards.read",
     "render_conversation": "render.specification",
     "render_for_completion": "render.specification",

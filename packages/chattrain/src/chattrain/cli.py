@@ -215,7 +215,7 @@ def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None
 def export(checkpoint: Path, out: Path, verify: bool) -> None:
     """Write a checkpoint (or a run's last one) as transformers' NanoChat."""
     from chatdata.render.format import NANOCHAT
-    from chatdata.tokenizer.load import load_tokenizer
+    from chatdata.tokenizer.files import load_tokenizer
     from chattrain.checkpoint import read_checkpoint
     from chattrain.nanochat.export import export_transformers
 
@@ -236,8 +236,7 @@ def export(checkpoint: Path, out: Path, verify: bool) -> None:
 @click.option("--out", type=PATH, required=True, help="Run folder to write; --init takes it.")
 def import_nanochat(folder: Path, tokenizer: Path, out: Path) -> None:
     """Make a checkpoint of nanochat's model_<step>.pt and meta_<step>.json (December 2025)."""
-    from chatdata.tokenizer.formats import save_tokenizer
-    from chatdata.tokenizer.load import load_tokenizer
+    from chatdata.tokenizer.files import load_tokenizer, save_tokenizer
     from chattrain.checkpoint import save_checkpoint
     from chattrain.nanochat.checkpoints import import_nanochat as read
 

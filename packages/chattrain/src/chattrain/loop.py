@@ -161,7 +161,7 @@ def initial_model(settings: Settings, build: Build) -> tuple[ModelConfig, dict[s
 
 def require_same_tokenizer(checkpoint: Checkpoint, build: Build) -> None:
     """Raises RunError unless checkpoint and build give the same ids for the canary texts."""
-    from chatdata.tokenizer.load import load_tokenizer
+    from chatdata.tokenizer.files import load_tokenizer
 
     theirs, ours = load_tokenizer(checkpoint.path / "tokenizer"), build.manifest["tokenizer"]
     if (theirs.vocab_size, theirs.canary_sha256) != (ours["vocab_size"], ours["canary_sha256"]):

@@ -35,7 +35,7 @@ from chatdata.progress import Progress
 from chatdata.render.documents import RenderedDocuments, check_cut
 from chatdata.shards.manifest import FORMAT, VERSION, build_id_of
 from chatdata.sources.files import forget_readers
-from chatdata.tokenizer.formats import save_tokenizer
+from chatdata.tokenizer.files import save_tokenizer
 
 MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
 CACHE_FULL = " for rendered units; CHATDATA_CACHE may name another one"

@@ -175,7 +175,7 @@ def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
 def _tokenizer(path: Path | None, demo: bool) -> Tokenizer:
     """The tokenizer at `path`, or with `demo` the demo's own, trained now. Raises UsageError, TokenizerError."""
     if path is not None:
-        from chatdata.tokenizer.load import load_tokenizer
+        from chatdata.tokenizer.files import load_tokenizer
 
         return load_tokenizer(path)
     if demo:

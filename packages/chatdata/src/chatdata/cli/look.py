@@ -53,7 +53,7 @@ def inspect(
     and mask, one line per token.
     """
     from chatdata.look import inspect as look
-    from chatdata.tokenizer.load import load_tokenizer
+    from chatdata.tokenizer.files import load_tokenizer
 
     if conversation is not None:
         if path is not None or tokenizer is None or doc is not None or task is not None:

@@ -32,8 +32,7 @@ def tokenizer() -> None:
 def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Path) -> None:
     """Train byte-level BPE on text, JSONL or Parquet files of conversations or plain text. Deterministic."""
     from chatdata.sources.training_texts import read_texts
-    from chatdata.tokenizer.bpe import SPLIT_PATTERN
-    from chatdata.tokenizer.train import train_tokenizer
+    from chatdata.tokenizer.bpe import SPLIT_PATTERN, train_tokenizer
 
     _check_free(out)
     _save(train_tokenizer(read_texts(files), vocab_size, SPLIT_PATTERN if pattern is None else pattern), out)
@@ -51,8 +50,7 @@ def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Pa
 @click.option("--out", type=FILE, required=True, help="Folder to write.")
 def import_(file: Path, pattern: str | None, out: Path) -> None:
     """Check a tokenizer.pkl, tokenizer.json or .tiktoken file and convert it to a tokenizer folder."""
-    from chatdata.tokenizer.formats import read_tiktoken
-    from chatdata.tokenizer.load import load_tokenizer
+    from chatdata.tokenizer.files import load_tokenizer, read_tiktoken
 
     if pattern is not None and file.suffix != ".tiktoken":
         raise UsageError("--pattern goes with a .tiktoken file; others hold their own")
@@ -69,7 +67,7 @@ def import_(file: Path, pattern: str | None, out: Path) -> None:
 def show(path: Path, text: str | None, as_json: bool) -> None:
     """Print vocabulary size, special tokens, split pattern and shard dtype; with --text, the tokens of a text."""
     from chatdata.look.console import shard_dtype
-    from chatdata.tokenizer.load import load_tokenizer
+    from chatdata.tokenizer.files import load_tokenizer
 
     loaded = load_tokenizer(path)
     facts: dict[str, Any] = {
@@ -101,7 +99,7 @@ def _check_free(out: Path) -> None:
 
 def _save(loaded: Tokenizer, out: Path) -> None:
     from chatdata.look.console import shard_dtype
-    from chatdata.tokenizer.formats import save_tokenizer
+    from chatdata.tokenizer.files import save_tokenizer
 
     _check_free(out)
     save_tokenizer(loaded, out)

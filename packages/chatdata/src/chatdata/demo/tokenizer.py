@@ -10,8 +10,7 @@ from chatdata.recipe import load_recipe
 from chatdata.sources.find import Locations, resolve
 from chatdata.sources.training_texts import texts_of
 from chatdata.tasks.task import load_tasks
-from chatdata.tokenizer.bpe import Tokenizer
-from chatdata.tokenizer.train import train_tokenizer
+from chatdata.tokenizer.bpe import Tokenizer, train_tokenizer
 
 # Few entries, and none made for the spelling tasks, whose words then fall into pieces of one or two letters. After 700
 # steps of the demo: 512 entries from every task 85 % of unseen words spelled right and 92 % of sums, 320 entries 95 %

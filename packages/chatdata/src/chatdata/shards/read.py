@@ -66,7 +66,7 @@ class Build:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        from chatdata.tokenizer.load import load_tokenizer
+        from chatdata.tokenizer.files import load_tokenizer
 
         return load_tokenizer(self.path / "tokenizer")
 

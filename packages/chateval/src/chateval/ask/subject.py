@@ -99,7 +99,7 @@ def load_subject(path: Path, device: torch.device, dtype: torch.dtype | None = N
     dtype: by default bfloat16 on cuda, else float32. Raises CheckpointError, WeightsError or ConfigError of chattrain,
     TokenizerError, and ScoringError if model and tokenizer do not belong together.
     """
-    from chatdata.tokenizer.load import load_tokenizer
+    from chatdata.tokenizer.files import load_tokenizer
 
     if is_export(path):
         config, weights = read_export(path)

@@ -1,7 +1,7 @@
-"""Tokenizer files: tokenizer.json, nanochat's tokenizer.pkl and .tiktoken read; a build's folder `tokenizer` written.
+"""Load and save tokenizers: reads tokenizer.json, nanochat's tokenizer.pkl and .tiktoken; writes a tokenizer folder.
 
 No pickle is ever executed: tokenizer.pkl goes through an unpickler that admits the one name `tiktoken.core.Encoding`,
-and even that name builds only a plain holder of data.
+and even that name only creates an object without code.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import base64
 import binascii
 import json
 import pickle
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from chatdata.errors import TokenizerError
 from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
 
-# OpenAI's GPT-2 pattern: what tokenizers' ByteLevel pre-tokenizer uses when it is asked to split by itself
+# OpenAI's GPT-2 pattern: what tokenizers' ByteLevel pre-tokenizer uses if it has to split, too
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -32,11 +31,35 @@ _TO_CHAR = _byte_alphabet()
 _TO_BYTE = {char: byte for byte, char in _TO_CHAR.items()}
 
 
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a build, a tokenizer folder, or a tokenizer.json, tokenizer.pkl or .tiktoken file.
+
+    Raises TokenizerError if there is none or it cannot be used.
+    """
+    path = Path(path)
+    if path.is_dir():
+        candidates = [path / "tokenizer.json", path / "tokenizer" / "tokenizer.json", path / "tokenizer.pkl"]
+        found = [candidate for candidate in candidates if candidate.is_file()]
+        if not found:
+            raise TokenizerError(f"{path}: no tokenizer.json, tokenizer/tokenizer.json or tokenizer.pkl in this folder")
+        path = found[0]
+    if not path.is_file():
+        raise TokenizerError(f"{path}: no such tokenizer file or folder")
+    if path.suffix == ".pkl":
+        return read_pickle(path)
+    if path.suffix == ".tiktoken":
+        return read_tiktoken(path)
+    if path.suffix == ".json":
+        return read_json(path)
+    raise TokenizerError(f"{path}: not a tokenizer; expected tokenizer.json, tokenizer.pkl or a .tiktoken file")
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: the same bytes for the same tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = tokenizer.ranks
-    vocab = {_to_text(token): ranks[token] for token in sorted(ranks, key=ranks.__getitem__)}
+    by_id = sorted(ranks, key=ranks.__getitem__)
+    vocab = {token.decode("latin-1").translate(_TO_CHAR): ranks[token] for token in by_id}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -82,19 +105,20 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    _write_text(folder / "tokenizer.json", json.dumps(contents, ensure_ascii=False, separators=(",", ":")))
-    _write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
-    _write_text(folder / "chat_template.jinja", chat_template())
-
-
-def chat_template() -> str:
-    """The Jinja template that renders a conversation in the common form to the text of our tokens."""
-    return resources.files("chatdata.tokenizer").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    for name, text in (
+        ("tokenizer.json", json.dumps(contents, ensure_ascii=False, separators=(",", ":"))),
+        ("tokenizer_config.json", json.dumps(config, indent=1) + "\n"),
+        ("chat_template.jinja", Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")),
+    ):
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs in merge order, of a vocabulary in the order of its ids. tiktoken joins *any* two neighbours whose bytes
-    are a token, so every split of a token into two tokens is a merge, not only the one it was trained with."""
+    """Pairs in merge order; `vocab` is in the order of its ids.
+
+    tiktoken joins *any* two neighbours whose bytes are a token, so every split of a token into two tokens is a merge,
+    not only the one it was trained with.
+    """
     merges = []
     for token in vocab:
         lefts = [left for i in range(1, len(token)) if (left := token[:i]) in vocab and token[i:] in vocab]
@@ -118,7 +142,7 @@ def read_json(path: Path) -> Tokenizer:
         unlike = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
         if unlike:
             raise TokenizerError(
-                f"{path}: its model has {unlike[0]} = {model[unlike[0]]!r}; tiktoken has no such thing"
+                f"{path}: its model has {unlike[0]} = {model[unlike[0]]!r}; tiktoken has no such setting"
             )
         if contents.get("normalizer") is not None:
             kind = contents["normalizer"].get("type")
@@ -169,14 +193,11 @@ def _check_merges(merges: list[Any], vocab: dict[str, int], ignore_merges: bool,
     unmade = [token for token in vocab if len(token) > 1 and token not in made]
     unmade = [token for token in unmade if not (token.startswith("<|") and token.endswith("|>"))]
     if unmade and not ignore_merges:
-        raise TokenizerError(f"{path}: no merge makes the entry {unmade[0]!r}; tiktoken would use it all the same")
+        raise TokenizerError(f"{path}: no merge makes the token {unmade[0]!r}; tiktoken would use it all the same")
 
 
 class _EncodingData:
-    """Holds what the pickle of a tiktoken.Encoding carries; nothing of tiktoken runs."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+    """Takes the state of a pickled tiktoken.Encoding as its attributes; nothing of tiktoken runs."""
 
 
 class _EncodingUnpickler(pickle.Unpickler):
@@ -193,9 +214,7 @@ def read_pickle(path: Path) -> Tokenizer:
     """Read nanochat's tokenizer.pkl (a pickled tiktoken.Encoding) without running any of it. Raises TokenizerError."""
     try:
         with path.open("rb") as file:
-            state = _EncodingUnpickler(file).load().state
-        if not isinstance(state, dict):
-            raise TypeError(f"state is {type(state).__name__}")
+            state = vars(_EncodingUnpickler(file).load())
         ranks, pattern, special_ids = state["mergeable_ranks"], state["pat_str"], state["special_tokens"]
         plain = (
             isinstance(pattern, str)
@@ -206,7 +225,7 @@ def read_pickle(path: Path) -> Tokenizer:
             raise TypeError("ranks or special tokens of another type")
     except TokenizerError as error:
         raise error.at(str(path)) from None
-    except Exception as error:  # a crafted pickle can fail in any way; none of them is ours
+    except Exception as error:  # a crafted pickle can fail in any way
         raise TokenizerError(f"{path}: not a pickled tiktoken.core.Encoding: {type(error).__name__} {error}") from None
     return Tokenizer(ranks, pattern, special_ids, str(path))
 
@@ -214,8 +233,8 @@ def read_pickle(path: Path) -> Tokenizer:
 def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
     """Read a .tiktoken file (a line per token: base64, rank); the nine special tokens are appended.
 
-    The split pattern is not in such a file: it is `pattern`, else the text of the file `<name>.pattern` beside it.
-    Raises TokenizerError if there is no pattern, or naming the line that is not a token and its rank.
+    Such a file does not hold the split pattern: it is `pattern`, else the text of the file `<name>.pattern` next to it.
+    Raises TokenizerError if there is no pattern, or for the first line that is not a token and its rank.
     """
     if pattern is None:
         beside = path.with_suffix(".pattern")
@@ -233,7 +252,7 @@ def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
             encoded, rank = line.split()
             token = base64.b64decode(encoded, validate=True)
             if token in ranks:
-                raise TokenizerError(f"{path} line {number}: the token {token!r} stands here a second time")
+                raise TokenizerError(f"{path} line {number}: the token {token!r} is listed twice")
             ranks[token] = int(rank)
         except TokenizerError:
             raise
@@ -242,16 +261,8 @@ def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
     return Tokenizer(ranks, pattern, append_special_tokens(ranks), str(path))
 
 
-def _to_text(token: bytes) -> str:
-    return token.decode("latin-1").translate(_TO_CHAR)
-
-
 def _to_bytes(text: str, path: Path) -> bytes:
     try:
         return bytes(_TO_BYTE[char] for char in text)
     except KeyError:
-        raise TokenizerError(f"{path}: entry {text!r} is not in the byte-level alphabet") from None
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+        raise TokenizerError(f"{path}: token {text!r} is not in the byte-level alphabet") from None
