@@ -39,13 +39,8 @@ def diff_builds(a: Build, b: Build) -> dict[str, Any]:
     one, two = a.manifest, b.manifest
     found: dict[str, Any] = {"a": str(a.path), "b": str(b.path), "build_id": [one["build_id"], two["build_id"]]}
     found["identical"] = one["build_id"] == two["build_id"]
-    parts = {key: (one[key], two[key]) for key in ("recipe", "tokenizer")}
-    parts["sources"] = (_by_name(one["sources"]), _by_name(two["sources"]))
-    shown = {*parts, "splits", "build_id"}
-    rest_a, rest_b = ({k: v for k, v in manifest.items() if k not in shown} for manifest in (one, two))
-    parts["other"] = rest_a, rest_b
-    for name in ("recipe", "sources", "tokenizer", "other"):
-        found[name] = _listed(*parts[name])
+    parts_a, parts_b = _parts(one), _parts(two)
+    found |= {name: _listed(parts_a[name], parts_b[name]) for name in parts_a}
     found["splits"] = {
         name: _diff_split(a, b, name)
         for name in dict.fromkeys([*one["splits"], *two["splits"]])
@@ -56,6 +51,13 @@ def diff_builds(a: Build, b: Build) -> dict[str, Any]:
 
 def _listed(a: Any, b: Any) -> list[dict[str, Any]]:
     return [{"key": key, "a": one, "b": two} for key, one, two in differences(a, b)]
+
+
+def _parts(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without its splits, as the sections of the result."""
+    other = {k: v for k, v in manifest.items() if k not in ("recipe", "sources", "tokenizer", "splits", "build_id")}
+    sources = _by_name(manifest["sources"])
+    return {"recipe": manifest["recipe"], "sources": sources, "tokenizer": manifest["tokenizer"], "other": other}
 
 
 def _by_name(sources: list[dict[str, Any]]) -> dict[str, Any]:

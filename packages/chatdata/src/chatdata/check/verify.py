@@ -85,11 +85,15 @@ def _build_files(build: Build) -> Iterator[tuple[Path, dict[str, Any]]]:
                 yield split.path(kind, number), shard["files"][kind]
 
 
+def _known_files(build: Build) -> Iterator[Path]:
+    yield from (build.path / name for name in ("manifest.json", "report.json"))
+    yield from (build.path / "tokenizer" / name for name in build.manifest["tokenizer"]["files"])
+    yield from (file for file, _ in _build_files(build))
+
+
 def _links(build: Build) -> list[str]:
-    root = build.path.resolve()
-    files = [build.path / name for name in ("manifest.json", "report.json", "tokenizer", *build.splits)]
-    files += [build.path / "tokenizer" / name for name in build.manifest["tokenizer"]["files"]]
-    files += [file for file, _ in _build_files(build)]
+    root, files = build.path.resolve(), [*_known_files(build)]
+    files += [build.path / name for name in ("tokenizer", *build.splits)]
     return [f"{file}: a link out of the build" for file in files if not file.resolve().is_relative_to(root)]
 
 
@@ -168,9 +172,7 @@ def _hash_problems(build: Build, progress: Progress) -> list[str]:
 
 
 def _unknown_files(build: Build) -> list[str]:
-    known = {build.path / name for name in ("manifest.json", "report.json", MARK)}
-    known |= {build.path / "tokenizer" / name for name in build.manifest["tokenizer"]["files"]}
-    known |= {file for file, _ in _build_files(build)}
+    known = {*_known_files(build), build.path / MARK}
     folders = {build.path, *(file.parent for file in known)}
     unknown = []
     for folder, subfolders, names in os.walk(build.path):

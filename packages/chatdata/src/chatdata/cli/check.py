@@ -31,24 +31,14 @@ from chatdata.errors import UsageError
 @click.option("--data-dir", type=FILE, help="semantic: folder of Hub clones, as for build.")
 @click.option("--identity", type=FILE, help="semantic: the identity file, if build was given one.")
 @click.option("--words", metavar="FILE|URL", help="semantic: the word list, if build was given one.")
-@click.option("--task-file", "task_files", type=FILE, multiple=True, help="semantic: as for build.")
+@click.option("--task-file", type=FILE, multiple=True, help="semantic: as for build.")
 @click.option(
     "--share",
     type=click.FloatRange(0, 1),
     help="semantic: share of the documents to render again, at least 100 per split and 1 per entry.  [default: 0.01]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(
-    path: Path,
-    level: str,
-    recipe: str | None,
-    data_dir: Path | None,
-    identity: Path | None,
-    words: str | None,
-    task_files: tuple[Path, ...],
-    share: float | None,
-    as_json: bool,
-) -> int:
+def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
     """Check a build on disk. Exit code 3 if anything is wrong.
 
     \b
@@ -63,13 +53,11 @@ def verify(
     from chatdata.check.verify import verify_full, verify_quick
     from chatdata.progress import shown_progress
 
-    given: dict[str, Any] = {"--recipe": recipe, "--data-dir": data_dir, "--identity": identity, "--words": words}
-    given |= {"--task-file": task_files or None, "--share": share}
-    idle = [name for name, value in given.items() if value is not None]
-    if idle and level != "semantic":
-        raise UsageError(f"{idle[0]} goes with --level semantic")
-    if data_dir and not data_dir.is_dir():
-        raise UsageError(f"--data-dir {data_dir}: no such folder")
+    unused = [name for name, value in given.items() if value not in (None, ())]
+    if unused and level != "semantic":
+        raise UsageError(f"--{unused[0].replace('_', '-')} goes with --level semantic")
+    if given["data_dir"] and not given["data_dir"].is_dir():
+        raise UsageError(f"--data-dir {given['data_dir']}: no such folder")
     with shown_progress(quiet=as_json or level == "quick") as progress:
         if level == "quick":
             problems = verify_quick(path)
@@ -81,10 +69,10 @@ def verify(
             from chatdata.sources.find import Locations
             from chatdata.tasks.task import load_tasks
 
-            tasks = load_tasks(task_files)
-            loaded = load_recipe(recipe, tasks) if recipe else None
-            locations = Locations(Path(), data_dir, identity, words)
-            share = 0.01 if share is None else share
+            tasks = load_tasks(given["task_file"])
+            loaded = load_recipe(given["recipe"], tasks) if given["recipe"] else None
+            locations = Locations(Path(), given["data_dir"], given["identity"], given["words"])
+            share = 0.01 if given["share"] is None else given["share"]
             problems = verify_semantic(path, locations, tasks, recipe=loaded, share=share, progress=progress)
     if as_json:
         click.echo(json.dumps({"build": str(path), "level": level, "problems": problems}))

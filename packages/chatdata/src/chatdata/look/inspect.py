@@ -13,7 +13,7 @@ from rich.text import Text
 
 from chatdata.document import IGNORED, Document
 from chatdata.errors import ChatdataError, SourceError, UsageError, printable
-from chatdata.look.console import console
+from chatdata.look.console import console, grid
 from chatdata.render.format import NANOCHAT
 from chatdata.render.specification import render_conversation
 from chatdata.shards.read import Split, open_build
@@ -70,15 +70,15 @@ def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> N
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return
-    width = max(len(repr(row["token"])) for row in rows)
-    heads = ["idx", "token".ljust(width), "id".rjust(6), "mask"]
-    heads += [name.rjust(10) for name in rows[0] if name not in ("idx", "token", "id", "mask")]
-    out = console()
-    out.print("  ".join(["  idx", *heads[1:]]), style="bold")
+    lines = grid(*rows[0])
+    for column in lines.columns:
+        column.no_wrap = column.header != "token"  # a very long token folds rather than being cut
+        column.justify = "right" if column.no_wrap else "left"
     for row in rows:
-        cells = [f"{row['idx']:5}", repr(row["token"]).ljust(width), f"{row['id']:6}", f"{row['mask']:4}"]
-        cells += [("·" if row[key] is None else str(row[key])).rjust(10) for key in list(row)[4:]]
-        out.print(Text("  ".join(cells), style=SUPERVISED_STYLE if row["mask"] else ""))
+        cells = ("·" if v is None else repr(v) if key == "token" else str(v) for key, v in row.items())
+        lines.add_row(*map(escape, cells), style=SUPERVISED_STYLE if row["mask"] else "")
+    out = console()
+    out.print(lines)
     if "mid" in stages:
         out.print("mid: the last target is the bos of the next document in the stream", style="dim")
     out.print(f"{len(document)} tokens, {document.num_supervised} supervised", style="dim")

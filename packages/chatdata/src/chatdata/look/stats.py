@@ -7,6 +7,14 @@ from typing import Any
 from chatdata.look.console import console, share, table
 from chatdata.shards.read import Build
 
+SUMS = {
+    "tokens": "num_tokens",
+    "supervised": "num_supervised",
+    "truncated": "truncated",
+    "turns": "num_turns",
+    "tool_calls": "num_tool_calls",
+}
+
 
 def build_stats(build: Build) -> dict[str, Any]:
     """Per split and task: documents, tokens, supervised, truncated, turns, tool calls, and quantiles of length."""
@@ -17,11 +25,7 @@ def build_stats(build: Build) -> dict[str, Any]:
     for name, split in build.splits.items():
         frame = split.index.group_by(pl.col("task").cast(pl.String), maintain_order=True).agg(
             documents=pl.len(),
-            tokens=length.sum().cast(pl.Int64),
-            supervised=pl.col("num_supervised").sum().cast(pl.Int64),
-            truncated=pl.col("truncated").sum(),
-            turns=pl.col("num_turns").sum().cast(pl.Int64),
-            tool_calls=pl.col("num_tool_calls").sum().cast(pl.Int64),
+            **{key: pl.col(column).sum().cast(pl.Int64) for key, column in SUMS.items()},
             length=pl.struct(
                 min=length.min(),
                 median=length.quantile(0.5, "nearest").cast(pl.Int32),

@@ -103,7 +103,7 @@ def lines_of(
 
 
 def _runs(ids: Sequence[int], mask: np.ndarray, names: dict[int, str]) -> list[tuple[int, int]]:
-    """[start, stop) of runs of text with equal mask; each special token is a run of its own."""
+    """[start, stop) of runs of text with equal mask; each special token is a separate run."""
     if not len(ids):
         return []
     special = np.isin(ids, list(names))
