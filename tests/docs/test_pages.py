@@ -47,6 +47,15 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_the_modules_that_a_page_names_exist(page: Path) -> None:
+    """`render/format.py`: below the repository or one of the packages."""
+    text = page.read_text(encoding="utf-8").partition("\n## Sources\n")[0]
+    homes = [ROOT, *(path for path in ROOT.glob("packages/*/src/*") if path.is_dir())]
+    for named in re.findall(r"`(\w+/[\w./]+\.(?:py|toml|jinja|jsonl))`", text):
+        assert any((home / named).exists() for home in homes), (page.name, named)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_the_tests_that_a_page_names_exist(page: Path) -> None:
     """`tests/chattrain/test_optim.py::test_rates`, `::test_another` of the same file."""
     file = None
