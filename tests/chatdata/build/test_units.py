@@ -28,12 +28,12 @@ from chatdata.build import engines as engine
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
 from chatdata.build.units import RENDERING_CODE, Renderer, code_sha256, cut_units, render_unit
+from chatdata.disk import cache_folder
 from chatdata.errors import BuildError, ConversationError, TaskError, TokenizerError
 from chatdata.recipe import load_recipe
-from chatdata.sources import files
-from chatdata.sources.files import SourceFile, read_file, records_of
+from chatdata.sources import source
 from chatdata.sources.find import Locations
-from chatdata.sources.source import Source
+from chatdata.sources.source import Source, SourceFile
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -78,7 +78,7 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Units of about 2 kB, workers for any amount of work, and a cache of this test's own."""
-    for module in (files, units):
+    for module in (source, units):
         monkeypatch.setattr(module, "SEGMENT_BYTES", 2_000)
     monkeypatch.setattr(engine, "BYTES_PER_WORKER", 1)
     monkeypatch.setattr("chatdata.sources.source.ROWS_PER_SEGMENT", 64)
@@ -99,7 +99,7 @@ def run(
 def test_any_worker_count_gives_the_same_bytes(recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
     manifests = {}
     for workers in (1, 2, 5):
-        cache.prune(cache.units_folder(), 0)
+        cache.prune(cache_folder("units"), 0)
         manifests[workers], report = run(recipe, byte_tokenizer, tmp_path / f"out{workers}", workers=workers)
         assert report["units"] == {"rendered": NUM_UNITS, "cached": 0, "damaged": 0}
         assert report["workers"] == workers
@@ -132,7 +132,7 @@ def test_changing_one_entry_renders_only_its_rows(recipe: Path, byte_tokenizer: 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_a_damaged_unit_is_rendered_again(recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path, damage: str) -> None:
     whole, _ = run(recipe, byte_tokenizer, tmp_path / "a")
-    unit = cache.cached_units(cache.units_folder())[7].path
+    unit = cache.cached_units(cache_folder("units"))[7].path
     data = bytearray(unit.read_bytes())
     data[len(data) // 2] ^= 1
     unit.write_bytes({"flip": data, "cut": data[: len(data) // 2], "empty": b""}[damage])
@@ -250,6 +250,14 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceFile]:
     return {name: SourceFile(folder / name, name) for name in ("one.parquet", "many.parquet", "lines.jsonl")}
 
 
+def numbers_of(source: Source, first: int, wanted: np.ndarray) -> list[tuple[int, int]]:
+    return [
+        (row, record["n"])
+        for rows, raw in source.read_batches(first, wanted)
+        for row, record in zip(rows.tolist(), raw if isinstance(raw, list) else raw.to_pylist(), strict=True)
+    ]
+
+
 @given(st.sampled_from(["one.parquet", "many.parquet", "lines.jsonl"]), st.integers(0, 99), st.data())
 @settings(deadline=None, max_examples=80)
 def test_any_range_of_a_file_is_read_alone(
@@ -260,22 +268,14 @@ def test_any_range_of_a_file_is_read_alone(
     assert len(file.segments) > 5
     size = data.draw(st.integers(1, 100 - first))
     wanted = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=bool)
-    found = [
-        (row, record["n"])
-        for rows, raw in read_file(file, first, wanted)
-        for row, record in zip(rows.tolist(), records_of(raw), strict=True)
-    ]
+    found = numbers_of(Source("one", load_tasks()["conversations"], (file,)), first, wanted)
     assert found == [(row, row) for row in (np.flatnonzero(wanted) + first).tolist()]
 
 
 def test_a_source_of_several_files_reads_across_them(numbered: dict[str, SourceFile]) -> None:
     source = Source("all", load_tasks()["conversations"], tuple(numbered.values()))
     wanted = np.ones(150, dtype=bool)
-    found = [
-        (row, record["n"])
-        for rows, raw in source.read_batches(75, wanted)
-        for row, record in zip(rows.tolist(), records_of(raw), strict=True)
-    ]
+    found = numbers_of(source, 75, wanted)
     assert found == [(row, row % 100) for row in range(75, 225)]
     assert [row for row, _ in source.read(np.arange(300) % 50 == 0)] == [0, 50, 100, 150, 200, 250]
     assert source.where(199) == "many.parquet row 99"
@@ -309,9 +309,9 @@ def with_task(recipe: Path, action: str, when: str = AT_ROW_150) -> list[str]:
 def run_small(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     """The command line in a process of its own, with units as small as in this file."""
     program = (
-        "from chatdata.build import engines as engine, units\nfrom chatdata.sources import files, source as sources\n"
-        "sources.ROWS_PER_SEGMENT = 64\n"
-        "files.SEGMENT_BYTES = units.SEGMENT_BYTES = 2_000; engine.BYTES_PER_WORKER = 1\n"
+        "from chatdata.build import engines as engine, units\nfrom chatdata.sources import source\n"
+        "source.ROWS_PER_SEGMENT = 64\n"
+        "source.SEGMENT_BYTES = units.SEGMENT_BYTES = 2_000; engine.BYTES_PER_WORKER = 1\n"
         "from chatdata.cli import main\nmain()"
     )
     command = [sys.executable, "-c", program, *arguments]
@@ -327,14 +327,14 @@ def tokenizer_file(byte_tokenizer: Tokenizer, tmp_path: Path) -> Path:
 
 
 def test_a_killed_worker_is_named_and_its_units_are_kept(recipe: Path, tokenizer_file: Path, tmp_path: Path) -> None:
-    some_there = f"parent_process() and len(list(Path({str(cache.units_folder())!r}).iterdir())) > 6"
+    some_there = f"parent_process() and len(list(Path({str(cache_folder('units'))!r}).iterdir())) > 6"
     command = with_task(recipe, "os.kill(os.getpid(), signal.SIGKILL)", when=some_there)
     process = run_small([*command, "--tokenizer", str(tokenizer_file), "--out", str(tmp_path / "out")])
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 1
     assert errors.strip().splitlines()[-1].startswith("Error: a worker was killed (out of memory?)")
     assert not (tmp_path / "out").exists()
-    assert len(cache.find_units(cache.units_folder())) > 5
+    assert len(cache.find_units(cache_folder("units"))) > 5
 
 
 def test_an_error_in_a_worker_names_the_row(recipe: Path, tokenizer_file: Path, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_ray_gives_the_same_bytes_though_a_worker_is_killed(
     with_task(recipe, f"Path({str(marker)!r}).exists() or (Path({str(marker)!r}).touch(), os.kill(os.getpid(), 9))")
     marker.touch()
     alone, _ = run(recipe, byte_tokenizer, tmp_path / "alone", task_files=(recipe.parent / "task.py",))
-    cache.prune(cache.units_folder(), 0)
+    cache.prune(cache_folder("units"), 0)
     marker.unlink()
     options = {"engine": "ray", "task_files": (recipe.parent / "task.py",)}
     by_ray, report = run(recipe, byte_tokenizer, tmp_path / "ray", **options)
@@ -386,7 +386,7 @@ def test_an_interrupted_build_leaves_no_workers_and_goes_on(
     process = run_small([*command, str(tmp_path / "out")])
     try:
         wait_for(lambda: marker.exists() and marker.read_text())
-        wait_for(lambda: len(cache.find_units(cache.units_folder())) == NUM_UNITS - 1)  # all but the one that waits
+        wait_for(lambda: len(cache.find_units(cache_folder("units"))) == NUM_UNITS - 1)  # all but the one that waits
         process.send_signal(sent)
         assert process.wait(60) == (-9 if sent == signal.SIGKILL else 130)
         wait_for(lambda: not Path("/proc", marker.read_text()).exists())  # its worker ended with it
@@ -396,7 +396,7 @@ def test_an_interrupted_build_leaves_no_workers_and_goes_on(
     assert not (tmp_path / "out").exists()
     for out, rendered in (("out", 1), ("alone", NUM_UNITS)):
         if out == "alone":
-            cache.prune(cache.units_folder(), 0)
+            cache.prune(cache_folder("units"), 0)
         process = run_small([*command, str(tmp_path / out)])
         assert process.wait(60) == 0, process.communicate()
         process.communicate()
@@ -460,12 +460,12 @@ def test_the_cache_command(
     recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path, chatdata: Callable[..., Any]
 ) -> None:
     run(recipe, byte_tokenizer, tmp_path / "out")
-    found = cache.cached_units(cache.units_folder())
+    found = cache.cached_units(cache_folder("units"))
     old = time.time() - 3 * 86_400
     for unit in found[:10]:
         os.utime(unit.path, (old, old))
-    (cache.units_folder() / "abc.host-1.tmp").write_bytes(b"left by a killed build")
-    os.utime(cache.units_folder() / "abc.host-1.tmp", (old, old))
+    (cache_folder("units") / "abc.host-1.tmp").write_bytes(b"left by a killed build")
+    os.utime(cache_folder("units") / "abc.host-1.tmp", (old, old))
     shown = json.loads(chatdata("cache", "--json").stdout)
     assert shown["units"] == NUM_UNITS + 1 and shown["bytes"] == sum(unit.num_bytes for unit in found) + 22
     removed = json.loads(chatdata("cache", "--prune", "2", "--json").stdout)
@@ -473,13 +473,13 @@ def test_the_cache_command(
     _, report = run(recipe, byte_tokenizer, tmp_path / "again")
     assert report["units"] == {"rendered": 10, "cached": NUM_UNITS - 10, "damaged": 0}
     result = chatdata("cache", "--prune", "0")
-    assert "0 units, 0.0 MB" in result.stdout and f"removed: {NUM_UNITS} units" in result.stdout
+    assert "0 work units, 0.0 MB" in result.stdout and f"removed: {NUM_UNITS} work units" in result.stdout
 
 
 def test_what_killed_builds_left_in_the_cache_goes_with_the_next_build(
     recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    folder, host = cache.units_folder(), os.uname().nodename
+    folder, host = cache_folder("units"), os.uname().nodename
     folder.mkdir(parents=True)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from chatdata import open_build
 from chatdata.check.verify import verify_full, verify_quick
 from chatdata.disk import write_json
-from chatdata.shards.manifest import FILE_KINDS, build_id_of, file_name
+from chatdata.shards.manifest import FILE_KINDS, build_id_of
+from chatdata.shards.write import file_name
 from chatdata.tokenizer.bpe import Tokenizer
 
 

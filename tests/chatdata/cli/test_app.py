@@ -156,7 +156,7 @@ BAD_INPUTS = [
         'stage = "mid"\n[[train]]\ntask = "mmlu"\npath = "m.parquet"\n',
         [],
         1,
-        "{tmp}/m.parquet: not a readable Parquet file: Parquet magic bytes not found in footer. "
+        "mmlu train: {tmp}/m.parquet: not a readable Parquet file: Parquet magic bytes not found in footer. "
         "Either the file is corrupted or this is not a parquet file.",
     ),
     (

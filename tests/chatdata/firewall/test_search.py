@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from chatdata import open_build
 from chatdata.build.plan import make_build_plan
+from chatdata.build.publish import firewall_path
 from chatdata.build.run import build
 from chatdata.check.rerender import verify_semantic
 from chatdata.check.verify import verify_full
 from chatdata.errors import MissingSource
-from chatdata.firewall.listing import firewall_path
 from chatdata.firewall.ngrams import find_texts, index_texts, normalise, word_table
 from chatdata.firewall.search import ngram_share
 from chatdata.recipe import load_recipe

@@ -15,9 +15,8 @@ from chatdata.check.verify import verify_quick
 from chatdata.disk import write_json
 from chatdata.errors import FormatError
 from chatdata.recipe import load_recipe
-from chatdata.shards.index import index_schema
 from chatdata.shards.manifest import build_id_of
-from chatdata.shards.write import write_shard
+from chatdata.shards.write import index_schema, write_shard
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer

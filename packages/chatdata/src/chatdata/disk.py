@@ -52,11 +52,11 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode())
 
 
-def cache_folder() -> Path:
-    """`$CHATDATA_CACHE`, else `chatdata` in the XDG cache folder."""
+def cache_folder(name: str) -> Path:
+    """The folder `name` of the cache, which is `$CHATDATA_CACHE` or else `chatdata` in the XDG cache folder."""
     if os.environ.get("CHATDATA_CACHE"):
-        return Path(os.environ["CHATDATA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatdata"
+        return Path(os.environ["CHATDATA_CACHE"], name)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatdata", name)
 
 
 # what to do about an error, which the system's own words do not say

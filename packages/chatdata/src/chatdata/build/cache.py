@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatdata.disk import cache_folder, file_sha256
+from chatdata.disk import file_sha256
 
 UNIT_SUFFIX, PARTIAL_SUFFIX = ".arrow", ".tmp"
 DAY_S = 86_400
@@ -26,10 +26,6 @@ class CachedUnit:
     path: Path
     num_bytes: int
     last_used: float  # seconds since 1970
-
-
-def units_folder() -> Path:
-    return cache_folder() / "units"
 
 
 def cached_units(folder: Path) -> list[CachedUnit]:

@@ -18,7 +18,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 from chatdata.build.units import Rendered, Renderer, Unit, render_unit
 from chatdata.errors import BuildError
@@ -30,13 +30,8 @@ PRELOADED = ["chatdata.build.units", "pyarrow.parquet", "tiktoken", "gigatoken",
 ENGINES = ("local", "ray")
 
 
-class OnRows(Protocol):
-    """Called when some rows of a unit were rendered, and with its file when it is finished."""
-
-    def __call__(self, unit: Unit, num_rows: int, rendered: Rendered | None = None) -> None: ...
-
-
-Render = Callable[[OnRows], None]
+OnRows = Callable[[Unit, int], None]  # some rows of a unit were rendered
+Render = Callable[[OnRows | None], list[Rendered]]
 
 _renderer: Renderer  # of a worker process
 
@@ -62,7 +57,7 @@ def _fork_server() -> BaseContext:
 def start_workers(renderer: Renderer, units: list[Unit], engine: str, workers: int) -> Iterator[Render]:
     """Inside, other processes already render `units`; call what this yields to join in until all are done.
 
-    Units come in any order. Those finished when an error or an interruption comes stay in the cache.
+    Units are rendered in any order. Those finished before an error or an interruption stay in the cache.
     Raises the error of the first unit that cannot be rendered, BuildError if a worker was killed.
     """
     renderer.folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +70,14 @@ def start_workers(renderer: Renderer, units: list[Unit], engine: str, workers: i
             yield render
     else:
         waiting = deque(units)
-        yield lambda on_rows: _render_here(renderer, waiting, on_rows)
+        yield partial(_render_here, renderer, waiting)
 
 
-def _render_here(renderer: Renderer, waiting: deque[Unit], on_rows: OnRows) -> None:
+def _render_here(renderer: Renderer, waiting: deque[Unit], on_rows: OnRows | None) -> list[Rendered]:
+    rendered = []
     while unit := _take(waiting):
-        rendered = render_unit(renderer, unit, partial(on_rows, unit))
-        on_rows(unit, 0, rendered)
+        rendered.append(render_unit(renderer, unit, partial(on_rows, unit) if on_rows else None))
+    return rendered
 
 
 def _take(waiting: deque[Unit]) -> Unit | None:
@@ -107,24 +103,27 @@ def _start_processes(renderer: Renderer, units: list[Unit], workers: int) -> Ite
             waiting.clear()
             finished.put(error)
 
-    def render(on_rows: OnRows) -> None:
-        def collect() -> None:
+    def render(on_rows: OnRows | None) -> list[Rendered]:
+        by_others = []
+
+        def collect(own: Unit | None = None, num_rows: int = 0) -> None:
+            if own and on_rows:
+                on_rows(own, num_rows)
             while not finished.empty():
                 item = finished.get()
                 if isinstance(item, BaseException):
                     raise item
-                on_rows(item[0], item[0].num_rows, item[1])
+                by_others.append(item[1])
+                if on_rows:
+                    on_rows(item[0], item[0].num_rows)
 
-        def on_own_rows(unit: Unit, num_rows: int, rendered: Rendered | None = None) -> None:
-            on_rows(unit, num_rows, rendered)
-            collect()
-
-        _render_here(renderer, waiting, on_own_rows)
+        rendered = _render_here(renderer, waiting, collect)
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.05)
                 collect()
         collect()
+        return rendered + by_others
 
     threads = [threading.Thread(target=keep_busy, daemon=True) for _ in range(workers - 1)]
     try:
@@ -161,7 +160,8 @@ def _start_ray(renderer: Renderer, units: list[Unit]) -> Iterator[Render]:
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
-    def render(on_rows: OnRows) -> None:
+    def render(on_rows: OnRows | None) -> list[Rendered]:
+        finished = []
         while waiting:
             (done, *_), _ = ray.wait(list(waiting), num_returns=1)
             unit = waiting.pop(done)
@@ -171,7 +171,10 @@ def _start_ray(renderer: Renderer, units: list[Unit]) -> Iterator[Render]:
                     f"{rendered.path}: a Ray worker wrote it, but it is not here; CHATDATA_CACHE must name a folder "
                     "that all machines share"
                 )
-            on_rows(unit, unit.num_rows, rendered)
+            finished.append(rendered)
+            if on_rows:
+                on_rows(unit, unit.num_rows)
+        return finished
 
     try:
         shared = [ray.put(renderer)]  # in a list it stays a reference: read once by a worker, not with each unit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ import numpy as np
 from chatdata.errors import MissingSource, RecipeError
 from chatdata.recipe import Recipe
 from chatdata.render.documents import RowMap
-from chatdata.sources.find import Locations, resolve
-from chatdata.sources.source import PlannedEntry, Source
+from chatdata.sources.find import Locations, PlannedEntry, resolve
+from chatdata.sources.source import Source
 from chatdata.tasks.task import Task
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -123,7 +123,7 @@ def number_documents(plan: BuildPlan) -> dict[Source, RowMap]:
     num_documents = 0
     for source in plan.sources:
         taken = [p.task_positions for entries in plan.splits.values() for p in entries if p.source is source]
-        num_rows = source.num_rows if source.make_row is None else max(positions.stop for positions in taken)
+        num_rows = source.num_rows if source.task.generate is None else max(positions.stop for positions in taken)
         row_at = (permutation(num_rows) if source.task.permuted else np.arange(num_rows)).astype(np.int32)
         document_of = np.full(num_rows, -1, dtype=np.int32)
         for positions in taken:
@@ -144,33 +144,18 @@ def place_of(row_maps: Mapping[Source, RowMap], document: int) -> str:
     raise IndexError(document)
 
 
-@dataclass(frozen=True)
-class SplitRows:
-    """The rows of a split in the mixture's order, [n] each."""
-
-    document: np.ndarray  # int32, among the documents of the build
-    row: np.ndarray  # int32, in the source
-    task_position: np.ndarray  # int32
-    entry: np.ndarray  # int16, in the split's list of entries
-
-    def __len__(self) -> int:
-        return len(self.document)
-
-    def __getitem__(self, chosen: slice | np.ndarray) -> SplitRows:
-        return SplitRows(*(getattr(self, column.name)[chosen] for column in fields(self)))
-
-
-def rows_in_order(plan: BuildPlan, split: str, row_maps: Mapping[Source, RowMap]) -> SplitRows:
-    """The mixture of a split."""
+def rows_in_order(plan: BuildPlan, split: str, row_maps: Mapping[Source, RowMap]) -> dict[str, np.ndarray]:
+    """The mixture of a split as columns [n]: `document` of the build, `row` of its source, `position` in its task
+    (int32 each), and `entry` of the split (int16)."""
     entries = plan.splits[split]
     taken = [planned.task_positions for planned in entries]
     order = mixture_order([len(positions) for positions in taken], plan.recipe.seed, plan.recipe.shuffle[split])
     maps = [row_maps[planned.source] for planned in entries]
     rows = [row_map.row_at[p.start : p.stop] for row_map, p in zip(maps, taken, strict=True)]
     # a column at a time: together they are what a large build needs most memory for
-    return SplitRows(
-        np.concatenate([row_map.document_of[part] for row_map, part in zip(maps, rows, strict=True)])[order],
-        np.concatenate(rows)[order],
-        np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) for p in taken])[order],
-        np.concatenate([np.full(len(p), i, dtype=np.int16) for i, p in enumerate(taken)])[order],
-    )
+    return {
+        "document": np.concatenate([row_map.document_of[r] for row_map, r in zip(maps, rows, strict=True)])[order],
+        "row": np.concatenate(rows)[order],
+        "position": np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) for p in taken])[order],
+        "entry": np.concatenate([np.full(len(p), i, dtype=np.int16) for i, p in enumerate(taken)])[order],
+    }

@@ -1,4 +1,4 @@
-"""How a build appears: it grows in a locked folder beside OUT and takes its place by one rename."""
+"""How a build appears: it grows in a locked folder next to OUT and becomes OUT by one rename."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatdata.disk import sync
 from chatdata.errors import BuildError, ChatdataError
 from chatdata.shards.manifest import read_manifest
 
-MARK = ".chatdata-build"  # in a partial folder from its first moment on, so that no other folder is ever cleared
+MARK = ".chatdata-build"  # in every folder of ours that is not OUT: no other folder is ever cleared
 OUR_NAMES = {"manifest.json", "report.json", "tokenizer", "train", "val", MARK}
 
 
@@ -38,14 +38,14 @@ def check_out(out: Path, force: bool) -> None:
 
 @contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
-    """The folder beside `out` where the build grows: locked against a second build, removed on any failure.
+    """The folder next to `out` where the build grows: locked against a second build, removed on any failure.
 
-    What a build that was killed left is put in order first: its partial folder is cleared, an old build that stepped
-    aside comes back, or goes if the new one is complete. Raises BuildError if another build holds the folder, or if it
-    is none of a build.
+    First cleans up after a build that was killed: its partial folder is cleared, and an old build that was moved aside
+    comes back, or is removed if the new one is complete. Raises BuildError if another build holds the folder, or if
+    the folder is not a build's.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
+    partial = out.with_name(f".{out.name}.partial")
     while True:
         if partial.exists() and any(partial.iterdir()) and not (partial / MARK).exists():
             raise BuildError(f"{partial}: in the way and not a build's; move it or choose another --out")
@@ -74,13 +74,13 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Put the finished `partial` in the place of `out`. An old build steps aside and comes back if anything fails.
+    """Rename the finished `partial` to `out`. An old build is moved aside first, and comes back if anything fails.
 
-    Killed at any moment, what is there is told apart by MARK: it is in a partial folder until that stands as `out`, and
-    in an old build that stepped aside. Raises BuildError if the place it steps to is taken.
+    If the process is killed at any moment, MARK tells what the folders are: it is in a partial folder until that is
+    `out`, and in an old build that was moved aside. Raises BuildError if the name to move it to is taken.
     """
     sync(partial)
-    old = _old(out)
+    old = out.with_name(f".{out.name}.old")
     replacing = out.exists() and any(out.iterdir())
     try:
         if replacing:
@@ -96,13 +96,9 @@ def publish(partial: Path, out: Path) -> None:
     _settle(out)
 
 
-def _old(out: Path) -> Path:
-    return out.parent / f".{out.name}.old"
-
-
 def _settle(out: Path) -> None:
-    """Finish or undo a replacement that stopped half way, and remove the marks."""
-    old = _old(out)
+    """Finish or undo a replacement that stopped halfway, and remove the marks."""
+    old = out.with_name(f".{out.name}.old")
     if (old / MARK).exists():
         if not out.exists():
             old.rename(out)
@@ -112,8 +108,13 @@ def _settle(out: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder of ours, its mark last: until then what is left of it is known as ours."""
+    """Delete a folder of ours, its mark last: until then the rest is known to be ours."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MARK):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    with suppress(OSError):  # a file that would not go: the next build tries again
+    with suppress(OSError):  # a file could not be deleted: the next build tries again
         folder.rmdir()
+
+
+def firewall_path(out: Path) -> Path:
+    """Where the scored items found in the build `out` are listed: next to it, because a build holds only itself."""
+    return out.with_name(f"{out.name}-firewall.json")

@@ -20,21 +20,21 @@ from typing import Any
 
 import numpy as np
 
-from chatdata.build.cache import find_units, take_unit, units_folder
+from chatdata.build.cache import find_units, take_unit
 from chatdata.build.engines import ENGINES, OnRows, start_workers
 from chatdata.build.plan import BuildPlan, number_documents, place_of, rows_in_order
-from chatdata.build.publish import check_out, partial_folder, publish
+from chatdata.build.publish import check_out, firewall_path, partial_folder, publish
 from chatdata.build.splits import write_split
-from chatdata.build.units import Rendered, Renderer, Unit, cut_units, load_encoder, read_unit
-from chatdata.disk import file_sha256, write_json, writes_to
+from chatdata.build.units import Renderer, Unit, cut_units, load_encoder, read_unit
+from chatdata.disk import cache_folder, file_sha256, write_json, writes_to
 from chatdata.errors import UsageError
-from chatdata.firewall.listing import CHOICES, firewall_path, listing, summary
+from chatdata.firewall.listing import CHOICES, listing, summary
 from chatdata.firewall.scored import read_scored
 from chatdata.firewall.search import check
 from chatdata.progress import Progress
 from chatdata.render.documents import RenderedDocuments, check_cut
 from chatdata.shards.manifest import FORMAT, VERSION, build_id_of
-from chatdata.sources.files import forget_readers
+from chatdata.sources.source import forget_readers
 from chatdata.tokenizer.files import save_tokenizer
 
 MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
@@ -74,7 +74,7 @@ def build(
     with writes_to(out, NOTHING_WRITTEN), partial_folder(out) as growing:
         # find missing work units
         row_maps = number_documents(plan)
-        renderer = Renderer(plan.sources, plan.tokenizer, encoder, units_folder())
+        renderer = Renderer(plan.sources, plan.tokenizer, encoder, cache_folder("units"))
         wanted = [row_map.document_of >= 0 for row_map in row_maps.values()]
         units = [unit for number, rows in enumerate(wanted) for unit in cut_units(renderer, number, rows)]
         cached = find_units(renderer.folder)
@@ -84,26 +84,24 @@ def build(
         report["units"] = {"rendered": len(missing), "cached": len(paths), "damaged": len(there) - len(paths)}
 
         # render them; while workers start, do what does not depend on them
-        finished: dict[str, Rendered] = {}
-        on_rows = _count_rows(plan, units, paths, finished, progress)
+        on_rows = _show_rows(plan, units, missing, progress) if progress else None
         with writes_to(renderer.folder, CACHE_FULL), start_workers(renderer, missing, engine, workers) as render:
             with writes_to(out, NOTHING_WRITTEN):
                 save_tokenizer(plan.tokenizer, growing / "tokenizer")
             scored = None
             if decontaminate != "off":
                 scored = read_scored(plan.splits["train"], plan.tasks, plan.locations, plan.tokenizer)
-            render(on_rows)
-        if missing:
-            used, rendered = load_encoder(renderer), finished.values()
-            report["encoder"] = {
-                "name": used.name,
-                "version": used.version,
-                "texts": sum(unit.num_texts for unit in rendered),
-                "texts_checked": sum(unit.num_checked for unit in rendered),
+            rendered = render(on_rows)
+        if rendered:
+            used = load_encoder(encoder, plan.tokenizer)
+            counts = {
+                "texts": sum(r.num_texts for r in rendered),
+                "texts_checked": sum(r.num_checked for r in rendered),
             }
+            report["encoder"] = {"name": used.name, "version": used.version, **counts}
             load_encoder.cache_clear()  # gigatoken keeps up to 200 MB of pieces it has met
             forget_readers()
-        paths |= {key: unit.path for key, unit in finished.items()}
+        paths |= {unit.key: unit.path for unit in rendered}
         batches = [batch for unit in units for batch in read_unit(paths[unit.key], plan.tokenizer.dtype)]
         documents = RenderedDocuments(batches, plan.recipe, partial(place_of, row_maps))
         if documents.truncated.any():
@@ -130,10 +128,11 @@ def build(
                 )
 
         # write the manifest and the report
-        manifest = _manifest(plan, splits, growing / "tokenizer", decontaminate)
-        write_json(growing / "manifest.json", manifest)
         seconds["total"] = time.perf_counter() - started
-        write_json(growing / "report.json", report | _run_facts(seconds, manifest))
+        report |= _run_facts(seconds, splits)
+        manifest = _manifest(plan, splits, growing / "tokenizer", decontaminate)
+        write_json(growing / "report.json", report | {"build_id": manifest["build_id"]})
+        write_json(growing / "manifest.json", manifest)
 
         # publish
         check_out(out, force)
@@ -148,26 +147,21 @@ def build(
     return manifest
 
 
-def _count_rows(
-    plan: BuildPlan, units: list[Unit], paths: dict[str, Path], finished: dict[str, Rendered], progress: Progress | None
-) -> OnRows:
-    """Fills `finished` (key → unit) and shows how many rows are rendered; those of cached units, in `paths`, are."""
-    done, total = Counter[int](), Counter[int]()
+def _show_rows(plan: BuildPlan, units: list[Unit], missing: list[Unit], progress: Progress) -> OnRows:
+    """Shows how many rows are rendered, starting with those that were cached."""
+    total, done = Counter[int](), Counter[int]()
     for unit in units:
         total[unit.source] += unit.num_rows
 
-    def on_rows(unit: Unit, num_rows: int, rendered: Rendered | None = None) -> None:
+    def on_rows(unit: Unit, num_rows: int) -> None:
         done[unit.source] += num_rows
-        if rendered:
-            finished[unit.key] = rendered
-        if progress:
-            name = plan.sources[unit.source].name
-            progress(name, done[unit.source], total[unit.source], "rows", part=True)
-            if len(total) > 1:
-                progress("all sources", done.total(), total.total(), "rows")
+        progress(plan.sources[unit.source].name, done[unit.source], total[unit.source], "rows", part=True)
+        if len(total) > 1:
+            progress("all sources", done.total(), total.total(), "rows")
 
+    not_cached = {unit.key for unit in missing}
     for unit in units:
-        if unit.key in paths:
+        if unit.key not in not_cached:
             on_rows(unit, unit.num_rows)
     return on_rows
 
@@ -195,15 +189,13 @@ def _manifest(plan: BuildPlan, splits: dict[str, Any], tokenizer_folder: Path, d
     return {**manifest, "build_id": build_id_of(manifest)}
 
 
-def _run_facts(seconds: dict[str, float], manifest: dict[str, Any]) -> dict[str, Any]:
-    """What two runs of the same build may differ in."""
-    tokens = sum(split["tokens"] for split in manifest["splits"].values())
+def _run_facts(seconds: dict[str, float], splits: dict[str, Any]) -> dict[str, Any]:
+    """For report.json: what two runs of the same build may differ in."""
     tools = ("chatdata", "numpy", "pyarrow", "tiktoken", "huggingface_hub")
     return {
-        "build_id": manifest["build_id"],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "duration_s": {key: round(value, 3) for key, value in seconds.items()},
-        "tokens_per_s": round(tokens / seconds["total"]),
+        "tokens_per_s": round(sum(split["tokens"] for split in splits.values()) / seconds["total"]),
         "host": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "versions": {tool: version(tool) for tool in tools},
     }

@@ -6,22 +6,18 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from chatdata.build.plan import SplitRows
 from chatdata.document import blocks_of
 from chatdata.errors import BuildError
 from chatdata.progress import Progress
 from chatdata.render.batch import OUTCOMES
 from chatdata.render.documents import DROP_REASONS, RenderedDocuments
 from chatdata.shards.write import INDEX_ROWS, MAX_SHARD_TOKENS, write_shard
-from chatdata.sources.source import PlannedEntry
+from chatdata.sources.find import PlannedEntry
 from chatdata.tokenizer.bpe import Tokenizer
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MAX_LISTED_CALLS = 1_000  # mismatches listed in report.json, 100 bytes each; all of them are counted
 
@@ -29,7 +25,7 @@ MAX_LISTED_CALLS = 1_000  # mismatches listed in report.json, 100 bytes each; al
 def write_split(
     folder: Path,
     entries: list[PlannedEntry],
-    rows: SplitRows,
+    rows: dict[str, np.ndarray],
     documents: RenderedDocuments,
     contaminated: np.ndarray,
     tokenizer: Tokenizer,
@@ -38,36 +34,33 @@ def write_split(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write a split into the new `folder`; return its part of the manifest, and of the report's `tool_calls`.
 
-    contaminated: int64 [n], numbers of documents to leave out. threads: files of a shard are written side by side.
+    rows: columns as plan.rows_in_order gives them. contaminated: int64 [n], numbers of documents to leave out.
+    threads: the files of a shard are written side by side.
     Raises BuildError if the policies leave no document.
     """
-    reasons = documents.drop_reason[rows.document]
-    reasons[np.isin(rows.document, contaminated)] = DROP_REASONS.index("contaminated")
+    reasons = documents.drop_reason[rows["document"]]
+    reasons[np.isin(rows["document"], contaminated)] = DROP_REASONS.index("contaminated")
     ledger = _ledger(entries, rows, documents, reasons)
-    rows = rows[reasons == 0]  # after the shuffle: what is dropped does not change the order of the others
-    if not len(rows):
+    # after the shuffle: what is dropped does not change the order of the others
+    rows = {key: values[reasons == 0] for key, values in rows.items()}
+    if not len(rows["document"]):
         raise BuildError(f"{folder.name}: the recipe's policies drop all {len(reasons):,} documents; nothing to write")
     tool_calls = _tool_calls(entries, rows, documents)
     folder.mkdir()
     names = [planned.entry.task for planned in entries]
-    lengths = documents.num_tokens[rows.document].astype(np.int64)
-
-    def index_tables(first: int, last: int) -> Iterator[pa.Table]:
-        for start in range(first, last, INDEX_ROWS):
-            part = rows[start : min(start + INDEX_ROWS, last)]
-            yield documents.index_table(part.document, start, part.row, part.task_position, part.entry, names)
-
-    shards = []
+    lengths, shards = documents.num_tokens[rows["document"]].astype(np.int64), []
     for number, (first, last) in enumerate(blocks_of(lengths, MAX_SHARD_TOKENS)):
-        chunks = documents.chunks(rows.document[first:last])
+        chosen = rows["document"][first:last]
+        chunks = documents.chunks(chosen)
         if progress:
             done, total = int(lengths[:first].sum()), int(lengths.sum())
             chunks = _shown(chunks, progress, f"write {folder.name}", done, total)
-        index = index_tables(first, last)
+        columns = {key: values[first:last] for key, values in rows.items()}
+        index = documents.index_tables(chosen, first, columns, names, INDEX_ROWS)
         dtype, vocab_size = tokenizer.dtype, tokenizer.vocab_size
         shards.append(write_shard(folder, number, chunks, lengths[first:last], index, dtype, vocab_size, threads))
     totals = {key: sum(shard[key] for shard in shards) for key in ("tokens", "supervised")}
-    return {"documents": len(rows), "entries": ledger, "shards": shards, **totals}, tool_calls
+    return {"documents": len(rows["document"]), "entries": ledger, "shards": shards, **totals}, tool_calls
 
 
 def _shown(
@@ -79,32 +72,34 @@ def _shown(
         progress(name, done, total, "tokens")
 
 
-def _tool_calls(entries: list[PlannedEntry], rows: SplitRows, documents: RenderedDocuments) -> dict[str, Any]:
+def _tool_calls(
+    entries: list[PlannedEntry], rows: dict[str, np.ndarray], documents: RenderedDocuments
+) -> dict[str, Any]:
     """How the recorded outputs of tool calls compare with the calculator's: counts per entry with any, and a list."""
-    mismatches = documents.mismatches(rows.document)
+    mismatches = documents.mismatches(rows["document"])
     counts = {}
     for number, planned in enumerate(entries):
-        num_calls = int(documents.num_tool_calls[rows.document[rows.entry == number]].sum(dtype=np.int64))
+        num_calls = int(documents.num_tool_calls[rows["document"][rows["entry"] == number]].sum(dtype=np.int64))
         if num_calls:
-            kinds = Counter(found.kind for i, found in mismatches if rows.entry[i] == number)
+            kinds = Counter(found.kind for i, found in mismatches if rows["entry"][i] == number)
             by_kind = {kind: kinds[kind] for kind in OUTCOMES if kinds[kind]}
             counts[str(number)] = {"task": planned.entry.task, "calls": num_calls, **by_kind}
     listed = [
-        {"entry": int(rows.entry[i]), "row": int(rows.row[i]), **found._asdict()}
+        {"entry": int(rows["entry"][i]), "row": int(rows["row"][i]), **found._asdict()}
         for i, found in mismatches[:MAX_LISTED_CALLS]
     ]
     return {"entries": counts, "mismatches": len(mismatches), "listed": listed}
 
 
 def _ledger(
-    entries: list[PlannedEntry], rows: SplitRows, documents: RenderedDocuments, drop_reasons: np.ndarray
+    entries: list[PlannedEntry], rows: dict[str, np.ndarray], documents: RenderedDocuments, drop_reasons: np.ndarray
 ) -> list[dict[str, Any]]:
     """Per entry: rows read, documents, tokens, supervised, truncated, tokens lost, dropped by reason."""
     ledger = []
     for number, planned in enumerate(entries):
-        of_entry = rows.entry == number
+        of_entry = rows["entry"] == number
         reasons = drop_reasons[of_entry]
-        kept = rows.document[of_entry][reasons == 0]
+        kept = rows["document"][of_entry][reasons == 0]
         tokens = int(documents.num_tokens[kept].sum(dtype=np.int64))
         dropped = {reason: int((reasons == i).sum()) for i, reason in enumerate(DROP_REASONS) if i}
         if not dropped["contaminated"]:  # builds that drop none have no such line, as before there was a firewall

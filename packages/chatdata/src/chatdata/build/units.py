@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from chatdata.errors import ChatdataError, SourceError
 from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, render_batch
 from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.pieces import Pieces, pieces_of_conversations, pieces_of_table, pieces_of_texts
-from chatdata.sources.files import SEGMENT_BYTES, Rows, records_of
-from chatdata.sources.source import Source
+from chatdata.sources.source import SEGMENT_BYTES, Rows, Source
 from chatdata.tasks.task import call_task
 from chatdata.tokenizer import encoders
 from chatdata.tokenizer.bpe import Tokenizer
@@ -41,7 +40,7 @@ MAX_CHARS = 4 << 20  # encoded at a time: bounds memory where documents are long
 # anywhere else nothing. tests/chatdata/build/test_units.py holds the list to what this module imports.
 RENDERING_CODE = (
     *("arrow.py", "build/units.py", "calculator.py", "conversation.py", "document.py"),
-    *("render", "sources/files.py", "sources/source.py", "tasks", "tokenizer"),
+    *("render", "sources/source.py", "tasks", "tokenizer"),
 )
 UNIT_FORMAT = 1
 _COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans", "num_mismatches")
@@ -63,9 +62,10 @@ class Unit:
 class Rendered:
     """A unit on disk; how many texts were encoded for it, and how many of them were compared with tiktoken's ids."""
 
+    key: str
     path: Path
-    num_texts: int = 0
-    num_checked: int = 0
+    num_texts: int
+    num_checked: int
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,7 @@ def code_sha256(package: Path) -> str:
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=1)
-def load_encoder(renderer: Renderer) -> encoders.Encoder:
-    """The encoder of this process."""
-    return encoders.find_encoder(renderer.encoder_name, renderer.tokenizer)
+load_encoder = lru_cache(maxsize=1)(encoders.find_encoder)  # a process has one
 
 
 def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] | None = None) -> Rendered:
@@ -127,7 +124,8 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
     import pyarrow as pa
 
     source, tokenizer = renderer.sources[unit.source], renderer.tokenizer
-    encoder = load_encoder(renderer)
+    schema = _schema(tokenizer.dtype)
+    encoder = load_encoder(renderer.encoder_name, tokenizer)
     rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, "base" if source.task.kind == "text" else "chat")
     num_texts = num_checked = 0
 
@@ -144,7 +142,7 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
 
     partial = renderer.folder / f"{unit.key}.{os.uname().nodename}-{os.getpid()}{PARTIAL_SUFFIX}"
     try:
-        with partial.open("wb") as file, pa.ipc.new_file(pa.PythonFile(file), _schema(tokenizer.dtype)) as writer:
+        with partial.open("wb") as file, pa.ipc.new_file(pa.PythonFile(file), schema) as writer:
             for rows, raw in source.read_batches(unit.first, unit.wanted):
                 done = 0
                 for pieces in pieces_of_rows(source, rows, raw).split(MAX_CHARS):
@@ -170,7 +168,7 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
-    return Rendered(path, num_texts, num_checked)
+    return Rendered(unit.key, path, num_texts, num_checked)
 
 
 def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
@@ -181,17 +179,26 @@ def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
             pieces = pieces_of_table(raw)
             if pieces is not None:
                 return pieces
-        records = records_of(raw)
+        records = raw if isinstance(raw, list) else raw.to_pylist()
     except UnicodeDecodeError:
         raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
-    row = 0
-    converted = (call_task(task, task.to_conversation, records[row := i]) for i in range(len(records)))
+    converted: list[Any] = []
+    make_pieces = _checked_texts if task.kind == "text" else pieces_of_conversations
     try:
-        if task.kind == "text":
-            return pieces_of_texts([check_surrogates(text, 'key "text"') for text in converted])
-        return pieces_of_conversations(converted)
+        for record in records:
+            converted.append(call_task(task, task.to_conversation, record))
+        return make_pieces(converted)
     except ChatdataError as error:
-        raise error.at(source.where(int(rows[row]))) from None
+        for row, conversation in zip(rows.tolist(), converted, strict=False):  # name the first row that is wrong
+            try:
+                make_pieces([conversation])
+            except ChatdataError as own:
+                raise own.at(source.where(row)) from None
+        raise error.at(source.where(int(rows[len(converted)]))) from None
+
+
+def _checked_texts(texts: list[str]) -> Pieces:
+    return pieces_of_texts([check_surrogates(text, 'key "text"') for text in texts])
 
 
 def _schema(dtype: np.dtype) -> pa.Schema:

@@ -28,8 +28,8 @@ from chatdata.shards.read import Split, open_build
 from chatdata.tasks.task import Task, call_task
 
 if TYPE_CHECKING:
-    from chatdata.sources.find import Locations
-    from chatdata.sources.source import PlannedEntry, Source
+    from chatdata.sources.find import Locations, PlannedEntry
+    from chatdata.sources.source import Source
 
 LEAST_DOCUMENTS = 100  # rendered again per split, however small the share
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +113,9 @@ def build(
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks
 
+    recipe_name = _recipe_name(stage, recipe, demo)
     tasks = load_tasks(task_files)
-    loaded = load_recipe(_recipe_name(stage, recipe, demo), tasks, max_tokens=max_tokens, overflow=overflow)
+    loaded = load_recipe(recipe_name, tasks, max_tokens=max_tokens, overflow=overflow)
     if stage and loaded.stage != stage:
         raise UsageError(f'--stage {stage}, but the recipe "{loaded.name}" is for stage {loaded.stage}')
     used = {entry.task for entries in loaded.splits.values() for entry in entries}
@@ -145,7 +147,7 @@ def build(
             click.echo(json.dumps(_plan_json(plan, out)))
         return
     gc.freeze()  # 370,000 words and 65,536 tokens stay: each full collection went over them again, 0.2 s in all
-    with shown_progress(quiet=as_json) as progress:
+    with nullcontext() if as_json else shown_progress() as progress:
         manifest = run_build(
             plan,
             out,
@@ -250,10 +252,11 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     The cache is $CHATDATA_CACHE, else `chatdata` in the XDG cache folder. It also holds word lists fetched by URL,
     which are small and stay.
     """
-    from chatdata.build.cache import cached_units, prune, units_folder
+    from chatdata.build.cache import cached_units, prune
+    from chatdata.disk import cache_folder
     from chatdata.look.console import megabytes
 
-    folder = units_folder()
+    folder = cache_folder("units")
     removed = prune(folder, unused_days) if unused_days is not None else []
     left = cached_units(folder)
     facts: dict[str, Any] = {

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from chatdata.firewall.search import Findings
 
 CHOICES = ("report", "drop", "off")  # of --decontaminate
 FIREWALL_FORMAT, VERSION = "chatdata-firewall", 1
-
-
-def firewall_path(out: Path) -> Path:
-    """Where the flagged items of the build `out` are listed: beside it, for a build holds nothing but itself."""
-    return out.with_name(f"{out.name}-firewall.json")
 
 
 def summary(findings: Findings) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from chatdata.errors import ChatdataError, MissingSource
 from chatdata.firewall.ngrams import NUM_WORDS, Index, WordTable, index_texts, word_table
 from chatdata.recipe import scored_entry
 from chatdata.sources import hub
-from chatdata.sources.find import Locations, resolve
-from chatdata.sources.source import PlannedEntry, Source
+from chatdata.sources.find import Locations, PlannedEntry, resolve
+from chatdata.sources.source import Source
 from chatdata.tasks.multiple_choice import question_and_choices
 from chatdata.tasks.task import Task, call_task
 from chatdata.tokenizer.bpe import Tokenizer

@@ -23,7 +23,8 @@ from chatdata.firewall.ngrams import NUM_WORDS, Index, WordTable, find_texts, in
 from chatdata.firewall.scored import Scored, ScoredItem, word_of
 from chatdata.render.batch import RenderedBatch
 from chatdata.render.documents import RenderedDocuments, RowMap
-from chatdata.sources.source import PlannedEntry, Source
+from chatdata.sources.find import PlannedEntry
+from chatdata.sources.source import Source
 from chatdata.tasks.task import call_task
 from chatdata.tokenizer.bpe import Tokenizer
 

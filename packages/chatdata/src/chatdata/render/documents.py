@@ -118,38 +118,36 @@ class RenderedDocuments:
         start = starts[chosen]
         return list(zip(block.tolist(), start.tolist(), (start + counts[chosen]).tolist(), strict=True))
 
-    def index_table(
-        self,
-        chosen: np.ndarray,
-        first: int,
-        rows: np.ndarray,
-        task_positions: np.ndarray,
-        entries: np.ndarray,
-        task_names: list[str],
-    ) -> pa.Table:
-        """A part of the index: `chosen` documents, numbered from `first` within their split.
+    def index_tables(
+        self, chosen: np.ndarray, first: int, columns: dict[str, np.ndarray], task_names: list[str], num_rows: int
+    ) -> Iterator[pa.Table]:
+        """The index of the `chosen` documents, `num_rows` at a time, numbered from `first` on within their split.
 
-        rows, task_positions, entries: [len(chosen)] each. task_names: the task of each entry.
+        columns: `row`, `position` and `entry` of each. task_names: the task of each entry.
         """
         import pyarrow as pa
 
         names = list(dict.fromkeys(task_names))
         task_of_entry = np.array([names.index(name) for name in task_names], dtype=np.int32)
-        spans, num_spans = self.spans(chosen)
-        structs = pa.StructArray.from_arrays([to_arrow(spans[name]) for name in Span._fields], Span._fields)
-        return pa.table(
-            {
-                "doc": to_arrow(np.arange(first, first + len(chosen))),
-                "row": to_arrow(rows),
-                "position": to_arrow(task_positions),
-                "task": pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[entries]), strings_to_arrow(names)),
-                "entry": to_arrow(entries.astype(np.int16)),
-                **{name: to_arrow(getattr(self, name)[chosen].astype(np.int32)) for name in INDEX_COUNTS},
-                "truncated": to_arrow(self.truncated[chosen].view(np.uint8)).cast(pa.bool_()),
-                "digest": bytes_to_arrow(self.digests[chosen]),
-                "spans": list_to_arrow(structs, num_spans),
-            }
-        )
+        for start in range(0, len(chosen), num_rows):
+            part = slice(start, start + num_rows)
+            documents, entries = chosen[part], columns["entry"][part]
+            spans, num_spans = self.spans(documents)
+            structs = pa.StructArray.from_arrays([to_arrow(spans[name]) for name in Span._fields], Span._fields)
+            tasks = pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[entries]), strings_to_arrow(names))
+            yield pa.table(
+                {
+                    "doc": to_arrow(np.arange(first + start, first + start + len(documents))),
+                    "row": to_arrow(columns["row"][part]),
+                    "position": to_arrow(columns["position"][part]),
+                    "task": tasks,
+                    "entry": to_arrow(entries.astype(np.int16)),
+                    **{name: to_arrow(getattr(self, name)[documents].astype(np.int32)) for name in INDEX_COUNTS},
+                    "truncated": to_arrow(self.truncated[documents].view(np.uint8)).cast(pa.bool_()),
+                    "digest": bytes_to_arrow(self.digests[documents]),
+                    "spans": list_to_arrow(structs, num_spans),
+                }
+            )
 
     def spans(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Spans of the chosen documents (SPAN_DTYPE), clipped where a document is cut, and how many each has."""

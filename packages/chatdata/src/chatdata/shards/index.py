@@ -12,33 +12,10 @@ import numpy as np
 
 from chatdata.arrow import values_of
 from chatdata.errors import FormatError
+from chatdata.shards.write import index_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-def index_schema() -> pa.Schema:
-    """Columns of the index, one row per document (docs/format.md)."""
-    import pyarrow as pa
-
-    span = pa.struct([("role", pa.uint8()), ("start", pa.uint32()), ("length", pa.uint32())])
-    return pa.schema(
-        [
-            ("doc", pa.int64()),
-            ("row", pa.int64()),
-            ("position", pa.int64()),
-            ("task", pa.dictionary(pa.int32(), pa.string())),
-            ("entry", pa.int16()),
-            ("num_tokens", pa.int32()),
-            ("num_supervised", pa.int32()),
-            ("num_turns", pa.int32()),
-            ("num_tool_calls", pa.int32()),
-            ("original_tokens", pa.int32()),
-            ("truncated", pa.bool_()),
-            ("digest", pa.binary(16)),
-            ("spans", pa.list_(span)),
-        ]
-    )
 
 
 def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 from chatdata.decode import convert, decode, shown
 from chatdata.errors import FormatError
 from chatdata.recipe import Overflow, Stage, ZeroSupervised
+from chatdata.shards.write import file_name
 from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, SPECIAL_TOKENS
 
 FORMAT, VERSION = "chatdata", 1
@@ -122,18 +123,11 @@ class Manifest(Head):
     splits: dict[str, Split]
 
 
-def file_name(kind: str, number: int) -> str:
-    return f"{kind}-{number:05d}.{'parquet' if kind == 'index' else 'npy'}"
-
-
-def canonical_json(value: Any) -> bytes:
-    """One spelling for one value: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-
-
 def build_id_of(manifest: dict[str, Any]) -> str:
-    """SHA-256 over everything in the manifest but the id itself."""
-    return hashlib.sha256(canonical_json({k: v for k, v in manifest.items() if k != "build_id"})).hexdigest()
+    """SHA-256 over everything in the manifest but the id itself, in one spelling: sorted keys, no spaces, UTF-8."""
+    content = {key: value for key, value in manifest.items() if key != "build_id"}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse_manifest(folder: Path) -> dict[str, Any]:

@@ -14,14 +14,40 @@ import numpy as np
 
 from chatdata.disk import file_sha256
 from chatdata.document import check_ids
-from chatdata.shards.index import index_schema
-from chatdata.shards.manifest import file_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_SHARD_TOKENS = 2**27  # 256 MiB of uint16 tokens: few files, and a shard still copies in seconds
 INDEX_ROWS = 1 << 17  # in a row group of the index: its spans take about 30 MB while they are gathered
+
+
+def file_name(kind: str, number: int) -> str:
+    return f"{kind}-{number:05d}.{'parquet' if kind == 'index' else 'npy'}"
+
+
+def index_schema() -> pa.Schema:
+    """Columns of the index, one row per document (docs/format.md)."""
+    import pyarrow as pa
+
+    span = pa.struct([("role", pa.uint8()), ("start", pa.uint32()), ("length", pa.uint32())])
+    return pa.schema(
+        [
+            ("doc", pa.int64()),
+            ("row", pa.int64()),
+            ("position", pa.int64()),
+            ("task", pa.dictionary(pa.int32(), pa.string())),
+            ("entry", pa.int16()),
+            ("num_tokens", pa.int32()),
+            ("num_supervised", pa.int32()),
+            ("num_turns", pa.int32()),
+            ("num_tool_calls", pa.int32()),
+            ("original_tokens", pa.int32()),
+            ("truncated", pa.bool_()),
+            ("digest", pa.binary(16)),
+            ("spans", pa.list_(span)),
+        ]
+    )
 
 
 def write_shard(
@@ -42,13 +68,13 @@ def write_shard(
     """
     index_path = folder / file_name("index", number)
     writing = threads.submit(_write_index, index_path, index) if threads else None
-    if not writing:
-        _write_index(index_path, index)
     num_tokens, num_supervised = int(lengths.sum()), 0
     tokens_file = _NpyFile(folder / file_name("tokens", number), dtype, num_tokens)
     mask_file = _NpyFile(folder / file_name("mask", number), np.dtype("|u1"), num_tokens)
     offsets_file = _NpyFile(folder / file_name("offsets", number), np.dtype("<i8"), len(lengths) + 1)
     with tokens_file.file, mask_file.file, offsets_file.file:
+        if not writing:
+            _write_index(index_path, index)
         for ids, mask in chunks:
             check_ids(ids, min(vocab_size, np.iinfo(dtype).max + 1))
             tokens_file.write(ids.astype(dtype, copy=False))

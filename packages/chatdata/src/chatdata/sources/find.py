@@ -1,7 +1,7 @@
 """Where rows come from: a path in the recipe, `--data-dir` (a folder of Hub clones), then the Hub.
 
-`resolve` finds the files of one recipe entry, or raises MissingSource with the command that fetches them; no row is
-read before every source of a build is found. `Source.read` then streams the wanted rows in file order (files.py).
+`resolve` finds the files of one recipe entry, or raises MissingSource with the command that downloads them. A build
+reads no row before it has found every source; sources/source.py then reads them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 from chatdata.errors import MissingSource, SourceError
 from chatdata.recipe import Entry, file_label
 from chatdata.sources import hub
-from chatdata.sources.files import SourceFile
-from chatdata.sources.source import Source
+from chatdata.sources.source import Source, SourceFile
 from chatdata.tasks.task import Task
 
 MAKE_IDENTITY = "; `chatdata identity PERSONA --out FILE` makes one"
@@ -30,30 +29,46 @@ class Locations:
     words: str | None = None
 
 
+@dataclass(frozen=True)
+class PlannedEntry:
+    """An entry with its task, the source of its rows, and the task positions it takes from it."""
+
+    entry: Entry
+    task: Task
+    source: Source
+    task_positions: range
+
+
 def resolve(entry: Entry, task: Task, locations: Locations) -> Source:
-    """The source of `entry`. Raises MissingSource if it is not at hand and cannot be fetched, SourceError if empty."""
+    """The source of `entry`.
+
+    Raises MissingSource if it is neither here nor can be downloaded, SourceError if it is empty or has the wrong form.
+    """
     if task.generate is not None:
         options, option_files = _resolve_options(entry, task, locations)
         source = Source(entry.label, task, split=entry.split, options=options, option_files=option_files)
         source.make_row  # noqa: B018 - a word list that cannot be used is an error before anything is rendered
         return source
-    source = _resolve_files(entry, task, locations)
-    if source.num_rows == 0:
-        raise SourceError(f"{entry.label}: {source.name} has no rows")
-    return source
+    try:
+        source = _resolve_files(entry, task, locations)
+        if source.num_rows == 0:
+            raise SourceError(f"{source.name} has no rows")
+        return source
+    except SourceError as error:
+        raise error.at(entry.label) from error.__cause__
 
 
 def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
     if task.name == "identity" and locations.identity is not None:
-        return _local_source(locations.identity, locations.identity.name, entry, task)
+        return _local_source(locations.identity, locations.identity.name, task)
     if entry.path is not None:
-        return _local_source(locations.recipe_folder / entry.path, file_label(entry.path), entry, task)
+        return _local_source(locations.recipe_folder / entry.path, file_label(entry.path), task)
     repo = entry.repo or task.hub
     if repo is None:
         identity = task.name == "identity"
         flag = "pass --identity FILE" if identity else "give it `path` or `repo` in the recipe"
         form = f"(JSONL or Parquet, a conversation per line{MAKE_IDENTITY if identity else ''})"
-        raise MissingSource(f"{entry.label}: no file given: {flag} {form}")
+        raise MissingSource(f"no file given: {flag} {form}")
     pattern = f"{entry.subset or 'data'}/{entry.split}-*.parquet"
     fetch = _fetch_command(repo, entry.revision, f"--include '{pattern}' ")
     looked = ""
@@ -61,34 +76,35 @@ def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
         clone = locations.data_dir / repo
         files = sorted(clone.glob(pattern))
         if files:
-            hub.check_complete(files, f"{entry.label}: {clone}", f"; {fetch}")
-            return _hub_source(repo, entry, task, clone, files, None)
+            source = _hub_source(repo, entry, task, clone, files, None)
+            hub.check_complete(files, str(clone), f"; {fetch}")
+            return source
         looked = f"no {pattern} in {clone}; "
     if task.hub is None and task.kind == "conversation":
         return _chat_source(repo, entry, task, locations)
     folder, revision = _snapshot(repo, pattern, entry, looked, fetch)
     files = sorted(folder.glob(pattern))
     if not files:
-        raise MissingSource(f"{entry.label}: {looked}{repo} at {revision[:12]} has no file {pattern}")
-    hub.check_complete(files, f"{entry.label}: {repo} at {revision[:12]}")
+        raise MissingSource(f"{looked}{repo} at {revision[:12]} has no file {pattern}")
+    hub.check_complete(files, f"{repo} at {revision[:12]}")
     return _hub_source(repo, entry, task, folder, files, revision)
 
 
 def _chat_source(repo: str, entry: Entry, task: Task, locations: Locations) -> Source:
-    """A dataset of any layout `datasets` understands: the whole repository is fetched, `datasets` finds the split."""
+    """A dataset of any layout: the whole repository is downloaded, and `datasets` finds the files of the split."""
     clone = locations.data_dir / repo if locations.data_dir is not None else None
     fetch = _fetch_command(repo, entry.revision, "")
     if clone is not None and clone.is_dir():
         folder, revision = clone, None
-        hub.check_all_complete(folder, f"{entry.label}: {clone}", f"; {fetch}")
+        hub.check_all_complete(folder, str(clone), f"; {fetch}")
     else:
         looked = f"no folder {clone}; " if clone is not None else ""
         folder, revision = _snapshot(repo, "*", entry, looked, fetch)
-        hub.check_all_complete(folder, f"{entry.label}: {repo} at {revision[:12]}")
+        hub.check_all_complete(folder, f"{repo} at {revision[:12]}")
     try:
         files, dataset = hub.load_split(folder, entry.subset, entry.split)
     except SourceError as error:
-        raise error.at(f"{entry.label}: {repo}") from error.__cause__
+        raise error.at(repo) from error.__cause__
     return _hub_source(repo, entry, task, folder.resolve(), files, revision, dataset)
 
 
@@ -101,9 +117,9 @@ def _snapshot(repo: str, pattern: str, entry: Entry, looked: str, fetch: str) ->
     try:
         return hub.snapshot(repo, pattern, entry.revision)
     except MissingSource as error:
-        raise MissingSource(f"{entry.label}: {looked}{error}; {fetch}") from error.__cause__
-    except SourceError as error:  # the Hub has no such thing: no command would fetch it
-        raise MissingSource(f"{entry.label}: {looked}{error}") from None
+        raise MissingSource(f"{looked}{error}; {fetch}") from error.__cause__
+    except SourceError as error:  # the Hub has no such thing: no command would download it
+        raise MissingSource(f"{looked}{error}") from None
 
 
 def _hub_source(
@@ -114,23 +130,23 @@ def _hub_source(
     return Source(name, task, named, revision, dataset)
 
 
-def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
+def _local_source(path: Path, label: str, task: Task) -> Source:
     files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
-    absent = [file for file in files if not file.is_file()]
-    if absent or not files:
+    if not files or not all(file.is_file() for file in files):
         make = MAKE_IDENTITY if task.name == "identity" else ""
         what = f"a folder; name a file, or {path}/*.jsonl" if path.is_dir() else "no such file"
-        raise MissingSource(f"{entry.label}: {path}: {what}{make}")
+        raise MissingSource(f"{path}: {what}{make}")
+    suffixes = (".jsonl", ".parquet", ".txt") if task.kind == "text" else (".jsonl", ".parquet")
     for file in files:
-        if file.suffix not in (".jsonl", ".parquet", *((".txt",) if task.kind == "text" else ())):
-            raise SourceError(f"{file}: expected .jsonl or .parquet{' or .txt' if task.kind == 'text' else ''}")
+        if file.suffix not in suffixes:
+            raise SourceError(f"{file}: expected {' or '.join(suffixes)}")
     folder = label.rpartition("/")[0]
     named = tuple(SourceFile(file, f"{folder}/{file.name}" if folder else file.name) for file in files)
     return Source(label, task, named)
 
 
 def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[dict[str, Any], dict[str, SourceFile]]:
-    """The task's options with files in place of names; the files, to be recorded in the manifest."""
+    """The task's options with paths in place of file names, and those files, for the manifest."""
     options, files = dict(entry.options), {}
     for key, option in task.options.items():
         if not option.is_file:

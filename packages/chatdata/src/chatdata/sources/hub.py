@@ -243,7 +243,7 @@ def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
 
 def fetch_url(url: str, instead: str) -> Path:
     """The cached file of `url`, downloaded to a temporary name and renamed on first use. Raises MissingSource."""
-    folder = cache_folder() / "urls" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = cache_folder("urls") / hashlib.sha256(url.encode()).hexdigest()[:16]
     path = folder / (Path(urlsplit(url).path).name or "file")
     if path.is_file():
         return path

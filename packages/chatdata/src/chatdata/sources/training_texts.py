@@ -10,8 +10,7 @@ import numpy as np
 
 from chatdata.conversation import parse_conversation
 from chatdata.errors import ChatdataError, SourceError
-from chatdata.sources.files import SourceFile
-from chatdata.sources.source import Source
+from chatdata.sources.source import Source, SourceFile
 from chatdata.tasks.task import load_tasks
 
 
