@@ -176,7 +176,7 @@ def test_documents_count_as_they_are_cut(run, tmp_path, byte_tokenizer) -> None:
 
 def test_nothing_is_fetched(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(hub, "_download", lambda *_, **k: None if k else pytest.fail("a download"))
-    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *_, **__: pytest.fail("a request"))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("a request"))
     with hub.nothing_fetched(), pytest.raises(MissingSource):
         hub.fetch_url("http://localhost/words.txt", "give a file")
 

@@ -233,7 +233,7 @@ def test_what_the_hub_does_not_have(hub: Any, run: Run, tmp_path: Path) -> None:
         "(4) mmlu auxiliary_train train: cais/mmlu is not a dataset on the Hub (or is private: `hf auth login`); "
         "(5) conversations train: Repo id must be in the form 'repo_name' or 'namespace/repo_name': 'a/b/c'. "
         "Use `repo_type` argument if needed.; "
-        "(6) gsm8k socratic train: the Hub refused a file of openai/gsm8k: 404 Client Error. "
+        "(6) gsm8k socratic train: openai/gsm8k is not in the Hub's cache and the Hub refused it: 404 Client Error. "
         f"Entry Not Found for url: {hub.url}{hidden}.; {fetch_command('openai/gsm8k', 'socratic/train-*.parquet')}"
     )
     hub.down = True
@@ -257,7 +257,7 @@ def test_connection_cut_half_way(hub: Any, run: Run, tmp_path: Path) -> None:
     hub.cuts[path] = hub_server.ALWAYS
     cut = run(recipe("task = 'gsm8k'"), "out", hub.url)
     before, after = (
-        "gsm8k main train: the download of openai/gsm8k broke off: ",
+        f"gsm8k main train: openai/gsm8k is not in the Hub's cache and cannot be downloaded from {hub.url}: ",
         fetch_command("openai/gsm8k", "main/train-*.parquet"),
     )
     assert cut.error.startswith(before)
@@ -283,7 +283,7 @@ def test_no_network(run: Run, tmp_path: Path) -> None:
     one, closed = recipe("task = 'gsm8k'"), hub_server.closed_port()
     closed_run = run(one, "out", closed)
     assert closed_run.error == (
-        f"gsm8k main train: openai/gsm8k is not in the Hub's cache and {closed} cannot be reached: {REFUSED}; "
+        f"gsm8k main train: openai/gsm8k is not in the Hub's cache and cannot be downloaded from {closed}: {REFUSED}; "
         "hf download openai/gsm8k --repo-type dataset --include 'main/train-*.parquet' --local-dir DIR/openai/gsm8k, "
         "then --data-dir DIR"
     )
@@ -298,7 +298,7 @@ def test_no_network(run: Run, tmp_path: Path) -> None:
     )
     with hub_server.SilentServer() as silent:
         swallowed = run(recipe(*entries), "out", silent.url, HF_HUB_ETAG_TIMEOUT="1")
-        assert swallowed.error.count(f"is not in the Hub's cache and {silent.url} cannot be reached: ") == 3
+        assert swallowed.error.count(f"is not in the Hub's cache and cannot be downloaded from {silent.url}: ") == 3
         assert len(silent.connections) == 1  # one timeout, not one for each source
     assert max(closed_run.seconds, offline.seconds, swallowed.seconds) < 15
     assert not (tmp_path / "out").exists()
@@ -310,7 +310,9 @@ def test_the_printed_command_fetches_what_data_dir_needs(hub: Any, run: Run, tmp
     data_dir.mkdir()
     error = run(recipe("task = 'gsm8k'"), "out", closed, "--data-dir", str(data_dir)).error
     looked = f"no main/train-*.parquet in {data_dir / 'openai/gsm8k'}; openai/gsm8k is not in the Hub's cache"
-    assert error.startswith(f"gsm8k main train: {looked} and {closed} cannot be reached: {REFUSED}; hf download")
+    assert error.startswith(
+        f"gsm8k main train: {looked} and cannot be downloaded from {closed}: {REFUSED}; hf download"
+    )
     command = re.search(r"; (hf download .*), then --data-dir DIR$", error)[1].replace("DIR", str(data_dir))
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "elsewhere")}
     scripts = str(Path(sys.executable).parent)
@@ -488,14 +490,16 @@ def test_word_list_that_does_not_arrive(hub: Any, run: Run, tmp_path: Path) -> N
     ]
     assert run(recipe(*entries[:2]), "out", hub.url).error == (
         "2 sources are missing: "
-        f"(1) cannot download {hub.url}/files/cut.txt: the connection broke off after 6,500 of 13,000 bytes; {PASS}; "
-        f"(2) cannot download {hub.url}/files/absent.txt: HTTP Error 404: Not Found; {PASS}"
+        f"(1) cannot download {hub.url}/files/cut.txt: peer closed connection without sending complete message body "
+        f"(received 6500 bytes, expected 13000); {PASS}; "
+        f"(2) cannot download {hub.url}/files/absent.txt: Client error '404 Not Found' "
+        f"for url '{hub.url}/files/absent.txt'; {PASS}"
     )
     assert stored_files(tmp_path / "cache") == []
     hub.chunked = True  # no Content-Length to compare with
     hub.cuts["/files/cut.txt"] = 1
     error = run(recipe(entries[0]), "out", hub.url).error
-    assert error.startswith(f"cannot download {hub.url}/files/cut.txt: IncompleteRead")
+    assert error.startswith(f"cannot download {hub.url}/files/cut.txt: peer closed connection without sending")
     assert error.endswith(f"; {PASS}")
     assert stored_files(tmp_path / "cache") == []
     again = run(recipe(entries[0]), "out", hub.url, "--dry-run")

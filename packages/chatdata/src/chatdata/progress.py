@@ -50,7 +50,7 @@ def _plain_lines() -> Progress:
 
     def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
         text, tenths = status(name, done, total, unit, note), 10 * done // max(total, 1)
-        if done >= total or (not part and tenths != printed.get(name, 0)):
+        if tenths != printed.get(name) and (done >= total or (tenths > 0 and not part)):
             printed[name] = tenths
             print(f"{name}: {text}", file=sys.stderr, flush=True)
 

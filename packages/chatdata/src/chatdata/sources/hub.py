@@ -1,21 +1,18 @@
 """What comes over the network: dataset files from the Hub, files by URL; and chat datasets read through `datasets`.
 
-Everything is cached: Hub files in the Hub's own cache, where a branch or tag (`main` if the recipe names no revision)
-stands for the commit it was first resolved to; URLs in chatdata's cache. What is cached is used without any request.
-Retries are the Hub library's own; what it logs about them is kept off the terminal, because the outcome is one line.
+Everything is cached: Hub files in the Hub's own cache, URLs in chatdata's. A branch or tag (`main` if the recipe names
+none) stays at the commit it was first resolved to. Cached files are used without any request. Retries are the Hub
+library's own; its log messages are kept off the terminal, because the outcome is one line.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import logging
 import os
 import re
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +24,7 @@ from chatdata.errors import MissingSource, SourceError
 
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})")
 URL_TIMEOUT = 10  # seconds without an answer; the Hub's own is HF_HUB_ETAG_TIMEOUT, 10 by default
-NOT_AGAIN = 30  # seconds a host that did not answer is not asked again: five missing sources wait once, not five times
+NOT_AGAIN = 30  # seconds a host that did not answer is left alone: five missing sources wait once, not five times
 _may_fetch = [True]
 _unreachable: dict[str, tuple[float, str]] = {}  # host → when it may be asked again, and what went wrong
 
@@ -38,28 +35,74 @@ def snapshot(repo: str, pattern: str, revision: str | None) -> tuple[Path, str]:
     Raises MissingSource if the files are not in the cache and cannot be downloaded, SourceError if the Hub has no such
     repository or revision.
     """
-    # else the first use in a day asks the Hub for a list of coding agents, to report which of them runs this
+    # without it the first use in a day asks the Hub for a list of coding agents, to report which of them runs this
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import constants, get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
     wanted = revision or "main"
+    folder = None
     try:
-        wanted = _kept_commit(repo, wanted) or wanted
-        with _quiet():
-            folder, known_complete = _cached(repo, pattern, wanted)
+        # all files come from the commit that was cached first, or two splits could be of two versions of a dataset
+        ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="dataset"), "refs", wanted)
+        wanted = ref.read_text().strip() if ref.is_file() else wanted
+        folder = _download(repo, pattern, wanted, local_files_only=True)
+        get_cached_repo_tree(repo, repo_type="dataset", revision=folder.name)
     except HFValidationError as error:
         raise SourceError(_first_line(error)) from None
-    if folder and (known_complete or _is_complete(sorted(folder.glob(pattern)))):
-        return folder, folder.name
-    _ask_hub(repo, wanted)
-    try:
-        with _quiet():
-            folder = _download(repo, pattern, wanted)
-    except HfHubHTTPError as error:
-        raise MissingSource(f"the Hub refused a file of {repo}: {_hub_reason(error)}") from error
-    except Exception as error:  # the HTTP client's, the disk's, or that of the library's transfer engine
-        raise MissingSource(f"the download of {repo} broke off: {_first_line(error)}") from error
+    except LocalEntryNotFoundError:
+        folder = _fetch(repo, pattern, wanted)
+    except CachedRepoTreeNotFoundError:  # cached file by file, so only the Hub knows whether these are all
+        try:
+            folder = _fetch(repo, pattern, wanted)
+        except MissingSource:
+            if folder is None or not any(folder.glob(pattern)):
+                raise
     return folder, folder.name
+
+
+def _fetch(repo: str, pattern: str, revision: str) -> Path:
+    """Ask the Hub once whether it has this, then download. Raises MissingSource or SourceError."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub import errors as hf
+
+    host, not_here = constants.ENDPOINT, f"{repo} is not in the Hub's cache"
+    if not _may_fetch[-1]:
+        raise MissingSource(not_here)
+    try:
+        _check_reachable(host)
+        with _quiet():  # snapshot_download has no timeout for this
+            HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return _download(repo, pattern, revision)
+    except hf.RevisionNotFoundError:
+        raise SourceError(f'{repo} has no revision "{revision}" on the Hub') from None
+    except hf.GatedRepoError:
+        raise SourceError(f"{repo} is gated on the Hub: ask for access on its page, then `hf auth login`") from None
+    except hf.RepositoryNotFoundError:
+        raise SourceError(f"{repo} is not a dataset on the Hub (or is private: `hf auth login`)") from None
+    except hf.HfHubHTTPError as error:
+        raise MissingSource(f"{not_here} and the Hub refused it: {_hub_reason(error)}") from error
+    except hf.OfflineModeIsEnabled:
+        raise MissingSource(f"{not_here} and HF_HUB_OFFLINE is set") from None
+    except Exception as error:  # the HTTP client's, the disk's, or that of the library's transfer engine
+        _note_unreachable(host, error)
+        raise MissingSource(f"{not_here} and cannot be downloaded from {host}: {_first_line(error)}") from error
+
+
+def _download(repo: str, pattern: str, revision: str, local_files_only: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented
+
+    class Bar(tqdm):
+        """The library's progress bar, on a terminal only."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{"disable": None, **kwargs})  # type: ignore[no-untyped-call]  # has no types
+
+    options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": [pattern], "tqdm_class": Bar}
+    with _quiet():
+        return Path(snapshot_download(repo, revision=revision, local_files_only=local_files_only, **options))
 
 
 @contextmanager
@@ -72,105 +115,15 @@ def nothing_fetched() -> Iterator[None]:
         _may_fetch.pop()
 
 
-def _ask_hub(repo: str, revision: str) -> None:
-    """One request that is not tried again: does the Hub answer, and does it have this? Raises SourceError if not."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    host, not_here = constants.ENDPOINT, f"{repo} is not in the Hub's cache"
-    if not _may_fetch[-1]:
-        raise MissingSource(not_here)
-    try:
-        _check_reachable(host)
-        with _quiet():
-            HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except RevisionNotFoundError:
-        raise SourceError(f'{repo} has no revision "{revision}" on the Hub') from None
-    except GatedRepoError:
-        raise SourceError(f"{repo} is gated on the Hub: ask for access on its page, then `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise SourceError(f"{repo} is not a dataset on the Hub (or is private: `hf auth login`)") from None
-    except HfHubHTTPError as error:
-        raise MissingSource(f"{not_here} and the Hub refused it: {_hub_reason(error)}") from error
-    except OfflineModeIsEnabled:
-        raise MissingSource(f"{not_here} and HF_HUB_OFFLINE is set") from None
-    except Exception as error:  # the HTTP client's, whose package differs between huggingface_hub 1 and 2
-        _note_unreachable(host, error)
-        raise MissingSource(f"{not_here} and {host} cannot be reached: {_first_line(error)}") from error
-
-
-def _download(repo: str, pattern: str, revision: str, local_files_only: bool = False) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # there by its documentation
-
-    class Bar(tqdm):
-        """The library's progress bar, on a terminal only."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{"disable": None, **kwargs})  # type: ignore[no-untyped-call]  # has no types
-
-    return Path(
-        snapshot_download(
-            repo,
-            repo_type="dataset",
-            revision=revision,
-            allow_patterns=[pattern],
-            local_files_only=local_files_only,
-            tqdm_class=Bar,
-        )
-    )
-
-
-def _kept_commit(repo: str, revision: str) -> str | None:
-    """The commit that a branch or tag was resolved to when the first file of it was cached.
-
-    All files are taken from that commit, or two splits could come from two versions of a dataset.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="dataset"))
-    ref = folder / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else ""
-    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
-
-
-def _cached(repo: str, pattern: str, revision: str) -> tuple[Path | None, bool]:
-    """The cached folder of `revision` (None: not cached, or known to lack files), and whether it is surely complete."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = _download(repo, pattern, revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        return None, False
-    try:
-        from huggingface_hub import get_cached_repo_tree  # since huggingface_hub 1.23
-        from huggingface_hub.errors import CachedRepoTreeNotFoundError
-    except ImportError:
-        return folder, False
-    try:
-        get_cached_repo_tree(repo, repo_type="dataset", revision=folder.name)
-    except CachedRepoTreeNotFoundError:
-        return folder, False
-    return folder, True  # the library compared the folder with this list, or it would have raised
-
-
 def _check_reachable(host: str) -> None:
     """Raise the error of the last attempt if `host` failed to answer a moment ago."""
     until, reason = _unreachable.get(host, (0.0, ""))
     if time.monotonic() < until:
         raise ConnectionError(reason)
-    _unreachable.pop(host, None)
 
 
 def _note_unreachable(host: str, error: Any) -> None:
-    _unreachable.setdefault(host, (time.monotonic() + NOT_AGAIN, _first_line(error)))
+    _unreachable[host] = time.monotonic() + NOT_AGAIN, _first_line(error)
 
 
 def check_complete(files: list[Path], what: str, remedy: str = "") -> None:
@@ -202,15 +155,6 @@ def check_all_complete(folder: Path, what: str, remedy: str = "") -> None:
             sets.setdefault((place.with_name(path.name[: match.start()]), path.suffix), []).append(path)
     for (place, _), files in sets.items():
         check_complete(files, f"{what}: {place.as_posix()}", remedy)
-
-
-def _is_complete(files: list[Path]) -> bool:
-    """Whether the files are surely all there: one whole numbered set."""
-    try:
-        check_complete(files, "")
-    except MissingSource:
-        return False
-    return bool(files) and all(_NUMBERED.search(file.name) for file in files)
 
 
 def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
@@ -249,24 +193,22 @@ def fetch_url(url: str, instead: str) -> Path:
         return path
     if not _may_fetch[-1]:
         raise MissingSource(f"{url} is not in the cache; {instead}")
+    from huggingface_hub import get_session
+
     host = urlsplit(url).netloc
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _check_reachable(host)
-        with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as response, partial.open("wb") as file:
-            while chunk := response.read(1 << 20):
+        with get_session().stream("GET", url, timeout=URL_TIMEOUT) as response, partial.open("wb") as file:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
                 file.write(chunk)
-            expected = response.headers.get("Content-Length")
-        if expected is not None and partial.stat().st_size != int(expected):
-            raise OSError(f"the connection broke off after {partial.stat().st_size:,} of {int(expected):,} bytes")
         partial.replace(path)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = error
-        if isinstance(error, (urllib.error.URLError, TimeoutError)) and not isinstance(error, urllib.error.HTTPError):
-            reason = getattr(error, "reason", error)
-            _note_unreachable(host, reason)
-        raise MissingSource(f"cannot download {url}: {_first_line(reason)}; {instead}") from None
+    except Exception as error:  # the HTTP client's, whose package differs between huggingface_hub 1 and 2; the disk's
+        if not partial.exists():
+            _note_unreachable(host, error)
+        raise MissingSource(f"cannot download {url}: {_first_line(error)}; {instead}") from None
     finally:
         partial.unlink(missing_ok=True)
     return path
