@@ -115,3 +115,15 @@ def test_lone_surrogates_are_refused() -> None:
         parse_conversation([HI[0], {"role": "assistant", "content": [{"type": "python", "text": "\udfff"}]}])
     with pytest.raises(ConversationError, match='"text" must be a string'):
         parse_conversation([HI[0], {"role": "assistant", "content": [{"type": "python", "text": b"1"}]}])
+
+
+def test_content_is_never_left_out_in_silence() -> None:
+    part = {"type": "text", "text": "Hello", "train": False}
+    for record, message in [
+        ([HI[0], {"role": "assistant", "content": [part]}], 'part 0, key "train": not understood'),
+        ({"messages": HI, "system": "Speak French"}, 'key "system" beside "messages": would be left out'),
+        ({"messages": HI, "tools": [{}]}, 'key "tools" beside "messages"'),
+        ({"messages": HI, "conversations": HI}, 'key "conversations" beside "messages"'),
+    ]:
+        with pytest.raises(ConversationError, match=message):
+            parse_conversation(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,10 @@ from pathlib import Path
 import pytest
 
 from chatdata import open_build
+from chatdata.build.publish import check_out, partial_folder, publish
+from chatdata.errors import BuildError
+from chatdata.tokenizer.bpe import Tokenizer
+from chatdata.tokenizer.files import save_tokenizer
 
 DEMO = ("build", "--stage", "mid", "--demo", "--limit", 20)
 
@@ -114,3 +119,112 @@ def test_two_builds_racing_for_one_folder(tmp_path: Path, chatdata: Callable) ->
     process.communicate(timeout=60)
     assert process.returncode == 0
     open_build(tmp_path / "out")
+
+
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def build_of(tmp_path: Path, tokenizer: Tokenizer, chatdata: Callable, lines: list, *arguments: object) -> object:
+    save_tokenizer(tokenizer, tmp_path / "t")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "r.toml").write_text('stage = "mid"\n[[train]]\ntask = "conversations"\npath = "c.jsonl"\n')
+    command = ["build", "--recipe", tmp_path / "r.toml", "--tokenizer", tmp_path / "t", "--out", tmp_path / "out"]
+    return chatdata(*command, *arguments)
+
+
+def test_force_never_takes_more_than_a_build(tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable) -> None:
+    out = tmp_path / "out"
+    assert build_of(tmp_path, byte_tokenizer, chatdata, [HI]).returncode == 0
+    (out / "checkpoints").mkdir()
+    with pytest.raises(BuildError, match=r"holds more than a build \(checkpoints\); --force would delete it too"):
+        check_out(out, force=True)
+    (out / "checkpoints").rmdir()
+    check_out(out, force=True)
+    mine = tmp_path / ".out.partial"
+    mine.mkdir()
+    (mine / "thesis").write_text("precious")
+    with pytest.raises(BuildError, match="in the way and not a build's"), partial_folder(out):
+        pass
+    assert (mine / "thesis").read_text() == "precious"
+    (mine / "thesis").unlink()
+    old = tmp_path / ".out.old"
+    old.mkdir()
+    (old / "thesis").write_text("precious")
+    result = build_of(tmp_path, byte_tokenizer, chatdata, [HI], "--force")
+    assert "in the way" in result.stderr and (old / "thesis").exists() and open_build(out)
+
+
+def test_an_interruption_while_replacing_brings_the_old_build_back(
+    tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert build_of(tmp_path, byte_tokenizer, chatdata, [HI]).returncode == 0
+    before = (out / "manifest.json").read_bytes()
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), partial_folder(out) as partial:
+        publish(partial, out)
+    monkeypatch.undo()
+    assert (out / "manifest.json").read_bytes() == before
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+
+
+DIE = """
+import os, shutil
+from pathlib import Path
+from chatdata.build import publish
+place, rename, remove, sync, unlink = {place!r}, Path.rename, publish._remove, publish.sync, Path.unlink
+def dying_sync(path):
+    if place == ("synced" if path.name.endswith(".partial") else "renamed"): os._exit(137)
+    sync(path)
+def dying_rename(self, to):
+    if place == "between" and self.name.endswith(".partial"): os._exit(137)
+    return rename(self, to)
+def dying_unlink(self, missing_ok=False):
+    unlink(self, missing_ok)
+    if place == "removing" and self.parent.name.endswith(".old") and self.name == "manifest.json": os._exit(137)
+publish.sync, Path.rename, Path.unlink = dying_sync, dying_rename, dying_unlink
+from chatdata.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("place", ["synced", "between", "renamed", "removing"])
+def test_killed_at_any_place_of_publishing_the_next_build_goes_on(
+    tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable, place: str
+) -> None:
+    out = tmp_path / "out"
+    assert build_of(tmp_path, byte_tokenizer, chatdata, [HI]).returncode == 0
+    before = (out / "manifest.json").read_bytes()
+    flags = ["--max-tokens", "3", "--overflow", "truncate", "--force"]
+    again = ["build", "--recipe", tmp_path / "r.toml", "--tokenizer", tmp_path / "t", "--out", out, *flags]
+    killed = subprocess.run([sys.executable, "-c", DIE.format(place=place), *map(str, again)], capture_output=True)
+    assert killed.returncode == 137, killed.stderr
+    if place != "between":  # and then it is beside it, and comes back
+        assert open_build(out).manifest
+        assert ((out / "manifest.json").read_bytes() == before) == (place == "synced")
+    with partial_folder(out):
+        assert open_build(out).manifest
+        assert ((out / "manifest.json").read_bytes() == before) == (place in ("synced", "between"))
+    result = chatdata(*again)
+    assert result.returncode == 0, result.stderr
+    assert (out / "manifest.json").read_bytes() != before
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+    assert chatdata("verify", out, "--level", "full").returncode == 0
+
+
+def test_links_are_followed_and_kept(tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable) -> None:
+    (tmp_path / "big" / "a").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "big" / "a")
+    assert build_of(tmp_path, byte_tokenizer, chatdata, [HI]).returncode == 0
+    assert build_of(tmp_path, byte_tokenizer, chatdata, [HI], "--force").returncode == 0
+    assert (tmp_path / "out").is_symlink() and sorted(os.listdir(tmp_path / "big")) == ["a", "a-firewall.json"]
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert "a link to nowhere" in build_of(tmp_path, byte_tokenizer, chatdata, [HI]).stderr

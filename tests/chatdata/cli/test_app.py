@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -339,3 +341,8 @@ def test_options_that_exclude_each_other(demo_mid: Path, tmp_path: Path, chatdat
     ]:
         result = chatdata(*arguments)
         assert result.returncode == 2 and error in result.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, chatdata.cli; print(sorted({'torch','polars','pyarrow','numpy','datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

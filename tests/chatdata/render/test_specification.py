@@ -201,3 +201,8 @@ def test_what_always_holds(drawn: tuple) -> None:
     covered = [i for span in document.spans for i in range(span.start, span.start + span.length)]
     assert covered == sorted(set(covered))
     assert {ids[i] for i in set(range(len(ids))) - set(covered)} <= {BOS, ASSISTANT, ASSISTANT_END}
+
+
+def test_a_lone_surrogate_in_plain_text_is_refused(byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConversationError, match="lone surrogate"):
+        render_text(byte_tokenizer, "a\ud800b")

@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from chatdata import open_build
-from chatdata.errors import MissingSource
+from chatdata.errors import MissingSource, SourceError
 from chatdata.recipe import Entry
 from chatdata.sources.find import Locations, resolve
+from chatdata.sources.hub import check_complete
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import train_tokenizer
 from chatdata.tokenizer.files import save_tokenizer
@@ -509,3 +510,18 @@ def test_word_list_that_does_not_arrive(hub: Any, run: Run, tmp_path: Path) -> N
     closed = hub_server.closed_port()
     refused = run(recipe("task = 'simple_spelling'\nrows = 1"), "out", closed, "--words", f"{closed}/words.txt").error
     assert refused == f"cannot download {closed}/words.txt: {REFUSED}; {PASS}"
+
+
+def test_resharded_clones_are_refused() -> None:
+    for names, message in [
+        (
+            ["train-00000-of-00001.parquet", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+            "mixes files",
+        ),
+        (["train-00000-of-00001.parquet", "train-backup.parquet"], "has train-backup.parquet beside numbered files"),
+        (["train-00001-of-00002.parquet"], "is incomplete: 1 of 2 files missing"),
+    ]:
+        with pytest.raises(SourceError, match=message):
+            check_complete([Path(name) for name in names], "here")
+    check_complete([Path("train-00000-of-00001.parquet")], "here")
+    check_complete([Path("a.parquet"), Path("b.parquet")], "here")

@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,6 +256,31 @@ def test_show(tmp_path: Path, chatdata: Callable) -> None:
     assert "vocab_size" in chatdata("tokenizer", "show", tmp_path / "t").stdout
 
 
-def test_help_is_fast_and_light() -> None:
-    code = "import sys, chatdata.cli; print(sorted({'torch','polars','pyarrow','numpy','datasets'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+SPECIALS = append_special_tokens(BYTES)
+
+
+@pytest.mark.parametrize("pattern", [r"\w+", r"[^\x00]+", r"\S+", "", "a*", "(?=a)"])
+def test_a_pattern_that_loses_text_is_refused(pattern: str) -> None:
+    with pytest.raises(TokenizerError, match=r"the split pattern (loses text|gives up|does not compile)"):
+        Tokenizer(BYTES, pattern, SPECIALS, "lossy")
+
+
+def test_training_with_a_bad_pattern() -> None:
+    for pattern in (r"\w+", "[a-z", ""):
+        with pytest.raises(TokenizerError):
+            train_tokenizer(iter(["some text here, and there " * 50]), 300, pattern)
+
+
+def test_a_text_the_pattern_gives_up_on_names_file_and_line(
+    tmp_path: Path, byte_tokenizer: Tokenizer, chatdata: Callable
+) -> None:
+    with pytest.raises(TokenizerError, match=r"gives up on a text of 1,000,001 characters"):
+        byte_tokenizer.encode_ordinary(" " * 1_000_000 + "x")
+    save_tokenizer(byte_tokenizer, tmp_path / "t")
+    lines = ("Hi", " " * 1_000_000 + "x")
+    (tmp_path / "c.jsonl").write_text("".join(f'[{{"role": "user", "content": "{line}"}}]\n' for line in lines))
+    (tmp_path / "r.toml").write_text('stage = "mid"\n[[train]]\ntask = "conversations"\npath = "c.jsonl"\n')
+    result = chatdata(
+        "build", "--recipe", tmp_path / "r.toml", "--tokenizer", tmp_path / "t", "--out", tmp_path / "out"
+    )
+    assert result.stderr.splitlines()[-1].startswith("Error: c.jsonl line 2: ") and "Traceback" not in result.stderr
