@@ -1,4 +1,4 @@
-"""Do the intervals and tests of chateval hold what they say? Coverage and false positives, by simulation, as Markdown.
+"""Coverage of chateval's intervals and false positives of its tests, by simulation, as Markdown tables.
 
 uv run python benchmarks/interval_coverage.py
 """
@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 
 from chateval.results.intervals import mcnemar_exact, paired_bootstrap, wilson_interval
-from chateval.results.report import markdown_table
+from chateval.results.tables import markdown_table
 
 RATES, SIZES, DISCORDANCE = (0.02, 0.1, 0.25, 0.5, 0.9), (20, 100, 1000), (0.02, 0.1, 0.3, 0.6)
 RUNS, BOOTSTRAP_RUNS, BOOTSTRAP_DRAWS = 100_000, 1000, 1000
@@ -19,7 +19,7 @@ RUNS, BOOTSTRAP_RUNS, BOOTSTRAP_DRAWS = 100_000, 1000, 1000
 def main() -> None:
     rng = np.random.default_rng(0)
     sizes = [f"n = {n:,}" for n in SIZES]
-    print(f"Wilson, 95 %: share of {RUNS:,} simulated scores whose interval holds the true rate, %\n")
+    print(f"Wilson, 95 %: share of {RUNS:,} simulated scores whose interval contains the true rate, %\n")
     rows = [[f"p = {rate}", *(f"{100 * wilson_coverage(rng, rate, n):.2f}" for n in SIZES)] for rate in RATES]
     print(markdown_table(["", *sizes], rows))
     print(f"\nMcNemar, exact: share of {RUNS:,} comparisons of equals with p < 0.05, %\n")
@@ -27,9 +27,7 @@ def main() -> None:
         [f"{share:.0%} disagree", *(f"{100 * mcnemar_rate(rng, share, n):.2f}" for n in SIZES)] for share in DISCORDANCE
     ]
     print(markdown_table(["", *sizes], rows))
-    print(
-        f"\nPaired bootstrap, 95 %: share of {BOOTSTRAP_RUNS:,} comparisons of equals whose interval leaves out 0, %\n"
-    )
+    print(f"\nPaired bootstrap, 95 %: share of {BOOTSTRAP_RUNS:,} comparisons of equals whose interval excludes 0, %\n")
     rows = [
         [f"{share:.0%} disagree", *(f"{100 * bootstrap_rate(rng, share, n):.1f}" for n in SIZES)]
         for share in DISCORDANCE
@@ -44,7 +42,7 @@ def wilson_coverage(rng: np.random.Generator, rate: float, n: int) -> float:
 
 
 def disagreements(rng: np.random.Generator, share: float, n: int, runs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items only a, and only b, got right, when both are equally good and `share` of the items tell them apart."""
+    """Items that only a, and only b, got right, if both are equally good and disagree on `share` of the items."""
     num_disagree = rng.binomial(n, share, runs)
     only_a = rng.binomial(num_disagree, 0.5)
     return only_a, num_disagree - only_a

@@ -1,11 +1,11 @@
-"""lm-evaluation-harness on the very prompts chateval asks: the same letters?
+"""Does lm-evaluation-harness choose the same letters as chateval on the same prompts?
 
     uv run --with "lm-eval[hf]" python benchmarks/lm_eval_agreement.py --data-dir ../shared/data/hub \\
         --tokenizer TOKENIZER --items 500
 
-A model of random weights is exported to transformers; lm-eval's HFLM gives the log-likelihood of each letter behind
-each MMLU prompt, in its own batches; the best letter is compared with chateval's. Differences are listed with
-chateval's margin: below 1e-4 they are near ties.
+A model with random weights is exported to transformers. lm-eval's HFLM computes the log-likelihood of each letter after
+each MMLU prompt, in its own batches, and the best letter is compared with chateval's. Differences are listed with
+chateval's margin; below 1e-4 they are near ties.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         config = random_config("d2", tokenizer.vocab_size, 2048)
         generator = torch.Generator().manual_seed(0)
         weights = {n: torch.randn(s, generator=generator) / s[1] ** 0.5 for n, s in parameter_shapes(config).items()}
-        weights["lm_head.weight"] *= 8  # letters far enough apart to be told apart
+        weights["lm_head.weight"] *= 8  # spread the letters' logits
         ends = tokenizer.special_ids["<|bos|>"], tokenizer.special_ids["<|assistant_end|>"]
         export_transformers(weights, config, out / "hf", *ends, tokenizer_dir=out / "tokenizer", verify=False)
 
@@ -54,8 +54,8 @@ def main() -> None:
         requests = []
         for question in mmlu.questions:
             text = tokenizer.decode(question.prompt)
-            assert theirs.tok_encode(text) == question.prompt, f"{question.item}: lm-eval reads other ids"
-            # ids given outright: lm-eval would otherwise encode prompt and letter as one text
+            assert theirs.tok_encode(text) == question.prompt, f"{question.item}: lm-eval encodes it differently"
+            # pass ids, because lm-eval would encode prompt and letter as one text
             requests += [((text, letter), question.prompt, tokenizer.encode_ordinary(letter)) for letter in "ABCD"]
         values = [value for value, _ in theirs._loglikelihood_tokens(requests)]
         letters = ["ABCD"[max(range(4), key=values[i : i + 4].__getitem__)] for i in range(0, len(values), 4)]

@@ -1,9 +1,9 @@
-"""Attacks on the sandbox that runs model-written code, as a Markdown table: how each ended, and how long it took.
+"""Attacks on the sandbox for model-written code, as a Markdown table: how each ended and how long it took.
 
 uv run python benchmarks/sandbox_attacks.py
 
-Every attack is a program that would pass if it succeeded, so any ending but "passed" means that it was contained. The
-tests run the same table.
+Every attack is a program that passes if it succeeds, so any ending but "passed" means that it was contained. The tests
+run the same attacks.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Attack:
 
 @dataclass(frozen=True)
 class Host:
-    """Things of the host that the attacks reach for."""
+    """Parts of the host that the attacks try to reach."""
 
     secret_file: Path  # readable by everyone
     folder: Path  # writable by everyone
-    port: int  # somebody listens on 127.0.0.1
-    abstract_name: str  # and on this abstract unix socket
+    port: int  # with a listener on 127.0.0.1
+    abstract_name: str  # an abstract unix socket, also with a listener
 
 
-# Everything in reach that could hold the secret, printed to standard output, where it would be counted.
+# Prints everything within reach that could hold the secret; on standard output the secret would count.
 SEARCH = """
 import gc, os, sys
 texts = {*sys.argv, *sys.orig_argv, *os.environ.values()}
@@ -161,7 +161,7 @@ def attacks(host: Host) -> list[Attack]:
             "assert any(reached(open, file) for file in files)",
         ),
         Attack(
-            "killing every process",  # -1 means all that can be seen but itself and process 1
+            "killing every process",  # -1 means everything visible except itself and process 1
             "failed",
             "import os\nos.kill(-1, 9)",
         ),
@@ -175,7 +175,7 @@ def attacks(host: Host) -> list[Attack]:
 
 @contextlib.contextmanager
 def open_host() -> Iterator[Host]:
-    """The host's side: a file, a folder and two listening sockets, open to everyone."""
+    """On the host: a file, a folder and two listening sockets, open to everyone."""
     with tempfile.TemporaryDirectory() as name, socket.socket() as listener, socket.socket(socket.AF_UNIX) as unix:
         folder = Path(name)
         folder.chmod(0o777)

@@ -1,12 +1,12 @@
-"""Scoring speed: answers in a batch against one at a time, and multiple choice against the plain way.
+"""Scoring speed: batches against one prompt at a time, and multiple choice against the plain way.
 
     uv run python benchmarks/scoring.py --data-dir ../shared/data/hub --tokenizer TOKENIZER [--mmlu-items N]
 
-Both models have random weights at d4 over the given tokenizer (65,536 entries where the figures in LOG.md come from).
-    generation       64 GSM8K prompts, 96 new tokens each, greedy: batches of 32 against one at a time; sides in turns
-    multiple choice  MMLU test: chateval's way (sorted by length, one position a row through the head) over all items,
-                     against rows in the data's order, batches of 8 padded to the longest, all logits of all positions
-                     (8 at a time because 32 long rows of 65,536 logits do not fit in 24 GiB) over --plain-items of them
+Both models have random weights at d4 over the given tokenizer (65,536 tokens for the figures in LOG.md).
+    generation       64 GSM8K prompts, 96 new tokens each, greedy: batches of 32 against one at a time, alternating
+    multiple choice  MMLU test, all items, chateval's way: sorted by length, one position per row through the head.
+                     Against it, --plain-items of them in the data's order, padded to the longest, all logits of all
+                     positions, 8 at a time because 32 long rows of 65,536 logits do not fit in 24 GiB
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> None:
     lengths = [len(question.prompt) for question in mmlu.questions]
     print(f"{len(lengths):,} + {len(gsm8k.questions):,} prompts rendered in {time.perf_counter() - started:.1f} s")
     compare_generation(subject, gsm8k, arguments.repeats)
-    # side by side on the same items first, then the whole set
+    # both ways on the same items first, then the whole set
     ours, plain = [], []
     for _ in range(arguments.repeats):
         ours.append(letters_seconds(subject, mmlu, arguments.plain_items))

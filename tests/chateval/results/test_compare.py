@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chatdata.decode import convert
 from chateval.errors import ResultsError
-from chateval.results.compare import compare, markdown_comparison, show_comparison
-from chateval.results.figures import write_run
+from chateval.results.compare import compare
 from chateval.results.items import append_item, open_items
+from chateval.results.report import markdown_comparison, show_comparison
+from chateval.results.run_file import Run, write_run
 
 SETTINGS = {"temperature": 0.0, "max_new_tokens": 512}
 
@@ -33,7 +35,8 @@ def folder(
     """A results folder. tasks: {task: {item: "1" right or "0" wrong, one figure a draw}}."""
     task = {"scoring": "code", "chance": 0.0, "items": expected, "draws": draws, "source": {}}
     run = {"format": "chateval-run", "version": 1, "weights_sha256": weights * 64, "checkpoint": f"runs/{weights}"}
-    write_run(path, {**run, "step": 7, "settings": settings, "tasks": dict.fromkeys(tasks, task)})
+    run |= {"step": 7, "settings": settings, "tasks": dict.fromkeys(tasks, task)}
+    write_run(path, convert(run, Run, "run.json", ResultsError))
     with open_items(path / "items.jsonl") as file:
         for name, items in tasks.items():
             for item, figures in items.items():

@@ -1,1 +1,1 @@
-"""The scorer: answers of a checkpoint, item by item, and the figures computed from them."""
+"""Score the answers of a checkpoint item by item, and compute figures from them."""

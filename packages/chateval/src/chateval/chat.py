@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from chatdata.errors import printable
 from chatdata.render.format import NANOCHAT
 from chateval.ask.generate import Completion, Prompt, Sampling, generate
 from chateval.ask.subject import Subject
-from chateval.results.report import printable
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
@@ -83,7 +83,7 @@ def _shower(tokenizer: Tokenizer) -> Callable[[int], None]:
         nonlocal colour
         name = names.get(token)
         if name is None:
-            text = printable(decoder.decode(tokenizer.token_bytes[token]), keep="\n\t")
+            text = printable(decoder.decode(tokenizer.token_bytes[token]))
             click.echo(click.style(text, fg=colour), nl=False)
         else:
             click.echo(click.style(TOOL_MARKS.get(name, name), fg="cyan", dim=True), nl=False)

@@ -120,7 +120,8 @@ def run(**options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json: bool) -> None:
     """Compare two results folders on the questions they share: what does B answer better or worse than A?"""
-    from chateval.results.compare import compare, markdown_comparison, show_comparison
+    from chateval.results.compare import compare
+    from chateval.results.report import markdown_comparison, show_comparison
 
     comparison = compare(a, b, num_examples)
     if markdown is not None:

@@ -25,9 +25,8 @@ from chateval.ask.generate import Sampling
 from chateval.ask.questions import ScoredTask, load_questions, scored_sets
 from chateval.ask.subject import Subject
 from chateval.errors import ScoringError, UsageError
-from chateval.results.figures import RUN_FORMAT, RUN_NAME, VERSION, read_run, require_same_run, write_run
-from chateval.results.firewall import read_firewall
 from chateval.results.items import ITEMS_NAME, append_item, open_items, read_items
+from chateval.results.run_file import RUN_NAME, Run, RunTask, read_firewall, read_run, require_same_run, write_run
 from chattrain.run.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: P
     scored = load_questions(settings.tasks, tasks, subject.tokenizer, settings.data_dir, settings.words, settings.limit)
     run = describe_run(subject, settings, scored)
     if settings.firewall is not None:
-        run["firewall"] = read_firewall(settings.firewall, run["tasks"])
+        run.firewall = read_firewall(settings.firewall, run.tasks)
     _begin(settings, run, ranks)
     done = {item.key for item in read_items(settings.out)}
     ranks.wait()  # every rank reads before any rank writes
@@ -94,27 +93,27 @@ def _num_draws(task: ScoredTask, settings: ScoringSettings) -> int:
     return 1 if task.kind == "categorical" else settings.draws
 
 
-def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[ScoredTask]) -> dict[str, Any]:
+def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[ScoredTask]) -> Run:
     """run.json: everything that determines the answers, except the questions themselves."""
-    return {
-        "format": RUN_FORMAT,
-        "version": VERSION,
-        "weights_sha256": subject.weights_sha256,
-        "checkpoint": subject.label,
-        "step": subject.step,
-        "settings": {**asdict(settings.sampling), "dtype": str(subject.dtype).removeprefix("torch.")},
-        "tasks": {
-            task.name: {
-                "scoring": task.kind,
-                "chance": task.chance,
-                "items": len(task.questions),
-                "rows": task.num_rows,
-                "draws": _num_draws(task, settings),
-                "source": task.source,
-            }
+    return Run(
+        format="chateval-run",
+        version=1,
+        weights_sha256=subject.weights_sha256,
+        checkpoint=subject.label,
+        step=subject.step,
+        settings={**asdict(settings.sampling), "dtype": str(subject.dtype).removeprefix("torch.")},
+        tasks={
+            task.name: RunTask(
+                scoring=task.kind,
+                chance=task.chance,
+                items=len(task.questions),
+                rows=task.num_rows,
+                draws=_num_draws(task, settings),
+                source=task.source,
+            )
             for task in scored
         },
-    }
+    )
 
 
 def _isolation(settings: ScoringSettings, code_tasks: Sequence[str]) -> Isolation | None:
@@ -129,13 +128,13 @@ def _isolation(settings: ScoringSettings, code_tasks: Sequence[str]) -> Isolatio
     return find_isolation()
 
 
-def _begin(settings: ScoringSettings, run: dict[str, Any], ranks: Ranks) -> None:
+def _begin(settings: ScoringSettings, run: Run, ranks: Ranks) -> None:
     require_same_run(settings.out, run)  # on every rank: if only one refused, the others would wait for it
     ranks.wait()
     # a firewall file changes no answer, so it can be added to an existing folder, even a finished one
     if ranks.is_first and (
         not (settings.out / RUN_NAME).is_file()
-        or ("firewall" in run and read_run(settings.out).get("firewall") != run["firewall"])
+        or (run.firewall is not None and run.firewall != read_run(settings.out).firewall)
     ):
         write_run(settings.out, run)
     ranks.wait()
@@ -154,7 +153,14 @@ def _answer_missing(
     if not missing:
         return
     try:
-        for line in _answer(subject, task, batch, settings, isolation):
+        if task.kind == "categorical":
+            lines = answer_letters(subject, batch)
+        elif task.kind == "generative":
+            lines = answer_texts(subject, task.task, batch, settings.sampling)
+        else:
+            assert isolation is not None
+            lines = answer_programs(subject, task.task, batch, settings.sampling, isolation)
+        for line in lines:
             if (line["task"], line["item"], line["draw"]) in missing:
                 yield line
     except torch.OutOfMemoryError:
@@ -162,17 +168,6 @@ def _answer_missing(
             f"{task.name}: out of memory with {len(batch)} questions at once; "
             "run it again with a smaller --batch-size to continue"
         ) from None
-
-
-def _answer(
-    subject: Subject, task: ScoredTask, batch: Sequence[Draw], settings: ScoringSettings, isolation: Isolation | None
-) -> Iterator[dict[str, Any]]:
-    if task.kind == "categorical":
-        return answer_letters(subject, batch)
-    if task.kind == "generative":
-        return answer_texts(subject, task.task, batch, settings.sampling)
-    assert isolation is not None
-    return answer_programs(subject, task.task, batch, settings.sampling, isolation)
 
 
 def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:

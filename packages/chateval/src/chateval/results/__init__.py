@@ -1,1 +1,1 @@
-"""What a scoring run leaves: items, the figures computed from them, comparisons and reports."""
+"""What a scoring run writes: items, the figures computed from them, comparisons and reports."""

@@ -1,255 +1,190 @@
-"""Figures for people: a table for the terminal, report.md and scores.png. Rounding happens here and only here."""
+"""Results and comparisons for people: terminal tables, report.md, scores.png, `compare --markdown`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chatdata.disk import naming
-from chateval.results.figures import (
-    RESULTS_NAME,
-    Results,
-    Score,
-    TaskResult,
-    compute_results,
-    json_bytes,
-    read_run,
-    write_json,
-)
+from chatdata.errors import printable
+from chateval.results.compare import Comparison, Side, TaskComparison
+from chateval.results.figures import RESULTS_NAME, Results, Score, TaskResult, compute_results
 from chateval.results.items import read_items
+from chateval.results.run_file import Run, json_bytes, read_run, write_json
+from chateval.results.tables import (
+    escape_markdown,
+    markdown_list,
+    markdown_table,
+    percent,
+    terminal_lines,
+    terminal_table,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
+
+Table = tuple[Sequence[str], list[Sequence[str]]]  # column names, rows
 
 REPORT_NAME, PICTURE_NAME = "report.md", "scores.png"
 NO_PICTURE = "No picture: matplotlib is not installed (`pip install 'chateval[plot]'`)."
-FIREWALL_TITLE = "## Items that training documents hold (flagged), and others (clean)"
-# Okabe and Ito's colours, told apart by colour-blind readers; chance has a line of its own form as well
+INTERVALS = (
+    "Intervals are 95 % Wilson intervals over items: how far the share of right answers may be off because these items "
+    "were asked and not others. Compare two checkpoints on the same items with `chateval compare`, which pairs them; "
+    "overlapping intervals do not show that there is no difference."
+)
+LEGEND = (
+    "gained: items that B does better than A; lost: items that A does better. 95 %: paired bootstrap. "
+    "p: exact McNemar test per task, not corrected for several tasks; – with several draws."
+)
+# Okabe and Ito's colours, distinct for colour-blind readers; chance also has its own line style
 BAR_COLOUR, CHANCE_COLOUR = "#56B4E9", "#D55E00"
-INCOMPLETE = {"facecolor": "#EEEEEE", "edgecolor": "#AAAAAA", "hatch": "///"}  # pale: whiskers must stand out
+INCOMPLETE = {"facecolor": "#EEEEEE", "edgecolor": "#AAAAAA", "hatch": "///"}  # pale, to keep the whiskers visible
 
 
 def write_report(out: Path) -> Results:
-    """Compute the figures of a results folder again; write scores.png, report.md and results.json beside the items.
+    """Compute the figures of a results folder and write scores.png, report.md and results.json next to the items.
 
-    Nothing is written where all of that is there, of the same figures: the folder may be one that cannot be written to.
+    Writes nothing if the files exist with the same figures, because the folder may be read-only.
     Without matplotlib there is no picture, and report.md says so. Raises ResultsError.
     """
-    run, items = read_run(out), read_items(out)
-    results = compute_results(run, items)
+    run = read_run(out)
+    results = compute_results(run, read_items(out))
     if _is_reported(out, results):
         return results
     with naming(out):
         picture = draw_scores(results, out / PICTURE_NAME)
         (out / REPORT_NAME).write_text(markdown_report(run, results, picture is not None), encoding="utf-8")
-        write_json(out / RESULTS_NAME, results.to_json())  # last: where it is, the others are of the same figures
+        write_json(out / RESULTS_NAME, results.to_json())  # last: it vouches for the other two
     return results
 
 
 def _is_reported(out: Path, results: Results) -> bool:
-    """Whether write_report has nothing to do. A picture may still be to be drawn, where matplotlib came later."""
+    """Whether write_report has nothing to do. The picture may be missing because matplotlib came later."""
     names = [RESULTS_NAME, REPORT_NAME, *([PICTURE_NAME] if find_spec("matplotlib") else [])]
     if not all((out / name).is_file() for name in names):
         return False
     return (out / RESULTS_NAME).read_bytes() == json_bytes(results.to_json())
 
 
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
-
-
-def score_interval(score: Score) -> str:
-    return f"{percent(score.interval[0])}–{percent(score.interval[1])}" if score.items else "–"
-
-
-def chat_core_line(chat_core: float | None, missing: Sequence[str]) -> str:
-    return f"ChatCORE {chat_core:.4f}" if chat_core is not None else f"No ChatCORE: without {', '.join(missing)}"
-
-
-def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table that stays within 80 columns: first column left and folded if it must be, the others never cut."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-    for number, column in enumerate(columns):
-        first = number == 0
-        table.add_column(column, justify="left" if first else "right", no_wrap=not first, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in row))
-    return table
-
-
 def show_results(results: Results) -> RenderableType:
-    """Scores per task for the terminal, then what a reader must know: incomplete tasks and ChatCORE."""
+    """For the terminal: scores per task, then incomplete tasks and ChatCORE."""
     from rich.console import Group
-    from rich.text import Text
 
+    tables = [terminal_table(*_score_table(results))]
+    if _checked(results):
+        tables.append(terminal_table(*_firewall_table(results)))
+    return Group(*tables, terminal_lines(_notes(results)))
+
+
+def markdown_report(run: Run, results: Results, picture: bool = False) -> str:
+    """report.md: scores, details per task, subjects, settings. `picture`: scores.png is next to it."""
+    step = "" if results.step is None else f", step {results.step}"
+    parts = [
+        f"# Scores of {escape_markdown(results.checkpoint)}{step}",
+        f"Weights {escape_markdown(results.weights_sha256[:12])}",
+        *(f"**{escape_markdown(line)}**" for line in _notes(results)),
+        f"![scores]({PICTURE_NAME})" if picture else NO_PICTURE,
+        markdown_table(*_score_table(results)),
+    ]
+    if _checked(results):
+        title = "## Items found in training documents (flagged), and others (clean)"
+        parts += [title, markdown_table(*_firewall_table(results))]
+    for name, task in results.tasks.items():
+        parts += [f"## {escape_markdown(name)}", markdown_list(_details(task))]
+        if task.subjects:
+            parts.append(markdown_table(*_subject_table(task)))
+    settings = markdown_list(f"{key}: {value!r}" for key, value in run.settings.items())
+    parts += ["## Settings", settings or "none", INTERVALS]
+    return "\n\n".join(parts) + "\n"
+
+
+def _score_table(results: Results) -> Table:
     columns = ("task", "items", "right %", "95 %", "chance", "flexible", "bits/byte")
     rows = [
         (
             name,
-            _items(task),
-            percent(task.score.accuracy),
-            score_interval(task.score),
-            percent(task.chance) if task.chance else "–",
-            percent(task.flexible.accuracy) if task.flexible else "–",
+            str(task.score.items) if task.complete else f"{task.score.items}/{task.expected}",
+            *_score_cells(task.score),
+            percent(task.chance or None),
+            percent(task.flexible.accuracy if task.flexible else None),
             "–" if task.bits_per_byte is None else f"{task.bits_per_byte:.3f}",
         )
         for name, task in results.tasks.items()
     ]
-    apart = [
-        (
-            name,
-            *(cell for score in sides for cell in (str(score.items), percent(score.accuracy), score_interval(score))),
-        )
-        for name, sides in _firewall_rows(results).items()
+    return columns, rows
+
+
+def _firewall_table(results: Results) -> Table:
+    rows = [
+        (name, kind, str(score.items), *_score_cells(score))
+        for name, task in _checked(results).items()
+        for kind, score in (("clean", task.clean), ("flagged", task.flagged))
+        if score is not None
     ]
-    lines = [
-        *_incomplete_lines(results),
-        *_unchecked_line(results),
-        chat_core_line(results.chat_core, results.chat_core_missing),
-    ]
-    tables = [plain_table(columns, rows)]
-    if apart:
-        tables.append(plain_table(("firewall", "clean", "right %", "95 %", "flagged", "right %", "95 %"), apart))
-    return Group(*tables, Text(printable("\n".join(lines), keep="\n")))
+    return ("firewall", "", "items", "right %", "95 %"), rows
 
 
-def _firewall_rows(results: Results) -> dict[str, tuple[Score, Score]]:
-    """(clean, flagged) of the tasks that a firewall file checked."""
-    return {n: (task.clean, task.flagged) for n, task in results.tasks.items() if task.clean and task.flagged}
+def _subject_table(task: TaskResult) -> Table:
+    best_first = sorted(task.subjects.items(), key=lambda pair: (-(pair[1].accuracy or 0.0), pair[0]))
+    rows = [(name, str(score.items), *_score_cells(score)) for name, score in best_first]
+    return ("subject", "items", "right %", "95 %"), rows
 
 
-def _unchecked_line(results: Results) -> list[str]:
-    """Which tasks the firewall file says nothing about, if there is one."""
-    checked = _firewall_rows(results)
-    missing = [name for name in results.tasks if name not in checked]
-    return [f"firewall: not checked: {', '.join(missing)}"] if checked and missing else []
+def _score_cells(score: Score) -> tuple[str, str]:
+    """Accuracy and interval in percent."""
+    low, high = map(percent, score.interval)
+    return percent(score.accuracy), f"{low}–{high}" if score.items else "–"
 
 
-def _items(task: TaskResult) -> str:
-    return str(task.score.items) if task.complete else f"{task.score.items}/{task.expected}"
+def _checked(results: Results) -> dict[str, TaskResult]:
+    """The tasks that a firewall file checked."""
+    return {name: task for name, task in results.tasks.items() if task.clean is not None}
 
 
-def _incomplete_lines(results: Results) -> list[str]:
-    lines = []
+def _notes(results: Results) -> Iterator[str]:
+    """What a reader must know: incomplete tasks, tasks without a firewall check, ChatCORE."""
     for name, task in results.tasks.items():
         if not task.complete:
-            begun = f", {task.unfinished} more with only some of their {task.draws} draws" if task.unfinished else ""
-            lines.append(f"{name} is incomplete: {task.score.items} of {task.expected} items{begun}")
-    return lines
+            partly = f", {task.unfinished} more with only some of their {task.draws} draws" if task.unfinished else ""
+            yield f"{name} is incomplete: {task.score.items} of {task.expected} items{partly}"
+    unchecked = [name for name in results.tasks if name not in _checked(results)]
+    if _checked(results) and unchecked:
+        yield f"firewall: not checked: {', '.join(unchecked)}"
+    yield _chat_core(results)
 
 
-def printable(text: str, keep: str = "") -> str:
-    """Replace what a terminal or a page would act on (escape codes, newlines, bidi marks, lone surrogates) by ␣."""
-    return "".join(c if c.isprintable() or c in keep else "␣" for c in text)
+def _chat_core(side: Results | Side) -> str:
+    if side.chat_core is None:
+        return f"No ChatCORE: without {', '.join(side.chat_core_missing)}"
+    return f"ChatCORE {side.chat_core:.4f}"
 
 
-def escape_markdown(text: str) -> str:
-    """Make any text one line of inert Markdown: no table cell ends, no markup, HTML, link or mention begins.
-
-    Every character with a meaning in CommonMark 0.31 or GitHub's additions gets a backslash, but an underscore inside
-    a word has none there (arc_easy stays as it is); a newline is shown as ⏎.
-    """
-    one_line = printable(re.sub(r"\r\n|\r|\n", "⏎", text))
-    escaped = re.sub(r"([\\`*\[\]<>|~&$#@!{}]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", one_line)
-    return escaped.replace("://", r"\://").replace("www.", r"www\.")
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], ruler: str = "---:") -> str:
-    """A Markdown table, first column left, the others by `ruler`. Cells are taken as they are: escape them first."""
-    ruler_row = ["---", *[ruler] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ruler_row, *rows))
-
-
-def markdown_report(run: Mapping[str, Any], results: Results, picture: bool = False) -> str:
-    """report.md: scores, what lies behind them, subjects, settings. `picture`: scores.png stands beside it."""
-    step = "" if results.step is None else f", step {results.step}"
-    parts = [
-        f"# Scores of {escape_markdown(results.checkpoint)}{step}",
-        f"Weights {escape_markdown(results.weights_sha256[:12])}. "
-        + escape_markdown(chat_core_line(results.chat_core, results.chat_core_missing)),
-    ]
-    parts += [f"**{escape_markdown(line)}**" for line in _incomplete_lines(results)]
-    parts += [f"![scores]({PICTURE_NAME})" if picture else NO_PICTURE, _score_table(results)]
-    if apart := _firewall_rows(results):
-        parts += [FIREWALL_TITLE, *map(escape_markdown, _unchecked_line(results)), _firewall_table(apart)]
-    parts += [_detail_list(name, task) for name, task in results.tasks.items()]
-    for name, task in results.tasks.items():
-        if task.subjects:
-            parts += [f"## Subjects of {escape_markdown(name)}", _subject_table(task.subjects)]
-    settings = [f"- {escape_markdown(key)}: {escape_markdown(repr(value))}" for key, value in run["settings"].items()]
-    parts += ["## Settings", "\n".join(settings) or "none"]
-    parts.append(
-        "Intervals are Wilson's at 95 %, over items: how far the share of right answers may be off because these items "
-        "and no others were asked. To compare two checkpoints on the same items use `chateval compare`, which pairs "
-        "them: two intervals that overlap prove nothing."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def _score_table(results: Results) -> str:
-    columns = ("task", "items", "right", "accuracy %", "95 % interval", "chance %", "bits per byte")
-    rows = (
-        (
-            escape_markdown(name),
-            _items(task) + (f" × {task.draws} draws" if task.draws > 1 else ""),
-            f"{task.score.correct:,.10g}",
-            percent(task.score.accuracy),
-            score_interval(task.score),
-            percent(task.chance),
-            "–" if task.bits_per_byte is None else f"{task.bits_per_byte:.4f}",
-        )
-        for name, task in results.tasks.items()
-    )
-    return markdown_table(columns, rows)
-
-
-def _firewall_table(apart: Mapping[str, tuple[Score, Score]]) -> str:
-    columns = ("task", "items", "count", "accuracy %", "95 % interval")
-    rows = (
-        (escape_markdown(name), kind, str(score.items), percent(score.accuracy), score_interval(score))
-        for name, sides in apart.items()
-        for kind, score in zip(("clean", "flagged"), sides, strict=True)
-    )
-    return markdown_table(columns, rows)
-
-
-def _detail_list(name: str, task: TaskResult) -> str:
+def _details(task: TaskResult) -> Iterator[str]:
+    draws = f" (means of {task.draws} draws)" if task.draws > 1 else ""
+    yield f"right: {task.score.correct:,.10g} of {task.score.items:,}{draws}"
     endings = sorted(task.endings.items(), key=lambda pair: (-pair[1], pair[0]))
-    lines = ["endings: " + (", ".join(f"{escape_markdown(ending)} {count}" for ending, count in endings) or "–")]
+    yield "endings: " + (", ".join(f"{ending} {count}" for ending, count in endings) or "–")
     if task.flexible is not None:
-        right = f"{percent(task.flexible.accuracy)} % ({score_interval(task.flexible)})"
-        lines.append(f"right when read flexibly: {right}")
-        lines.append(f"tool calls: {task.tool_calls}, failed: {task.tool_failures}")
-    if task.ties is not None:
-        lines.append(f"ties between letters: {task.ties}")
-    if task.mean_margin is not None and task.mean_letter_mass is not None:
-        lines.append(f"best letter over the second, mean of logits: {task.mean_margin:.3f}")
-        lines.append(f"probability on letters, mean: {task.mean_letter_mass:.3f}")
-    if task.mean_generated_tokens is not None:
-        lines.append(f"generated tokens, mean: {task.mean_generated_tokens:.1f}")
-    return f"## {escape_markdown(name)}\n\n" + "\n".join(f"- {line}" for line in lines)
-
-
-def _subject_table(subjects: Mapping[str, Score]) -> str:
-    best_first = sorted(subjects.items(), key=lambda pair: (-(pair[1].accuracy or 0.0), pair[0]))
-    rows = (
-        (escape_markdown(name), str(score.items), percent(score.accuracy), score_interval(score))
-        for name, score in best_first
-    )
-    return markdown_table(("subject", "items", "accuracy %", "95 % interval"), rows)
+        yield "right when graded flexibly: {} % ({})".format(*_score_cells(task.flexible))
+    figures = {
+        "tool calls": task.tool_calls,
+        "failed tool calls": task.tool_failures,
+        "ties between letters": task.ties,
+        "mean margin of the best letter's logit": task.mean_margin,
+        "mean probability of all letters": task.mean_letter_mass,
+        "mean number of generated tokens": task.mean_generated_tokens,
+    }
+    for name, value in figures.items():
+        if value is not None:
+            yield f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value:,}"
 
 
 def draw_scores(results: Results, path: Path) -> Path | None:
     """Draw a bar per task with its Wilson interval and chance; return `path`, None without matplotlib.
 
-    Bars of incomplete tasks are hatched and say how many items they stand on.
+    Bars of incomplete tasks are hatched, with their number of items.
     """
     try:
         from matplotlib.figure import Figure
@@ -266,10 +201,9 @@ def draw_scores(results: Results, path: Path) -> Path | None:
         whiskers = [[100 * (accuracy - low)], [100 * (high - accuracy)]]
         axes.errorbar(100 * accuracy, place, xerr=whiskers, color="black", capsize=4, linewidth=1.2)
         if task.chance:
-            axes.plot(
-                [100 * task.chance] * 2, [place - 0.4, place + 0.4], color=CHANCE_COLOUR, linestyle="--", linewidth=2
-            )
-        axes.text(102, place, f"{percent(accuracy)}  ({score_interval(task.score)})", va="center", fontsize=9)
+            ends = [place - 0.4, place + 0.4]
+            axes.plot([100 * task.chance] * 2, ends, color=CHANCE_COLOUR, linestyle="--", linewidth=2)
+        axes.text(102, place, "{}  ({})".format(*_score_cells(task.score)), va="center", fontsize=9)
     labels = [
         printable(name) + ("" if task.complete else f"\n{task.score.items} of {task.expected}")
         for name, task in tasks.items()
@@ -282,3 +216,62 @@ def draw_scores(results: Results, path: Path) -> Path | None:
     axes.set_axisbelow(True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def show_comparison(comparison: Comparison) -> RenderableType:
+    """A table of at most 80 columns for the terminal, then what was not compared, ChatCORE and the legend."""
+    from rich.console import Group
+
+    notes = ["", *_comparison_notes(comparison), LEGEND]
+    table = terminal_table(*_comparison_table(comparison))
+    return Group(terminal_lines([*_labels(comparison), ""]), table, terminal_lines(notes))
+
+
+def markdown_comparison(comparison: Comparison) -> str:
+    """The same as Markdown, then examples of each task."""
+    parts = ["# Comparison", markdown_list(_labels(comparison)), markdown_table(*_comparison_table(comparison))]
+    parts += [markdown_list(_comparison_notes(comparison)), LEGEND]
+    columns = ("item", "gold", "A's answer", "B's answer", "A's output", "B's output")
+    for name, task in comparison.tasks.items():
+        turned = (("right", task.turned_right, task.examples_right), ("wrong", task.turned_wrong, task.examples_wrong))
+        for word, count, examples in turned:
+            if examples:
+                parts.append(f"## {escape_markdown(name)}: turned {word} in B ({len(examples)} of {count})")
+                rows = [
+                    (e.item, e.gold, e.extracted_a or "none", e.extracted_b or "none", e.output_a, e.output_b)
+                    for e in examples
+                ]
+                parts.append(markdown_table(columns, rows, ruler="---"))
+    return "\n\n".join(parts) + "\n"
+
+
+def _comparison_table(comparison: Comparison) -> Table:
+    columns = ("task", "n", "A %", "B %", "B-A", "95 % of B-A", "p", "gained", "lost")
+    return columns, [_comparison_row(name, task) for name, task in comparison.tasks.items()]
+
+
+def _comparison_row(name: str, task: TaskComparison) -> tuple[str, ...]:
+    interval = "–" if task.interval is None else " to ".join(f"{100 * end:+.1f}" for end in task.interval)
+    difference = "–" if task.difference is None else f"{100 * task.difference:+.1f}"
+    p = "–" if task.p is None else "<0.001" if task.p < 0.001 else f"{task.p:.3f}"
+    scores = (percent(task.accuracy_a), percent(task.accuracy_b), difference, interval, p)
+    return name, str(task.items), *scores, str(task.turned_right), str(task.turned_wrong)
+
+
+def _labels(comparison: Comparison) -> Iterator[str]:
+    for letter, side in (("A", comparison.a), ("B", comparison.b)):
+        step = "" if side.step is None else f", step {side.step}"
+        yield f"{letter}: {side.checkpoint}{step}, weights {side.weights_sha256[:12]} ({side.folder})"
+
+
+def _comparison_notes(comparison: Comparison) -> Iterator[str]:
+    sides = (("A", comparison.a), ("B", comparison.b))
+    for name, task in comparison.tasks.items():
+        for letter, count in (("A", task.only_in_a), ("B", task.only_in_b)):
+            if count:
+                yield f"{name}: {count} items only in {letter}, not compared"
+    for letter, side in sides:
+        if side.other_tasks:
+            yield f"tasks only in {letter}, not compared: {', '.join(side.other_tasks)}"
+    for letter, side in sides:
+        yield f"{letter}: {_chat_core(side)}"
