@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from chatdata.cli.command import FILE, examples
+from chatdata.errors import PersonaError
 
 
 @click.command(
@@ -42,7 +43,6 @@ def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_js
     All conversations are different. The same persona gives the same conversations on every machine, and a longer file
     starts with the shorter one.
     """
-    from chatdata.errors import PersonaError
     from chatdata.identity import conversations as identity
     from chatdata.identity.persona import load_persona
 

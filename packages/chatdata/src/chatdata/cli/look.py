@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from chatdata.cli.command import FILE, MaskPolicyChoice, examples
-from chatdata.errors import UsageError
+from chatdata.errors import FormatError, UsageError
 
 
 @click.command(
@@ -23,19 +23,9 @@ from chatdata.errors import UsageError
 @click.option("--split", default="train", show_default=True, help="train or val.")
 @click.option("--doc", type=int, help="Show the document with this number.")
 @click.option("--task", help="Show the first documents of this task.")
-@click.option(
-    "--conversation",
-    type=click.Path(allow_dash=True, path_type=Path),
-    help="JSON of one conversation, - for stdin.",
-)
+@click.option("--conversation", type=click.Path(allow_dash=True, path_type=Path), help="JSON file, - for stdin.")
 @click.option("--tokenizer", type=FILE, help="Tokenizer for --conversation.")
-@click.option(
-    "--stage",
-    "stages",
-    type=click.Choice(["mid", "sft"]),
-    multiple=True,
-    help="Show tokens with their inputs and targets in this stage.",
-)
+@click.option("--stage", "stages", type=click.Choice(["mid", "sft"]), multiple=True, help="Add inputs and targets.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
     path: Path | None,
@@ -99,7 +89,6 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
     pip install "chatdata[report]".
     """
     from chatdata.check.verify import verify_quick
-    from chatdata.errors import FormatError
     from chatdata.look.console import megabytes
     from chatdata.look.report.page import write_report
 
@@ -120,20 +109,10 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
     )
 )
 @click.argument("path", metavar="BUILD", type=FILE)
-@click.option("--seq-len", type=click.IntRange(min=1), required=True, help="T, positions per sequence.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="G, sequences per step over all ranks.",
-)
+@click.option("--seq-len", type=click.IntRange(min=1), required=True, help="Positions per sequence, T.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences per step, G.")
 @click.option("--split", default="train", show_default=True, help="train or val.")
-@click.option(
-    "--mask",
-    type=MaskPolicyChoice(),
-    help="Mask policy (default: the stage's), as in chattrain run.",
-)
+@click.option("--mask", type=MaskPolicyChoice(), help="Mask policy (default: the stage's).")
 @click.option(
     "--long",
     type=click.Choice(["error", "drop", "truncate"]),

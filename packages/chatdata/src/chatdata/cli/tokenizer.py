@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chatdata.cli.command import FILE, examples
-from chatdata.errors import UsageError
+from chatdata.errors import BuildError, UsageError
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
@@ -91,8 +91,6 @@ def show(path: Path, text: str | None, as_json: bool) -> None:
 
 
 def _check_free(out: Path) -> None:
-    from chatdata.errors import BuildError
-
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BuildError(f"{out}: already exists; choose another --out")
 

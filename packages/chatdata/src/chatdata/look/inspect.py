@@ -98,12 +98,11 @@ def show_documents(
         if stages:
             show_tokens(document, stages, as_json)
         elif as_json:
-            print(
-                json.dumps(_facts(row) | {"text": document.text(), "mask": document.mask.tolist()}, ensure_ascii=False)
-            )
+            facts = _facts(row) | {"text": document.text(), "mask": document.mask.tolist()}
+            print(json.dumps(facts, ensure_ascii=False))
         else:
-            facts = " · ".join(f"{key} {value}" for key, value in _facts(row).items())
-            console().print(f"[bold]{split_name} document {i}[/bold] · {escape(facts)}")
+            line = " · ".join(f"{key} {value}" for key, value in _facts(row).items())
+            console().print(f"[bold]{split_name} document {i}[/bold] · {escape(line)}")
             console().print(coloured(document), end="\n\n")
 
 

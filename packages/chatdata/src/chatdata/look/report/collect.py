@@ -5,7 +5,6 @@ Shards are read in blocks of whole documents, so memory use does not grow with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -104,20 +103,14 @@ def histogram(lengths: np.ndarray) -> dict[str, Any]:
     """
     shortest, longest = int(lengths.min()), int(lengths.max())
     end = min(longest, 2 * int(np.quantile(lengths, 0.99, method="inverted_cdf")))
-    width = next(w for w in _round_widths() if end // w - shortest // w < MAX_BINS)
+    widths = (step * 10**power for power in range(19) for step in (1, 2, 5))
+    width = next(w for w in widths if end // w - shortest // w < MAX_BINS)
     first = shortest // width
     counts = np.bincount(np.minimum(lengths, end) // width - first).tolist()
     starts = range(first * width, end + 1, width)
     bins = [{"from": b, "to": b + width - 1, "documents": n} for b, n in zip(starts, counts, strict=True)]
     bins[-1]["to"] = max(bins[-1]["to"], longest)
     return {"width": width, "bins": bins}
-
-
-def _round_widths() -> Iterator[int]:
-    power = 1
-    while True:
-        yield from (power, 2 * power, 5 * power)
-        power *= 10
 
 
 def vocabulary_numbers(tokenizer: Tokenizer, counts: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatdata.disk import check_file, naming, write_whole
 from chatdata.errors import UsageError
+from chatdata.look.console import share
 from chatdata.shards.read import Build, open_build
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": lambda n: f"{n:,}", "share": _share, "options": _options}
+    environment.filters |= {"count": lambda n: f"{n:,}", "share": share, "options": _options}
     scripts = [_inline(_vega()), _inline(_file("page.js"))]
     vocabulary = numbers["vocabulary"]
     return environment.get_template("page.html").render(
@@ -132,10 +133,6 @@ def _inline(script: str) -> str:
 
 def _sha256(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "–"
 
 
 def _options(entry: dict[str, Any]) -> str:
