@@ -1,14 +1,12 @@
-"""Which encoder turns texts into ids: tiktoken is the reference, fastokens and gigatoken are faster ways to its ids.
+"""Choose the encoder that turns texts into ids: tiktoken is the reference, fastokens and gigatoken give its ids faster.
 
-The fast two (`pip install "chatdata[fast]"`) are used only where their ids were shown to be tiktoken's: why they must
-be, and which texts go through tiktoken all the same, is in encoder_routes.py. When it is loaded, an encoder proves
-itself on the tokenizer at hand with a few hundred texts; while it is used, `check_some` compares one text in 400.
+The fast two (`pip install "chatdata[fast]"`) are tested with the tokenizer on a few hundred texts when they are loaded;
+while they are used, `check_some` compares one text in 400. fast.py has the routes.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -16,19 +14,12 @@ import numpy as np
 
 from chatdata.errors import ChatdataError, EncoderError, UsageError, nearest
 from chatdata.tokenizer.bpe import CANARY_TEXTS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from chatdata.tokenizer.fast import (
-    EncodeBatch,
-    Ids,
-    encode_one_by_one,
-    fastokens_route,
-    gigatoken_route,
-    tiktoken_route,
-)
+from chatdata.tokenizer.fast import EncodeBatch, encode_one_by_one, fastokens_route, gigatoken_route, tiktoken_route
 
-ENCODERS = ("tiktoken", "fastokens", "gigatoken")  # slowest first
-ROUTES = {"tiktoken": tiktoken_route, "fastokens": fastokens_route, "gigatoken": gigatoken_route}
-
-ONE_IN = 400  # texts is compared by check_some: 0.003 CPU-seconds per million tokens, beside 0.09 with gigatoken
+# fastest first
+ROUTES = {"gigatoken": gigatoken_route, "fastokens": fastokens_route, "tiktoken": tiktoken_route}
+ENCODERS = tuple(reversed(ROUTES))
+ONE_IN = 400  # texts is compared by check_some: 0.003 CPU-seconds per million tokens; gigatoken takes 0.09
 
 
 @dataclass(frozen=True)
@@ -47,58 +38,53 @@ def find_encoder(name: str, tokenizer: Tokenizer) -> Encoder:
     """The encoder of that name; for "auto" the fastest that is installed and has tiktoken's ids with this tokenizer.
 
     Raises UsageError for an unknown name, EncoderError if that encoder is not installed, cannot do the tokenizer's
-    split pattern or vocabulary, or gives other ids than tiktoken. "auto" raises neither: tiktoken is always there.
+    split pattern or vocabulary, or gives other ids than tiktoken. "auto" raises neither: tiktoken is always installed.
     """
-    if name != "auto" and name not in ENCODERS:
+    if name not in ("auto", *ENCODERS):
         raise UsageError(f"--encoder {name}: no such encoder{nearest(name, ('auto', *ENCODERS))}")
-    if name != "auto":
-        return _load(name, tokenizer)
-    for candidate in reversed(ENCODERS[1:]):
+    for candidate in ROUTES if name == "auto" else (name,):
         try:
             return _load(candidate, tokenizer)
         except EncoderError:
-            continue
-    return _load("tiktoken", tokenizer)
+            if name != "auto":
+                raise
+    raise AssertionError("tiktoken can always be loaded")
 
 
 def check_some(
-    encoder: Encoder, tokenizer: Tokenizer, texts: list[str], ids: np.ndarray, counts: np.ndarray, where: str
+    encoder: Encoder,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    ids: np.ndarray,
+    counts: np.ndarray,
+    where: str,
+    one_in: int = ONE_IN,
 ) -> int:
-    """Compare every 400th text of a batch with tiktoken; at least one if there is one.
+    """Compare every 400th (`one_in`th) text of a batch with tiktoken; at least one if there is one.
 
     ids, counts: what `encoder.encode_batch(texts)` gave. The first text depends on how many there are and how long.
     Returns how many were compared. Raises EncoderError, starting with `where`, for the first whose ids differ.
     """
-    first = len(ids) % max(1, min(ONE_IN, len(texts)))
-    chosen = range(first, len(texts), ONE_IN)
-    expected = encode_one_by_one(tokenizer, [texts[i] for i in chosen])
-    _compare(encoder, tokenizer, texts, (ids, counts), chosen, expected, where)
+    about = f"{where}: {encoder.name} {encoder.version}"
+    if len(counts) != len(texts) or counts.sum() != len(ids):
+        raise EncoderError(f"{about} gave {len(ids)} ids and {len(counts)} counts for {len(texts)} texts; use tiktoken")
+    chosen = range(len(ids) % max(1, min(one_in, len(texts))), len(texts), one_in)
+    ends = counts.cumsum()
+    for i in chosen:
+        got, right = ids[ends[i] - counts[i] : ends[i]], encode_one_by_one(tokenizer, [texts[i]])[0]
+        if not np.array_equal(got, right):
+            raise EncoderError(f"{about} differs from tiktoken on {_difference(texts[i], got, right, tokenizer)}")
     return len(chosen)
 
 
 def canary_texts() -> list[str]:
-    """The few hundred short texts on which an encoder proves itself: whatever encoders could differ in, mixed."""
+    """A few hundred short texts that mix whatever encoders could differ in."""
     draw = random.Random(0)
     spaces = [" ", "\n", "\r\n", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u180e", "\u2028", "\u3000"]
     letters = ["a", "Z", "the", "ſ", "K", "İ", "ß", "é", "e\u0301", "я", "ת", "ل", "हि", "ไท", "汉字", "か", "한", "𝔘"]
     numbers = ["1", "23", "4567", "89012", "½", "10²", "٣٤٥", "ⅷ"]
-    signs = [
-        "-",
-        "...",
-        "(",
-        "_",
-        "'",
-        "’",
-        "€",
-        "🤖",
-        "👩\u200d👧",
-        "\ufeff",
-        "\0",
-        "\1",
-        "\x7f",
-        "\u0378",
-        "\U0010ffff",
-    ]
+    signs = ["-", "...", "(", "_", "'", "’", "€", "🤖", "👩\u200d👧"]
+    signs += ["\ufeff", "\0", "\1", "\x7f", "\u0378", "\U0010ffff"]
     longer = ["'s", "'LL", "'Ve", "'ſ", "<|bos|>", "\n\n", "  ", " \n "]
     texts = ["", *CANARY_TEXTS, "", *SPECIAL_TOKENS, "".join(SPECIAL_TOKENS)]
     texts += ["7" * n + end for n in range(1, 10) for end in ("", "x")]
@@ -115,51 +101,22 @@ def _load(name: str, tokenizer: Tokenizer) -> Encoder:
     try:
         encoder = Encoder(name, version(name), ROUTES[name](tokenizer))
         if name != "tiktoken":
-            _prove(encoder, tokenizer)
+            texts = canary_texts()
+            for size in (len(texts), 17):  # all in one batch, then in small ones: 0.02 to 0.05 s
+                for start in range(0, len(texts), size):
+                    batch = texts[start : start + size]
+                    check_some(encoder, tokenizer, batch, *encoder.encode_batch(batch), tokenizer.name, one_in=1)
     except ImportError:
         raise EncoderError(f'{name} is not installed: pip install "chatdata[fast]", or use tiktoken') from None
     except ChatdataError:
         raise
     except BaseException as error:
-        is_panic = type(error).__name__ == "PanicException"  # Rust's: gigatoken's word for merges that are not closed
+        is_panic = type(error).__name__ == "PanicException"  # Rust's: how gigatoken refuses merges
         if not is_panic and not isinstance(error, (RuntimeError, ValueError)):
             raise
-        reason = "an entry is not made of two others" if is_panic else str(error).splitlines()[0]
+        reason = "a token is not made of two others" if is_panic else str(error).splitlines()[0]
         raise EncoderError(f"{name} cannot do the vocabulary of {tokenizer.name}: {reason}; use tiktoken") from None
     return encoder
-
-
-def _prove(encoder: Encoder, tokenizer: Tokenizer) -> None:
-    """All canary texts in one batch, then in small ones: 0.02 to 0.05 s."""
-    texts = canary_texts()
-    expected = [encode_one_by_one(tokenizer, [text]) for text in texts]
-    for size in (len(texts), 17):
-        for start in range(0, len(texts), size):
-            batch = texts[start : start + size]
-            ids, counts = map(np.concatenate, zip(*expected[start : start + size], strict=True))
-            found = encoder.encode_batch(batch)
-            _compare(encoder, tokenizer, batch, found, range(len(batch)), (ids, counts), tokenizer.name)
-
-
-def _compare(
-    encoder: Encoder,
-    tokenizer: Tokenizer,
-    texts: list[str],
-    found: Ids,  # of all texts
-    chosen: Sequence[int],
-    expected: Ids,  # of the chosen texts
-    where: str,
-) -> None:
-    ids, counts = found
-    about = f"{where}: {encoder.name} {encoder.version}"
-    if len(counts) != len(texts) or counts.sum() != len(ids):
-        raise EncoderError(f"{about} gave {len(ids)} ids and {len(counts)} counts for {len(texts)} texts; use tiktoken")
-    ends, expected_ends = counts.cumsum(), expected[1].cumsum()
-    for i, end, count in zip(chosen, expected_ends.tolist(), expected[1].tolist(), strict=True):
-        right = expected[0][end - count : end]
-        got = ids[ends[i] - counts[i] : ends[i]]
-        if not np.array_equal(got, right):
-            raise EncoderError(f"{about} differs from tiktoken on {_difference(texts[i], got, right, tokenizer)}")
 
 
 def _difference(text: str, got: np.ndarray, right: np.ndarray, tokenizer: Tokenizer) -> str:
