@@ -285,7 +285,7 @@ def test_the_phrasings_hold_together() -> None:
     phrasings = identity._phrasings()
     values = {"name", "description", "maker", "licence", "languages"}
     facts = (Fact((), ("I am.",)), Fact(("Are you?",), ("I am.",)))
-    groups = identity._groups(Persona("X", languages=("English",), facts=facts), dict.fromkeys(values, ""))
+    groups = identity._groups(Persona("X", languages=("English",), facts=facts), {"English": "Hello!"})
     spoken = {subject.get("language", "English") for subject in phrasings["subjects"]}
     assert spoken == set(phrasings["greetings"]) == set(phrasings["openers"])
     for subject in phrasings["subjects"]:

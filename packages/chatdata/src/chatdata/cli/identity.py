@@ -46,7 +46,7 @@ def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_js
     from chatdata.identity import conversations as identity
     from chatdata.identity.persona import load_persona
 
-    identity.check_out(out, force)
+    identity.check_target(out, force)
     loaded = load_persona(persona)
     try:
         conversations = identity.identity_conversations(loaded, num_rows)

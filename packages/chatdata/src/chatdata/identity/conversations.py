@@ -1,12 +1,12 @@
-"""`chatdata identity`: conversations in which the assistant says who it is, made of a persona file and phrasings.
+"""`chatdata identity`: conversations in which the assistant says who it is, from a persona file and phrasings.
 
-phrasings.toml holds subjects, each with questions and answers any of which may meet. Together with the
-persona's values every subject becomes a deck of exchanges (question, answer): plain ones, and opened ones, before whose
-question stands something like "Hi!". Row i begins with exchange i of all decks in one order, so no two rows are equal
-and there are as many rows as exchanges. Further turns are plain exchanges of other decks in the same language.
+phrasings.toml has subjects, each with questions and answers; any question may meet any answer. With the persona's
+values filled in, every subject becomes a deck of exchanges (question, answer): plain ones, and opened ones, whose
+question begins with something like "Hi!". Row i begins with exchange i of all decks in one order, so no two rows are
+equal and there are as many rows as exchanges. Further turns are plain exchanges of other decks in the same language.
 
 Everything is drawn by `random.Random`: `Random(42)` shuffles the decks, `Random(i)` draws the further turns of row i.
-So the same persona gives the same rows on every machine, and the first rows of a longer file are the shorter file.
+So the same persona gives the same rows on every machine, and a longer file starts with the shorter one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from chatdata.errors import BuildError, PersonaError, UsageError
 from chatdata.identity.persona import SENTENCE_ENDS, Persona
 
 PHRASINGS = Path(__file__).with_name("phrasings.toml")
-NUM_TURNS = (1, 1, 1, 2, 2, 3)  # drawn from, so half of the conversations have one question
+NUM_TURNS = (1, 1, 1, 2, 2, 3)  # each as likely: half of the conversations have one question
 _PLACEHOLDER = re.compile(r"\{(\w+)\}(\.?)")
 
 
@@ -48,12 +48,12 @@ class _Deck:
 
 
 def largest_num_rows(persona: Persona) -> int:
-    """How many distinct conversations the persona gives."""
+    """How many different conversations the persona gives."""
     return len(_dealt(persona)[1])
 
 
 def identity_conversations(persona: Persona, num_rows: int) -> list[Conversation]:
-    """The first `num_rows` conversations of the persona, all different (see above).
+    """The first `num_rows` conversations of the persona, all different.
 
     Raises PersonaError naming the largest number of rows if the persona gives fewer.
     """
@@ -78,17 +78,17 @@ def identity_conversations(persona: Persona, num_rows: int) -> list[Conversation
             number = draw.choice(unused)
             used.add(number)
             further = draw.choice(decks[number].plain)
-            if further.question not in [asked.question for asked in exchanges]:  # asked once, the row is shorter for it
+            if further.question not in [earlier.question for earlier in exchanges]:  # no question twice; a shorter row
                 exchanges.append(further)
         rows.append(_conversation(exchanges))
     return rows
 
 
 def identity_facts(persona: Persona, conversations: Sequence[Conversation]) -> dict[str, Any]:
-    """The numbers of the persona's conversations: what came of what the persona says."""
+    """How much of the persona its conversations tell."""
     answers = [message["content"] for row in conversations for message in row["messages"][1::2]]
     told = [any(text in answer for text in fact.answers for answer in answers) for fact in persona.facts]
-    spoken = [language for language in persona.languages if language.casefold() in known_languages()]
+    spoken = [language for language, _ in _spoken(persona)]
     return {
         "rows": len(conversations),
         "answers": len(answers),
@@ -101,8 +101,8 @@ def identity_facts(persona: Persona, conversations: Sequence[Conversation]) -> d
     }
 
 
-def check_out(out: Path, force: bool) -> None:
-    """Raise UsageError or BuildError if `out` may not be written: a folder, in none, not JSONL, or there already."""
+def check_target(out: Path, force: bool) -> None:
+    """Raise UsageError or BuildError if `out` may not be written: not .jsonl, no such folder, or in the way."""
     if out.suffix != ".jsonl":
         raise UsageError(f"--out {out}: name a file that ends in .jsonl, as `chatdata build --identity` reads it")
     check_file(out)
@@ -111,7 +111,7 @@ def check_out(out: Path, force: bool) -> None:
 
 
 def write_conversations(conversations: Iterable[Conversation], out: Path) -> None:
-    """Write JSONL, a conversation a line as an array of messages, whole or not at all."""
+    """Write JSONL, one conversation per line as a list of messages, whole or not at all."""
     lines = (json.dumps(conversation["messages"], ensure_ascii=False) + "\n" for conversation in conversations)
     with naming(out):
         write_whole(out, "".join(lines).encode())
@@ -132,8 +132,8 @@ def _dealt(persona: Persona) -> tuple[list[_Deck], dict[Exchange, int]]:
 def _first_exchanges(decks: Sequence[_Deck]) -> dict[Exchange, int]:
     """Every exchange a row can begin with, in the order of rows → its deck.
 
-    Card k of a shuffled deck of weight w lies at (k + 0.5) / w: decks are mixed evenly by weight from the first row on,
-    and one that is used up is left out from there. Opened exchanges have half the weight of plain ones.
+    Card k of a shuffled deck of weight w gets position (k + 0.5) / w: decks are mixed evenly by weight from the first
+    row on until one runs out. Opened exchanges have half the weight of plain ones.
     """
     draw = random.Random(42)
     placed = []
@@ -153,44 +153,45 @@ def _decks(persona: Persona) -> list[_Deck]:
     common = {"name": persona.name, "description": persona.description, "maker": persona.maker}
     common |= {"licence": persona.licence, "languages": _listed(persona.languages)}
     own_questions = {question.casefold() for fact in persona.facts for question in fact.questions}
-    known = known_languages()
-    spoken = {known[language.casefold()] for language in persona.languages if language.casefold() in known}
-    groups = _groups(persona, common)
+    spoken = _spoken(persona)
+    groups = _groups(persona, {language: _fill(phrasings["greetings"][known], common) for language, known in spoken})
     decks = []
     for subject in phrasings["subjects"]:
         language = subject.get("language", "English")
-        if "language" in subject and language not in spoken:
+        if "language" in subject and language not in [known for _, known in spoken]:
             continue
         opens, openers = subject.get("opens", False), phrasings["openers"][language]
         for group in groups[subject["each"]] if "each" in subject else [[{}]]:
             plain = _exchanges(subject, [common | values for values in group])
-            if subject.get("each") != "facts":  # the persona's own answer stands in place of ours
+            if subject.get("each") != "facts":  # the persona's own answer replaces ours
                 plain = [exchange for exchange in plain if exchange.question.casefold() not in own_questions]
             opened = () if opens else [Exchange(f"{opener} {q}", a) for opener in openers for q, a in plain]
             decks.append(_Deck(language, subject.get("weight", 1), opens, tuple(plain), tuple(opened)))
     return decks
 
 
-def _groups(persona: Persona, common: Mapping[str, str | None]) -> dict[str, list[list[dict[str, str]]]]:
-    """What `each` in the phrasings goes through: per deck the values its exchanges are made with."""
+def _spoken(persona: Persona) -> list[tuple[str, str]]:
+    """(language as the persona writes it, as the phrasings do) of every language that has phrasings."""
+    known = known_languages()
+    return [(name, known[name.casefold()]) for name in persona.languages if name.casefold() in known]
+
+
+def _groups(persona: Persona, greetings: Mapping[str, str | None]) -> dict[str, list[list[dict[str, Any]]]]:
+    """What `each` in the phrasings stands for: per deck, the values its exchanges are filled with.
+
+    greetings: language that the persona speaks → its greeting.
+    """
     phrasings, known = _phrasings(), known_languages()
-    greetings = {
-        language: _fill(phrasings["greetings"][known[language.casefold()]], common) or ""
-        for language in persona.languages
-        if language.casefold() in known
-    }
-    # that it does not speak a language is only said where all that it does speak are known: "Mandarin" is Chinese
+    # it only denies a language if all that it speaks are known: "Mandarin" is Chinese
     all_known = 0 < len(persona.languages) == len(greetings)
-    not_spoken = known.keys() - {"english", *(language.casefold() for language in persona.languages)}
+    speaks = {"english", *(language.casefold() for language in persona.languages)}
     return {
-        "wrong_names": [[{"wrong_name": name} for name in phrasings["wrong_names"] if not _alike(name, persona.name)]],
-        "new_names": [[{"new_name": name} for name in phrasings["new_names"] if not _alike(name, persona.name)]],
-        "wrong_makers": [
-            [{"wrong_maker": name} for name in phrasings["wrong_makers"] if not _alike(name, persona.maker or "")]
-        ],
+        "wrong_names": [_others("wrong_name", phrasings["wrong_names"], persona.name)],
+        "new_names": [_others("new_name", phrasings["new_names"], persona.name)],
+        "wrong_makers": [_others("wrong_maker", phrasings["wrong_makers"], persona.maker or "")],
         "languages": [[{"language": language}] for language in persona.languages],
-        "other_languages": [[{"other_language": known[key]} for key in sorted(not_spoken) if all_known]],
-        "greetings": [[{"language": language, "greeting": text}] for language, text in greetings.items()],
+        "other_languages": [[{"other_language": known[key]} for key in sorted(known.keys() - speaks) if all_known]],
+        "greetings": [[{"language": language, "greeting": text or ""}] for language, text in greetings.items()],
         "sentences": [[{"sentence": fact.answers[0]}] for fact in persona.facts if not fact.questions],
         "facts": [
             [{"question": question, "answer": answer} for question in fact.questions for answer in fact.answers]
@@ -200,8 +201,14 @@ def _groups(persona: Persona, common: Mapping[str, str | None]) -> dict[str, lis
     }
 
 
+def _others(key: str, names: Sequence[str], own: str) -> list[dict[str, Any]]:
+    """{key: name} for every name that is not a spelling of `own`, or a part of it."""
+    own = own.casefold()
+    return [{key: name} for name in names if not own or (name.casefold() not in own and own not in name.casefold())]
+
+
 def _exchanges(subject: dict[str, Any], values: Sequence[Mapping[str, str | None]]) -> list[Exchange]:
-    """Every question with every answer, once per entry of `values`, but those that need a value not given."""
+    """Every question with every answer, once per entry of `values`; those that lack a value are left out."""
     filled = [
         Exchange(question, answer)
         for given in values
@@ -213,7 +220,7 @@ def _exchanges(subject: dict[str, Any], values: Sequence[Mapping[str, str | None
 
 
 def _fill(text: str, values: Mapping[str, str | None]) -> str | None:
-    """`text` with values in place of {placeholders}, None if one is not given. "Acme Inc." brings its own full stop."""
+    """`text` with values in place of {placeholders}, None if one is missing. "Acme Inc." brings its own full stop."""
 
     def value(place: re.Match[str]) -> str:
         given = values[place[1]] or ""
@@ -227,16 +234,11 @@ def _listed(names: Sequence[str]) -> str | None:
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part) if names else None
 
 
-def _alike(a: str, b: str) -> bool:
-    a, b = a.casefold(), b.casefold()
-    return bool(a and b) and (a in b or b in a)
-
-
 @cache
 def _phrasings() -> dict[str, Any]:
     return decode(PHRASINGS.read_bytes(), dict, PHRASINGS.name, PersonaError, "toml")
 
 
 def known_languages() -> dict[str, str]:
-    """Those with phrasings of their own, by their name in small letters."""
+    """The languages that have phrasings, by their name in lower case."""
     return {language.casefold(): language for language in _phrasings()["greetings"]}
