@@ -89,7 +89,7 @@ def test_interrupted(tmp_path: Path, number: int) -> None:
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    said = "Error: interrupted; no build was written, what was rendered is kept: the same command goes on from there"
+    said = "Error: interrupted; no build was written, but rendered work units are kept: run the same command to resume"
     assert errors.splitlines()[-1] == said and "Traceback" not in errors
     assert os.listdir(tmp_path) == []
 

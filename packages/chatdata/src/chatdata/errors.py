@@ -1,18 +1,18 @@
-"""Everything a user can cause, as one tree of named errors.
+"""Errors a user can cause, as one tree.
 
     ChatdataError (a ValueError; exit code 1)
-    ├── UsageError          the command line asks for something that cannot be (exit code 2)
+    ├── UsageError          options that do not go together or are out of range (exit code 2)
     ├── ConversationError   a conversation is not in an accepted form
     ├── TaskError           a row does not fit its task, or a task file does not define a task
     ├── RecipeError         a recipe file is wrong: unknown key, wrong type, unknown task
-    ├── PersonaError        a persona file is wrong, or cannot give as many conversations as asked for
-    ├── SourceError         data is empty or unreadable; MissingSource: not at hand
+    ├── PersonaError        a persona file is wrong, or cannot give the requested number of conversations
+    ├── SourceError         data is empty or unreadable; MissingSource: not found
     ├── TokenizerError      a tokenizer cannot be read or is unusable
-    ├── EncoderError        an encoder is not at hand, cannot do the tokenizer, or gives other ids than tiktoken
-    ├── BuildError          a build cannot be written where it was asked for
+    ├── EncoderError        an encoder is not installed, or does not give the ids of tiktoken for this tokenizer
+    ├── BuildError          a build cannot be made, or not written to OUT
     ├── FormatError         a build on disk is damaged or of an unknown version
-    ├── PackingError        documents do not make sequences as asked: one is too long, or an argument is out of range
-    ├── PlanError           a plan of sequences that cannot be made of a split
+    ├── PackingError        documents cannot be packed: one is too long, or an argument is out of range
+    ├── PlanError           the requested sequences cannot be made from a split
     └── CalculatorError     a tool call is not arithmetic or a count, or its result is out of bounds
 
 Each message is one line: what was wrong, where (file, row, key), what would be right.
@@ -22,12 +22,12 @@ from __future__ import annotations
 
 
 class ChatdataError(ValueError):
-    """Base of all errors a user can cause. `exit_code` is what the command line ends with."""
+    """Base of all errors a user can cause. `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
     def at(self, where: str) -> ChatdataError:
-        """The same error with the place it happened in front, e.g. `data.jsonl line 3: …`."""
+        """The same error with its place in front, e.g. `data.jsonl line 3: …`."""
         return type(self)(f"{where}: {self}")
 
 
@@ -56,7 +56,7 @@ class SourceError(ChatdataError):
 
 
 class MissingSource(SourceError):
-    """A source that is not at hand; the message ends with what fetches it."""
+    """A source that was not found; the message ends with how to get it."""
 
 
 class TokenizerError(ChatdataError):
@@ -96,5 +96,5 @@ def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:
 
 
 def printable(text: str) -> str:
-    """Control characters as visible escapes, but for newlines and tabs: data must not drive a terminal."""
+    """Control characters as visible escapes, except newlines and tabs: data must not control a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""The command line. Heavy imports stand inside the functions that need them: `--help` answers at once."""
+"""The `chatdata` command: build, tasks and cache. Heavy imports are inside functions so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    said = "interrupted; no build was written, what was rendered is kept: the same command goes on from there"
-    run_command(cli, "chatdata", said, only="build")
+    interrupted = "interrupted; no build was written, but rendered work units are kept: run the same command to resume"
+    run_command(cli, "chatdata", interrupted, only="build")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="chatdata")
-@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
 def cli(debug: bool) -> None:
     """Render chat conversations once, offline, to token shards with a parallel loss mask."""
 
@@ -46,28 +46,26 @@ for command in (inspect, stats, verify, report, plan, diff, tokenizer, identity_
         "chatdata build --stage sft --recipe my.toml --tokenizer out/mid --out out/sft",
     )
 )
-@click.option(
-    "--stage", type=click.Choice(["mid", "sft", "base"]), help="Which stage to build (default: the recipe's)."
-)
-@click.option("--recipe", metavar="NAME|FILE", help="A named recipe or a TOML file (default: the stage's own).")
-@click.option("--demo", is_flag=True, help="Everything generated or shipped: no download, own small tokenizer.")
+@click.option("--stage", type=click.Choice(["mid", "sft", "base"]), help="Stage to build (default: the recipe's).")
+@click.option("--recipe", metavar="NAME|FILE", help="Name of a recipe, or a TOML file (default: the stage's).")
+@click.option("--demo", is_flag=True, help="Build shipped and generated data with a small tokenizer; no downloads.")
 @click.option("--data-dir", type=FILE, help="Folder of Hub clones: DIR/<owner>/<name>/….")
 @click.option("--tokenizer", type=FILE, help="tokenizer.json, tokenizer.pkl, .tiktoken, a tokenizer folder or a build.")
-@click.option("--identity", type=FILE, help="JSONL of conversations for the recipe's identity entries.")
+@click.option("--identity", type=FILE, help="Conversations for the recipe's identity entries (JSONL).")
 @click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
-@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file defining a TASK of your own.")
-@click.option("--out", type=FILE, help="Output folder (default: out/<recipe>).")
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file that defines your own TASK.")
+@click.option("--out", type=FILE, help="Folder to write (default: out/<recipe>).")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that render (default: one per core).")
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who renders.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to render.")
 @click.option(
     "--encoder",
     type=click.Choice(["auto", "tiktoken", "fastokens", "gigatoken"]),
     default="auto",
     show_default=True,
-    help="Who encodes; never changes the ids. auto: the fastest that gives tiktoken's ids.",
+    help="Library that encodes text; the ids are always tiktoken's. auto takes the fastest.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="At most this many rows per entry.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Length rule in place of the recipe's.")
+@click.option("--limit", type=click.IntRange(min=1), help="Read at most this many rows per entry.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Longest document (default: the recipe's).")
 @click.option(
     "--overflow", type=click.Choice(["keep", "truncate", "drop", "error"]), help="What happens to longer ones."
 )
@@ -76,11 +74,11 @@ for command in (inspect, stats, verify, report, plan, diff, tokenizer, identity_
     type=click.Choice(["report", "drop", "off"]),
     default="report",
     show_default=True,
-    help="Training documents that hold items chateval scores: list them beside OUT, leave them out too, do not look.",
+    help="Training rows that hold items chateval scores: list them next to OUT, also drop them, or do not search.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--dry-run", is_flag=True, help="Only print the plan.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def build(
     stage: str | None,
     recipe: str | None,
@@ -123,9 +121,7 @@ def build(
         raise UsageError(f'--identity is given, but the recipe "{loaded.name}" has no identity entry')
     paths = {entry.path for entries in loaded.splits.values() for entry in entries if entry.task == "identity"}
     if identity and len(paths) > 1:
-        raise UsageError(
-            f"--identity is given, but the identity entries have {len(paths)} different paths of their own"
-        )
+        raise UsageError(f"--identity is given, but the identity entries have {len(paths)} different paths")
     if words and not any("words" in tasks[name].options for name in used):
         raise UsageError(f'--words is given, but the recipe "{loaded.name}" has no task with a word list')
     if data_dir and demo and not recipe:
@@ -146,7 +142,7 @@ def build(
         if as_json:
             click.echo(json.dumps(_plan_json(plan, out)))
         return
-    gc.freeze()  # 370,000 words and 65,536 tokens stay: each full collection went over them again, 0.2 s in all
+    gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all
     with nullcontext() if as_json else shown_progress() as progress:
         manifest = run_build(
             plan,
@@ -175,7 +171,7 @@ def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
 
 
 def _tokenizer(path: Path | None, demo: bool) -> Tokenizer:
-    """The tokenizer at `path`, or with `demo` the demo's own, trained now. Raises UsageError, TokenizerError."""
+    """The tokenizer at `path`; with `demo` the demo's, trained now. Raises UsageError, TokenizerError."""
     if path is not None:
         from chatdata.tokenizer.files import load_tokenizer
 
@@ -199,10 +195,10 @@ def _plan_json(plan: BuildPlan, out: Path) -> dict[str, Any]:
 
 
 @cli.command(name="tasks", epilog=examples("chatdata tasks", "chatdata tasks --task-file my_task.py"))
-@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file defining a TASK of your own.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file that defines your own TASK.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
-    """List the tasks: source, splits, rows, licence."""
+    """List the tasks with source, splits, rows and licence."""
     from rich.markup import escape
 
     from chatdata.look.console import console, grid
@@ -243,14 +239,14 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     "unused_days",
     metavar="DAYS",
     type=click.FloatRange(min=0),
-    help="Remove units unused for DAYS (0: all).",
+    help="Remove work units unused for DAYS (0: all).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cache(unused_days: float | None, as_json: bool) -> None:
-    """Size of the cache of rendered units, and pruning. A build renders again what it misses.
+    """Print the size of the cache of work units, or prune it.
 
-    The cache is $CHATDATA_CACHE, else `chatdata` in the XDG cache folder. It also holds word lists fetched by URL,
-    which are small and stay.
+    A build renders missing units again. The cache is $CHATDATA_CACHE, by default `chatdata` in the XDG cache folder. It
+    also holds downloaded word lists, which are small and are never removed.
     """
     from chatdata.build.cache import cached_units, prune
     from chatdata.disk import cache_folder
