@@ -56,7 +56,9 @@ for command in (inspect, stats, verify, report, plan, diff, tokenizer, identity_
 @click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file that defines your own TASK.")
 @click.option("--out", type=FILE, help="Folder to write (default: out/<recipe>).")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that render (default: one per core).")
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to render.")
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to render."
+)
 @click.option(
     "--encoder",
     type=click.Choice(["auto", "tiktoken", "fastokens", "gigatoken"]),
