@@ -5,46 +5,25 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import chatdata as library
 from chatdata.conversation import parse_conversation
 from chatdata.errors import PersonaError
 from chatdata.identity import conversations as identity
 from chatdata.identity.conversations import identity_conversations, identity_facts, largest_num_rows
-from chatdata.identity.persona import Fact, Persona, load_persona, parse_persona
+from chatdata.identity.persona import Fact, Persona, load_persona
 from chatdata.recipe import load_recipe
 from chatdata.render.specification import render_conversation
 from chatdata.sources.find import Locations, resolve
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
-from chatdata.tokenizer.files import save_tokenizer
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ROOT / "packages" / "chatdata" / "src" / "chatdata" / "demo"
-PERSONA = """
-name = "Korvo"
-description = "a helpful chat model"
-maker = "Acme Inc."
-licence = "Apache 2.0"
-languages = ["English", "spanish", "Klingon"]
-facts = [
-    "I have read many books about trains.",
-    { question = "How big are you?", answer = ["I am quite small.", "I have a billion parameters."] },
-    { question = ["Who are you?", "What is your favourite food?"], answer = "I eat electricity." },
-]
-"""
-
-
-@pytest.fixture
-def korvo(tmp_path: Path) -> Persona:
-    (tmp_path / "me.toml").write_text(PERSONA)
-    return load_persona(tmp_path / "me.toml")
 
 
 def answers(conversations: list) -> set[str]:
@@ -54,93 +33,6 @@ def answers(conversations: list) -> set[str]:
 def exchanges(conversations: list) -> set[tuple[str, str]]:
     contents = [[message["content"] for message in row["messages"]] for row in conversations]
     return {pair for texts in contents for pair in zip(texts[::2], texts[1::2], strict=True)}
-
-
-def test_a_persona_file(korvo: Persona) -> None:
-    assert korvo == Persona(
-        name="Korvo",
-        description="a helpful chat model",
-        maker="Acme Inc.",
-        licence="Apache 2.0",
-        languages=("English", "spanish", "Klingon"),
-        facts=(
-            Fact((), ("I have read many books about trains.",)),
-            Fact(("How big are you?",), ("I am quite small.", "I have a billion parameters.")),
-            Fact(("Who are you?", "What is your favourite food?"), ("I eat electricity.",)),
-        ),
-    )
-    assert parse_persona({"name": "X"}, "x.toml") == Persona("X")
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("", 'no key "name"; it must be a line of text without space around it'),
-        ('nam = "X"', 'unknown key "nam"; did you mean "name"?'),
-        ('name = "X"\nlicense = "MIT"', 'unknown key "license"; did you mean "licence"?'),
-        (
-            'name = "X"\nzzz = 1',
-            'unknown key "zzz"; valid: name, description, maker, licence, languages, facts',
-        ),
-        ("name = 5", 'key "name": must be a line of text without space around it, not 5'),
-        ('name = ""', 'key "name": must be a line of text without space around it, not ""'),
-        ('name = "X "', 'key "name": must be a line of text without space around it, not "X "'),
-        ('name = "X\\nY"', 'key "name": must be a line of text without space around it, not "X\\nY"'),
-        ('name = "X"\nlanguages = "English"', 'key "languages": must be a list, not "English"'),
-        (
-            'name = "X"\nlanguages = [1]',
-            'key "languages[0]": must be a line of text without space around it, not 1',
-        ),
-        (
-            'name = "X"\nlanguages = ["English", "english"]',
-            'key "languages": "english" is there twice; leave one out',
-        ),
-        ('name = "X"\nfacts = {}', 'key "facts": must be a list, not {}'),
-        (
-            'name = "X"\nfacts = ["I am.", 5]',
-            'key "facts[1]": must be a sentence with its full stop or a table of question and answer, not 5',
-        ),
-        (
-            'name = "X"\nfacts = ["I am small"]',
-            'key "facts[0]": must be a sentence with its full stop or a table of question and answer, not "I am small"',
-        ),
-        (
-            'name = "X"\n[[facts]]\nquestion = "A?"\nanswers = "B."',
-            'key "facts[0]": unknown key "answers"; did you mean "answer"?',
-        ),
-        (
-            'name = "X"\n[[facts]]\nquestion = "A?"',
-            'key "facts[0]": no key "answer"; it must be a string or a list',
-        ),
-        (
-            'name = "X"\n[[facts]]\nquestion = []\nanswer = "B."',
-            'key "facts[0]": question must be a text or a list of texts, without space around them',
-        ),
-        (
-            'name = "X"\n[[facts]]\nquestion = ["A?", 5]\nanswer = "B."',
-            'key "facts[0].question[1]": must be a string, not 5',
-        ),
-        (
-            'name = "X"\nfacts = [{question="A?", answer="B"}, {question=["C?", "a?"], answer="D"}]',
-            'key "facts": "a?" is there twice; leave one out',
-        ),
-    ],
-)
-def test_wrong_personas_name_file_and_key(tmp_path: Path, text: str, error: str) -> None:
-    path = tmp_path / "me.toml"
-    path.write_text(text)
-    with pytest.raises(PersonaError) as raised:
-        load_persona(path)
-    separator = ": " if error.startswith(("no key", "unknown")) else ", "
-    assert str(raised.value) == f"{path}{separator}{error}"
-
-
-@pytest.mark.parametrize("content", [b"name = \xff", b"name", b"{}", b"a = " + b"[" * 5000, b"a = " + b"9" * 5000])
-def test_not_toml(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "me.toml"
-    path.write_bytes(content)
-    with pytest.raises(PersonaError, match=f"^{re.escape(str(path))}: not valid TOML: .+$"):
-        load_persona(path)
 
 
 def test_conversations_are_of_the_persona(korvo: Persona) -> None:
@@ -297,59 +189,6 @@ def test_the_phrasings_hold_together() -> None:
                 assert set(re.findall(r"\{(.*?)\}", text)) <= filled and text == text.strip()
 
 
-def test_the_command(tmp_path: Path, chatdata: Callable, korvo: Persona, byte_tokenizer: Tokenizer) -> None:
-    result = chatdata("identity", "me.toml", "--out", "me.jsonl", cwd=tmp_path)
-    assert result.returncode == 0 and result.stderr == ""
-    rows = [json.loads(line) for line in (tmp_path / "me.jsonl").read_text().splitlines()]
-    assert [{"messages": row} for row in rows] == identity_conversations(korvo, 1000)
-    facts = identity_facts(korvo, [{"messages": row} for row in rows])
-    assert result.stdout.splitlines() == [
-        f"me.jsonl: 1,000 conversations, {facts['answers']:,} answers, {facts['answers_with_name']:,} of them name "
-        "Korvo; 3 of 3 facts used",
-        "only named, because they have no phrasings: Klingon (phrasings exist for English, Spanish, French, German, "
-        "Italian, Portuguese, Dutch, Chinese, Japanese, Hindi)",
-        f"this persona can give up to {facts['largest_rows']:,} different conversations",
-    ]
-    # the build takes it
-    save_tokenizer(byte_tokenizer, tmp_path / "t")
-    (tmp_path / "r.toml").write_text('stage = "sft"\n[shuffle]\ntrain = false\n[[train]]\ntask = "identity"\n')
-    build = ["build", "--recipe", "r.toml", "--tokenizer", "t", "--identity", "me.jsonl", "--out", "out"]
-    built = chatdata(*build, cwd=tmp_path)
-    assert built.returncode == 0, built.stderr
-    train = library.open_build(tmp_path / "out")["train"]
-    assert len(train) == 1000
-    assert train[0].tokens.tolist() == render_conversation(byte_tokenizer, {"messages": rows[0]}).tokens.tolist()
-    # not again, unless told to; another number of rows
-    refused = chatdata("identity", "me.toml", "--out", "me.jsonl", cwd=tmp_path)
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr == "Error: me.jsonl: already exists; choose another --out, or --force to replace it\n"
-    forced = chatdata("identity", "me.toml", "--out", "me.jsonl", "--rows", 3, "--force", "--json", cwd=tmp_path)
-    assert json.loads(forced.stdout) == {"out": "me.jsonl", **identity_facts(korvo, identity_conversations(korvo, 3))}
-    assert len((tmp_path / "me.jsonl").read_text().splitlines()) == 3
-    built_files = ["out", "out-firewall.json", "r.toml", "t"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["me.jsonl", "me.toml", *built_files]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "error"),
-    [
-        (("me.toml", "--out", "me.json"), 2, "--out me.json: name a file that ends in .jsonl, as `chatdata build"),
-        (("me.toml", "--out", "no/me.jsonl"), 2, "--out no/me.jsonl: there is no folder no"),
-        (("me.toml", "--out", "d.jsonl", "--force"), 2, "--out d.jsonl is a folder; name a file"),
-        (("no.toml", "--out", "me.jsonl"), 1, "no.toml: no such file; a persona is a TOML file with at least a line"),
-        (("me.toml", "--out", "me.jsonl", "--rows", 10**9), 1, "me.toml: 1,000,000,000 rows are more than the "),
-    ],
-)
-def test_what_the_command_refuses(
-    tmp_path: Path, chatdata: Callable, arguments: tuple, code: int, error: str, korvo: Persona
-) -> None:
-    (tmp_path / "d.jsonl").mkdir()
-    result = chatdata("identity", *arguments, cwd=tmp_path)
-    assert result.returncode == code and result.stdout == ""
-    assert result.stderr.startswith(f"Error: {error}") and result.stderr.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "me.toml"]
-
-
 def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "me.jsonl"
     out.write_text("before")
@@ -379,13 +218,3 @@ def test_the_demos_identity_is_its_personas(tmp_path: Path) -> None:
     rows = [{"messages": json.loads(line)} for line in (TEXTS / "identity.jsonl").read_text().splitlines()]
     facts = identity_facts(load_persona(TEXTS / "persona.toml"), rows)
     assert facts["facts_told"] == facts["facts"] == 7 and facts["answers_with_name"] >= facts["answers"] / 2
-
-
-def test_the_documented_persona(tmp_path: Path, chatdata: Callable) -> None:
-    text = (ROOT / "docs" / "conversations.md").read_text()
-    (tmp_path / "me.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.S)[0])
-    command = "identity me.toml --out me.jsonl"
-    assert f"    chatdata {command}\n" in text
-    result = chatdata(*command.split(), cwd=tmp_path)
-    assert result.returncode == 0 and "only named" not in result.stdout
-    assert result.stdout.splitlines() == re.findall(r"^    (?!chatdata)(\S.*)$", text.split(command)[1], re.M)[:2]
