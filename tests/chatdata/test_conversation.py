@@ -121,9 +121,9 @@ def test_content_is_never_left_out_in_silence() -> None:
     part = {"type": "text", "text": "Hello", "train": False}
     for record, message in [
         ([HI[0], {"role": "assistant", "content": [part]}], 'part 0, key "train": not understood'),
-        ({"messages": HI, "system": "Speak French"}, 'key "system" beside "messages": would be left out'),
-        ({"messages": HI, "tools": [{}]}, 'key "tools" beside "messages"'),
-        ({"messages": HI, "conversations": HI}, 'key "conversations" beside "messages"'),
+        ({"messages": HI, "system": "Speak French"}, 'key "system" next to "messages": would be left out'),
+        ({"messages": HI, "tools": [{}]}, 'key "tools" next to "messages"'),
+        ({"messages": HI, "conversations": HI}, 'key "conversations" next to "messages"'),
     ]:
         with pytest.raises(ConversationError, match=message):
             parse_conversation(record)

@@ -150,7 +150,7 @@ def tiktoken_file(path: Path, ranks: dict[bytes, int]) -> Path:
 
 def test_tiktoken_file_gets_its_specials_appended(tmp_path: Path) -> None:
     path = tiktoken_file(tmp_path / "vocab.tiktoken", {**BYTES, b"ab": 256})
-    with pytest.raises(TokenizerError, match=r"put the pattern in vocab.pattern beside it"):
+    with pytest.raises(TokenizerError, match=r"put the pattern in vocab.pattern next to it"):
         load_tokenizer(path)
     assert read_tiktoken(path, SPLIT_PATTERN).special_ids["<|bos|>"] == 257
     (tmp_path / "vocab.pattern").write_text(SPLIT_PATTERN + "\n")

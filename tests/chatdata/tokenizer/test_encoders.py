@@ -335,17 +335,17 @@ def test_a_wrong_batch_is_caught_by_the_check(sabotage: Callable[[list[str], Ids
     tiktoken = find_encoder("tiktoken", DEMO)
     texts = [f"text {i}" for i in range(100)]
     with pytest.raises(EncoderError, match=r"^here: tiktoken [0-9.]+ gave "):
-        check_some(tiktoken, DEMO, texts, *sabotage(texts, tiktoken.encode_batch(texts)), "here")
+        check_some(tiktoken, DEMO, texts, sabotage(texts, tiktoken.encode_batch(texts)), "here")
 
 
 def test_the_check_names_the_text_and_both_ids(byte_tokenizer: Tokenizer) -> None:
     encoder = Encoder("slow", "1.2", find_encoder("tiktoken", byte_tokenizer).encode_batch)
     texts = ["x" * 50 + "here" + "y" * 50]
     ids, counts = encoder.encode_batch(texts)
-    assert check_some(encoder, byte_tokenizer, texts, ids, counts, "mmlu, rows 0 to 9") == 1
+    assert check_some(encoder, byte_tokenizer, texts, (ids, counts), "mmlu, rows 0 to 9") == 1
     ids[51] = 7
     with pytest.raises(EncoderError) as error:
-        check_some(encoder, byte_tokenizer, texts, ids, counts, "mmlu, rows 0 to 9")
+        check_some(encoder, byte_tokenizer, texts, (ids, counts), "mmlu, rows 0 to 9")
     assert str(error.value) == (
         "mmlu, rows 0 to 9: slow 1.2 differs from tiktoken on the text "
         f"'…{'x' * 19}here{'y' * 17}…': from id 51 on [7, 114, 101, 121, 121] instead of [101, 114, 101, 121, 121]; "
@@ -356,7 +356,7 @@ def test_the_check_names_the_text_and_both_ids(byte_tokenizer: Tokenizer) -> Non
 def test_the_check_sees_ids_that_are_missing_at_the_end(byte_tokenizer: Tokenizer) -> None:
     encoder = find_encoder("tiktoken", byte_tokenizer)
     with pytest.raises(EncoderError, match=r"on the text 'abc': from id 2 on \[\] instead of \[99\]; use tiktoken$"):
-        check_some(encoder, byte_tokenizer, ["abc"], np.array([97, 98]), np.array([2]), "here")
+        check_some(encoder, byte_tokenizer, ["abc"], (np.array([97, 98]), np.array([2])), "here")
 
 
 def test_one_text_in_400_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +366,7 @@ def test_one_text_in_400_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     def sampled(texts: list[str]) -> list[str]:
         found = encoder.encode_batch(texts)
         seen.clear()
-        assert check_some(encoder, DEMO, texts, *found, "") == len(seen)
+        assert check_some(encoder, DEMO, texts, found, "") == len(seen)
         return list(seen)
 
     monkeypatch.setattr(DEMO, "encode_ordinary", lambda text: seen.append(text) or encode_ordinary(text))

@@ -1,4 +1,4 @@
-"""Conversations: the common form, and the forms accepted from files.
+"""Conversations: the common form, and every form accepted from files.
 
 The common form is plain data:
 
@@ -8,7 +8,7 @@ The common form is plain data:
                                                     {"type": "python", "text": "2+3"},
                                                     {"type": "python_output", "text": "5"}]}]}
 
-`parse_conversation` turns every accepted form into it and refuses the rest (docs/conversations.md is the table).
+`parse_conversation` turns every accepted form into it and refuses all others (table in docs/conversations.md).
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ from chatdata.errors import ConversationError, nearest
 Role = Literal["system", "user", "assistant"]
 PART_TYPES = ("text", "python", "python_output")
 _ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 class Part(TypedDict):
@@ -46,8 +40,8 @@ class Conversation(TypedDict):
 def parse_conversation(record: Any) -> Conversation:
     """The common form of `record`: a list of messages, an object with `messages`, or ShareGPT's `conversations`.
 
-    Nothing is modified: the result shares strings with `record` but no containers. User and system content given as
-    a list of text parts is joined with "".
+    `record` is not modified; the result shares strings with it but no containers. User and system content given as a
+    list of text parts is joined with "".
 
     Raises ConversationError naming the message (counted from 0) and the key.
     """
@@ -73,7 +67,7 @@ def _messages_of(record: Any) -> list[Any]:
         for other in ("system", "tools", "conversations"):
             if other != key and record.get(other) not in (None, "", []):
                 raise ConversationError(
-                    f'key "{other}" beside "{key}": would be left out; make it a message or remove it'
+                    f'key "{other}" next to "{key}": would be left out; make it a message or remove it'
                 )
     if not isinstance(messages, list):
         raise ConversationError(f'"{key}" must be a list of messages, not {_kind(messages)}')
@@ -89,7 +83,7 @@ def _parse_message(message: Any, turn: int) -> Message:
     for key in (role_key, content_key):
         if key not in message:
             raise ConversationError(f'message {turn}: no key "{key}"')
-    # null extras come from columnar files; anything else (tool_calls, weight, …) would change what is trained on
+    # columnar files have null extras; anything else (tool_calls, weight, …) would change what is trained on
     others = [key for key in message if key not in (role_key, content_key)] if len(message) > 2 else []
     if extra := [key for key in others if message[key] not in (None, [])]:
         raise ConversationError(
@@ -109,7 +103,8 @@ def _parse_message(message: Any, turn: int) -> Message:
 
 def _parse_content(content: Any, role: Role, turn: int, key: str) -> str | list[Part]:
     if isinstance(content, str):
-        return _checked_text(content, turn, key)
+        # `isascii` first: the place is only worded if something is wrong, and this runs for every message of a build
+        return content if content.isascii() else check_surrogates(content, f'message {turn}, key "{key}"')
     if not isinstance(content, list):
         raise ConversationError(
             f'message {turn}, key "{key}": must be a string or a list of parts, not {_kind(content)}'
@@ -126,7 +121,7 @@ def _parse_content(content: Any, role: Role, turn: int, key: str) -> str | list[
 
 
 def _parse_part(part: Any, turn: int, key: str, i: int) -> Part:
-    # the place is only spelled out when something is wrong: this runs for every part of a build
+    # fast path: this runs for every part of a build
     if type(part) is dict and len(part) == 2 and part.get("type") in PART_TYPES:
         text = part.get("text")
         if type(text) is str and text.isascii():
@@ -142,13 +137,6 @@ def _parse_part(part: Any, turn: int, key: str, i: int) -> Part:
     if extra:
         raise ConversationError(f'{where}, key "{extra[0]}": not understood; a part has only type and text')
     return {"type": part["type"], "text": check_surrogates(part["text"], where)}
-
-
-def _checked_text(text: str, turn: int, key: str) -> str:
-    # the place is only spelled out when something is wrong: this runs for every message of a build
-    if text.isascii():
-        return text
-    return check_surrogates(text, f'message {turn}, key "{key}"')
 
 
 def check_surrogates(text: str, where: str) -> str:

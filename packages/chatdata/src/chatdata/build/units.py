@@ -134,7 +134,7 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
         ids, counts = encoder.encode_batch(texts)
         num_texts += len(texts)
         if encoder.name != "tiktoken":
-            num_checked += encoders.check_some(encoder, tokenizer, texts, ids, counts, source.name)
+            num_checked += encoders.check_some(encoder, tokenizer, texts, (ids, counts), source.name)
         return ids, counts
 
     def render(pieces: Pieces) -> RenderedBatch:

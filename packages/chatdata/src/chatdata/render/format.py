@@ -10,6 +10,7 @@ Delimiters must differ from each other: the contract tells from a delimiter alon
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from chatdata.document import SPAN_ROLES
 
@@ -40,12 +41,12 @@ class ChatFormat:
     assistant_end: str  # mask 1: the model learns to end its answer
     padding: str  # input of positions that no document fills; never a target
 
-    @property
+    @cached_property
     def spans(self) -> tuple[SpanFormat, ...]:
         """By role, as in SPAN_ROLES."""
         return self.user, self.text, self.python, self.output
 
-    @property
+    @cached_property
     def delimiters(self) -> dict[str, bool]:
         """Every special token of a document, and whether it is supervised."""
         user, python, output = self.user, self.python, self.output
@@ -58,7 +59,7 @@ class ChatFormat:
             **dict.fromkeys((output.opening, output.closing), output.supervised),
         }
 
-    @property
+    @cached_property
     def followers(self) -> dict[str, set[str]]:
         """Which delimiters may come next after each, text aside; "" is the start and the end of a document."""
         parts = (self.python, self.output)
@@ -74,7 +75,7 @@ class ChatFormat:
             **{part.closing: in_message for part in parts},
         }
 
-    @property
+    @cached_property
     def text_after(self) -> dict[str, int]:
         """Role of the text after each delimiter that may have text after it."""
         return {

@@ -14,6 +14,7 @@ import numpy as np
 
 from chatdata.arrow import to_numpy
 from chatdata.conversation import Message, parse_conversation
+from chatdata.document import blocks_of
 from chatdata.render.format import PART_ROLES, TEXT, USER
 from chatdata.render.specification import merged_turns
 
@@ -26,8 +27,8 @@ _MESSAGE_ROLES = {"user": 0, "assistant": 1, "system": 2}
 
 @dataclass(frozen=True)
 class Pieces:
-    """Conversations as pieces: `texts` and `codes` (uint8: role, plus OPENS and CLOSES) per piece, in order, and
-    `counts` (int64), the number of pieces of each conversation, at least 1."""
+    """Conversations as pieces: `texts` and `codes` (uint8: role, plus OPENS and CLOSES) per piece, in order;
+    `counts` (int64) has the number of pieces of each conversation, at least 1."""
 
     texts: list[str]
     codes: np.ndarray
@@ -38,14 +39,10 @@ class Pieces:
 
     def split(self, max_chars: int) -> Iterator[Pieces]:
         """The same in parts of at most `max_chars` characters, at least one conversation each."""
-        num_chars = np.cumsum(np.fromiter(map(len, self.texts), dtype=np.int64, count=len(self.texts)))
-        ends = np.cumsum(self.counts)
-        chars_at_end = num_chars[ends - 1]
-        first, used = 0, 0
-        while first < len(self):
-            last = max(first + 1, int(np.searchsorted(chars_at_end, used + max_chars, side="right")))
+        num_chars = np.fromiter(map(len, self.texts), dtype=np.int64, count=len(self.texts))
+        first_piece = np.cumsum(self.counts) - self.counts
+        for first, last in blocks_of(np.add.reduceat(num_chars, first_piece), max_chars):
             yield self.part(first, last)
-            first, used = last, int(chars_at_end[last - 1])
 
     def part(self, first: int, last: int) -> Pieces:
         """Conversations [first, last)."""

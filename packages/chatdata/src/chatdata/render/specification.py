@@ -16,7 +16,7 @@ Semantics: karpathy/nanochat@790f3be:nanochat/tokenizer.py (render_conversation)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,20 +24,10 @@ from chatdata.conversation import Message, Part, check_surrogates, parse_convers
 from chatdata.document import Document, Span
 from chatdata.errors import ConversationError
 from chatdata.render.format import NANOCHAT, PART_ROLES, TEXT, USER
+from chatdata.tokenizer.bpe import Tokenizer
 
 
-class TokenizerLike(Protocol):
-    """What rendering needs of a tokenizer."""
-
-    special_ids: dict[str, int]
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def encode_ordinary(self, text: str) -> list[int]: ...
-
-
-def render_conversation(tokenizer: TokenizerLike, conversation: Any) -> Document:
+def render_conversation(tokenizer: Tokenizer, conversation: Any) -> Document:
     """Render one conversation in any accepted form: tokens [n] (`tokenizer.dtype`), mask [n] (uint8, 1 = supervised).
 
     Never cuts. Raises ConversationError if the conversation is not in an accepted form, TokenizerError if the split
@@ -47,7 +37,7 @@ def render_conversation(tokenizer: TokenizerLike, conversation: Any) -> Document
     return Document(np.array(ids, dtype=tokenizer.dtype), np.array(mask, dtype=np.uint8), tuple(spans), tokenizer)
 
 
-def render_for_completion(tokenizer: TokenizerLike, conversation: Any) -> list[int]:
+def render_for_completion(tokenizer: Tokenizer, conversation: Any) -> list[int]:
     """Ids of the prompt for the last assistant message: the conversation before it, then assistant_start. Never cuts.
 
     Raises what `render_conversation` raises, and ConversationError if the conversation does not end on the assistant.
@@ -62,7 +52,7 @@ def render_for_completion(tokenizer: TokenizerLike, conversation: Any) -> list[i
     return [*ids, tokenizer.special_ids[NANOCHAT.assistant_start]]
 
 
-def render_text(tokenizer: TokenizerLike, text: str) -> Document:
+def render_text(tokenizer: Tokenizer, text: str) -> Document:
     """Render one plain text (stage base): bos with mask 0, then the text with mask 1; dtypes as `render_conversation`.
 
     Raises ConversationError for a lone surrogate, TokenizerError if the split pattern gives up.
@@ -75,7 +65,7 @@ def render_text(tokenizer: TokenizerLike, text: str) -> Document:
     return Document(tokens, mask, spans, tokenizer)
 
 
-def _render_messages(tokenizer: TokenizerLike, messages: list[Message]) -> tuple[list[int], list[int], list[Span]]:
+def _render_messages(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[int], list[Span]]:
     special = tokenizer.special_ids
     ids: list[int] = []
     mask: list[int] = []

@@ -7,17 +7,22 @@ while they are used, `check_some` compares one text in 400. fast.py has the rout
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
 
 from chatdata.errors import ChatdataError, EncoderError, UsageError, nearest
 from chatdata.tokenizer.bpe import CANARY_TEXTS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from chatdata.tokenizer.fast import EncodeBatch, encode_one_by_one, fastokens_route, gigatoken_route, tiktoken_route
+from chatdata.tokenizer.fast import EncodeBatch, Ids, encode_one_by_one, fastokens_route, gigatoken_route
 
-# fastest first
-ROUTES = {"gigatoken": gigatoken_route, "fastokens": fastokens_route, "tiktoken": tiktoken_route}
+ROUTES: dict[str, Callable[[Tokenizer], EncodeBatch]] = {  # fastest first
+    "gigatoken": gigatoken_route,
+    "fastokens": fastokens_route,
+    "tiktoken": lambda tokenizer: partial(encode_one_by_one, tokenizer),
+}
 ENCODERS = tuple(reversed(ROUTES))
 ONE_IN = 400  # texts is compared by check_some: 0.003 CPU-seconds per million tokens; gigatoken takes 0.09
 
@@ -52,19 +57,14 @@ def find_encoder(name: str, tokenizer: Tokenizer) -> Encoder:
 
 
 def check_some(
-    encoder: Encoder,
-    tokenizer: Tokenizer,
-    texts: list[str],
-    ids: np.ndarray,
-    counts: np.ndarray,
-    where: str,
-    one_in: int = ONE_IN,
+    encoder: Encoder, tokenizer: Tokenizer, texts: list[str], found: Ids, where: str, one_in: int = ONE_IN
 ) -> int:
     """Compare every 400th (`one_in`th) text of a batch with tiktoken; at least one if there is one.
 
-    ids, counts: what `encoder.encode_batch(texts)` gave. The first text depends on how many there are and how long.
+    found: what `encoder.encode_batch(texts)` gave. The first text depends on how many there are and how long.
     Returns how many were compared. Raises EncoderError, starting with `where`, for the first whose ids differ.
     """
+    ids, counts = found
     about = f"{where}: {encoder.name} {encoder.version}"
     if len(counts) != len(texts) or counts.sum() != len(ids):
         raise EncoderError(f"{about} gave {len(ids)} ids and {len(counts)} counts for {len(texts)} texts; use tiktoken")
@@ -105,7 +105,7 @@ def _load(name: str, tokenizer: Tokenizer) -> Encoder:
             for size in (len(texts), 17):  # all in one batch, then in small ones: 0.02 to 0.05 s
                 for start in range(0, len(texts), size):
                     batch = texts[start : start + size]
-                    check_some(encoder, tokenizer, batch, *encoder.encode_batch(batch), tokenizer.name, one_in=1)
+                    check_some(encoder, tokenizer, batch, encoder.encode_batch(batch), tokenizer.name, one_in=1)
     except ImportError:
         raise EncoderError(f'{name} is not installed: pip install "chatdata[fast]", or use tiktoken') from None
     except ChatdataError:

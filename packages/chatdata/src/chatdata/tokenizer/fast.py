@@ -51,10 +51,6 @@ def encode_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> Ids:
     return np.array(ids, np.uint32), counts
 
 
-def tiktoken_route(tokenizer: Tokenizer) -> EncodeBatch:
-    return lambda texts: encode_one_by_one(tokenizer, texts)
-
-
 def fastokens_route(tokenizer: Tokenizer) -> EncodeBatch:
     """Raises ImportError, and fastokens' ValueError for a vocabulary that it cannot do."""
     os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # read once, when it first wants threads

@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import pickle
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,9 @@ from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def _byte_alphabet() -> dict[int, str]:
-    """byte → printable character, the byte-level alphabet of GPT-2 (openai/gpt-2:src/encoder.py)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-_TO_CHAR = _byte_alphabet()
+# byte → printable character, the byte-level alphabet of GPT-2 (openai/gpt-2:src/encoder.py)
+_TO_CHAR = {byte: chr(byte) for byte in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
+_TO_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in _TO_CHAR)}
 _TO_BYTE = {char: byte for byte, char in _TO_CHAR.items()}
 
 
@@ -62,28 +58,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     vocab = {token.decode("latin-1").translate(_TO_CHAR): ranks[token] for token in by_id}
     model = {
         "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        # tiktoken looks a whole piece up before it merges; so must tokenizers
+        **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+        **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
+        # tiktoken looks up a whole piece before it merges; so must tokenizers
         "ignore_merges": True,
         "vocab": vocab,
         "merges": _merges(vocab),
     }
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
-        {
-            "id": token_id,
-            "content": name,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for name, token_id in sorted(tokenizer.special_ids.items(), key=lambda item: item[1])
+        {"id": token_id, "content": name, **off, "special": True}
+        for name, token_id in sorted(tokenizer.special_ids.items(), key=itemgetter(1))
     ]
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -237,13 +222,13 @@ def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
     Raises TokenizerError if there is no pattern, or for the first line that is not a token and its rank.
     """
     if pattern is None:
-        beside = path.with_suffix(".pattern")
-        if not beside.is_file():
+        pattern_file = path.with_suffix(".pattern")
+        if not pattern_file.is_file():
             raise TokenizerError(
-                f"{path}: a .tiktoken file does not hold its split pattern; put the pattern in {beside.name} beside it "
-                "or use `chatdata tokenizer import --pattern`"
+                f"{path}: a .tiktoken file does not hold its split pattern; put the pattern in {pattern_file.name} "
+                "next to it or use `chatdata tokenizer import --pattern`"
             )
-        pattern = beside.read_text(encoding="utf-8").rstrip("\r\n")
+        pattern = pattern_file.read_text(encoding="utf-8").rstrip("\r\n")
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
