@@ -1,4 +1,4 @@
-"""Which documents hold the words of which texts: n-grams of normalised words, hashed over the tokens as they lie.
+"""Which documents contain the words of which texts: n-grams of normalised words, hashed straight from the tokens.
 
 A word is a run of letters and digits after NFKD, with marks dropped and case folded. That rule goes character by
 character, so the words of a document follow from a table over the vocabulary, and no text is decoded: 14 million tokens
@@ -19,13 +19,14 @@ from chatdata.render.format import NANOCHAT
 from chatdata.tokenizer.bpe import Tokenizer
 
 NUM_WORDS = 8  # of an n-gram of a long text; one changed word in a question of 30 leaves 15 of its 23 n-grams
-SIZES = (NUM_WORDS, 4, 2, 1)  # a shorter text is looked for by n-grams of the longest of these sizes it has
+SIZES = (NUM_WORDS, 4, 2, 1)  # a shorter text is searched by n-grams of the longest of these sizes that it has
 CHUNK_TOKENS = 1 << 18  # NumPy gives up the lock longer than for 2^16: two threads take 0.4 s for 14 M tokens, not 0.7
-STRIDE = {NUM_WORDS: 4}  # n-grams of a long text that are looked for: those at words 0, 4, 8, ...
-MAX_OWNERS = 4  # an n-gram of more texts than this is boilerplate ("which of the following statements about the"),
-# and is passed over in a text that has others: MMLU has 895 questions that share their first 60 words
-FILTER_PLACES = 16  # for each n-gram, or up to 32: 3 to 6 % of other n-grams are looked up in vain
-MAX_WORD_BYTES = 1024  # a power of two; of a longer word the powers begin again
+STRIDE = {NUM_WORDS: 4}  # of a long text only the n-grams at words 0, 4, 8, ... are searched
+# An n-gram of more texts than this is boilerplate ("which of the following statements about the") and is ignored in a
+# text that has others: MMLU has 895 questions that share their first 60 words.
+MAX_OWNERS = 4
+SLOTS_PER_NGRAM = 16  # or up to 32: 3 to 6 % of other n-grams are looked up for nothing
+MAX_WORD_BYTES = 1024  # a power of two; in a longer word the powers start over
 _R, _Q = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93  # odd, and no small multiple of each other
 _LETTERS, _BREAK_BEFORE, _BREAK_AFTER = 1, 2, 4  # flags of a token
 
@@ -36,12 +37,12 @@ _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 def normalise(text: str) -> str:
-    """The words of `text`, a space between two: "Größe: 5²" → "grosse 52"."""
+    """The words of `text`, separated by single spaces: "Größe: 5²" → "grosse 52"."""
     return " ".join(_letters(text).decode().split())
 
 
 def _letters(text: str) -> bytes:
-    """`text` with a space for all that is no letter or digit."""
+    """`text` with a space for everything that is not a letter or digit."""
     if not text.isascii():
         text = _NOT_ASCII.sub(lambda run: _fold(run[0]), text)
     return text.encode().translate(_FOLDED)
@@ -64,8 +65,11 @@ class WordTable:
 
 
 def word_table(tokenizer: Tokenizer) -> WordTable:
-    """Special tokens part words, and bos is a word like no other, so no n-gram crosses documents. So do tokens that are
-    not whole characters (rare letters and emoji): what the vocabulary cuts inside a character is not seen."""
+    """The table of a vocabulary.
+
+    Special tokens separate words, and bos is a word like no other, so no n-gram crosses documents. Tokens that are not
+    whole characters separate words, too: rare letters and emoji that the vocabulary cuts are not seen.
+    """
     letters = [b" "] * tokenizer.vocab_size
     for token_id, token in tokenizer.token_bytes.items():
         try:
@@ -85,9 +89,9 @@ def word_table(tokenizer: Tokenizer) -> WordTable:
 
 
 def _hashes(letters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Hash of each of the words that lie back to back in `letters` (uint8); 0 for an empty one."""
+    """Hash of each of the words that follow each other in `letters` (uint8); 0 for an empty one."""
     hashes, ends = np.zeros(len(lengths), dtype=np.uint64), np.cumsum(lengths)
-    for first in range(0, len(lengths), CHUNK_TOKENS):  # in memory that is there: all at once took twice as long
+    for first in range(0, len(lengths), CHUNK_TOKENS):  # in reused memory: all at once took twice as long
         filled = first + np.flatnonzero(lengths[first : first + CHUNK_TOKENS])
         if len(filled):
             counts = lengths[filled]
@@ -101,63 +105,73 @@ def _hashes(letters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Ngrams:
-    """Distinct n-grams of one size: `hashes` sorted [num_ngrams], each in the texts
-    `texts[starts[i] : starts[i + 1]]`; `filter` (bool) holds for the upper bits of every one."""
+    """Distinct n-grams of one size, ascending by hash: n-gram i is in the texts `texts[starts[i] : starts[i + 1]]`.
+
+    slots (bool): whether any n-gram has these upper bits; most others are ruled out by one look here.
+    """
 
     hashes: np.ndarray
     starts: np.ndarray
     texts: np.ndarray
-    filter: np.ndarray
+    slots: np.ndarray
 
 
 @dataclass(frozen=True)
 class Index:
-    """Texts to look for: their n-grams by size, and how many distinct ones of each are looked for [num_texts]."""
+    """Texts to search for: their n-grams by size, and how many distinct ones of each are searched [num_texts]."""
 
     ngrams: dict[int, Ngrams]
     num_ngrams: np.ndarray
 
 
 def index_texts(texts: Sequence[str]) -> Index:
-    """An index over `texts` as they are written. One without any word is never found."""
-    spelt = [_letters(text) + b" " for text in texts]
-    letters = np.frombuffer(b"".join(spelt), dtype=np.uint8)
-    ends_of_texts = np.cumsum(np.fromiter(map(len, spelt), dtype=np.int64, count=len(spelt)))
+    """An index over `texts`. A text without any word is never found."""
+    letters_of_texts = [_letters(text) + b" " for text in texts]
+    letters = np.frombuffer(b"".join(letters_of_texts), dtype=np.uint8)
+    ends_of_texts = np.cumsum(np.fromiter(map(len, letters_of_texts), dtype=np.int64, count=len(texts)))
     inside = letters != 32
     edges = np.flatnonzero(np.diff(inside, prepend=False))
     starts, stops = edges[0::2], edges[1::2]  # of words: a space ends the last one
     words = _hashes(letters[inside], stops - starts)
-    text_of_word = np.searchsorted(ends_of_texts, starts, side="right")
-    counts = np.bincount(text_of_word, minlength=len(texts))
-    ends = np.cumsum(counts)[text_of_word]
-    begins = ends - counts[text_of_word]
+    text = np.searchsorted(ends_of_texts, starts, side="right")  # of each word
+    num_words = np.bincount(text, minlength=len(texts))
+    place = np.arange(len(words)) - (np.cumsum(num_words) - num_words)[text]  # of each word in its text
+    size_of_text = np.select([num_words >= size for size in SIZES], SIZES)
     ngrams, num_ngrams = {}, np.zeros(len(texts), dtype=np.int64)
-    size_of_text = np.select([counts >= size for size in SIZES], SIZES)
     for size, hashes in _ngram_hashes(words, SIZES):
-        first = np.arange(len(hashes))
-        taken = (size_of_text[text_of_word[first]] == size) & (first + size <= ends[first])
-        chosen = np.flatnonzero(taken & ((first - begins[first]) % STRIDE.get(size, 1) == 0))
+        owner, first = text[: len(hashes)], place[: len(hashes)]
+        searched = (size_of_text[owner] == size) & (first + size <= num_words[owner])
+        chosen = np.flatnonzero(searched & (first % STRIDE.get(size, 1) == 0))
         if len(chosen):
-            order = chosen[np.argsort(hashes[chosen], kind="stable")]
-            values, owners = hashes[order], text_of_word[order]  # of one n-gram the texts ascend: repeats are together
-            fresh = np.append(True, (values[1:] != values[:-1]) | (owners[1:] != owners[:-1]))
-            values, owners = values[fresh], owners[fresh]
-            starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
-            num_owners = np.diff(np.append(starts, len(values)))
-            rare = np.repeat(num_owners <= MAX_OWNERS, num_owners)
-            kept = rare | (np.bincount(owners[rare], minlength=len(texts)) == 0)[owners]
-            values, owners = values[kept], owners[kept]
-            num_ngrams += np.bincount(owners, minlength=len(texts))
-            starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
-            there = np.zeros(1 << (len(starts) * FILTER_PLACES).bit_length(), dtype=bool)
-            there[_upper_bits(values, there)] = True
-            ngrams[size] = Ngrams(values[starts], np.append(starts, len(values)), owners, there)
+            ngrams[size] = _without_boilerplate(hashes[chosen], owner[chosen], len(texts))
+            num_ngrams += np.bincount(ngrams[size].texts, minlength=len(texts))
     return Index(ngrams, num_ngrams)
 
 
-def _upper_bits(hashes: np.ndarray, filter: np.ndarray) -> np.ndarray:
-    """Where in the filter (a power of two long) hashes stand, int64: numpy looks places up faster by signed ones."""
-    return (hashes >> np.uint64(65 - len(filter).bit_length())).view(np.int64)
+def _without_boilerplate(hashes: np.ndarray, texts: np.ndarray, num_texts: int) -> Ngrams:
+    """Distinct n-grams of texts (n-gram i is in texts[i], texts ascend), less those that too many texts share."""
+    order = np.argsort(hashes, kind="stable")  # the texts of an n-gram still ascend: repeats are neighbours
+    hashes, texts = hashes[order], texts[order]
+    fresh = _differs(hashes) | _differs(texts)
+    hashes, texts = hashes[fresh], texts[fresh]
+    num_owners = np.diff(np.flatnonzero(np.append(_differs(hashes), True)))
+    rare = np.repeat(num_owners <= MAX_OWNERS, num_owners)
+    kept = rare | (np.bincount(texts[rare], minlength=num_texts) == 0)[texts]
+    hashes, texts = hashes[kept], texts[kept]
+    starts = np.flatnonzero(np.append(_differs(hashes), True))
+    slots = np.zeros(1 << ((len(starts) - 1) * SLOTS_PER_NGRAM).bit_length(), dtype=bool)
+    slots[_slot_of(hashes, slots)] = True
+    return Ngrams(hashes[starts[:-1]], starts, texts, slots)
+
+
+def _differs(values: np.ndarray) -> np.ndarray:
+    """Whether each value differs from the one before it (bool)."""
+    return np.append(True, values[1:] != values[:-1])
+
+
+def _slot_of(hashes: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """The upper bits of hashes, as places in `slots` (a power of two long); int64, which NumPy looks up faster."""
+    return (hashes >> np.uint64(65 - len(slots).bit_length())).view(np.int64)
 
 
 def _ngram_hashes(words: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -175,9 +189,9 @@ def _ngram_hashes(words: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int
 def find_texts(
     index: Index, table: WordTable, tokens: np.ndarray, num_tokens: np.ndarray, num_kept: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(document, text, share of the text's indexed n-grams in the document) wherever that is not 0.
+    """(document, text, share of the text's indexed n-grams in the document) wherever the share is not 0.
 
-    tokens: documents back to back, `num_tokens` of each, of which only the first `num_kept` count.
+    tokens: documents one after the other, `num_tokens` of each, of which only the first `num_kept` count.
     """
     ends = np.cumsum(num_tokens)
     found: list[tuple[np.ndarray, np.ndarray]] = []
@@ -187,17 +201,12 @@ def find_texts(
         last = max(first + 1, int(np.searchsorted(ends, begin + CHUNK_TOKENS, side="right")))
         words, places = _words(table, tokens[begin : ends[last - 1]])
         for size, hashes in _ngram_hashes(words, tuple(index.ngrams)):
-            if size not in index.ngrams:
-                continue
-            ngrams = index.ngrams[size]
-            hits = np.flatnonzero(ngrams.filter.take(_upper_bits(hashes, ngrams.filter)))
-            at = np.searchsorted(ngrams.hashes, hashes[hits])
-            at[at == len(ngrams.hashes)] = 0
-            same = ngrams.hashes[at] == hashes[hits]
-            at, place = at[same], places[hits[same]] + begin
-            document = np.searchsorted(ends, place, side="right")
-            kept = place - (ends - num_tokens)[document] < num_kept[document]
-            found.append(_texts_of(ngrams, document[kept], at[kept]))
+            if size in index.ngrams:
+                word, ngram = _look_up(index.ngrams[size], hashes)
+                place = places[word] + begin
+                document = np.searchsorted(ends, place, side="right")
+                kept = place - (ends - num_tokens)[document] < num_kept[document]
+                found.append(_texts_of(index.ngrams[size], document[kept], ngram[kept]))
         first = last
     if not found:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
@@ -205,6 +214,15 @@ def find_texts(
     pairs, counts = np.unique(documents * len(index.num_ngrams) + texts, return_counts=True)
     documents, texts = np.divmod(pairs, len(index.num_ngrams))
     return documents, texts, counts / index.num_ngrams[texts]
+
+
+def _look_up(ngrams: Ngrams, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(place in `hashes`, number of the n-gram) of every hash that is one of `ngrams`."""
+    possible = np.flatnonzero(ngrams.slots.take(_slot_of(hashes, ngrams.slots)))
+    number = np.searchsorted(ngrams.hashes, hashes[possible])
+    number[number == len(ngrams.hashes)] = 0
+    same = ngrams.hashes[number] == hashes[possible]
+    return possible[same], number[same]
 
 
 def _words(table: WordTable, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +235,7 @@ def _words(table: WordTable, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray
     begins[:1] = True
     hashes = table.hashes.take(tokens[places])
     starts = np.flatnonzero(begins)
-    in_several = ~begins  # words of several tokens: behind the first the powers go on
+    in_several = ~begins  # tokens of words that have several: from the second on the powers continue
     in_several[:-1] |= ~begins[1:]
     several = np.flatnonzero(in_several)
     if len(several):
@@ -229,10 +247,9 @@ def _words(table: WordTable, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return hashes, places[starts]
 
 
-def _texts_of(ngrams: Ngrams, documents: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _texts_of(ngrams: Ngrams, documents: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(document, text) for every text that has the n-gram, once for each n-gram a document has."""
-    pairs = np.unique(documents * len(ngrams.hashes) + at)
-    documents, at = np.divmod(pairs, len(ngrams.hashes))
-    counts = ngrams.starts[at + 1] - ngrams.starts[at]
+    documents, numbers = np.divmod(np.unique(documents * len(ngrams.hashes) + numbers), len(ngrams.hashes))
+    counts = ngrams.starts[numbers + 1] - ngrams.starts[numbers]
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(documents, counts), ngrams.texts[np.repeat(ngrams.starts[at], counts) + within]
+    return np.repeat(documents, counts), ngrams.texts[np.repeat(ngrams.starts[numbers], counts) + within]
