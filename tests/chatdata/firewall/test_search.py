@@ -119,7 +119,10 @@ def test_what_is_found_and_what_is_not(run) -> None:
         "method": "exact",
         "share": 1.0,
     }
-    assert listed["not_checked"]["humaneval"] == "not at hand" and set(listed["checked"]) == {"gsm8k", "mmlu"}
+    assert listed["not_checked"]["humaneval"] == "dataset not found locally" and set(listed["checked"]) == {
+        "gsm8k",
+        "mmlu",
+    }
 
 
 def test_report_changes_no_byte_and_drop_counts_what_it_removes(run) -> None:

@@ -17,5 +17,5 @@ def test_word_lists(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"^w.txt: not UTF-8 at byte 3$"):
         read_words(path)
     path.write_text("don't\n")
-    with pytest.raises(SourceError, match=r'^w.txt: the word "don\'t" cannot stand in the tool call'):
+    with pytest.raises(SourceError, match=r'^w.txt: the word "don\'t" cannot be quoted in the call'):
         spelling_bee.generate("train", {"words": path, "holdout": False, "phrasings": spelling_bee.PHRASINGS})

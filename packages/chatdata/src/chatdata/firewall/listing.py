@@ -1,4 +1,4 @@
-"""What the firewall found, as report.json, the listing beside a build and chateval have it."""
+"""What the firewall found, as plain data for report.json and for the listing that chateval reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What chateval scores, as the firewall looks for it."""
+"""The items that chateval scores, as the firewall searches for them."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ class ScoredItem(NamedTuple):
 
     @property
     def key_text(self) -> str:
-        """What it is looked for by: the question, or its longest part if that is under NUM_WORDS words."""
+        """What is searched for: the question, or the item's longest part if the question is under NUM_WORDS words."""
         question = self.parts[0]
-        if len(self.parts) == 1 or len(question.split(None, NUM_WORDS)) >= NUM_WORDS:  # no word beyond is looked at
+        if len(self.parts) == 1 or len(question.split(None, NUM_WORDS)) >= NUM_WORDS:  # counts no further
             return question
         return max(self.parts, key=lambda part: len(part.split()))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What is looked for: all items, an index over their `key_text`, the tokenizer's words, and where the items are
-    from. checked: scored set → its source; not_checked: scored set → why; cpu_s: what finding this out took."""
+    """All items, an index over their `key_text`, and the words of the tokenizer's tokens.
+
+    checked: scored set → its source; not_checked: scored set → why; cpu_s: what reading and indexing took.
+    """
 
     items: list[ScoredItem]
     index: Index
@@ -55,8 +57,10 @@ class Scored:
 def read_scored(
     train: Sequence[PlannedEntry], tasks: Mapping[str, Task], locations: Locations, tokenizer: Tokenizer
 ) -> Scored:
-    """What chateval scores, as far as it is at hand: nothing is downloaded. A second, whatever the build: it is
-    known before anything is rendered, so it can be read beside that."""
+    """The scored items that are found locally: nothing is downloaded.
+
+    Takes a second, whatever the build, and depends on nothing rendered, so it can be read at the same time.
+    """
     started = time.thread_time()
     items, checked, not_checked = _scored_items(train, tasks, locations)
     index = index_texts([item.key_text for item in items])
@@ -67,10 +71,10 @@ def read_scored(
 def _scored_items(
     train: Sequence[PlannedEntry], tasks: Mapping[str, Task], locations: Locations
 ) -> tuple[list[ScoredItem], dict[str, Source], dict[str, str]]:
-    """The items of all scored sets at hand, the sets' sources, and why others are not checked."""
+    """The items of all scored sets found locally, the sets' sources, and why others are not checked."""
     used = {planned.entry.task for planned in train}
     has_words = any(word_of(tasks[name]) for name in used)
-    # a recipe's own word list, if the command line names none: the words scored are those of one list
+    # the recipe's own word list, if the command line names none: scored words come from one list
     lists = (planned.source.option_files.get("words") for planned in train)
     words = locations.words or next((str(file.path) for file in lists if file), None)
     locations = Locations(Path(), data_dir=locations.data_dir, words=words)
@@ -89,7 +93,7 @@ def _scored_items(
                     source = resolve(scored_entry(task, name), task, locations)
                 items += _items_of(task, name, source)
             except MissingSource:
-                not_checked[name] = "not at hand"
+                not_checked[name] = "dataset not found locally"
             except ChatdataError as error:
                 not_checked[name] = str(error)
             else:
@@ -105,7 +109,7 @@ def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
     items = []
     for number, row in source.read(np.ones(num_rows, dtype=bool)):
         conversation = call_task(task, task.to_conversation, row)
-        if type(conversation) is not dict:  # the common form is what tasks mostly make
+        if type(conversation) is not dict:  # most tasks return the common form
             conversation = parse_conversation(conversation)
         messages = conversation["messages"]
         question = "\n".join(str(message["content"]) for message in messages if message["role"] == "user")

@@ -1,12 +1,12 @@
-"""The firewall between training and scoring: which training documents hold items that chateval scores.
+"""The firewall between training and scoring: which training documents contain items that chateval scores.
 
-A document counts as holding an item
-  exact    if all words of the question are in it in one run and, for multiple choice (of at least MIN_EXACT_WORDS words
-           in all), all choices near them in any order: white space, case, punctuation, accents and the order of
-           choices make no difference;
-  n-gram   if at least MIN_SHARE of the n-grams of a question of at least MIN_WORDS words are there;
+A document contains an item
+  exact    if it has all words of the question in one run and, for multiple choice (of at least MIN_EXACT_WORDS words
+           in all), all choices close after them: white space, case, punctuation, accents and the order of choices make
+           no difference;
+  n-gram   if it has at least MIN_SHARE of the n-grams of a question of at least MIN_WORDS words;
   word     if it is a row about a word (spelling) that is scored.
-It cannot see a question told in other words or another language, nor an answer without its question.
+A question in other words or another language is not found, nor an answer without its question.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from chatdata.tasks.task import call_task
 from chatdata.tokenizer.bpe import Tokenizer
 
 MIN_WORDS, MIN_SHARE = 13, 0.5
-LOOK_SHARE = 0.6  # of the n-grams looked for, every fourth one, from which on the text itself is compared
-MIN_EXACT_WORDS = 8  # of question and choices: "−4 + (−3)=" with −7, −1, 1 and 7 is in any chat of sums
+LOOK_SHARE = 0.6  # of the n-grams in the index, every fourth one: from here on the text itself is compared
+MIN_EXACT_WORDS = 8  # of question and choices: "−4 + (−3)=" with −7, −1, 1 and 7 is in any chat about sums
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A training document that holds a scored item. share: of the question's n-grams; 1.0 but for "n-gram"."""
+    """A training document that contains a scored item. share: of the question's n-grams; 1.0 unless "n-gram"."""
 
     document: int
     item: ScoredItem
@@ -59,7 +59,7 @@ class Findings:
 
     @property
     def documents(self) -> np.ndarray:
-        """The flagged ones, ascending (int64)."""
+        """The flagged documents, ascending (int64)."""
         return np.unique(np.array([hit.document for hit in self.hits], dtype=np.int64))
 
 
@@ -71,7 +71,7 @@ def check(
     row_maps: Mapping[Source, RowMap],
     num_threads: int,
 ) -> Findings:
-    """Compare the documents of train, as they are cut, with what is `scored`."""
+    """Compare the documents of train, as cut to length, with the `scored` items."""
     started = time.process_time()
     in_train = np.zeros(len(store.num_tokens), dtype=bool)
     about_words = np.zeros(len(store.num_tokens), dtype=bool)
@@ -134,15 +134,15 @@ def _normalised(tokenizer: Tokenizer, store: RenderedDocuments, document: int) -
 
 
 def _holds(text: str, parts: tuple[str, ...]) -> bool:
-    """Whether a normalised text has the question in one run, and close behind it all choices in any order."""
+    """Whether a normalised text has the question in one run, and close after it all choices in any order."""
     question, *choices = (f" {normalise(part)} " for part in parts)
     if len("".join((question, *choices)).split()) < MIN_EXACT_WORDS and choices:
         return False
-    reach = 2 * (len(question) + sum(map(len, choices))) + 100  # letters and signs of the choices, a few words between
+    reach = 2 * (len(question) + sum(map(len, choices))) + 100  # room for signs and a few words
     start = text.find(question)
     while start >= 0:
-        behind = text[start + len(question) - 1 : start + reach]
-        if all(choice in behind for choice in choices if choice.strip()):
+        following = text[start + len(question) - 1 : start + reach]
+        if all(choice in following for choice in choices if choice.strip()):
             return True
         start = text.find(question, start + 1)
     return False
@@ -160,7 +160,7 @@ def ngram_share(text: str, question: str) -> float:
 def _find_words(
     scored: Scored, store: RenderedDocuments, row_maps: Mapping[Source, RowMap], wanted: np.ndarray, threads: Executor
 ) -> Iterator[Hit]:
-    """Documents of tasks about words whose word is scored. Rows that hold such a word anywhere are read again."""
+    """Documents about a scored word. The rows of documents that contain such a word anywhere are read again."""
     words: dict[str, list[ScoredItem]] = {}
     for item in scored.items:
         if item.word is not None:

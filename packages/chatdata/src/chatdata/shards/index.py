@@ -1,6 +1,6 @@
-"""The index of a shard, read for who trusts nothing in it: `verify`, and the report that counts by it.
+"""Reading the index of a shard that may be damaged, for `verify` and the report.
 
-`Split.index` and `Split.index_table` (shards.py) are for everybody else.
+`Split.index` and `Split.index_table` (read.py) are for everything else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """The index of one shard as a table, typed and without nulls. Raises FormatError naming the file otherwise."""
+    """The index of one shard as a table, typed and without nulls. Raises FormatError naming the file if it is not."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""The format on disk, written and read (docs/format.md is its description).
+"""Reading a build; docs/format.md describes the format.
 
 OUT/manifest.json                        written last, by rename
 OUT/{train,val}/tokens-00000.npy         `<u2` or `<u4` [num_tokens]
@@ -36,9 +36,9 @@ INDEX_ROWS_AT_ONCE = 2**16  # smoltalk has 14 spans a document, so 10 MB
 
 
 def open_build(path: str | Path) -> Build:
-    """Open a build for reading. Sizes of all files are checked against the manifest; nothing is read yet.
+    """Open a build for reading. Checks the sizes of all files against the manifest; reads none of them yet.
 
-    Raises FormatError if the folder is no finished build or a file is missing or of the wrong size.
+    Raises FormatError if the folder is not a finished build, or a file is missing or has the wrong size.
     """
     folder = Path(path)
     build = Build(folder, read_manifest(folder))
@@ -55,7 +55,7 @@ def open_build(path: str | Path) -> Build:
 
 @dataclass(frozen=True)
 class Build:
-    """One output folder, open for reading: `build["train"]`, `build.manifest`, `build.tokenizer`."""
+    """A build folder, open for reading: `build["train"]`, `build.manifest`, `build.tokenizer`."""
 
     path: Path
     manifest: dict[str, Any]
@@ -155,21 +155,20 @@ class Split:
         return Document(tokens, mask, tokenizer=self.build.tokenizer)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the split: a view within one shard, a copy only where the range crosses shards."""
+        """Tokens [start, stop) of the split: a view within one shard, a copy if the range crosses shards."""
         return self._range("tokens", start, stop)
 
     def mask(self, start: int, stop: int, policy: MaskPolicy = "apply") -> np.ndarray:
-        """Mask [start, stop) of the split, as `tokens`; a new array under another policy (masks.py) than "apply"."""
+        """Mask [start, stop) of the split, like `tokens`; a new array for any policy (masks.py) but "apply"."""
         return self.apply_policy(policy, self._range("mask", start, stop), np.array([start]), np.array([stop - start]))
 
     def apply_policy(
         self, policy: MaskPolicy, stored: np.ndarray, starts: np.ndarray, counts: np.ndarray
     ) -> np.ndarray:
-        """The mask under a policy, of some runs of tokens of the split, back to back.
+        """The mask under a policy, of several runs of tokens of the split, one after the other.
 
-        stored: uint8 [counts.sum()], the mask on disk of tokens starts[i] … starts[i] + counts[i] of the split for each
-        i. Returns uint8 of the same shape: `stored` itself for "apply", else a new array. Raises PlanError for an
-        unknown policy.
+        stored: uint8 [counts.sum()], the mask on disk of tokens starts[i] … starts[i] + counts[i] for each i. Returns
+        uint8 of the same shape: `stored` itself for "apply", else a new array. Raises PlanError for an unknown policy.
         """
         if policy == "apply":
             return stored
@@ -212,7 +211,7 @@ class Split:
             start, number = last, number + 1
 
     def to_dataset(self, policy: MaskPolicy = "apply") -> datasets.Dataset:
-        """The split for `datasets` and TRL, a row per document: lists of one length, aligned, not shifted.
+        """The split for `datasets` and TRL, one row per document: aligned lists of equal length, not shifted.
 
         input_ids (uint16 or uint32), labels (int32: the id where the mask under `policy` is 1, else -100) and
         assistant_masks (uint8). transformers' models shift the labels themselves. With labels TRL (1.16) neither
@@ -239,7 +238,7 @@ class Split:
             columns = [list_to_arrow(to_arrow(values), np.diff(offsets)) for values in (tokens, labels, mask)]
             tables.append(pa.table(columns, names=list(types)))
             first += shard["tokens"]
-        # without a name of its own the dataset would be named by a hash over all of its bytes
+        # without a fingerprint, the dataset would hash all of its bytes for one
         name = f"{self.build.manifest['build_id'][:32]}-{self.name}-{policy}"
         return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=name)
 

@@ -1,5 +1,7 @@
-"""Tasks: one file for each dataset. A task says where its rows come from, how a row becomes a conversation, and how an
-answer to it is graded. A task file of your own needs only what is imported here."""
+"""Tasks, one file per dataset: where its rows come from, how a row becomes a conversation, how an answer is graded.
+
+Your own task file needs only what is imported here.
+"""
 
 from chatdata.tasks.task import Option, ScoredSet, Scoring, Task, call_task, load_tasks
 

@@ -1,6 +1,6 @@
 """Your own conversations: JSONL or Parquet, or any Hub dataset in a known chat form (`repo`).
 
-Accepted forms are those of conversation.py. Three lines, one of each:
+conversation.py has the accepted forms. Three lines, one of each:
 
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}

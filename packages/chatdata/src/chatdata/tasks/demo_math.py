@@ -3,8 +3,8 @@
 A row: {"question": "Ada has 12 shells and finds 30 more. How many shells does Ada have now?",
         "answer": "Ada now has 12+30 = <<12+30=42>>42 shells.\\n#### 42"}
 
-The pair of first numbers decides whether a problem is train or test (one pair in ten is test), so a scored problem's
-sum was never trained on.
+The first two numbers decide whether a problem is train or test (one pair in ten is test), so the sum of a scored
+problem is never trained on.
 """
 
 from __future__ import annotations

@@ -30,13 +30,13 @@ def to_conversation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer_parts(answer: str) -> list[dict[str, str]]:
-    """Parts of an annotated answer: text at even places, what stood inside `<<…>>` at odd ones."""
+    """Parts of an annotated answer: text at even places, the inside of `<<…>>` at odd ones."""
     parts = []
     for i, piece in enumerate(_ANNOTATION.split(answer)):
         if i % 2 == 0:
             parts.append({"type": "text", "text": piece})
             continue
-        # at the last "=", because an expression may itself hold one; without any the output is empty
+        # at the last "=", because an expression may contain one; without any the output is empty
         expression, _, result = piece.rpartition("=") if "=" in piece else (piece, "", "")
         parts.append({"type": "python", "text": expression})
         parts.append({"type": "python_output", "text": result})

@@ -1,6 +1,6 @@
 """How a multiple-choice question is asked and answered, for every task that has them.
 
-The letter stands directly behind `=`, with no space: so it is the same token there and in the answer.
+The letter follows `=` directly, without a space, so it is the same token there and in the answer.
 Prompt: karpathy/nanochat@790f3be:tasks/common.py (render_mc).
 """
 

@@ -36,11 +36,11 @@ def to_conversation(word: str) -> dict[str, Any]:
 
 
 def grade(word: str, text: str) -> Grade:
-    """Strict: the whole answer. Flexible: the letters behind its last colon, white space aside."""
+    """Strict: the whole answer. Flexible: the letters after its last colon, white space aside."""
     gold = f"{word}:{','.join(word)}"
     strict = text.strip() or None
-    behind = "".join(text.rpartition(":")[2].split()) if ":" in text else None
-    return Grade(gold, strict, strict == gold, behind, behind == ",".join(word))
+    letters = "".join(text.rpartition(":")[2].split()) if ":" in text else None
+    return Grade(gold, strict, strict == gold, letters, letters == ",".join(word))
 
 
 TASK = Task(

@@ -1,4 +1,4 @@
-"""SpellingBee: how many of letter x are in word y; counted by hand, checked with the calculator tool.
+"""SpellingBee: how often letter x is in word y; counted by hand, checked with the calculator tool.
 
 A row: {"word": "banana", "letter": "a", "question": "How many times is a in banana?"}
 
@@ -29,7 +29,7 @@ def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str
     quoted = next((word for word in words if "'" in word or "\\" in word), None)
     if quoted is not None:
         raise SourceError(
-            f"{options['words'].name}: the word {quoted!r} cannot stand in the tool call '…'.count('…'); leave it out"
+            f"{options['words'].name}: the word {quoted!r} cannot be quoted in the call '…'.count('…'); leave it out"
         )
     phrasings = read_phrasings(options["phrasings"])
     return partial(_make_row, words, phrasings, TEST_SEED_OFFSET if split == "test" else 0)
@@ -47,11 +47,11 @@ def _make_row(words: list[str], phrasings: list[str], offset: int, position: int
 
 
 def read_phrasings(path: Path) -> list[str]:
-    """Phrasings, one a line, each with {letter} and {word} once. Raises SourceError naming the line that is not."""
+    """Phrasings, one per line, each with {letter} and {word} once. Raises SourceError naming the first other line."""
     phrasings = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(phrasings, start=1):
         if line.count("{letter}") != 1 or line.count("{word}") != 1:
-            raise SourceError(f"{path.name} line {number}: a phrasing has {{letter}} once and {{word}} once")
+            raise SourceError(f"{path.name} line {number}: a phrasing needs {{letter}} once and {{word}} once")
     if not phrasings:
         raise SourceError(f"{path.name}: no phrasings")
     return phrasings

@@ -1,4 +1,4 @@
-"""Tasks: one file each. A task says where its rows are and how one row becomes a conversation.
+"""What a task is, and finding tasks: the shipped ones and those of `--task-file`.
 
 A task file defines `TASK = Task(...)`. Rows come from a source (Hub dataset, `--data-dir`, a path) or are generated;
 `to_conversation(row)` turns one into the common form of conversation.py. docs/add_a_task.md builds one in 30 lines.
@@ -21,7 +21,7 @@ from chatdata.grading import Grade
 
 @dataclass(frozen=True)
 class Option:
-    """One recipe key a task adds: its type, its default, and whether it names a file (resolved like a path)."""
+    """A recipe key that a task adds: its type, its default, and whether it names a file (resolved like a path)."""
 
     type: type
     default: Any = None
@@ -31,7 +31,7 @@ class Option:
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """The rows of a task that checkpoints are scored on, under a name of their own.
+    """The rows of a task that checkpoints are scored on, under their own name.
 
     chance: accuracy of blind guessing. rows: how many, for a generated task. options: task options set for scoring.
     """
@@ -51,8 +51,8 @@ class Scoring:
     letters: row → the letters to choose from (multiple choice: the letter with the highest logit is the answer).
     grade: (row, generated text without tool calls) → Grade.
     program: (row, generated text) → a Python program that ends without an error if the answer is right.
-    subject_key: the row's key to give figures for separately.
-    word: row → the word it is about. A training row about a scored word is contaminated, whatever it asks.
+    subject_key: the row's key by which figures are also given separately.
+    word: row → the word it is about. A training row about a scored word is contaminated, whatever its question.
     """
 
     sets: Mapping[str, ScoredSet]
@@ -69,15 +69,15 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Task:
-    """What the recipe key `task = "name"` stands for.
+    """A task: what the recipe key `task = "name"` means.
 
     to_conversation: raw row → conversation in the common form (for kind "text": row → str). It raises TaskError
         naming the key when a row does not fit.
     hub: dataset on the Hub, `owner/name`; None if rows are generated or come from a path.
     splits: subset → split → rows in the full dataset on the Hub (0 where it varies). The subset "" is the folder
-        `data/`. With no subset in the recipe, the first one is meant.
+        `data/`. Without a subset in the recipe, the first one is used.
     generate: (split, options) → (position → raw row), for tasks that make their rows.
-    permuted: rows are put in the order of `numpy.random.default_rng(42).permutation(n)` before anything is selected.
+    permuted: rows are ordered by `numpy.random.default_rng(42).permutation(n)` before anything is selected.
     scored_only: the scorer uses it; a build refuses it.
     scoring: how chateval grades answers to its rows, if it does.
     kind: "conversation", or "text" for plain text (stage base).
@@ -97,7 +97,7 @@ class Task:
     kind: str = "conversation"
     rows_are_conversations: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
-    # set for a user's own task file: its content is part of the build
+    # only for a user's own task file: its content is part of the build
     code_sha256: str | None = None
     file: Path | None = None
 
@@ -111,7 +111,7 @@ class Task:
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A task travels to a worker by name: its functions need not be importable from there."""
+        """A task is sent to a worker by name: its functions need not be importable there."""
         return _task_again, (self.name, self.file, self.code_sha256)
 
 
@@ -120,12 +120,12 @@ def _task_again(name: str, file: Path | None, code_sha256: str | None) -> Task:
         return find_task(name, _shipped_tasks())
     task = _load_task_file(file)
     if task.code_sha256 != code_sha256:
-        raise TaskError(f"{file}: not the same file as where the build started")
+        raise TaskError(f"{file}: not the file the build started with")
     return task
 
 
 def call_task(task: Task, function: Callable[..., Any], row: Any, *arguments: Any) -> Any:
-    """One of a task's own functions on a row. Whatever goes wrong is a ChatdataError: a task is anybody's code."""
+    """Call one of a task's functions on a row. Anything that goes wrong is a ChatdataError: tasks are users' code."""
     try:
         return function(row, *arguments)
     except KeyError as error:
@@ -137,7 +137,7 @@ def call_task(task: Task, function: Callable[..., Any], row: Any, *arguments: An
 
 
 def load_tasks(task_files: tuple[Path, ...] = ()) -> dict[str, Task]:
-    """All shipped tasks by name, in alphabetical order, then those of the user's files.
+    """All shipped tasks by name, in alphabetical order, then those of `task_files`.
 
     Raises TaskError if a file does not define TASK, cannot be imported, or repeats a name.
     """
@@ -173,7 +173,7 @@ def _load_task_file(path: Path) -> Task:
     if spec is None or spec.loader is None:
         raise TaskError(f"{path}: a task file is a Python file ending in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""The word list behind both spelling tasks: reading it, and which words are kept for scoring."""
+"""The word list of both spelling tasks: reading it, and which words are kept for scoring."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORD_OPTIONS = {
 
 
 def read_words(path: Path) -> list[str]:
-    """Words of a file, one a line, stripped. Raises SourceError for an empty line or an empty file."""
+    """Words of a file, one per line, stripped. Raises SourceError for an empty line or an empty file."""
     return list(_read_words(path, path.stat().st_mtime_ns))
 
 
@@ -41,7 +41,7 @@ def _read_words(path: Path, changed_ns: int) -> list[str]:
     return words
 
 
-@lru_cache(maxsize=1)  # a build draws its rows from it, and looks for the scored ones: 0.3 s
+@lru_cache(maxsize=1)  # used to draw the rows and to find the scored ones: 0.3 s
 def shuffled_words(path: Path, changed_ns: int) -> tuple[str, ...]:
     """The words in simple_spelling's order. `changed_ns`: the file's st_mtime_ns."""
     words = list(_read_words(path, changed_ns))
@@ -55,13 +55,13 @@ def is_test_word(word: str) -> bool:
     return int.from_bytes(digest, "little") % 10 == 0
 
 
-@lru_cache(maxsize=1)  # asked for by train, by test and by both spelling tasks: 0.4 s
+@lru_cache(maxsize=1)  # used by train, by test and by both spelling tasks: 0.4 s
 def _test_words(path: Path, changed_ns: int) -> frozenset[str]:
     return frozenset(word for word in _read_words(path, changed_ns) if is_test_word(word))
 
 
 def split_words(words: Sequence[str], path: Path, split: str, holdout: bool) -> list[str]:
-    """The words a split draws from, in their order: all those of the file, or with `holdout` train's or test's only.
+    """The words a split draws from, in their order: all of them, or with `holdout` only those of train or test.
 
     Raises SourceError if none is left.
     """
