@@ -31,7 +31,7 @@ _COMPARED = ("task", "row", "entry", "position", "num_turns", "num_tool_calls", 
 
 
 def diff_builds(a: Build, b: Build) -> dict[str, Any]:
-    """Everything that differs, as plain data for JSON; `identical` says whether anything does.
+    """Everything that differs, as plain data for JSON; `identical` is true if nothing does.
 
     recipe, sources, tokenizer, other: [{"key", "a", "b"}]. splits: name → totals and entries of that form, and
     `documents` (see `_diff_documents`), None where only one build has the split or where all files are equal.
@@ -80,13 +80,13 @@ def _diff_split(a: Build, b: Build, name: str) -> dict[str, Any]:
     return {
         "only_in": None,
         "totals": _listed(*({key: split[key] for key in TOTALS} for split in (one, two))),
-        "entries": _listed(*(_by_entry(split["entries"]) for split in (one, two))),
+        "entries": _listed(*({_label(entry): entry for entry in split["entries"]} for split in (one, two))),
         "documents": None if files[0] == files[1] else _diff_documents(a[name], b[name]),
     }
 
 
-def _by_entry(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    return {f"entry {entry['entry']} ({entry['task']})": entry for entry in entries}
+def _label(entry: dict[str, Any]) -> str:
+    return f"entry {entry['entry']} ({entry['task']})"
 
 
 def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
@@ -176,8 +176,7 @@ def _parting(a: Split, b: Split, doc_a: int, doc_b: int) -> dict[str, Any]:
     """Where two documents first differ: the position, what differs there, and a few tokens around it on both sides."""
     one, two = a[doc_a], b[doc_b]
     length = min(len(one), len(two))
-    tokens = one.tokens[:length] != two.tokens[:length]
-    mask = one.mask[:length] != two.mask[:length]
+    tokens, mask = one.tokens[:length] != two.tokens[:length], one.mask[:length] != two.mask[:length]
     position = int(np.argmax(tokens | mask)) if (tokens | mask).any() else length
     what = "length" if position == length else "tokens" if tokens[position] else "mask"
     only = "mask" if len(one) == len(two) and not tokens.any() else "tokens"
