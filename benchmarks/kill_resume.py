@@ -21,6 +21,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from msgspec import to_builtins
+
 from chattrain.checkpoint import last_checkpoint
 from chattrain.run.telemetry import read_log
 
@@ -93,7 +95,7 @@ def main() -> None:
         files = [last_checkpoint(run).path / f"{name}.safetensors" for run in (out, alone)]  # type: ignore[union-attr]
         assert files[0].read_bytes() == files[1].read_bytes(), f"{name} differs"
     keys = ("kind", "step", "loss", "batch", "gradient_norm", "bits_per_byte")
-    logs = [[{key: entry.get(key) for key in keys} for entry in read_log(run)] for run in (out, alone)]
+    logs = [[{key: entry.get(key) for key in keys} for entry in to_builtins(read_log(run))] for run in (out, alone)]
     assert logs[0] == logs[1], "logs differ"
     print(f"{phases.total()} kills ({dict(phases)}): weights, optimizer, losses and batches equal to the byte")
 

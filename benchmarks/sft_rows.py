@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chatdata.shards.read import open_build
 from chattrain.attention import pack_sequences
 from chattrain.batches import Batch, read_step
-from chattrain.loss import chunked_loss, plain_loss
+from chattrain.loss import IGNORED, chunked_loss
 from chattrain.model import GPT, initial_weights, load_model, random_config
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import make_optimizers
@@ -38,7 +39,8 @@ def packed_loss(model: GPT, batch: Batch) -> torch.Tensor:
 
 
 def padded_loss(model: GPT, batch: Batch) -> torch.Tensor:
-    return plain_loss(model(batch.inputs), model.lm_head.weight, batch.targets, model.config.vocab_size)
+    logits = model.logits(model(batch.inputs))
+    return cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def side(

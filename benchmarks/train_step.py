@@ -25,7 +25,7 @@ def measure(side: str, rows: int, length: int, steps: int) -> None:
     import torch
     import torch._dynamo  # what every optimizer imports
 
-    from chattrain.loss import chunked_loss, plain_loss
+    from chattrain.loss import chunked_loss
     from chattrain.model import initial_weights, load_model, random_config
     from chattrain.optim import make_optimizers, set_step
 
@@ -47,9 +47,10 @@ def measure(side: str, rows: int, length: int, steps: int) -> None:
             logits = 15 * torch.tanh(logits / 15)
             loss = torch.nn.functional.cross_entropy(logits.view(-1, config.vocab_size), tokens[:, 1:].flatten())
             del logits
+        elif side == "full":
+            loss = torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), tokens[:, 1:].flatten())
         else:
-            loss_sum = chunked_loss if side == "ours" else plain_loss
-            loss = loss_sum(hidden, model.lm_head.weight, tokens[:, 1:], config.vocab_size) / (rows * length)
+            loss = chunked_loss(hidden, model.lm_head.weight, tokens[:, 1:], config.vocab_size) / (rows * length)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -73,7 +74,7 @@ def peak_mib() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layout", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +37,12 @@ from chateval.ask.subject import Subject
 from chattrain.batches import Step, read_step
 from chattrain.checkpoint import save_checkpoint
 from chattrain.evaluate import bits_per_byte, token_byte_counts
-from chattrain.loop import Job, hidden_states, prepare, train_step
+from chattrain.loop import hidden_states, train_step
 from chattrain.loss import chunked_loss, position_losses
 from chattrain.model import parameter_shapes, random_config
+from chattrain.run.prepare import Learner, Run, prepare
 from chattrain.run.ranks import Ranks, StopRequest
-from chattrain.run.settings import Settings
+from chattrain.run.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -97,8 +99,8 @@ ROUTE = (
     Hop(("packing/layouts.py",), (stream, pack), "… is placed in a sequence"),
     Hop(("batches.py",), (read_step,), "… becomes inputs and targets: the only place that shifts"),
     Hop(
-        ("loop.py", "loss.py"),
-        (prepare, hidden_states, train_step, chunked_loss, position_losses),
+        ("loop.py", "loss.py", "run/prepare.py"),
+        (hidden_states, train_step, chunked_loss, position_losses, prepare),
         "… becomes a loss and a step",
     ),
     Hop(("evaluate.py",), (bits_per_byte, token_byte_counts), "… is validated on"),
@@ -149,13 +151,13 @@ def train(build: Build) -> Split:
 
 
 @pytest.fixture
-def job(build: Build, tmp_path: Path) -> Callable[[str], Job]:
-    """job(stage): what `chattrain run --stage STAGE --init CHECKPOINT` makes before step 0, from random weights.
+def run_of(build: Build, tmp_path: Path) -> Callable[[str], Run]:
+    """run_of(stage): what `chattrain run --stage STAGE --init CHECKPOINT` makes before step 0, from random weights.
 
     Not from `--init random:…`: a fresh model gives equal logits everywhere, and any loss of it is log(276).
     """
 
-    def make(stage: str) -> Job:
+    def make(stage: str) -> Run:
         config = random_config("1x32x2", build.manifest["tokenizer"]["vocab_size"], SFT_T)
         generator = torch.Generator().manual_seed(0)
         shapes = parameter_shapes(config)
@@ -163,7 +165,7 @@ def job(build: Build, tmp_path: Path) -> Callable[[str], Job]:
         checkpoint = save_checkpoint(tmp_path, 0, config, weights, {}, {}, {}, build.path / "tokenizer")
         seq_len, num_sequences = (MID_T, 5) if stage == "mid" else (SFT_T, 2)  # one step is an epoch
         return prepare(
-            Settings(
+            RunSettings(
                 data=build.path,
                 out=tmp_path / "run",
                 init=str(checkpoint),
@@ -175,6 +177,7 @@ def job(build: Build, tmp_path: Path) -> Callable[[str], Job]:
                 lr_scale=50.0,  # sft starts at 2 % of the base rates: with this, at all of them
                 device="cpu",
             ),
+            build,
             ONE,
         )
 
@@ -277,7 +280,7 @@ def test_hop_4_the_build_is_read_back(build: Build, train: Split) -> None:
     print(f"    index     {' · '.join(facts[:6])}\n{'':14}{' · '.join(facts[6:])}")
 
 
-def test_hop_5_a_document_is_placed_in_a_sequence(train: Split, job: Callable[[str], Job]) -> None:
+def test_hop_5_a_document_is_placed_in_a_sequence(train: Split, run_of: Callable[[str], Run]) -> None:
     lengths, num_targets = np.diff(train.offsets), document_targets(train, "apply", SFT_T)
     assert (lengths.tolist(), num_targets.tolist()) == ([25, 14, 42], [13, 6, 21])
     assert stream(train.num_tokens, MID_T) == (5, 0)  # 80 targets, none left over
@@ -286,7 +289,7 @@ def test_hop_5_a_document_is_placed_in_a_sequence(train: Split, job: Callable[[s
     assert packing.bounds.tolist() == [0, 1, 3]
     assert packing.lengths.tolist() == [25, 42, 14]
 
-    mid, sft = job("mid").plan, job("sft").plan
+    mid, sft = run_of("mid").plan, run_of("sft").plan
     assert (mid.layout, mid.mask, mid.num_steps, mid.targets_per_step.tolist()) == ("stream", "ignore", 1, [80])
     assert (sft.layout, sft.mask, sft.num_steps, sft.targets_per_step.tolist()) == ("pack", "apply", 1, [40])
     assert sft.packing.documents.tolist() == packing.documents.tolist()
@@ -301,9 +304,9 @@ def test_hop_5_a_document_is_placed_in_a_sequence(train: Split, job: Callable[[s
         print(f"    sft  T = {SFT_T}  sequence {s}  {', '.join(placed[first:last])}, {room} free")
 
 
-def test_hop_6_a_sequence_becomes_inputs_and_targets(job: Callable[[str], Job]) -> None:
-    (mid,) = read_step(job("mid").plan, 0).batches
-    (sft,) = read_step(job("sft").plan, 0).batches
+def test_hop_6_a_sequence_becomes_inputs_and_targets(run_of: Callable[[str], Run]) -> None:
+    (mid,) = read_step(run_of("mid").plan, 0).batches
+    (sft,) = read_step(run_of("sft").plan, 0).batches
     assert (tuple(mid.inputs.shape), mid.lengths) == ((5, 16), None)
     assert (tuple(sft.inputs.shape), sft.lengths) == ((2, 64), ((24,), (41, 13)))
     parts = {}
@@ -326,29 +329,29 @@ def test_hop_6_a_sequence_becomes_inputs_and_targets(job: Callable[[str], Job]) 
         print(f"    {i:3}  {TOKENS[i]!r:22}{''.join(sides)}")
 
 
-def forward(job: Job, step: Step) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+def forward(learner: Learner, step: Step) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     """Of the step's only micro-batch: hidden states, logits [B, T, V] float64, targets."""
     (batch,) = step.batches
     with torch.no_grad():
-        hidden = hidden_states(job, job.model, batch.inputs, batch.lengths)
-        return hidden, job.model.logits(hidden).double().numpy(), batch.targets.numpy()
+        hidden = hidden_states(learner, learner.model, batch.inputs, batch.lengths)
+        return hidden, learner.model.logits(hidden).double().numpy(), batch.targets.numpy()
 
 
-def test_hop_7_targets_become_a_loss_and_a_step(job: Callable[[str], Job]) -> None:
+def test_hop_7_targets_become_a_loss_and_a_step(run_of: Callable[[str], Run]) -> None:
     columns = {}
     for stage, num_targets in (("mid", 80), ("sft", 40)):
-        made = job(stage)
-        step = read_step(made.plan, 0)
-        hidden, logits, targets = forward(made, step)
+        made = run_of(stage)
+        learner, step = made.learner, read_step(made.plan, 0)
+        hidden, logits, targets = forward(learner, step)
         by_hand = losses_by_hand(logits, targets)
-        found = position_losses(hidden, made.model.lm_head.weight, step.batches[0].targets, 276)
+        found = position_losses(hidden, learner.model.lm_head.weight, step.batches[0].targets, 276)
         np.testing.assert_allclose(found, by_hand, rtol=1e-5)
-        total = chunked_loss(hidden, made.model.lm_head.weight, step.batches[0].targets, 276)
+        total = chunked_loss(hidden, learner.model.lm_head.weight, step.batches[0].targets, 276)
         assert total.item() == pytest.approx(by_hand.sum(), rel=1e-5)
         assert np.count_nonzero(by_hand) == num_targets  # loss at every target, nowhere else
-        result = train_step(made, step)
+        result = train_step(learner, made.recipe, made.plan, step)
         assert result.loss == pytest.approx(by_hand.sum() / num_targets, rel=1e-5)
-        assert not np.allclose(forward(made, step)[1], logits)  # the step moved the weights
+        assert not np.allclose(forward(learner, step)[1], logits)  # the step moved the weights
         columns[stage] = conversation_part(stage, torch.from_numpy(by_hand)), result.loss
     assert "".join(str(int(loss > 0)) for loss in columns["mid"][0]) == "1" * 41
     assert "".join(str(int(loss > 0)) for loss in columns["sft"][0]) == MASK[1:]
@@ -359,13 +362,14 @@ def test_hop_7_targets_become_a_loss_and_a_step(job: Callable[[str], Job]) -> No
     print(f"\n    loss of the step: mid {columns['mid'][1]:.3f} over 80 targets, sft {columns['sft'][1]:.3f} over 40")
 
 
-def test_hop_7_packed_conversations_are_alone(train: Split, job: Callable[[str], Job]) -> None:
+def test_hop_7_packed_conversations_are_alone(train: Split, run_of: Callable[[str], Run]) -> None:
     """In sft a row holds two documents; each gets the logits it gets by itself, also the one that stands behind."""
-    made = job("sft")
-    _, packed, _ = forward(made, read_step(made.plan, 0))
+    made = run_of("sft")
+    model = made.learner.model
+    _, packed, _ = forward(made.learner, read_step(made.plan, 0))
     for first, last, ids in ((0, 41, IDS[:-1]), (41, 54, train[1].tokens[:-1].tolist())):
         with torch.no_grad():
-            alone = made.model.logits(made.model(torch.tensor([ids]))).double().numpy()
+            alone = model.logits(model(torch.tensor([ids]))).double().numpy()
         np.testing.assert_allclose(packed[1, first:last], alone[0], atol=1e-5)
 
 
@@ -378,16 +382,14 @@ def test_hop_7_packed_conversations_are_alone(train: Split, job: Callable[[str],
         ("sft", "0" * 17 + "1" * 8 + "0" + "111" + "0000" + "1" * 7 + "0", 21 + 3 + 17),
     ],
 )
-def test_hop_8_validation(build: Build, job: Callable[[str], Job], stage: str, counted: str, num_bytes: int) -> None:
-    made = job(stage)
-
-    def states(inputs: torch.Tensor, lengths: tuple | None) -> torch.Tensor:
-        return hidden_states(made, made.model, inputs, lengths)
-
-    result = bits_per_byte(made.model, states, made.val_plan, token_byte_counts(build.tokenizer), ONE, 2, StopRequest())
+def test_hop_8_validation(build: Build, run_of: Callable[[str], Run], stage: str, counted: str, num_bytes: int) -> None:
+    made = run_of(stage)
+    model = made.learner.model
+    states = partial(hidden_states, made.learner, model)
+    result = bits_per_byte(model, states, made.val_plan, token_byte_counts(build.tokenizer), ONE, 2, StopRequest())
     sequences = [IDS[:16], IDS[16:32]] if stage == "mid" else [IDS[:41]]
     with torch.no_grad():
-        logits = made.model.logits(made.model(torch.tensor(sequences))).flatten(0, 1).double().numpy()
+        logits = model.logits(model(torch.tensor(sequences))).flatten(0, 1).double().numpy()
     targets = np.array([token if use == "1" else -100 for token, use in zip(IDS[1:], counted, strict=False)])
     expected = losses_by_hand(logits, targets).sum() / (math.log(2) * num_bytes)
     assert result["bytes"] == num_bytes
@@ -398,14 +400,14 @@ def test_hop_8_validation(build: Build, job: Callable[[str], Job], stage: str, c
     print(f"    {stage}: {result['total']:.3f} bits per byte over {num_bytes} bytes of the conversation")
 
 
-def test_back_to_the_task_file(build: Build, job: Callable[[str], Job]) -> None:
+def test_back_to_the_task_file(build: Build, run_of: Callable[[str], Run]) -> None:
     """The model is asked the question before and after it learned the three rows; gsm8k.grade says what is right."""
-    made, tokenizer, conversation = job("sft"), build.tokenizer, gsm8k.to_conversation(ROW)
+    made, tokenizer, conversation = run_of("sft"), build.tokenizer, gsm8k.to_conversation(ROW)
     prompt = render_for_completion(tokenizer, conversation)
     question = Question("gsm8k", "train row 0", None, ROW, conversation, prompt, tokenizer)
 
     def ask(label: str) -> dict:
-        subject = Subject(made.model.eval(), tokenizer, ONE.device, torch.float32, "", label, None)
+        subject = Subject(made.learner.model.eval(), tokenizer, ONE.device, torch.float32, "", label, None)
         (item,) = answer_texts(subject, load_tasks()["gsm8k"], [Draw(question, 0)], Sampling(max_new_tokens=40))
         verdict = "right" if item["correct"] else "wrong"
         print(f"    {label:16}{item['output']!r}\n{'':20}read as {item['extracted']!r}, gold '21': {verdict}")
@@ -414,7 +416,8 @@ def test_back_to_the_task_file(build: Build, job: Callable[[str], Job]) -> None:
     heading(BACK)
     before = ask("random weights")
     assert (before["gold"], before["correct"], before["tool_calls"]) == ("21", False, 0)
-    losses = [train_step(made, read_step(made.plan, step)).loss for step in range(NUM_STEPS)]
+    steps = (read_step(made.plan, number) for number in range(NUM_STEPS))
+    losses = [train_step(made.learner, made.recipe, made.plan, step).loss for step in steps]
     assert losses[-1] < 0.05 < 5 < losses[0]
     after = ask(f"{NUM_STEPS} steps later")
     assert after["output"] == "".join(TOKENS[18:41])  # without the assistant_end that ended it

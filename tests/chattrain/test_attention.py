@@ -6,18 +6,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import cross_entropy
 
 from chattrain import attention
 from chattrain.attention import pack_sequences
 from chattrain.errors import AttentionError, ConfigError
-from chattrain.loss import plain_loss
-from chattrain.model import hidden_one_by_one, load_model
+from chattrain.model import GPT, load_model
 
 # on CPU the flex form is for checks: it says that uncompiled it stores all scores
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 ROWS = [[3, 20, 1], [24], [7, 9, 8], [5]]  # the last row has room left
 TOKENS = torch.randint(101, (4, 24), generator=torch.Generator().manual_seed(1))
+
+
+def hidden_one_by_one(model: GPT, tokens: torch.Tensor, documents: attention.PackedSequences) -> torch.Tensor:
+    """The specification of packed rows: every document run alone. tokens [B, T] → hidden [B, T, C]."""
+    alone = [model(piece[None])[0] for piece in tokens.flatten().split(documents.lengths)]
+    return torch.cat(alone).view(*tokens.shape, -1)
 
 
 def test_positions_and_lengths():
@@ -71,7 +77,7 @@ def test_packed_gradients_equal_one_by_one(small_model):
     found = []
     for hidden in (model(TOKENS, documents), hidden_one_by_one(model, TOKENS, documents)):
         model.zero_grad()
-        plain_loss(hidden, model.lm_head.weight, TOKENS.roll(-1), 101).backward()
+        cross_entropy(model.logits(hidden).flatten(0, 1), TOKENS.roll(-1).flatten()).backward()
         found.append([parameter.grad.clone() for parameter in model.parameters()])
     for packed, alone in zip(*found, strict=True):
         assert torch.allclose(packed, alone, rtol=1e-9, atol=1e-11)

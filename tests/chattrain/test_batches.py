@@ -20,9 +20,10 @@ import chattrain.batches
 from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chattrain.attention import pack_sequences
-from chattrain.batches import IGNORED, digest_text, read_ahead, read_rows, read_step, target_documents
+from chattrain.batches import IGNORED, read_ahead, read_rows, read_step, target_documents
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.plan import reads_of_step
+from chattrain.run.telemetry import digest_text
 
 PAD = 9  # conftest's <|assistant_end|>
 # a, b and c hold the padding id as a token of their own: what is padding is known by position

@@ -2,12 +2,21 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
 
 import chattrain.loss as loss_module
-from chattrain.loss import chunked_loss, plain_loss, position_losses
+from chattrain.loss import IGNORED, chunked_loss, position_losses
+from chattrain.model import softcap
 
 VOCAB, ROWS, WIDTH = 101, 128, 32
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """The specification of `chunked_loss`: the same arguments and result, with all logits at once."""
+    logits = softcap(linear(hidden, weight[:vocab_size].to(hidden.dtype)))
+    return cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def problem(dtype, kept: float, seed: int = 0):

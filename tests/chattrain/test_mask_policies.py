@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from msgspec.structs import asdict
 
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
@@ -29,8 +29,8 @@ from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_toke
 from chattrain.batches import IGNORED, read_rows, read_step
 from chattrain.cli import cli
 from chattrain.nanochat.order import make_nanochat_plan
+from chattrain.optim import SCHEDULES
 from chattrain.plan import plan_record, require_same_plan
-from chattrain.schedule import stages
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 POLICIES = ("apply", "last-turn", "tools-only", "no-tools", "ignore")
@@ -113,7 +113,7 @@ def test_documents_without_a_target_are_left_out_and_counted(split: Split) -> No
     plan = plan_of(split, "tools-only", seq_len=64, step_sequences=1)
     calls = split.index_table()["num_tool_calls"].to_numpy()
     assert sorted(plan.packing.documents.tolist()) == np.flatnonzero(calls).tolist()
-    assert asdict(plan.left_out)["documents_without_targets"] == 20
+    assert plan.left_out.documents_without_targets == 20
     assert plan.counts()["targets"] == 20 * 5  # python_start 1 + 1 python_end
 
 
@@ -122,7 +122,7 @@ def test_a_cut_of_the_trainer_comes_after_the_policy(split: Split) -> None:
     plan = plan_of(split, "last-turn", seq_len=16, step_sequences=1)
     for document in plan.packing.documents.tolist():
         assert split.mask(split.offsets[document], split.offsets[document] + 17, "last-turn").any()
-    assert asdict(plan.left_out)["documents_without_targets"] > 5
+    assert plan.left_out.documents_without_targets > 5
 
 
 # identity
@@ -131,17 +131,17 @@ def test_a_cut_of_the_trainer_comes_after_the_policy(split: Split) -> None:
 def test_names_and_hashes(split: Split) -> None:
     """all is ignore and supervised is apply, under the older name; every other policy is a plan of its own."""
     for layout in ("stream", "pack"):
-        hashes = {mask: plan_record(plan_of(split, mask, layout))["hash"] for mask in (*POLICIES, "ignore", "apply")}
+        hashes = {mask: plan_record(plan_of(split, mask, layout)).hash for mask in (*POLICIES, "ignore", "apply")}
         assert hashes["ignore"] == hashes["ignore"] and hashes["apply"] == hashes["apply"]
         assert len(set(hashes.values())) == 5
-    assert plan_record(plan_of(split, "apply"))["mask"] == "apply"
+    assert plan_record(plan_of(split, "apply")).mask == "apply"
 
 
 def test_what_changed_is_named(split: Split) -> None:
     saved = plan_record(plan_of(split, "last-turn", "stream"))
-    require_same_plan(saved, plan_record(plan_of(split, "last-turn", "stream")))
+    require_same_plan(asdict(saved), plan_record(plan_of(split, "last-turn", "stream")))
     with pytest.raises(PlanError, match="the plan changed: mask was 'last-turn' and is now 'apply'"):
-        require_same_plan(saved, plan_record(plan_of(split, "apply", "stream")))
+        require_same_plan(asdict(saved), plan_record(plan_of(split, "apply", "stream")))
 
 
 def test_order_nanochat_has_its_two_masks(split: Split) -> None:
@@ -173,7 +173,7 @@ def test_both_commands_take_every_mask_and_run_every_stage() -> None:
         (option,) = [option for option in command.params if option.name == "mask"]
         assert tuple(option.type.choices) == get_args(MaskPolicy)  # type: ignore[attr-defined]
     (option,) = [option for option in cli.commands["run"].params if option.name == "stage"]
-    assert list(option.type.choices) == list(stages())  # type: ignore[attr-defined]
+    assert list(option.type.choices) == list(SCHEDULES)  # type: ignore[attr-defined]
 
 
 def test_run_resume_and_trace(path: Path, tmp_path: Path) -> None:

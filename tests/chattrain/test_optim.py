@@ -2,10 +2,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chattrain.errors import WeightsError
+from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS
+from chattrain.errors import RunError, WeightsError
 from chattrain.loss import chunked_loss
 from chattrain.model import load_model
-from chattrain.optim import Muon, load_optimizer_tensors, make_optimizers, optimizer_tensors, orthogonalise, set_step
+from chattrain.optim import (
+    SCHEDULES,
+    Muon,
+    find_schedule,
+    load_optimizer_tensors,
+    make_optimizers,
+    momentum,
+    multiplier,
+    optimizer_tensors,
+    orthogonalise,
+    set_step,
+)
 
 
 def train(model, optimizers, steps: range) -> None:
@@ -132,3 +144,29 @@ def test_orthogonalise():
     assert torch.equal(orthogonalise(matrix.T, torch.float32), orthogonalise(matrix, torch.float32).T)
     assert orthogonalise(matrix, torch.bfloat16).dtype == torch.bfloat16
     assert not orthogonalise(torch.zeros(3, 4), torch.float32).any()
+
+
+def test_stages():
+    assert list(SCHEDULES) == list(STAGE_LAYOUTS) == list(STAGE_MASKS) == ["base", "mid", "sft"]
+    assert SCHEDULES["base"] == SCHEDULES["mid"] and STAGE_LAYOUTS["base"] == STAGE_LAYOUTS["mid"] == "stream"
+    assert (STAGE_LAYOUTS["sft"], STAGE_MASKS) == ("pack", {"base": "ignore", "mid": "ignore", "sft": "apply"})
+    assert (SCHEDULES["mid"].lr_fraction, SCHEDULES["sft"].lr_fraction) == (1.0, 0.02)
+
+
+def test_unknown_stage():
+    with pytest.raises(RunError, match="unknown stage 'stf': must be one of base, mid, sft"):
+        find_schedule("stf")
+
+
+def test_multiplier():
+    mid, sft = find_schedule("mid"), find_schedule("sft")
+    assert [multiplier(mid, s, 10) for s in range(10)] == pytest.approx([1] * 8 + [1, 0.5])
+    assert [multiplier(mid, s, 20) for s in range(14, 20)] == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25])
+    assert [multiplier(sft, s, 4) for s in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert multiplier(mid, 0, 1) == multiplier(sft, 0, 1) == 1
+
+
+def test_momentum():
+    mid, sft = find_schedule("mid"), find_schedule("sft")
+    assert [momentum(mid, s) for s in (0, 150, 300, 5000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert [momentum(sft, s) for s in (0, 1, 1000)] == [0.95] * 3

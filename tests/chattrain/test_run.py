@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -37,12 +38,13 @@ from chattrain.batches import IGNORED, Batch, read_step
 from chattrain.checkpoint import last_checkpoint, read_checkpoint
 from chattrain.cli import cli
 from chattrain.errors import ChattrainError, CheckpointError, NonFiniteError, ResumeError, RunError
-from chattrain.loop import Job, backward, prepare, train
+from chattrain.loop import backward, train
 from chattrain.model import random_config
+from chattrain.run.prepare import Learner, Run, prepare
 from chattrain.run.ranks import Ranks, StopRequest
-from chattrain.run.settings import Settings
-from chattrain.run.telemetry import flops_per_token, mfu, read_log
-from chattrain.run.trace import trace_step, write_run
+from chattrain.run.settings import RunSettings
+from chattrain.run.telemetry import RunRecord, flops_per_token, mfu, read_log, write_run
+from chattrain.run.trace import trace_step
 
 # training needs none of them: `chattrain run` is run so, and every module imported
 WITHOUT_POLARS = """import sys
@@ -81,18 +83,27 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {stage: write_build(folder / stage, stage) for stage in ("mid", "sft")}
 
 
-def settings_for(builds: dict[str, Path], stage: str, out: Path, **changes: object) -> Settings:
-    base = Settings(data=builds[stage], out=out, init="random:d1", seq_len=64, device_batch_size=4, steps=20)
+def settings_for(builds: dict[str, Path], stage: str, out: Path, **changes: object) -> RunSettings:
+    base = RunSettings(data=builds[stage], out=out, init="random:d1", seq_len=64, device_batch_size=4, steps=20)
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def run(settings: Settings, stop: StopRequest | None = None) -> list[dict]:
+def prepared(settings: RunSettings) -> Run:
+    return prepare(settings, open_build(settings.data), ONE)
+
+
+def run(settings: RunSettings, stop: StopRequest | None = None) -> list[dict]:
     """What `chattrain run` does, in this process; returns the log."""
-    job = prepare(settings, ONE)
+    ready = prepared(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
-    write_run(settings.out, settings.data, job.plan, job.recipe)
-    train(job, stop or StopRequest())
-    return read_log(settings.out)
+    write_run(settings.out, RunRecord(str(settings.data.resolve()), ready.plan_record, ready.recipe))
+    train(ready, settings, stop or StopRequest())
+    return log_of(settings.out)
+
+
+def log_of(out: Path) -> list[dict]:
+    """The log, checked, as plain data."""
+    return [msgspec.to_builtins(entry) for entry in read_log(out)]
 
 
 def steps_of(log: list[dict], *keys: str) -> list[tuple]:
@@ -110,8 +121,7 @@ def test_ten_and_ten_steps_are_twenty(builds: dict[str, Path], tmp_path: Path, s
     whole = settings_for(builds, stage, tmp_path / "whole", epochs=1)
     log = run(whole)
     assert len(log) == 20
-    job = prepare(replace(whole, out=tmp_path / "x"), ONE)
-    assert job.plan.num_steps < 20, "the steps must cross an epoch's end"
+    assert prepared(replace(whole, out=tmp_path / "x")).plan.num_steps < 20, "the steps must cross an epoch's end"
     halves = replace(whole, out=tmp_path / "halves", stop_at=10)
     run(halves)
     assert last_checkpoint(halves.out).step == 10
@@ -147,43 +157,44 @@ def test_resume_refuses_what_changed(builds: dict[str, Path], tmp_path: Path) ->
         ({"dtype": "bfloat16"}, ResumeError, "dtype was 'float32' and is now 'bfloat16'"),
     ]:
         with pytest.raises(error, match=message):
-            prepare(replace(resumed, **changes), ONE)
-    assert len(run(replace(resumed, total_batch_tokens=256, device_batch_size=2))) == 4  # only cut otherwise
+            prepared(replace(resumed, **changes))
+    assert len(run(replace(resumed, total_batch_tokens=256, device_batch_size=2))) == 4  # only divided differently
 
 
-def randomised(job: Job) -> None:
+def randomised(learner: Learner) -> None:
     """Weights at which no two logits are equal, in float64: a fresh model's head is zero and hides every mistake."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in job.model.parameters():
+        for parameter in learner.model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    job.model.double()
+    learner.model.double()
 
 
-def gradients(job: Job, batches: list[Batch], num_targets: int) -> torch.Tensor:
-    job.model.zero_grad()
+def gradients(learner: Learner, batches: list[Batch], num_targets: int) -> torch.Tensor:
+    learner.model.zero_grad()
     for batch in batches:
-        backward(job, batch, num_targets)
-    return torch.cat([parameter.grad.flatten() for parameter in job.model.parameters()])
+        backward(learner, batch, num_targets)
+    return torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()])
 
 
 def test_gradients_do_not_depend_on_micro_batches_and_sabotage_shows(builds: dict[str, Path], tmp_path: Path) -> None:
     settings = settings_for(builds, "sft", tmp_path / "x", device_batch_size=12)
-    job = prepare(settings, ONE)
-    randomised(job)
-    step = read_step(job.plan, 0)
+    ready = prepared(settings)
+    plan, learner = ready.plan, ready.learner
+    randomised(learner)
+    step = read_step(plan, 0)
     assert step.num_targets == sum(int((batch.targets != IGNORED).sum()) for batch in step.batches)
-    whole = gradients(job, list(step.batches), step.num_targets)
+    whole = gradients(learner, list(step.batches), step.num_targets)
     for size in (1, 3, 6):
-        parts = list(read_step(job.plan, 0, device_batch_size=size).batches)
+        parts = list(read_step(plan, 0, device_batch_size=size).batches)
         assert torch.allclose(
-            gradients(job, parts, step.num_targets), whole, rtol=1e-12, atol=1e-12 * whole.abs().max()
+            gradients(learner, parts, step.num_targets), whole, rtol=1e-12, atol=1e-12 * whole.abs().max()
         )
         # sabotage: a mean of means weighs the targets of short rows more
-        job.model.zero_grad()
+        learner.model.zero_grad()
         for part in parts:
-            backward(job, part, int((part.targets != IGNORED).sum()) * len(parts))
-        means = torch.cat([parameter.grad.flatten() for parameter in job.model.parameters()])
+            backward(learner, part, int((part.targets != IGNORED).sum()) * len(parts))
+        means = torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()])
         assert (means - whole).abs().max() > 1e-4 * whole.abs().max()
     batch = step.batches[0]
     dropped, flipped = batch.targets.clone(), batch.inputs.roll(-1, 1)
@@ -192,21 +203,24 @@ def test_gradients_do_not_depend_on_micro_batches_and_sabotage_shows(builds: dic
     )
     flipped[batch.targets != IGNORED] = IGNORED
     for sabotaged in (dropped, flipped, batch.targets.roll(1, 1)):
-        wrong = gradients(job, [replace(batch, targets=sabotaged)], step.num_targets)
+        wrong = gradients(learner, [replace(batch, targets=sabotaged)], step.num_targets)
         assert (wrong - whole).abs().max() > 1e-4 * whole.abs().max()
-    across = gradients(job, [replace(batch, lengths=None)], step.num_targets)
+    across = gradients(learner, [replace(batch, lengths=None)], step.num_targets)
     assert (across - whole).abs().max() > 1e-4 * whole.abs().max()
 
 
 RANK_SCRIPT = """
 import contextlib, json, os, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from chattrain.batches import read_step
+from chatdata.shards.read import open_build
+from chattrain.loop import backward
+from chattrain.run.prepare import prepare
 from chattrain.run.ranks import join_ranks
-from chattrain.loop import prepare, backward
-from chattrain.run.settings import Settings
+from chattrain.run.settings import RunSettings
 
 build, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 for num_ranks, size, port in cases:
@@ -214,23 +228,24 @@ for num_ranks, size, port in cases:
         continue
     os.environ |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with join_ranks("cpu") as ranks:
-        settings = Settings(data=build, out=folder, init="random:d1", seq_len=64, device_batch_size=size,
-                            total_batch_tokens=12 * 64, steps=20)
-        job = prepare(settings, ranks)
+        settings = RunSettings(data=build, out=folder, init="random:d1", seq_len=64, device_batch_size=size,
+                               total_batch_tokens=12 * 64, steps=20)
+        ready = prepare(settings, open_build(build), ranks)
+        learner = ready.learner
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
-            for parameter in job.model.parameters():
+            for parameter in learner.model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        job.model.double()
+        learner.model.double()
         if ranks.num_ranks > 1:
-            job.parallel = DistributedDataParallel(job.model)  # buckets of the float64 model
-        step = read_step(job.plan, 0, ranks.rank, ranks.num_ranks, size)
+            learner = replace(learner, called=DistributedDataParallel(learner.model))  # buckets of the float64 model
+        step = read_step(ready.plan, 0, ranks.rank, ranks.num_ranks, size)
         for number, batch in enumerate(step.batches):
             last = number + 1 == len(step.batches)
-            with contextlib.nullcontext() if last or ranks.num_ranks == 1 else job.parallel.no_sync():
-                backward(job, batch, step.num_targets)
+            with contextlib.nullcontext() if last or ranks.num_ranks == 1 else learner.called.no_sync():
+                backward(learner, batch, step.num_targets)
         if ranks.is_first:
-            torch.save(torch.cat([p.grad.flatten() for p in job.model.parameters()]), folder / f"{num_ranks}.pt")
+            torch.save(torch.cat([p.grad.flatten() for p in learner.model.parameters()]), folder / f"{num_ranks}.pt")
 """
 
 
@@ -282,7 +297,7 @@ def test_ranks_may_change_on_resume(builds: dict[str, Path], tmp_path: Path) -> 
         result = torchrun(num_ranks, "-m", "chattrain", *arguments, "--stop-at", stop_at, "--resume")
         assert result.returncode == 0, result.stderr[-3000:]
     whole = settings_for(builds, "mid", tmp_path / "whole", steps=12, device_batch_size=2, total_batch_tokens=12 * 64)
-    expected, found = (steps_of(log, "batch", "loss") for log in (run(whole), read_log(tmp_path / "changing")))
+    expected, found = (steps_of(log, "batch", "loss") for log in (run(whole), log_of(tmp_path / "changing")))
     assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
     # fp32: sums in another order; Muon's orthogonalisation keeps the difference small over 12 steps
     assert [loss for *_, loss in found] == pytest.approx([loss for *_, loss in expected], rel=2e-4)
@@ -311,14 +326,14 @@ def test_bits_per_byte_is_what_one_document_at_a_time_gives(builds: dict[str, Pa
     settings = settings_for(builds, "sft", tmp_path / "run", steps=6, eval_every=3)
     entries = [entry for entry in run(settings) if entry["kind"] == "val"]
     assert [entry["step"] for entry in entries] == [0, 3, 6]
-    job = prepare(replace(settings, resume=True), ONE)
+    model = prepared(replace(settings, resume=True)).learner.model
     val = open_build(builds["sft"])["val"]
     names = val.index_table()["task"].to_pylist()
     nats: dict[str, list[float]] = {name: [] for name in names}
     for document, name in zip(val, names, strict=True):
         ids = torch.from_numpy(document.tokens.astype(np.int64))
         with torch.no_grad():
-            log_probabilities = job.model.logits(job.model(ids[None, :-1]))[0].log_softmax(-1)
+            log_probabilities = model.logits(model(ids[None, :-1]))[0].log_softmax(-1)
         for i in range(1, len(ids)):
             if document.mask[i] and ids[i] < 256:  # a special token stands for no byte
                 nats[name].append(-float(log_probabilities[i - 1, ids[i]]))
@@ -353,14 +368,14 @@ def test_command_line_run_trace_and_dry_run(builds: dict[str, Path], tmp_path: P
     dry = json.loads(chattrain(*arguments, "--dry-run", "--json"))
     assert (dry["steps"], dry["stage"], dry["device"], out.exists()) == (3, "sft", "cpu", False)
     assert dry["parameters"] == sum(
-        p.numel() for p in prepare(settings_for(builds, "sft", out), ONE).model.parameters()
+        p.numel() for p in prepared(settings_for(builds, "sft", out)).learner.model.parameters()
     )
     command = [sys.executable, "-c", f"{WITHOUT_POLARS}\nfrom chattrain.cli import main; main()", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "3 of 3 steps done; checkpoint " in result.stdout and (out / "loss.png").stat().st_size > 5_000
     assert not list(Path(tmp_path).rglob("*.partial"))
-    log = read_log(out)
+    log = log_of(out)
     assert [(e["kind"], e["step"]) for e in log] == [
         ("val", 0),
         ("train", 0),
@@ -373,7 +388,7 @@ def test_command_line_run_trace_and_dry_run(builds: dict[str, Path], tmp_path: P
     assert keys | {"gradient_norm", "batch"} <= set(log[1]) and log[1]["mfu"] == "unknown"
     traced = json.loads(chattrain("trace", out, "--step", 1, "--json"))
     assert traced["log"] == log[2]
-    plan = prepare(settings_for(builds, "sft", out), ONE).plan
+    plan = prepared(settings_for(builds, "sft", out)).plan
     expected = [
         plan.packing.documents[a:b].tolist()
         for a, b in zip(plan.packing.bounds[4:8], plan.packing.bounds[5:9], strict=True)
@@ -393,11 +408,11 @@ def test_trace_of_a_second_epoch_and_of_a_log_that_was_cut(builds: dict[str, Pat
     path.write_text(path.read_text() + '{"kind": "tr')
     traced = trace_step(settings.out, 1)
     assert traced["log"] == log[1]
-    num_steps = prepare(settings, ONE).plan.num_steps
+    num_steps = prepared(settings).plan.num_steps
     again = trace_step(settings.out, 1 + num_steps)  # the second epoch repeats the plan
     assert again["documents"] == traced["documents"] and again["log"] is None
     path.write_text("{\n" + path.read_text())
-    with pytest.raises(RunError, match=r"log.jsonl line 1: damaged, not JSON: .*; remove the line"):
+    with pytest.raises(RunError, match=r"log.jsonl line 1: damaged, remove the line: not valid JSON: Expecting"):
         trace_step(settings.out, 1)
     with pytest.raises(RunError, match=r"not a run folder: no readable run.json; give the --out of a chattrain run"):
         trace_step(tmp_path, 1)
@@ -410,7 +425,7 @@ def test_only_the_start_is_saved(builds: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chattrain.loop.find_spec", lambda name: None)
+    monkeypatch.setattr("chattrain.run.prepare.find_spec", lambda name: None)
     out = tmp_path / "run"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
@@ -423,7 +438,7 @@ def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatc
         (["--init", "random:x4"], "model size 'x4': must be 'd' and the number of layers, such as 'd4'"),
         (["--total-batch-tokens", 100], "--total-batch-tokens 100 is not a multiple of --seq-len 64"),
         (["--total-batch-tokens", 192], "a step of 3 sequences cannot be cut for 1 ranks × device batch size 4"),
-        (["--device", "cuda"], "device 'cuda' was asked for, but torch"),
+        (["--device", "cuda"], "device 'cuda' is not available: torch"),
         (["--seq-len", 16], "documents"),
         (["--data", tmp_path / "absent"], f"{tmp_path}/absent: no such folder (no manifest.json)"),
         (["--order", "nanochat", "--layout", "pad"], "--order nanochat fixes layout and batch"),
@@ -467,7 +482,7 @@ def test_sigterm_saves_and_ends_well(builds: dict[str, Path], tmp_path: Path, mo
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    done = len(steps_of(read_log(out)))
+    done = len(steps_of(log_of(out)))
     assert last_checkpoint(out).step == done and f"{done} of 5000 steps done" in output
     assert (out / "loss.png").is_file()
 
@@ -484,7 +499,7 @@ def test_kill_9_then_resume(builds: dict[str, Path], tmp_path: Path) -> None:
         assert last_checkpoint(out) is None or last_checkpoint(out).weights()
     assert "60 of 60 steps done" in chattrain(*arguments)
     alone = run(settings_for(builds, "mid", tmp_path / "alone", steps=60))
-    assert steps_of(read_log(out), "batch", "loss") == steps_of(alone, "batch", "loss")
+    assert steps_of(log_of(out), "batch", "loss") == steps_of(alone, "batch", "loss")
     assert tensors_of(out) == tensors_of(tmp_path / "alone")
 
 
@@ -492,7 +507,7 @@ def test_a_torn_log_line_is_left_out(builds: dict[str, Path], tmp_path: Path) ->
     settings = settings_for(builds, "mid", tmp_path / "run", stop_at=3)
     log = run(settings)
     path = settings.out / "log.jsonl"
-    path.write_text(path.read_text() + json.dumps({"kind": "train", "step": 3, "loss": 9.0}) + '\n{"kind": "tr')
+    path.write_text(path.read_text() + json.dumps({**log[2], "step": 3, "loss": 9.0}) + '\n{"kind": "tr')
     resumed = run(replace(settings, stop_at=5, resume=True))
     assert [entry["step"] for entry in resumed] == [0, 1, 2, 3, 4] and resumed[:3] == log
 
@@ -505,11 +520,16 @@ def test_checkpoints_are_whole_or_not_there(builds: dict[str, Path], tmp_path: P
     last = folder / "step-00000005"
     assert sorted(os.listdir(last)) == ["model.safetensors", "optimizer.safetensors", "state.json", "tokenizer"]
     assert {path.stat().st_mode for path in last.glob("*.*")} == {(last / "state.json").stat().st_mode}
-    # a partial one is never looked at, and goes with the next save
+    # a partial one is never read, and is removed by the next save
     shutil.copytree(last, folder / ".step-00000009.partial")
+    state = (last / "state.json").read_text()
     assert last_checkpoint(settings.out).step == 5
     for damage, message in [
-        (lambda: (last / "state.json").write_text("{"), r"state.json: damaged"),
+        (lambda: (last / "state.json").write_text("{"), r"state.json: not valid JSON: "),
+        (
+            lambda: (last / "state.json").write_text(state.replace('"step": 5', '"step": "five"')),
+            r'state.json, key "step": must be an integer, not "five"',
+        ),
         (
             lambda: (last / "state.json").write_text('{"format": "x", "version": 1}'),
             r"x version 1; this chattrain reads",
@@ -550,7 +570,7 @@ def test_sft_goes_on_from_mid_and_exports(builds: dict[str, Path], tmp_path: Pat
     manifest["build_id"] = build_id_of(manifest)
     write_json(other / "manifest.json", manifest)
     with pytest.raises(RunError, match="was trained with another tokenizer"):
-        prepare(replace(sft, data=other, out=tmp_path / "x"), ONE)
+        prepared(replace(sft, data=other, out=tmp_path / "x"))
     chattrain("export", sft.out, "--out", tmp_path / "exported", "--verify")
     names = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path / "exported")) == [*names, "tokenizer.json", "tokenizer_config.json"]
@@ -567,12 +587,12 @@ def test_a_compiled_model_is_one_graph_for_all_steps(
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     settings = settings_for(builds, "sft", tmp_path / "x", layout=layout, compile=True)
-    job = prepare(settings, ONE)
+    ready = prepared(settings)
     widths = set()
     for number in range(9):
-        (batch,) = read_step(job.plan, number).batches
+        (batch,) = read_step(ready.plan, number).batches
         widths.add(batch.inputs.shape[1])
-        backward(job, batch, 1)
+        backward(ready.learner, batch, 1)
     assert counter.frame_count == 1 and (len(widths) > 3) == (layout == "pad")
 
 
@@ -587,8 +607,9 @@ def test_mfu_on_an_h100_is_the_known_one(monkeypatch) -> None:
 
 
 def test_chattrain_needs_no_polars(tmp_path: Path) -> None:
-    modules = sorted(path.stem for path in Path(sys.modules["chattrain"].__file__).parent.glob("*.py"))
-    names = [f"chattrain.{name}" for name in modules if not name.startswith("__")]
+    folder = Path(sys.modules["chattrain"].__file__).parent
+    modules = sorted(path.relative_to(folder).with_suffix("") for path in folder.rglob("*.py"))
+    names = [".".join(["chattrain", *path.parts]) for path in modules if not path.name.startswith("__")]
     code = f"{WITHOUT_POLARS}\nimport importlib\nfor name in {names}: importlib.import_module(name)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -5,10 +5,10 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from chatdata.packing.epoch import STAGE_MASKS
 from chattrain.loss import chunked_loss
 from chattrain.model import load_model
-from chattrain.optim import make_optimizers, set_step
-from chattrain.schedule import find_stage, momentum
+from chattrain.optim import SCHEDULES, make_optimizers, momentum, set_step
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +18,14 @@ def curve(shared, tiny_config, tiny_weights):
 
     def differences(stage_name: str, num_steps: int, sabotage: str = "") -> tuple[list[float], dict[str, float]]:
         """|loss − golden loss| of every step, |norm − golden norm| of every parameter at the end."""
-        stage, expected = find_stage(stage_name), golden[stage_name]
+        schedule, expected = SCHEDULES[stage_name], golden[stage_name]
         model = load_model(tiny_config, tiny_weights)
-        optimizers = make_optimizers(model, lr_scale=1.0 if sabotage == "lr not at 2 %" else stage.lr_fraction)
+        optimizers = make_optimizers(model, lr_scale=1.0 if sabotage == "lr not at 2 %" else schedule.lr_fraction)
         found = []
         for step in range(num_steps):
             tokens, mask = batches["tokens"][step].long(), batches["mask"][step]
             inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-            if stage.mask == "apply":
+            if STAGE_MASKS[stage_name] == "apply":
                 kept = mask[:, 1:] if sabotage != "shifted by one" else mask[:, :-1]
                 targets[kept == (1 if sabotage == "mask flipped" else 0)] = -100
             if sabotage == "target dropped":
@@ -34,7 +34,7 @@ def curve(shared, tiny_config, tiny_weights):
             if sabotage == "no momentum schedule":
                 set_step(optimizers, expected["lr_multiplier"][step], 0.95)
             else:
-                set_step(optimizers, expected["lr_multiplier"][step], momentum(stage, step))
+                set_step(optimizers, expected["lr_multiplier"][step], momentum(schedule, step))
             hidden, head = model(inputs), model.lm_head.weight
             if sabotage == "mean of means":
                 rows = [
@@ -80,5 +80,5 @@ def test_sft_curve_sees(curve, sabotage):
 
 def test_mid_curve_sees_a_dropped_target_and_what_it_cannot_see(curve):
     assert max(curve("mid", 8, "target dropped")[0]) > 0.02
-    # 300 steps of momentum change too little in the golden 40 for its bounds: test_schedule.py has the formula
+    # 300 steps of momentum change too little in the golden 40 for its bounds: test_optim.py has the formula
     assert max(curve("mid", 8, "no momentum schedule")[0]) < 0.2

@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 from chatdata.cli.app import cli
 from chatdata.errors import PlanError
 from chatdata.look.what_if import plan_numbers, what_if
-from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, Layout, document_targets, document_targets_at
+from chatdata.packing.epoch import Layout, document_targets, document_targets_at
 from chatdata.shards.read import open_build
-from chattrain.loop import prepare
-from chattrain.run.dry_run import dry_run
+from chattrain.loop import dry_run
+from chattrain.run.prepare import prepare
 from chattrain.run.ranks import Ranks
-from chattrain.run.settings import Settings
-from chattrain.schedule import stages
+from chattrain.run.settings import RunSettings
 
 # six documents a … f with 5, 7, 3, 6, 1, 2 tokens: 24 in all
 MASKS = [[0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1, 1], [0, 0, 0], [0, 1, 0, 0, 1, 1], [0], [0, 1]]
@@ -145,11 +144,6 @@ def test_targets_of_several_lengths_are_those_of_each(masks: list[list[int]], se
 # against chattrain
 
 
-def test_stage_policies_are_those_of_chattrain() -> None:
-    assert {name: stage.layout for name, stage in stages().items()} == STAGE_LAYOUTS
-    assert {name: stage.mask for name, stage in stages().items()} == STAGE_MASKS
-
-
 @pytest.fixture(scope="module")
 def demo_sft(build_once: Callable[..., Path], chatdata: Callable) -> Path:
     def make(out: Path) -> None:
@@ -163,7 +157,7 @@ def demo_sft(build_once: Callable[..., Path], chatdata: Callable) -> Path:
 def test_numbers_are_those_of_a_dry_run(demo_sft: Path, tmp_path: Path, long: str, mask: str | None) -> None:
     numbers = plan_numbers(open_build(demo_sft), 96, batch_size=3, mask=mask, long=long)
     for layout in get_args(Layout):
-        settings = Settings(
+        settings = RunSettings(
             demo_sft,
             tmp_path / "no",
             "random:1x32x1",
@@ -173,11 +167,11 @@ def test_numbers_are_those_of_a_dry_run(demo_sft: Path, tmp_path: Path, long: st
             mask=mask,
             long=long,
         )
-        job = prepare(settings, Ranks(0, 1, torch.device("cpu")))
-        plan = {name: value for name, value in numbers["plans"][layout].items() if name in job.plan.counts()}
-        assert plan == dry_run(job)["plan"] and plan["steps"] > 1
+        run = prepare(settings, open_build(demo_sft), Ranks(0, 1, torch.device("cpu")))
+        plan = {name: value for name, value in numbers["plans"][layout].items() if name in run.plan.counts()}
+        assert plan == dry_run(run, 3)["plan"] and plan["steps"] > 1
         per_step = numbers["plans"][layout]["targets_per_step"]
-        assert (per_step["min"], per_step["max"]) == (job.plan.targets_per_step.min(), job.plan.targets_per_step.max())
+        assert (per_step["min"], per_step["max"]) == (run.plan.targets_per_step.min(), run.plan.targets_per_step.max())
     assert numbers["plans"]["pack"]["left_out"]["long_tokens"] > 0
 
 
@@ -186,10 +180,10 @@ def test_padding_is_what_the_batches_have(demo_sft: Path, tmp_path: Path) -> Non
 
     numbers = plan_numbers(open_build(demo_sft), 96, batch_size=3, long="truncate")
     for layout in get_args(Layout):
-        settings = Settings(
+        settings = RunSettings(
             demo_sft, tmp_path, "random:1x32x1", seq_len=96, device_batch_size=3, layout=layout, long="truncate"
         )
-        plan = prepare(settings, Ranks(0, 1, torch.device("cpu"))).plan
+        plan = prepare(settings, open_build(demo_sft), Ranks(0, 1, torch.device("cpu"))).plan
         positions = sum(batch.inputs.numel() for s in range(plan.num_steps) for batch in read_step(plan, s).batches)
         found = numbers["plans"][layout]
         assert found["positions"] == positions and found["padding"] == positions - plan.tokens_per_step.sum()

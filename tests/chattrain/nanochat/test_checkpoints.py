@@ -60,7 +60,11 @@ def test_import(write, small_config, small_weights, prefix):
         ),
         ({"meta_changes": {"step": 649}}, ImportNanochatError, "says step 649, its name says 650"),
         ({"meta_file_step": 651}, ImportNanochatError, "last model is of step 650, the last meta file of step 651"),
-        ({"meta_changes": {"model_config": None}}, ImportNanochatError, "no model_config"),
+        (
+            {"meta_changes": {"model_config": None}},
+            ImportNanochatError,
+            r'meta_000650\.json, key "model_config": must be a table, not null',
+        ),
     ],
 )
 def test_refused_by_name(write, arguments, error, message):
@@ -76,7 +80,7 @@ def test_an_empty_folder(tmp_path):
 def test_broken_files(write):
     folder = write()
     (folder / "meta_000650.json").write_text("{")
-    with pytest.raises(ImportNanochatError, match="not JSON"):
+    with pytest.raises(ImportNanochatError, match="not valid JSON"):
         import_nanochat(folder)
     write()
     (folder / "model_000650.pt").write_bytes(b"half a file")

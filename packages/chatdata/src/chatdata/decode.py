@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec.inspect import is_struct_type
 
-from chatdata.errors import ChatdataError, nearest
+from chatdata.errors import nearest
 
 T = TypeVar("T")
 MAX_SHOWN = 60  # characters of a wrong value in a message
@@ -37,7 +37,7 @@ _NOUNS: dict[Any, str] = {
 
 
 def decode(
-    data: bytes, type: type[T], where: str, error: type[ChatdataError], kind: Literal["json", "toml"] = "json"
+    data: bytes, type: type[T], where: str, error: Callable[[str], Exception], kind: Literal["json", "toml"] = "json"
 ) -> T:
     """Bytes of JSON or TOML as a `type`. Raises `error`, with `where` (a file, or a file and line) in front."""
     try:
@@ -47,7 +47,7 @@ def decode(
     return convert(value, type, where, error)
 
 
-def convert(value: Any, type: type[T], where: str, error: type[ChatdataError]) -> T:
+def convert(value: Any, type: type[T], where: str, error: Callable[[str], Exception]) -> T:
     """Plain data, as JSON and TOML have it, as a `type`. Raises `error`, with `where` in front."""
     try:
         return msgspec.convert(value, type)

@@ -1,4 +1,4 @@
-"""Causal attention in its two situations: over whole rows, and inside each of several documents packed into a row.
+"""Causal attention over whole rows, and inside each of several documents packed into a row.
 
 Shapes: B rows, T positions a row, H query heads, K key/value heads (H a multiple of K), D head size.
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 AttentionForm = Literal["split", "flex"]
 
 
-@dataclass  # not frozen: torch 2.9's compiler reads every field of a frozen one, and compiles anew for other lengths
+@dataclass  # not frozen: torch 2.9's compiler reads every field of a frozen one, and recompiles for other lengths
 class PackedSequences:
     """Where the documents of packed rows begin and end. Made by `pack_sequences`.
 
-    lengths: of every document in row order, over all B·T positions; what a row leaves free is a document of its own.
+    lengths: of every document in row order, over all B·T positions; the free end of a row counts as one document.
     positions: [B, T] int64, counting from 0 in each document.
-    attention: the form that was asked for: (q, k, v, these documents) → as q.
-    block_mask: what the flex form knows of the documents.
+    attention: the chosen form: (q, k, v, these documents) → as q.
+    block_mask: the documents as the flex form needs them.
     """
 
     lengths: tuple[int, ...]
@@ -45,11 +45,11 @@ class PackedSequences:
 def pack_sequences(
     rows: Sequence[Sequence[int]], sequence_len: int, device: torch.device | str = "cpu", form: AttentionForm = "split"
 ) -> PackedSequences:
-    """The `documents` argument of `GPT.forward` for rows given as document lengths in positions. Not to be compiled.
+    """The `documents` argument of `GPT.forward` for rows given as document lengths in positions. Do not compile it.
 
     rows: per row the lengths of its documents, in order; their sum is at most `sequence_len`.
-    form: "split" runs one SDPA per document (any device, made for CPU: no mask, nothing computed across documents);
-        "flex" is FlexAttention with a block mask (made for GPU; on CPU it has no backward, and the forward says so).
+    form: "split" runs one SDPA per document (any device, best on CPU: no mask, nothing computed across documents);
+        "flex" is FlexAttention with a block mask (for GPUs; it has no backward on CPU, and the forward says so).
     Raises ConfigError for lengths that are not positive or do not fit, AttentionError for an unknown form.
     """
     lengths: list[int] = []
@@ -59,7 +59,7 @@ def pack_sequences(
             raise ConfigError(f"row {number}: document lengths {list(row)} must be positive and fit {sequence_len}")
         lengths.extend([*row, room] if room else row)
     attention = _form(form, torch.device(device).type)
-    # counted on the CPU, where the lengths are, then sent over once
+    # counted on the CPU, where the lengths are, then copied once
     counts = torch.tensor(lengths)
     starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     positions = (torch.arange(len(starts)) - starts).view(len(rows), sequence_len).to(device)
@@ -79,14 +79,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @cache
 def _form(form: str, device_type: str) -> Callable[[Tensor, Tensor, Tensor, PackedSequences], Tensor]:
-    """Chosen outside compiled code. Only packed rows bring in torch's compiler: 6 s of importing on 2 busy cores."""
+    """Chosen outside compiled code. Only packed rows import torch's compiler, which takes 6 s on 2 busy cores."""
     if form == "split":
-        # the lengths differ in every batch: compiled, each batch would be a new graph
+        # the lengths differ in every batch, so each batch would be a new graph
         return torch.compiler.disable(_split_attention)
     if form == "flex":
         from torch.nn.attention.flex_attention import flex_attention
 
-        # a kernel only when compiled; on CPU it serves for checks, where compiling costs more
+        # it is a kernel only when compiled; on CPU it serves for checks, and compiling takes longer than running it
         return partial(_flex_attention, torch.compile(flex_attention) if device_type == "cuda" else flex_attention)
     raise AttentionError(f"unknown attention form {form!r}: must be 'split' (CPU) or 'flex' (GPU)")
 
@@ -108,7 +108,7 @@ def _flex_attention(flex: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 def _block_mask_maker(device_type: str) -> Callable[..., BlockMask]:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # compiled, the B × T × T mask is never stored: 134 MB of booleans at 32 × 2048 otherwise
+    # compiled, the B × T × T mask is never stored: 134 MB of booleans at 32 × 2048
     return torch.compile(create_block_mask) if device_type == "cuda" else create_block_mask
 
 

@@ -1,4 +1,4 @@
-"""From the plan to tensors. This is the only place that shifts: a target is the token after its input.
+"""From a plan to tensors. This is the only place that shifts: a target is the token after its input.
 
 Shapes: T = seq_len positions · G = step_sequences of a step · R ranks · B = device_batch_size · W positions of a row:
 T for stream and pack; for pad what the longest document of the step needs (of the micro-batch in order nanochat).
@@ -9,9 +9,9 @@ T for stream and pack; for pad what the longest document of the step needs (of t
     targets, mask ignored   user_start  u  user_end  assistant_start  a  assistant_end
     targets, mask applied      -100  -100      -100             -100  a  assistant_end
 
-Layout of pack and pad that a document does not fill have assistant_end as input and -100 as target; that is decided by
-position, never by value. Tokens come as slices and gathers of the memory maps, without Python per token, one step ahead
-of the model in one thread.
+Positions of pack and pad that no document fills have assistant_end as input and -100 as target; position decides this,
+never a token's value. Tokens are slices and gathers of the memory maps, without Python per token, read by one thread
+one step ahead of the model.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ if TYPE_CHECKING:
     from chatdata.shards.read import Split
 
 
+# pack: positions of each document of each row, in order, for attention.pack_sequences; else None: causal over the row
+Lengths = tuple[tuple[int, ...], ...] | None
+
+
 @dataclass(frozen=True, eq=False)
 class RowArrays:
-    """Some sequences of a plan, one a row."""
+    """Some sequences of a plan, one per row."""
 
     inputs: np.ndarray  # int64 [rows, W]
     targets: np.ndarray  # int64 [rows, W], IGNORED where there is none
-    lengths: tuple[tuple[int, ...], ...] | None  # pack: positions of each document of each row, in order
+    lengths: Lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +56,7 @@ class Batch:
 
     inputs: Tensor  # int64 [B, W]
     targets: Tensor  # int64 [B, W], IGNORED where there is none
-    lengths: tuple[tuple[int, ...], ...] | None  # pack: for attention.pack_sequences; else None: causal over the row
+    lengths: Lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,7 @@ class Step:
     batches: tuple[Batch, ...]
     num_tokens: int  # of the plan: over all ranks and micro-batches, padding not counted
     num_targets: int  # of the plan: over all ranks and micro-batches
-    digest: int  # int64 of this rank's sequences; their sum over the ranks is the step's (`digest_text`)
+    digest: int  # int64 of this rank's sequences; the sum over all ranks is the step's
 
 
 def read_step(
@@ -76,8 +80,8 @@ def read_step(
 ) -> Step:
     """Rank `rank`'s share of step 0, 1, … of the run (epochs follow one another), cut into micro-batches of B.
 
-    device_batch_size: B, by default the whole share. pin: page-locked memory, for copies to a GPU beside its work.
-    Raises PlanError when the step cannot be cut so, and in order nanochat beyond the first epoch.
+    device_batch_size: B, by default the whole share. pin: use page-locked memory, for copies to a GPU during its work.
+    Raises PlanError if the step cannot be cut like this, and in order nanochat beyond the first epoch.
     """
     check_cut(plan, num_ranks, device_batch_size or plan.device_batch_size or 1)
     share = plan.step_sequences // num_ranks
@@ -106,7 +110,7 @@ def read_ahead(
     device_batch_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Step]:
-    """Yield `read_step` of each of `steps`, read in a thread while the caller works on the one before.
+    """Yield `read_step` of each of `steps`, read in a thread while the caller works on the previous one.
 
     Errors of the thread are raised here. The thread ends with the iterator: when it is exhausted, closed or dropped.
     """
@@ -115,7 +119,7 @@ def read_ahead(
 
     def read(step: int) -> Step:
         if pin:
-            torch.cuda.set_device(device)  # it is set per thread: without, every rank would open a context on GPU 0
+            torch.cuda.set_device(device)  # set per thread; without it every rank would open a context on GPU 0
         return read_step(plan, step, rank, num_ranks, device_batch_size, pin)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
@@ -130,7 +134,7 @@ def read_ahead(
 
 
 def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = None) -> RowArrays:
-    """Sequences [first, last) of the plan, whatever step they belong to: for an evaluation also those left over.
+    """Sequences [first, last) of the plan, in any step or, for an evaluation, left over.
 
     width: W for pad, by default what the longest document of these sequences needs.
     """
@@ -140,10 +144,7 @@ def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = Non
 
 
 def target_documents(plan: TrainingPlan, first: int, last: int) -> np.ndarray:
-    """The document each target of sequences [first, last) belongs to, -1 on free positions: int64 [rows, W].
-
-    For losses per task. W as in `read_rows`.
-    """
+    """The document of each target of sequences [first, last), -1 on free positions: int64 [rows, W] as `read_rows`."""
     reads = reads_of_sequences(plan, first, last)
     if plan.layout == "stream":
         return np.repeat(reads.document, reads.stop - reads.start).reshape(last - first, -1)[:, 1:]
@@ -153,13 +154,8 @@ def target_documents(plan: TrainingPlan, first: int, last: int) -> np.ndarray:
     return documents
 
 
-def digest_text(total: int) -> str:
-    """A step's hash as logged, from the sum of its ranks' digests (which may wrap around in 64 bits)."""
-    return f"{total % 2**64:016x}"
-
-
 def _stream_rows(plan: TrainingPlan, first: int, last: int) -> RowArrays:
-    """T + 1 tokens a row: all but the last are inputs, all but the first targets."""
+    """T + 1 tokens per row: all but the last are inputs, all but the first are targets."""
     split, shape = plan.split, (last - first, plan.seq_len)
     if plan.order == "nanochat":
         reads = reads_of_sequences(plan, first, last)
@@ -175,7 +171,7 @@ def _stream_rows(plan: TrainingPlan, first: int, last: int) -> RowArrays:
 
 
 def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None) -> RowArrays:
-    """Whole documents: each has a position for every token but its last, so no target crosses a document."""
+    """Whole documents: each has a position for every token but its last, so no target crosses into another document."""
     assert plan.packing is not None
     split, place = plan.split, _places(plan, first, last, width)
     padding = split.build.manifest["tokenizer"]["special_ids"][NANOCHAT.padding]
@@ -198,7 +194,7 @@ def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None)
 
 @dataclass(frozen=True, eq=False)
 class _Places:
-    """Where the input tokens of rows of documents come from and go to."""
+    """Where the input tokens of rows of documents come from and where they go."""
 
     token: np.ndarray  # int64 [input tokens], of the split
     position: np.ndarray  # int64 [input tokens], row · W + column
@@ -227,7 +223,7 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _take(split: Split, kind: Literal["tokens", "mask"], index: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Tokens or mask of the split at `index`; starts: where the documents begin that `index` lies in."""
+    """Tokens or mask of the split at `index`; starts: the first tokens of the documents it belongs to."""
     if len(split.shards) == 1:
         return split.map(kind, 0).take(index)
     bounds = np.cumsum([0, *(shard["tokens"] for shard in split.shards)])
@@ -239,7 +235,7 @@ def _take(split: Split, kind: Literal["tokens", "mask"], index: np.ndarray, star
 
 
 def _step_width(plan: TrainingPlan, position: int) -> int | None:
-    """W of pad: the same for every rank and micro-batch, however the step is cut; nanochat's own per micro-batch."""
+    """W of pad: the same for every rank and micro-batch, however the step is cut; in order nanochat one per batch."""
     if plan.layout != "pad" or plan.order == "nanochat":
         return None
     assert plan.packing is not None
@@ -250,10 +246,10 @@ def _step_width(plan: TrainingPlan, position: int) -> int | None:
 def _digest(rows: RowArrays, first: int) -> int:
     """Sum of the hashes of the rows, each with its place in the step, wrapped to int64.
 
-    A sum does not ask which rank hashed which rows, so each hashes what it really feeds and no more, and the sums ride
-    along when the loss is reduced. A row's hash is `_mixed` of its place plus its inputs, targets and lengths, each
-    times a factor of its own ("multilinear", Lemire and Kaser 2014): 64 bits tell batches apart; they are no defence
-    against someone making two alike. 32 × 512 positions take 0.03 ms, SHA-256 of the same 0.17 ms.
+    A sum does not depend on which rank hashed which rows, so each rank hashes exactly the rows it feeds. A row's hash
+    is `_mixed` of its place plus its inputs, targets and lengths, each times its own factor ("multilinear", Lemire and
+    Kaser 2014): 64 bits tell batches apart; they do not resist someone making two alike. 32 × 512 positions take
+    0.03 ms, SHA-256 takes 0.17 ms.
     """
     num_rows, width = rows.inputs.shape
     factors = _factors(1 << (width - 1).bit_length() if width else 1)
@@ -265,9 +261,9 @@ def _digest(rows: RowArrays, first: int) -> int:
     return int(_mixed(places + sums).sum().astype(np.int64))
 
 
-@lru_cache(maxsize=4)  # widths of one run differ under pad and order nanochat only, so their powers of two are few
+@lru_cache(maxsize=4)  # one run has few widths: they differ only in pad and order nanochat
 def _factors(width: int) -> np.ndarray:
-    """Odd numbers for inputs, targets and lengths: uint64 [3, width], the same at every width as far as it goes."""
+    """Odd factors for inputs, targets and lengths: uint64 [3, width]; a wider result begins with the narrower one."""
     return np.ascontiguousarray(_mixed(np.arange(3 * width, dtype=np.uint64)).reshape(width, 3).T) | np.uint64(1)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder each, whole or not there (written under another name, synced, renamed), no pickle in it.
+"""Checkpoints: one folder each, written whole or not at all (under another name, synced, renamed), without pickle.
 
 step-00000120/model.safetensors        weights in fp32, nanochat's names
 step-00000120/optimizer.safetensors    "parameter name/key" → tensor
@@ -11,31 +11,73 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
+import msgspec
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chatdata.decode import decode
 from chatdata.disk import sync
-from chattrain.errors import CheckpointError, first_line
+from chattrain.errors import CheckpointError, ResumeError, first_line
 from chattrain.model import ModelConfig, parse_config
 
 FORMAT, VERSION = "chattrain-checkpoint", 1
 
+Dtype = Literal["float32", "bfloat16"]
+NonFinite = Literal["raise", "skip"]
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """What decides the weights besides the plan and the model: a resumed run must have the same.
+
+    Left out: ranks, device batch size, device, compile and recompute, which only change how the work is divided, and
+    how often the run saves and validates.
+    """
+
+    init: str
+    stage: str
+    num_steps: int
+    lr_scale: float
+    dtype: Dtype
+    non_finite: NonFinite
+    seed: int
+
+
+def require_same_recipe(saved: Mapping[str, Any], current: Recipe) -> None:
+    """Raise ResumeError naming the first setting that differs from the run's beginning."""
+    for name, value in msgspec.structs.asdict(current).items():
+        if saved.get(name) != value:
+            raise ResumeError(
+                f"--resume: {name} was {saved.get(name)!r} and is now {value!r}; "
+                "a run continues only with the same recipe"
+            )
+
+
+class _Version(msgspec.Struct):
+    format: str
+    version: int
+
+
+class _State(_Version):
+    step: int
+    config: dict[str, Any]
+    plan: dict[str, Any]
+    recipe: dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint folder, its state read, its tensors still on disk."""
+    """One checkpoint folder. Its state is in memory, its tensors are still on disk."""
 
     path: Path
-    step: int  # steps done: the next one to do
+    step: int  # steps done, so the number of the next one
     config: ModelConfig
-    plan: dict[str, Any]  # TrainingPlan.record() of the run, {} for an import
-    recipe: dict[str, Any]  # what else decided the weights, {} for an import
+    plan: dict[str, Any]  # the run's PlanRecord, {} for an import
+    recipe: dict[str, Any]  # the run's Recipe, {} for an import
 
     def weights(self) -> dict[str, Tensor]:
         return _read_tensors(self.path / "model.safetensors")
@@ -45,7 +87,7 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder names whose order is that of the steps."""
+    """Folder names that sort by step."""
     return f"step-{step:08d}"
 
 
@@ -55,13 +97,17 @@ def save_checkpoint(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
-    plan: Mapping[str, Any],
-    recipe: Mapping[str, Any],
+    plan: Any,
+    recipe: Any,
     tokenizer: Path,
 ) -> Path:
-    """Write the checkpoint of `step` into `folder`; return its path. Raises CheckpointError where it cannot."""
+    """Write the checkpoint of `step` into `folder`; return its path. Raises CheckpointError if it cannot.
+
+    plan, recipe: the run's PlanRecord and Recipe, {} for an import. tokenizer: a folder, copied.
+    """
     final = folder / checkpoint_name(step)
     partial = folder / f".{final.name}.partial"
+    state = {"format": FORMAT, "version": VERSION, "step": step, "config": config, "plan": plan, "recipe": recipe}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -69,9 +115,8 @@ def save_checkpoint(
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             write_tensors(contiguous, partial / f"{name}.safetensors")
         shutil.copytree(tokenizer, partial / "tokenizer")
-        state = {"format": FORMAT, "version": VERSION, "step": step, "config": asdict(config)}
-        state |= {"plan": dict(plan), "recipe": dict(recipe)}
-        (partial / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(msgspec.to_builtins(state), indent=1, sort_keys=True) + "\n"
+        (partial / "state.json").write_text(text, encoding="utf-8")
         for path in partial.rglob("*"):
             sync(path)
         sync(partial)
@@ -86,7 +131,7 @@ def save_checkpoint(
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that those may read who may read its neighbours: safetensors 0.8 makes 0600."""
+    """Write a safetensors file with the usual permissions: safetensors 0.8 itself makes it 0600."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
@@ -97,27 +142,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder, or the last one of a run folder. Raises CheckpointError."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint or run folder")
-    if not (path / "state.json").is_file():
+    file = path / "state.json"
+    if not file.is_file():
         last = last_checkpoint(path)
         if last is None:
             raise CheckpointError(f"{path}: neither a checkpoint (no state.json) nor a run with checkpoints/")
         return last
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if (state["format"], state["version"]) != (FORMAT, VERSION):
-            raise CheckpointError(
-                f"{path}: {state['format']} version {state['version']}; this chattrain reads {FORMAT} version {VERSION}"
-            )
-        config = parse_config(state["config"], f"{path}/state.json")
-        return Checkpoint(path, state["step"], config, state["plan"], state["recipe"])
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}/state.json: damaged: {type(error).__name__} {error}") from error
+    data = file.read_bytes()
+    found = decode(data, _Version, str(file), CheckpointError)
+    if (found.format, found.version) != (FORMAT, VERSION):
+        raise CheckpointError(
+            f"{path}: {found.format} version {found.version}; this chattrain reads {FORMAT} version {VERSION}"
+        )
+    state = decode(data, _State, str(file), CheckpointError)
+    return Checkpoint(path, state.step, parse_config(state.config, str(file)), state.plan, state.recipe)
 
 
 def last_checkpoint(run: Path) -> Checkpoint | None:
-    """The checkpoint with the most steps in a run folder. Partial ones have another name and are never looked at."""
+    """The checkpoint with the most steps in a run folder. Partial ones have another name and are never read."""
     found = sorted((run / "checkpoints").glob("step-*"))
     return read_checkpoint(found[-1]) if found else None
 
@@ -129,7 +171,7 @@ def keep_last(run: Path, number: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -1,22 +1,20 @@
-"""What a user can cause. Every message is one line: what was wrong, where, what would be right.
+"""Errors a user can cause. Every message is one line: what was wrong, where, what would be right.
 
 ValueError
-└── ChattrainError
+└── ChattrainError             exit code 1
     ├── ConfigError            model sizes that do not fit together, unknown or missing config keys
     ├── WeightsError           unknown, missing or wrongly shaped tensors, in a model or an optimizer state
-    ├── UnknownStageError      a stage that stages.toml does not have
-    ├── RunError               a run that cannot be done as asked
-    │   └── ResumeError        a run that cannot be continued: another recipe
+    ├── RunError               a run that cannot be done as given, or whose files are damaged
+    │   └── ResumeError        a run that cannot be continued, because its recipe changed
     ├── NonFiniteError         a loss or gradient that is not finite, before the update
-    ├── CheckpointError        a checkpoint that is not there, damaged, or cannot be written
-    ├── DeviceError            a device that is not there
-    ├── UsageError             a command line that asks for something that cannot be (exit code 2)
-    ├── AttentionError         a form of attention asked for on a device that cannot run it
+    ├── CheckpointError        a checkpoint that is missing, damaged, or cannot be written
+    ├── DeviceError            a device that does not exist
+    ├── AttentionError         a form of attention that the device cannot run
     ├── ImportNanochatError    a nanochat checkpoint folder that is incomplete or contradicts itself
     └── ExportError            an export that cannot be written
         └── VerifyError        an export that cannot be checked, or that is not the same model
 
-A plan that cannot be made, cut for these ranks, or continued is a PlanError of chatdata, which plans the sequences.
+A plan that cannot be made, cut for these ranks, or continued is chatdata's PlanError.
 """
 
 from collections.abc import Iterable
@@ -30,65 +28,55 @@ def named(names: Iterable[str], most: int = 4) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, for a one-line message."""
+    """The first line of a library's error, for a one-line message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class ChattrainError(ValueError):
-    """Root of everything a user can cause in chattrain. `exit_code` is what the command line ends with."""
+    """Root of all errors a user can cause in chattrain. `exit_code` is what the command line ends with."""
 
     exit_code = 1
 
 
 class ConfigError(ChattrainError):
-    """Model sizes that do not fit together, unknown or missing config keys."""
+    pass
 
 
 class WeightsError(ChattrainError):
-    """Unknown, missing or wrongly shaped tensors."""
-
-
-class UnknownStageError(ChattrainError):
-    """A stage that stages.toml does not have."""
+    pass
 
 
 class RunError(ChattrainError):
-    """A run that cannot be done as asked."""
+    pass
 
 
 class ResumeError(RunError):
-    """A run that cannot be continued: another recipe than it began with."""
+    pass
 
 
 class NonFiniteError(ChattrainError):
-    """A loss or gradient that is not finite; nothing was updated."""
+    pass
 
 
 class CheckpointError(ChattrainError):
-    """A checkpoint that is not there, damaged, or cannot be written."""
+    pass
 
 
 class DeviceError(ChattrainError):
-    """A device that is not there."""
-
-
-class UsageError(ChattrainError):
-    """A command line that asks for something that cannot be."""
-
-    exit_code = 2
+    pass
 
 
 class AttentionError(ChattrainError):
-    """A form of attention asked for on a device that cannot run it."""
+    pass
 
 
 class ImportNanochatError(ChattrainError):
-    """A nanochat checkpoint folder that is incomplete or contradicts itself."""
+    pass
 
 
 class ExportError(ChattrainError):
-    """An export that cannot be written."""
+    pass
 
 
 class VerifyError(ExportError):
-    """An export that cannot be checked, or that is not the same model."""
+    pass

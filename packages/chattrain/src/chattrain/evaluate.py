@@ -1,9 +1,9 @@
 """Validation: bits per byte, in total and per task.
 
-Bits per byte = nats over the targets ÷ (ln 2 · bytes the targets stand for), so it does not depend on the vocabulary.
-Special tokens stand for no bytes and are left out on both sides (karpathy/nanochat@790f3be:nanochat/loss_eval.py). A
-target's bytes come from the merges themselves: decoding single tokens to text miscounts those that are part of a
-character (193 of 32,768 in nanochat, 2ce972a).
+Bits per byte = nats over the targets ÷ (ln 2 · bytes of the targets), so it does not depend on the vocabulary. Special
+tokens have no bytes and are left out on both sides (karpathy/nanochat@790f3be:nanochat/loss_eval.py). A target's bytes
+come from the merges themselves: decoding single tokens to text miscounts those that are part of a character (193 of
+32,768 in nanochat, 2ce972a).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from chatdata.arrow import values_of
 from chatdata.packing.epoch import TrainingPlan
-from chattrain.batches import read_rows, target_documents
+from chattrain.batches import Lengths, read_rows, target_documents
 from chattrain.loss import position_losses
 from chattrain.model import GPT
 from chattrain.run.ranks import Ranks, StopRequest
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
 
 # (inputs [B, W], document lengths or None) → hidden [B, W, C]: the model with its device, dtype and attention chosen
-Forward = Callable[[torch.Tensor, Any], torch.Tensor]
+Forward = Callable[[torch.Tensor, Lengths], torch.Tensor]
 
 
 def token_byte_counts(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes each id stands for, int64 [vocab_size]; 0 for special tokens."""
+    """Bytes of every token: int64 [vocab_size]; 0 for special tokens."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for token, rank in tokenizer.ranks.items():
         counts[rank] = len(token)
@@ -48,10 +48,10 @@ def bits_per_byte(
 ) -> dict[str, Any] | None:
     """Bits per byte over all sequences of the plan: {"total", "tasks": {name: …}, "bytes"}; None if asked to stop.
 
-    Ranks take sequences in turn; the sums are reduced once, at the end.
+    Ranks take turns; their sums are added once, at the end.
     """
     tasks, task_of_document = _tasks(plan)
-    # what does not fill a step is evaluated too
+    # sequences that do not fill a step are evaluated too
     num_sequences = plan.num_steps * plan.step_sequences + plan.left_out.sequences
     nats, num_bytes = np.zeros(len(tasks)), np.zeros(len(tasks))
     at_once = device_batch_size * ranks.num_ranks
@@ -74,7 +74,9 @@ def bits_per_byte(
         nats += np.bincount(task, weights=values, minlength=len(tasks))
         num_bytes += np.bincount(task, weights=counts[counted], minlength=len(tasks))
     nats, num_bytes = ranks.sum(torch.from_numpy(np.stack([nats, num_bytes]))).numpy()
-    per_task = {name: nats[i] / (math.log(2) * num_bytes[i]) for i, name in enumerate(tasks) if num_bytes[i]}
+    per_task = {
+        name: float(nats[i]) / (math.log(2) * float(num_bytes[i])) for i, name in enumerate(tasks) if num_bytes[i]
+    }
     total_bytes = float(num_bytes.sum())
     total = float(nats.sum()) / (math.log(2) * total_bytes) if total_bytes else math.nan
     return {"total": total, "tasks": per_task, "bytes": int(total_bytes)}

@@ -1,4 +1,4 @@
-"""Cross-entropy over target positions, without ever holding all logits. Shapes as in model.py, plus N targets.
+"""Cross-entropy over target positions without holding all logits at once. Shapes as in model.py, plus N targets.
 
 The loss of a step is the sum over its targets ÷ their number, over all ranks and micro-batches, so these functions
 return sums: a mean of micro-batch means weighs short answers more (karpathy/nanochat#59).
@@ -23,12 +23,6 @@ CHUNK_ELEMENTS_CPU = 2**24
 CHUNK_ELEMENTS_GPU = 2**28  # 4,096 rows at V = 65,536: large enough for full-speed matmuls, 1 GiB in fp32
 
 
-def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """The specification of `chunked_loss`: the same arguments and result, with all logits at once."""
-    logits = softcap(F.linear(hidden, weight[:vocab_size].to(hidden.dtype)))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 def chunked_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -37,16 +31,16 @@ def chunked_loss(
     chunk_rows: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Sum of cross-entropies in nats over the positions whose target is not -100; 0 with zero gradients if none is.
+    """Sum of cross-entropies in nats over the positions whose target is not -100; 0, with zero gradients, if all are.
 
     hidden: [..., C], last hidden states. weight: [vocab_rows, C], the head. targets: [...] int64, below vocab_size.
-    chunk_rows: target positions whose logits are held at a time, by default what suits the device.
-    compiled: fuse softcap, softmax and their gradient with torch.compile (for GPU: they are bound by memory there).
+    chunk_rows: target positions whose logits are held at a time, by default as many as suit the device.
+    compiled: fuse softcap, softmax and their gradient with torch.compile (for GPUs, where memory limits them).
 
     The head's matmuls run in hidden's dtype; softcap, softmax and sums in at least fp32 (float64 stays float64).
-    Both gradients are computed with the loss, chunk by chunk while the chunk's logits are at hand, and only scaled in
+    Both gradients are computed with the loss, chunk by chunk while the chunk's logits are in memory, and only scaled in
     the backward pass: three head matmuls in all, as with full logits, and nothing of size N × V is kept.
-    To be called outside compiled code: the number of targets differs in every batch.
+    Call it outside compiled code: the number of targets differs in every batch.
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return position_losses(hidden, weight, targets, vocab_size, chunk_rows).sum()
@@ -69,7 +63,7 @@ def position_losses(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)  # the dtype is chosen by hidden's, in the loss as in its gradient
+    @torch.autocast("cuda", enabled=False)  # hidden's dtype decides, in the loss and in its gradient
     def forward(ctx, hidden, weight, targets, vocab_size, chunk_rows, compiled):
         wide = _wide(hidden.dtype)
         rows, x, y = _target_rows(hidden, targets)
@@ -78,7 +72,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         x_gradient, weight_gradient = torch.empty_like(x), torch.zeros_like(weight)
 
-        # the same memory for every chunk: on CPU, fresh pages for each cost another 8 % of the time
+        # every chunk uses the same memory: on CPU, fresh pages for each cost another 8 % of the time
         buffer_shape = (len(y[parts[0]]) if parts else 0, vocab_size)
         logits_buffer = hidden.new_empty(buffer_shape)
         weights_buffer = None if compiled else hidden.new_empty(buffer_shape, dtype=wide)
@@ -99,7 +93,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         hidden_gradient, weight_gradient = ctx.gradients
-        del ctx.gradients  # scaled in place, so a second backward through the same loss has to fail
+        del ctx.gradients  # scaled in place, so a second backward through the same loss must fail
         return hidden_gradient.mul_(upstream), weight_gradient.mul_(upstream), None, None, None, None
 
 
@@ -107,8 +101,8 @@ def _losses_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor | None)
     """Uncapped logits z [n, V] (overwritten), targets [n] → losses [n], d losses / dz [n, V] in logits' dtype.
 
     buffer: [≥ n, V] memory. The cap is written as 15 · tanh(z / 15) = 30 σ − 15 with σ = sigmoid(2 z / 15), for
-    sigmoid takes a third of tanh's time on CPU. The −15 falls out of the softmax, and 30 σ needs no largest one
-    taken off before exp: loss = log Σ exp(30 σ) − 30 σ_target, and its gradient = (softmax − onehot) · 4 σ (1 − σ).
+    sigmoid takes a third of tanh's time on CPU. The −15 cancels in the softmax, and 30 σ is small enough for exp
+    as it is: loss = log Σ exp(30 σ) − 30 σ_target, and its gradient = (softmax − onehot) · 4 σ (1 − σ).
     """
     columns = targets[:, None]
     sigmoid = logits.to(_wide(logits.dtype)).mul_(2 / SOFTCAP).sigmoid_()
@@ -139,7 +133,7 @@ def _chunks(num_rows: int, vocab_size: int, device: torch.device, chunk_rows: in
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b. The sum over chunks is kept in total's dtype also where a and b are bf16."""
+    """total += a @ b. The sum over chunks stays in total's dtype even if a and b are bf16."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:

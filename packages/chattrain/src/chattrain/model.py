@@ -1,7 +1,7 @@
 """nanochat's model of December 2025, with its parameter names (karpathy/nanochat@790f3be:nanochat/gpt.py).
 
 Shapes, here and in the modules around it:
-    B rows (sequences) in a batch · T positions in a row · C width (n_embd) · V vocabulary entries
+    B rows (sequences) in a batch · T positions in a row · C width (n_embd) · V tokens of the vocabulary
     H query heads · K key/value heads, each shared by H / K consecutive query heads · D head size, C = H · D
 
     tokens [B, T] → embedding → norm → n_layer × (x + attention(norm x), then x + mlp(norm x)) → norm → hidden [B, T, C]
@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from chattrain.attention import PackedSequences, sdpa
@@ -32,7 +33,7 @@ MAX_HEAD_SIZE = 128
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of a model. Raises ConfigError when they do not fit together.
+    """The sizes of a model. Raises ConfigError if they do not fit together.
 
     rope_dtype: "float32" is what transformers computes; "bfloat16" rounds the rotary tables as nanochat does on CPU.
     """
@@ -78,7 +79,7 @@ def parse_config(values: Mapping[str, object], where: str) -> ModelConfig:
 
 
 def random_config(name: str, vocab_size: int, sequence_len: int) -> ModelConfig:
-    """Sizes of `random:NAME`: "dN" is nanochat's rule, "LxWxH" gives layers, width and heads themselves.
+    """Sizes of `random:NAME`: "dN" is nanochat's rule, "LxWxH" names layers, width and heads.
 
     dN: N layers, width 64 · N, the fewest heads of at most 128 each. Raises ConfigError for other names.
     """
@@ -92,7 +93,7 @@ def random_config(name: str, vocab_size: int, sequence_len: int) -> ModelConfig:
             "or layers x width x heads, such as '4x128x4'"
         )
     width = 64 * depth
-    # halves are rotated against each other, so a head size is even (odd ones would first be met at d127)
+    # halves are rotated against each other, so a head size is even (d127 would be the first odd one)
     heads = next(h for h in range(1, width) if width % (2 * h) == 0 and width // h <= MAX_HEAD_SIZE)
     return ModelConfig(sequence_len, vocab_size, depth, heads, heads, width)
 
@@ -101,25 +102,25 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin of the positions, see rotary_table
 
 
 class Cache(Protocol):
-    """Keys and values of earlier positions, for generation: whoever generates owns the storage and the mask."""
+    """Keys and values of earlier positions, for generation; the generating code owns the storage and the mask."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """A layer's new k, v [B, T, K, D] → all keys, all values [B, S, K, D], mask [B or 1, 1, T, S], True = seen.
 
-        No mask: causal, where nothing came before (S = T).
+        No mask: causal, if nothing came before (S = T).
         """
         ...
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis, without weights, in x's dtype (autocast may otherwise answer in fp32)."""
+    """RMS norm over the last axis, without weights, in x's dtype (autocast may answer in fp32)."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, head_size: int, dtype: torch.dtype) -> Rotary:
     """cos and sin of the rotary angles: positions [..., T] → [..., T, 1, D/2], computed in fp32, rounded to `dtype`.
 
-    Computed anew in every forward: no buffer to keep in step with device and dtype, no longest position.
+    Computed in every forward: there is no buffer to move and cast, and no longest position.
     """
     exponents = torch.arange(0, head_size, 2, device=positions.device).float() / head_size
     frequencies = 1.0 / ROPE_THETA**exponents  # in just these operations: one more rounding is 1e-4 rad at 2,000
@@ -141,15 +142,15 @@ def softcap(z: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Left uninitialised, as all weights come from `load_model`: torch's own drawing is wasted time, and on the meta
-    device it imports torch's compiler, which takes seconds."""
+    """Left uninitialised, because all weights come from `load_model`: torch's own initialisation is wasted time, and on
+    the meta device it imports torch's compiler, which takes seconds."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class Embedding(nn.Embedding):
-    """Left uninitialised, as Linear."""
+    """Left uninitialised, like Linear."""
 
     def reset_parameters(self) -> None:
         pass
@@ -180,7 +181,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """x [B, T, C] → [B, T, C], by way of 4 C units whose activation is relu²."""
+    """x [B, T, C] → [B, T, C], through 4 C units with relu² as activation."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -192,7 +193,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x [B, T, C] → [B, T, C]: attention, then MLP, each on the normed stream and added to it."""
+    """x [B, T, C] → [B, T, C]: attention, then MLP, each applied to the normed stream and added to it."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -205,7 +206,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, with uninitialised weights: `load_model` gives one with its weights in.
+    """The model with uninitialised weights; `load_model` fills them in.
 
     recompute: keep only each block's input for the backward pass and compute the rest again (activation checkpointing).
     """
@@ -228,12 +229,12 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """tokens [B, T] integers → normalised hidden states [B, T, C], in the autocast dtype where autocast is on.
+        """tokens [B, T] integers → normalised hidden states [B, T, C], in the autocast dtype if autocast is on.
 
         documents: attention and rotary positions stay inside each (see `pack_sequences`); None: causal over the row.
         positions: [T] or [B, T] rotary positions, by default the documents' own, or 0 … T − 1.
         cache: attend to earlier positions too; give the `positions` of these tokens with it, and no documents.
-        Raises AttentionError for documents of the flex form where a gradient is wanted on CPU.
+        Raises AttentionError for documents of the flex form if a gradient is needed on CPU.
         """
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device) if documents is None else documents.positions
@@ -280,7 +281,7 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 
 def check_weights(weights: Mapping[str, Tensor], config: ModelConfig, where: str) -> None:
-    """Raises WeightsError unless `weights` are exactly the model's, by name and shape (`where` names their source)."""
+    """Raise WeightsError unless `weights` are exactly the model's, by name and shape (`where` names their source)."""
     shapes = parameter_shapes(config)
     if unknown := set(weights) - set(shapes):
         raise WeightsError(f"{where}: unknown tensors {named(unknown)}: must be nanochat's model of December 2025")
@@ -302,10 +303,14 @@ def load_model(
     return model
 
 
-def hidden_one_by_one(model: GPT, tokens: Tensor, documents: PackedSequences) -> Tensor:
-    """The reference for packed rows: every document run alone. tokens [B, T] → hidden [B, T, C].
+def parallel_model(model: GPT, compiled: bool, dynamic_width: bool, distributed: bool) -> nn.Module:
+    """The model as a training step calls it: compiled, and under DDP if there are several ranks.
 
-    Slow and plainly right; `GPT.forward(tokens, documents)` is held equal to it.
+    dynamic_width: batches differ in width (layout pad). One graph for one width is fastest, but torch compiles at most
+    8 of them, then runs without.
     """
-    alone = [model(piece[None])[0] for piece in tokens.flatten().split(documents.lengths)]
-    return torch.cat(alone).view(*tokens.shape, -1)
+    called: nn.Module = torch.compile(model, dynamic=dynamic_width) if compiled else model  # type: ignore[assignment]
+    if not distributed:
+        return called
+    device = model.lm_head.weight.device
+    return DistributedDataParallel(called, device_ids=[device] if device.type == "cuda" else None)

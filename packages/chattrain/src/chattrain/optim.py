@@ -1,8 +1,8 @@
-"""nanochat's optimizers: Muon for the blocks' matrices, AdamW for embedding and head (karpathy/nanochat@790f3be).
+"""nanochat's optimizers and their schedules: Muon for the blocks' matrices, AdamW for embedding and head.
 
-Muon is our own twenty lines because torch.optim.Muon (2.9 to 2.15) always orthogonalises in bf16. Most CPUs have no
-bf16 arithmetic: one step at d4 took 9.8 s there on 2 cores, and takes 0.19 s in fp32. The rest is the same in nanochat,
-in torch with adjust_lr_fn="original", and here:
+All as in karpathy/nanochat@790f3be. Muon is our own twenty lines because torch.optim.Muon (2.9 to 2.15) always
+orthogonalises in bf16. Most CPUs have no bf16 arithmetic: one step at d4 took 9.8 s on 2 cores, and takes 0.19 s in
+fp32. The rest is the same in nanochat, in torch with adjust_lr_fn="original", and here:
     momentum: buffer ← lerp(buffer, gradient, 1 − m); Nesterov: update = lerp(gradient, buffer, m)
     (torch's docstring says buffer ← m · buffer + gradient; its code does the above)
     update ← Newton-Schulz, 5 steps, of update / norm; × sqrt(max(1, rows / columns)); no weight decay (torch: 0.1)
@@ -11,21 +11,58 @@ in torch with adjust_lr_fn="original", and here:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from chattrain.errors import WeightsError, named
+from chattrain.errors import RunError, WeightsError, named
 from chattrain.model import GPT
 
 MATRIX_LR = 0.02
 EMBEDDING_LR = 0.2
 HEAD_LR = 0.004
-REFERENCE_WIDTH = 768  # where embedding and head rates were tuned; they go with width^−0.5 from there
+REFERENCE_WIDTH = 768  # at which embedding and head rates were tuned; they scale with width^−0.5
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of x ← a x + b (x xᵀ) x + c (x xᵀ)² x, from Keller Jordan's post
 NEWTON_SCHULZ_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a stage moves the learning rates and Muon's momentum."""
+
+    lr_fraction: float  # of every base learning rate, for the whole stage
+    lr_constant: float  # share of the steps at the full rate, which then falls linearly to 0
+    momentum: tuple[float, float]  # Muon's, from the first value to the second
+    momentum_steps: int  # over this many steps
+
+
+SCHEDULES = {
+    "base": Schedule(lr_fraction=1.0, lr_constant=0.8, momentum=(0.85, 0.95), momentum_steps=300),
+    "mid": Schedule(lr_fraction=1.0, lr_constant=0.8, momentum=(0.85, 0.95), momentum_steps=300),
+    "sft": Schedule(lr_fraction=0.02, lr_constant=0.0, momentum=(0.95, 0.95), momentum_steps=1),
+}
+
+
+def find_schedule(stage: str) -> Schedule:
+    """Raises RunError for an unknown stage, naming the known ones."""
+    if stage not in SCHEDULES:
+        raise RunError(f"unknown stage {stage!r}: must be one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[stage]
+
+
+def multiplier(schedule: Schedule, step: int, num_steps: int) -> float:
+    """Learning-rate multiplier at step 0 … num_steps − 1. Without `lr_fraction`, which is in the base rates."""
+    progress = step / num_steps
+    return 1.0 if progress < schedule.lr_constant else (1.0 - progress) / (1.0 - schedule.lr_constant)
+
+
+def momentum(schedule: Schedule, step: int) -> float:
+    """Muon's momentum at a step."""
+    start, end = schedule.momentum
+    return start + (end - start) * min(step / schedule.momentum_steps, 1.0)
 
 
 class Muon(Optimizer):
@@ -66,9 +103,9 @@ STATE_KEYS = {Muon: ("momentum_buffer",), AdamW: ("step", "exp_avg", "exp_avg_sq
 
 
 def make_optimizers(model: GPT, lr_scale: float = 1.0) -> list[Optimizer]:
-    """[Muon, AdamW] over all parameters. Every group keeps its `base_lr`, from which `set_step` makes its lr.
+    """[Muon, AdamW] over all parameters. Every group keeps its `base_lr`, which `set_step` multiplies.
 
-    lr_scale: on every base rate: the stage's `lr_fraction` (sft starts at 2 %) × the user's own scale.
+    lr_scale: multiplies every base rate: the stage's `lr_fraction` × the user's --lr-scale.
     """
     adam_scale = lr_scale * (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
     muon = Muon([{"params": list(model.transformer.h.parameters()), "base_lr": MATRIX_LR * lr_scale}])
@@ -88,7 +125,7 @@ def make_optimizers(model: GPT, lr_scale: float = 1.0) -> list[Optimizer]:
 
 
 def set_step(optimizers: list[Optimizer], multiplier: float, momentum: float) -> None:
-    """Learning rates (base × multiplier) and Muon's momentum of the coming step: nothing else is remembered."""
+    """Set learning rates (base × multiplier) and Muon's momentum for the next step; no other state is kept."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * multiplier
@@ -99,7 +136,7 @@ def set_step(optimizers: list[Optimizer], multiplier: float, momentum: float) ->
 def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """The optimizers' whole state as "parameter name/key" → tensor, ready for safetensors; empty before the first step.
 
-    With the weights and `set_step`, these continue a run to the byte. Tensors are the live ones, not copies.
+    With the weights and `set_step`, these continue a run to the byte. The tensors are not copies.
     """
     return {
         f"{name}/{key}": value
@@ -109,7 +146,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str
 
 
 def load_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` gave. Raises WeightsError for unknown or missing names and wrong shapes."""
+    """Restore what `optimizer_tensors` returned. Raises WeightsError for unknown or missing names and wrong shapes."""
     slots = {
         f"{name}/{key}": (parameter, optimizer, key)
         for name, parameter, optimizer in _owners(model, optimizers)

@@ -28,10 +28,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from chatdata.errors import PlanError
-from chatdata.packing.epoch import TrainingPlan
+from chatdata.packing.epoch import Layout, Order, TrainingPlan
+from chatdata.packing.layouts import Long
+from chatdata.shards.masks import MaskPolicy
 from chattrain.nanochat.order import line_tokens
 
 PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
@@ -55,16 +58,30 @@ def check_cut(plan: TrainingPlan, num_ranks: int, device_batch_size: int) -> Non
         )
 
 
-def plan_record(plan: TrainingPlan) -> dict[str, Any]:
-    """What decides the batches of every step, as plain data, and a SHA-256 over it and every document's place.
+class PlanRecord(msgspec.Struct, frozen=True):
+    """What decides the batches of every step, as run.json and checkpoints keep it."""
 
-    Checkpoints keep it for `require_same_plan`, which names the first key that differs.
-    """
+    build_id: str
+    split: str
+    rows: Layout  # named so until the next version of these files
+    mask: MaskPolicy
+    order: Order
+    seq_len: int
+    step_sequences: int
+    seed: int | None
+    long: Long | None
+    num_ranks: int | None
+    device_batch_size: int | None
+    plan_version: int
+    hash: str  # SHA-256 over the above and every document's place
+
+
+def plan_record(plan: TrainingPlan) -> PlanRecord:
     names = ("mask", "order", "seq_len", "step_sequences", "seed", "long", "num_ranks", "device_batch_size")
     settings = {
         "build_id": plan.split.build.manifest["build_id"],
         "split": plan.split.name,
-        "rows": plan.layout,  # named so until the next version of checkpoints
+        "rows": plan.layout,
         **{name: getattr(plan, name) for name in names},
         "plan_version": PLAN_VERSION,
     }
@@ -73,15 +90,15 @@ def plan_record(plan: TrainingPlan) -> dict[str, Any]:
     if plan.packing is not None:
         for array in (plan.packing.documents, plan.packing.bounds, plan.packing.lengths):
             digest.update(array.astype("<i8").tobytes())
-    return {**settings, "hash": digest.hexdigest()}
+    return PlanRecord(**settings, hash=digest.hexdigest())
 
 
-def require_same_plan(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raise PlanError naming what changed between two plan records."""
-    for name in current:
-        if saved.get(name) != current[name]:
+def require_same_plan(saved: Mapping[str, Any], current: PlanRecord) -> None:
+    """Raise PlanError naming the first key of a saved record that differs from the current one."""
+    for name, value in msgspec.structs.asdict(current).items():
+        if saved.get(name) != value:
             raise PlanError(
-                f"the plan changed: {name} was {saved.get(name)!r} and is now {current[name]!r}; "
+                f"the plan changed: {name} was {saved.get(name)!r} and is now {value!r}; "
                 "a run continues only on the same build with the same plan"
             )
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
+from chatdata.decode import decode
 from chattrain.errors import ImportNanochatError, first_line
 from chattrain.model import ModelConfig, check_weights, parse_config
 
 COMPILED_PREFIX = "_orig_mod."  # torch.compile's wrapper puts it before every name
 
 
-def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig, int]:
-    """The weights (fp32, our names are nanochat's), config and step of the last checkpoint in `folder`.
+class _Meta(msgspec.Struct):
+    step: int
+    model_config: dict[str, Any]
 
-    Nothing is unpickled but tensors. Every tensor is mapped or refused by name: checkpoints of 2026 hold more of them.
-    Raises ImportNanochatError for missing, unreadable or contradicting files, ConfigError for a wrong model config,
+
+def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig, int]:
+    """The weights (fp32; our names are nanochat's), config and step of the last checkpoint in `folder`.
+
+    Only tensors are unpickled. Unknown tensors are refused by name: checkpoints of 2026 hold more of them. Raises
+    ImportNanochatError for missing, unreadable or contradicting files, ConfigError for a wrong model config, and
     WeightsError for unknown, missing or wrongly shaped tensors.
     """
     folder = Path(folder)
@@ -29,19 +36,14 @@ def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig,
     model_path = next(path for path in folder.glob("model_*.pt") if _step(path) == step)
     meta_path = next(path for path in folder.glob("meta_*.json") if _step(path) == step)
 
-    try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ImportNanochatError(f"{meta_path}: not JSON: {error}") from error
-    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
-        raise ImportNanochatError(f"{meta_path}: no model_config in it")
-    if meta.get("step") != step:
-        raise ImportNanochatError(f"{meta_path}: says step {meta.get('step')}, its name says {step}")
-    config = parse_config(meta["model_config"], str(meta_path))
+    meta = decode(meta_path.read_bytes(), _Meta, str(meta_path), ImportNanochatError)
+    if meta.step != step:
+        raise ImportNanochatError(f"{meta_path}: says step {meta.step}, its name says {step}")
+    config = parse_config(meta.model_config, str(meta_path))
 
     try:
         saved = torch.load(model_path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on bytes that are no checkpoint, the reader fails in any way it happens to
+    except Exception as error:  # torch's reader fails in many ways on other bytes
         raise ImportNanochatError(f"{model_path}: not a file of tensors only: {first_line(error)}") from error
     if not isinstance(saved, dict) or not all(isinstance(value, Tensor) for value in saved.values()):
         raise ImportNanochatError(f"{model_path}: not a dictionary of tensors")

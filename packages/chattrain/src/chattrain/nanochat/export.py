@@ -1,4 +1,4 @@
-"""Export to transformers' NanoChat (5.x, models/nanochat), and the proof that the exported model is the same one."""
+"""Export to transformers' NanoChat (5.x, models/nanochat), and the proof that the exported model is the same."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from chattrain.model import NORM_EPS, ROPE_THETA, SOFTCAP, ModelConfig, check_we
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MAX_LOGIT_DIFFERENCE = 1e-5  # fp32, sdpa on both sides; the same model measured 0 to 2e-6
-BY_VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # parameters with a row for each entry
+BY_VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # parameters with a row for each token
 VERIFY_ROWS, VERIFY_LENGTH = 2, 128
 
 
@@ -34,11 +34,11 @@ def export_transformers(
     tokenizer_dir: str | Path | None = None,
     verify: bool = True,
 ) -> None:
-    """Writes a folder that transformers loads as NanoChat: fp32 weights, config, generation config, tokenizer files.
+    """Write a folder that transformers loads as NanoChat: fp32 weights, config, generation config, tokenizer files.
 
     weights: as nanochat names them. tokenizer_dir: a build's or checkpoint's tokenizer folder, copied along.
-    verify: check it with `verify_export` (needs transformers) before it gets its name.
-    Raises WeightsError for weights that are not the config's, ExportError where nothing can be written, VerifyError.
+    verify: check it with `verify_export` (needs transformers) before renaming it to `out`.
+    Raises WeightsError for weights that do not fit the config, ExportError if nothing can be written, VerifyError.
     """
     out = Path(out)
     check_weights(weights, config, "export")
@@ -99,9 +99,9 @@ def is_export(folder: Path) -> bool:
 
 
 def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Sizes and weights (nanochat's names, fp32, padding rows zero again) of a folder `export_transformers` wrote.
+    """Sizes and weights (nanochat's names, fp32, padding rows zero again) of a folder that `export_transformers` wrote.
 
-    Raises ExportError for a config that is not the model's, field by field, or files that cannot be read; WeightsError
+    Raises ExportError for a config field that our model does not have and for files that cannot be read, WeightsError
     for other tensors than the model's.
     """
     try:

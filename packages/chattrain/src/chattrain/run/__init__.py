@@ -1,1 +1,1 @@
-"""What surrounds the loop of a training run: settings, ranks, log and progress, dry run, trace."""
+"""What surrounds the training loop: settings, preparation, ranks, the log and its telemetry, trace."""

@@ -18,7 +18,7 @@ from chattrain.errors import DeviceError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `num_ranks`, on `device`."""
+    """This process, number `rank` of `num_ranks`, on `device`."""
 
     rank: int
     num_ranks: int
@@ -40,14 +40,14 @@ class Ranks:
             dist.barrier()
 
 
-def find_device(asked: str | None) -> torch.device:
-    """The device asked for ("cpu", "cuda", "mps"), by default cuda where there is one. Raises DeviceError."""
-    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(wanted: str | None) -> torch.device:
+    """The device of this name ("cpu", "cuda", "mps"), by default cuda if available. Raises DeviceError."""
+    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name not in available:
         raise DeviceError(f"device {name!r}: must be one of {', '.join(available)}")
     if not available[name]:
-        raise DeviceError(f"device {name!r} was asked for, but torch {torch.__version__} finds none here")
+        raise DeviceError(f"device {name!r} is not available: torch {torch.__version__} does not find one")
     if name == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(name)
@@ -55,9 +55,9 @@ def find_device(asked: str | None) -> torch.device:
 
 @contextmanager
 def join_ranks(device: str | None, wait: timedelta | None = None) -> Iterator[Ranks]:
-    """Join the process group that torchrun's environment describes, if there is one, and leave it at the end.
+    """Join the process group of torchrun's environment, if there is one, and leave it at the end.
 
-    wait: how long a rank waits for others before it gives up, by default torch's (10 minutes on nccl).
+    wait: how long a rank waits for others before it fails, by default torch's (10 minutes on nccl).
     """
     found = find_device(device)
     if found.type == "cuda":
@@ -77,7 +77,7 @@ SAME_SIGNAL_S = 2  # one Ctrl-C often comes twice, from the terminal and forward
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT: the run saves and ends at the next safe place. Another one later ends it at once."""
+    """Set by SIGTERM or SIGINT: the run saves and ends after its step. A second signal ends it immediately."""
 
     def __init__(self) -> None:
         self.asked, self._asked_at = False, 0.0
@@ -100,5 +100,5 @@ class StopRequest:
         self.asked = True
 
     def agreed(self, ranks: Ranks) -> bool:
-        """Whether any rank was asked: the same answer on all of them."""
+        """Whether any rank was asked to stop: the same answer on all of them."""
         return bool(ranks.sum(torch.tensor(int(self.asked))).item())

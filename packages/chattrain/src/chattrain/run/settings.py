@@ -1,23 +1,19 @@
-"""What a run was asked to do, and which part of it decides the weights."""
+"""The settings of a run: the command line of `chattrain run`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from chatdata.packing.epoch import Layout, Order
 from chatdata.packing.layouts import Long
-from chattrain.errors import ResumeError
-
-Dtype = Literal["float32", "bfloat16"]
-NonFinite = Literal["raise", "skip"]
+from chatdata.shards.masks import MaskPolicy
+from chattrain.checkpoint import Dtype, NonFinite
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The command line of `chattrain run`. None: the stage's or the device's default."""
+class RunSettings:
+    """None: the default of the stage or the device."""
 
     data: Path
     out: Path
@@ -34,7 +30,7 @@ class Settings:
     keep_last: int = 2
     eval_every: int | None = None
     layout: Layout | None = None
-    mask: str | None = None  # one of chatdata.shards.masks.MaskPolicy
+    mask: MaskPolicy | None = None
     order: Order = "plan"
     long: Long = "error"
     non_finite: NonFinite = "raise"
@@ -45,30 +41,3 @@ class Settings:
     seed: int = 42
     resume: bool = False
     tensorboard: bool = False
-
-
-def recipe_of(settings: Settings, stage: str, num_steps: int, dtype: Dtype) -> dict[str, Any]:
-    """What decides the weights beside the plan and the model: a resumed run must have the same.
-
-    Not in it: ranks, device batch size, device, compile and recompute, which only cut the same work otherwise, and how
-    often is saved and evaluated.
-    """
-    return {
-        "init": settings.init,
-        "stage": stage,
-        "num_steps": num_steps,
-        "lr_scale": settings.lr_scale,
-        "dtype": dtype,
-        "non_finite": settings.non_finite,
-        "seed": settings.seed,
-    }
-
-
-def require_same_recipe(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raises ResumeError naming the first setting that is not what the run began with."""
-    for name, value in current.items():
-        if saved.get(name) != value:
-            raise ResumeError(
-                f"--resume: {name} was {saved.get(name)!r} and is now {value!r}; "
-                "a run continues only with the same recipe"
-            )

@@ -1,4 +1,4 @@
-"""What a run tells: log.jsonl first, then a progress line, TensorBoard if asked, and a picture at the end."""
+"""What a run writes besides its checkpoints: run.json, log.jsonl, TensorBoard files and loss.png."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
 
-import click
+import msgspec
 import torch
 
-from chatdata.disk import write_whole
-from chattrain.batches import Step
+from chatdata.decode import convert, decode
+from chatdata.disk import naming, write_whole
+from chattrain.checkpoint import FORMAT, Recipe
 from chattrain.errors import RunError
 from chattrain.model import ModelConfig, parameter_shapes
-from chattrain.schedule import multiplier
+from chattrain.plan import PlanRecord
 
-if TYPE_CHECKING:
-    from chattrain.loop import Job, StepResult
-
-LOG_NAME, CURVE_NAME = "log.jsonl", "loss.png"
-PLAIN_LINES = 20  # off a terminal: a progress line for each 20th part of the run
+RUN_NAME, LOG_NAME, CURVE_NAME = "run.json", "log.jsonl", "loss.png"
 
 # Peak dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets, by a part of the device's name
 PEAK_FLOPS = {
@@ -37,60 +33,116 @@ PEAK_FLOPS = {
 }
 
 
-def open_log(out: Path, start: int) -> IO[str]:
-    """log.jsonl for appending, without lines of steps that a resumed run does again, or that were cut in writing."""
+class RunRecord(msgspec.Struct, frozen=True):
+    """run.json, written before step 0."""
+
+    data: str  # absolute path of the build
+    plan: PlanRecord
+    recipe: Recipe
+    format: str = FORMAT
+
+
+class TrainEntry(msgspec.Struct, tag_field="kind", tag="train", omit_defaults=True, frozen=True):
+    """A line of log.jsonl: a step, counted over all ranks."""
+
+    step: int
+    loss: float  # nats per target
+    multiplier: float  # of every learning rate
+    tokens: int
+    targets: int
+    tokens_per_s: float
+    mfu: float | str
+    memory_bytes: int
+    data_wait_share: float  # of the step's duration
+    gradient_norm: float
+    batch: str  # see `digest_text`
+    skipped: bool = False
+
+
+class ValEntry(msgspec.Struct, tag_field="kind", tag="val", frozen=True):
+    """A line of log.jsonl: a validation after `step` steps."""
+
+    step: int
+    bits_per_byte: float
+    tasks: dict[str, float]
+    bytes: int
+    duration_s: float
+
+
+Entry = TrainEntry | ValEntry
+
+
+def write_run(out: Path, record: RunRecord) -> None:
+    with naming(out / RUN_NAME):
+        text = json.dumps(msgspec.to_builtins(record), indent=1, sort_keys=True) + "\n"
+        write_whole(out / RUN_NAME, text.encode())
+
+
+def read_run(run: Path) -> RunRecord:
+    """What `write_run` wrote. Raises RunError."""
+    try:
+        data = (run / RUN_NAME).read_bytes()
+    except OSError as error:
+        raise RunError(f"{run}: not a run folder: no readable {RUN_NAME}; give the --out of a chattrain run") from error
+    return decode(data, RunRecord, str(run / RUN_NAME), RunError)
+
+
+@contextmanager
+def open_log(out: Path, start: int, tensorboard: bool, is_first: bool) -> Iterator[Callable[[Entry], None]]:
+    """Yield a function that appends to log.jsonl, and to TensorBoard files if wanted; on other ranks it does nothing.
+
+    Lines of steps that a resumed run does again, and a last line cut by a kill, are removed first.
+    """
+    if not is_first:
+        yield lambda entry: None
+        return
     path = out / LOG_NAME
-    entries = read_log(out) if path.is_file() else []
-    kept = [e for e in entries if e["step"] < start or (e["kind"] == "val" and e["step"] <= start)]
-    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-    return path.open("a", encoding="utf-8", buffering=1)
+    if path.is_file():
+        kept = [e for e in read_log(out) if e.step < start or (isinstance(e, ValEntry) and e.step == start)]
+        write_whole(path, "".join(map(_line, kept)).encode())
+    writer = None
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out / "tensorboard"))
+    with naming(out), path.open("a", encoding="utf-8", buffering=1) as file:
+
+        def write(entry: Entry) -> None:
+            file.write(_line(entry))
+            if writer is not None and isinstance(entry, TrainEntry):
+                for key in ("loss", "multiplier", "tokens_per_s", "gradient_norm"):
+                    writer.add_scalar(key, getattr(entry, key), entry.step)
+
+        yield write
+    if writer is not None:
+        writer.close()
 
 
-def read_log(out: Path) -> list[dict[str, Any]]:
-    """The entries of log.jsonl, but for a last line without its end: one that a killed run was writing.
+def read_log(out: Path) -> list[Entry]:
+    """The entries of log.jsonl, without a last line that a killed run did not finish.
 
-    Raises RunError for a damaged line, OSError where there is no log.
+    Raises RunError for a damaged line, OSError if there is no log.
     """
     path, entries = out / LOG_NAME, []
-    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
+    *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}: damaged, remove the line"
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RunError(f"{path} line {number}: damaged, not JSON: {error}; remove the line") from None
+            value = json.loads(line)  # not `decode`: a loss may be NaN
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{where}: not valid JSON: {error}") from None
+        kind = ValEntry if isinstance(value, dict) and value.get("kind") == "val" else TrainEntry
+        entries.append(convert(value, kind, where, RunError))
     return entries
 
 
-def log_step(
-    log: IO[str], job: Job, step: Step, result: StepResult, duration_s: float, wait_s: float
-) -> dict[str, Any]:
-    """Write and return a step's line: kind "train"."""
-    tokens_per_s = step.num_tokens / duration_s
-    entry = {
-        "kind": "train",
-        "step": step.number,
-        "loss": result.loss,
-        "multiplier": multiplier(job.stage, step.number, job.num_steps),
-        "tokens": step.num_tokens,
-        "targets": step.num_targets,
-        "tokens_per_s": round(tokens_per_s, 1),
-        "mfu": mfu(job.model.config, job.plan.seq_len, tokens_per_s / job.ranks.num_ranks, job.ranks.device),
-        "memory_bytes": peak_memory(job.ranks.device),
-        "data_wait_share": round(wait_s / duration_s, 5),
-        "gradient_norm": result.gradient_norm,
-        "batch": result.digest,
-    }
-    if result.skipped:
-        entry["skipped"] = True
-    log.write(json.dumps(entry) + "\n")
-    return entry
+def _line(entry: Entry) -> str:
+    return json.dumps(msgspec.to_builtins(entry)) + "\n"
 
 
-def log_evaluation(log: IO[str], step: int, result: dict[str, Any], duration_s: float) -> None:
-    """Write a validation's line: kind "val", after `step` steps."""
-    entry = {"kind": "val", "step": step, "bits_per_byte": result["total"], "tasks": result["tasks"]}
-    log.write(json.dumps({**entry, "bytes": result["bytes"], "duration_s": round(duration_s, 3)}) + "\n")
-    click.echo(f"step {step}: validation {result['total']:.4f} bits per byte", err=True)
+def digest_text(total: int) -> str:
+    """A step's hash as logged, from the sum of its ranks' digests (which may wrap around in 64 bits)."""
+    return f"{total % 2**64:016x}"
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -104,7 +156,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def mfu(config: ModelConfig, seq_len: int, tokens_per_s: float, device: torch.device) -> float | str:
-    """Share of the device's peak bf16 arithmetic, or "unknown". Tokens are the plan's: padding is not work done."""
+    """Share of the device's peak bf16 arithmetic, or "unknown". Padding does not count as work."""
     if device.type != "cuda":
         return "unknown"
     name = torch.cuda.get_device_name(device)
@@ -120,63 +172,27 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-@contextmanager
-def progress(job: Job, end: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A callback for each step's log entry: a bar on a terminal, plain lines otherwise; TensorBoard if asked."""
-    writer = _tensorboard(job.settings.out) if job.settings.tensorboard and job.ranks.is_first else None
-    every = max(1, (end - job.start) // PLAIN_LINES)
-
-    def describe(entry: dict[str, Any]) -> str:
-        return f"loss {entry['loss']:.4f} · {entry['tokens_per_s']:,.0f} tokens/s"
-
-    with click.progressbar(
-        length=end - job.start,
-        label=job.stage.name,
-        file=sys.stderr,
-        show_pos=True,
-        item_show_func=lambda entry: describe(entry) if entry else "",
-        hidden=not (job.ranks.is_first and sys.stderr.isatty()),
-    ) as bar:
-
-        def show(entry: dict[str, Any]) -> None:
-            bar.update(1, entry)
-            step = entry["step"] + 1
-            if not sys.stderr.isatty() and ((step - job.start) % every == 0 or step == end):
-                click.echo(f"step {step} of {end}: {describe(entry)}", err=True)
-            if writer is not None:
-                for key in ("loss", "multiplier", "tokens_per_s", "gradient_norm"):
-                    writer.add_scalar(key, entry[key], entry["step"])
-
-        yield show
-    if writer is not None:
-        writer.close()
-
-
-def _tensorboard(out: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / "tensorboard"))
-
-
 def draw_curve(out: Path) -> Path | None:
-    """loss.png from log.jsonl: training loss, and validation bits per byte where it was measured; None without
-    matplotlib (`chattrain[plot]`)."""
+    """loss.png from log.jsonl: training loss, and validation bits per byte if there are any.
+
+    Returns None without matplotlib (`chattrain[plot]`).
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
     entries = read_log(out)
-    train = [entry for entry in entries if entry["kind"] == "train"]
-    val = [entry for entry in entries if entry["kind"] == "val"]
+    train = [entry for entry in entries if isinstance(entry, TrainEntry)]
+    val = [entry for entry in entries if isinstance(entry, ValEntry)]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    steps, losses = [entry["step"] for entry in train], [entry["loss"] for entry in train]
+    steps, losses = [entry.step for entry in train], [entry.loss for entry in train]
     axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, label="loss of each step")
     axes.plot(steps, _smooth(losses), color="#1f4e89", linewidth=1.6, label="smoothed")
     axes.set(xlabel="step", ylabel="loss (nats per target)", title=out.name)
     if val:
         right = axes.twinx()
-        right.plot([e["step"] for e in val], [e["bits_per_byte"] for e in val], "o-", color="#c8553d", markersize=4)
+        right.plot([e.step for e in val], [e.bits_per_byte for e in val], "o-", color="#c8553d", markersize=4)
         right.set_ylabel("validation (bits per byte)", color="#c8553d")
     axes.legend()
     figure.savefig(out / CURVE_NAME, dpi=110)
