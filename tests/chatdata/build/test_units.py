@@ -115,6 +115,18 @@ def test_a_warm_cache_gives_the_same_bytes(recipe: Path, byte_tokenizer: Tokeniz
     assert warm == cold
 
 
+def test_little_text_is_encoded_by_tiktoken(
+    recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little, report = run(recipe, byte_tokenizer, tmp_path / "little")
+    assert report["encoder"]["name"] == "tiktoken"
+    cache.prune(cache_folder("units"), 0)
+    monkeypatch.setattr("chatdata.build.run.FAST_ENCODER_BYTES", 0)
+    more, report = run(recipe, byte_tokenizer, tmp_path / "more")
+    assert report["encoder"]["name"] == "gigatoken"
+    assert more == little
+
+
 def test_changing_one_entry_renders_only_its_rows(recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
     run(recipe, byte_tokenizer, tmp_path / "a")
     recipe.write_text(RECIPE.replace("rows = 300", "rows = 256").replace("max_tokens = 60", "max_tokens = 50"))
@@ -154,16 +166,16 @@ def source_of(recipe: Path) -> Source:
 def test_a_key_is_content_and_nothing_else(
     recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def keys(source: Source, tokenizer: Tokenizer = byte_tokenizer, drop: int = 0, encoder: str = "auto") -> list[str]:
+    def keys(source: Source, tokenizer: Tokenizer = byte_tokenizer, drop: int = 0) -> list[str]:
         wanted = np.ones(300, dtype=bool)
         wanted[:drop] = False
-        return [unit.key for unit in cut_units(Renderer((source,), tokenizer, encoder, tmp_path), 0, wanted)]
+        return [unit.key for unit in cut_units(0, source, tokenizer, wanted)]
 
     first = keys(source_of(recipe))
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_bytes((recipe.parent / "chats.jsonl").read_bytes())
     source = source_of(recipe)
-    assert keys(Source("other name", source.task, (SourceFile(moved, "other"),)), encoder="tiktoken") == first
+    assert keys(Source("other name", source.task, (SourceFile(moved, "other"),))) == first
     assert keys(source, drop=1)[0] != first[0] and keys(source, drop=1)[1:] == first[1:]
     other = Tokenizer(byte_tokenizer.ranks, r"\s+|\S+", byte_tokenizer.special_ids, "other pattern")
     assert not set(keys(source, tokenizer=other)) & set(first)
@@ -231,7 +243,7 @@ def test_units_hold_each_wanted_row_once(lengths: list[int], row_bytes: int, dat
     source = Segmented("x", load_tasks()["conversations"])
     wanted = np.array(data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths))), dtype=bool)
     tokenizer = type("T", (), {"sha256": "t"})()
-    found = cut_units(Renderer((source,), tokenizer, "auto", Path()), 0, wanted)  # type: ignore[arg-type]
+    found = cut_units(0, source, tokenizer, wanted)  # type: ignore[arg-type]
     rows = np.concatenate([np.flatnonzero(unit.wanted) + unit.first for unit in found]) if found else []
     assert list(rows) == np.flatnonzero(wanted).tolist()
     assert len({unit.key for unit in found}) == len(found)
@@ -440,7 +452,7 @@ def test_a_text_the_encoder_gives_up_on_is_named(recipe: Path, byte_tokenizer: T
     source = source_of(recipe)
     renderer = renderer_of(source, byte_tokenizer, tmp_path / "units")
     with pytest.raises(TokenizerError, match=r"^chats.jsonl line 21: bytes: the split pattern gives up on a text of "):
-        for unit in cut_units(renderer, 0, np.ones(source.num_rows, dtype=bool)):
+        for unit in cut_units(0, source, byte_tokenizer, np.ones(source.num_rows, dtype=bool)):
             render_unit(renderer, unit)
     assert not list((tmp_path / "units").glob("*.tmp"))
 

@@ -45,7 +45,7 @@ def encoder(tokenizer: Tokenizer) -> Any:
 
 def render(tokenizer: Tokenizer, pieces: Pieces) -> RenderedBatch:
     special, vocab = tokenizer.special_ids, tokenizer.vocab_size
-    return render_batch(pieces, encoder(tokenizer), special, tokenizer.dtype, vocab)
+    return render_batch(pieces, *encoder(tokenizer)(pieces.texts), special, tokenizer.dtype, vocab)
 
 
 def documents(columns: RenderedBatch) -> list[tuple[list[int], list[int], list[Span]]]:
@@ -110,7 +110,7 @@ def test_an_id_outside_the_vocabulary_is_refused(byte_tokenizer: Tokenizer) -> N
         return np.array([70_000], dtype=np.uint32), np.array([1])
 
     with pytest.raises(FormatError, match="token id 70000"):
-        render_batch(pieces_of_texts(["a"]), encode, byte_tokenizer.special_ids, np.dtype("<u2"), 265)
+        render_batch(pieces_of_texts(["a"]), *encode(["a"]), byte_tokenizer.special_ids, np.dtype("<u2"), 265)
 
 
 @pytest.mark.parametrize(

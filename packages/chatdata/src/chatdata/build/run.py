@@ -25,7 +25,7 @@ from chatdata.build.engines import ENGINES, OnRows, start_workers
 from chatdata.build.plan import BuildPlan, number_documents, place_of, rows_in_order
 from chatdata.build.publish import check_out, firewall_path, partial_folder, publish
 from chatdata.build.splits import write_split
-from chatdata.build.units import Renderer, Unit, cut_units, load_encoder, read_unit
+from chatdata.build.units import FAST_ENCODER_BYTES, Renderer, Unit, cut_units, load_encoder, read_unit
 from chatdata.disk import cache_folder, file_sha256, write_json, writes_to
 from chatdata.errors import UsageError
 from chatdata.firewall.listing import CHOICES, listing, summary
@@ -68,24 +68,28 @@ def build(
             raise UsageError(f"{value!r}: give one of {', '.join(known)}")
     out = out.resolve()  # through links: the folder they lead to is written, not the link
     check_out(out, force)
+    cache = cache_folder("units")
     started = time.perf_counter()
     report: dict[str, Any] = {"workers": workers, "engine": engine, "tool_calls": {}}
     seconds: dict[str, float] = {}
     with writes_to(out, NOTHING_WRITTEN), partial_folder(out) as growing:
         # find missing work units
         row_maps = number_documents(plan)
-        renderer = Renderer(plan.sources, plan.tokenizer, encoder, cache_folder("units"))
-        wanted = [row_map.document_of >= 0 for row_map in row_maps.values()]
-        units = [unit for number, rows in enumerate(wanted) for unit in cut_units(renderer, number, rows)]
-        cached = find_units(renderer.folder)
+        units = []
+        for number, (source, row_map) in enumerate(row_maps.items()):
+            units += cut_units(number, source, plan.tokenizer, row_map.document_of >= 0)
+        cached = find_units(cache)
         there = {unit.key: cached[unit.key] for unit in units if unit.key in cached}
         paths = {key: path for key, path in there.items() if take_unit(path)}
         missing = [unit for unit in units if unit.key not in paths]
         report["units"] = {"rendered": len(missing), "cached": len(paths), "damaged": len(there) - len(paths)}
 
         # render them; while workers start, do what does not depend on them
+        if encoder == "auto" and sum(unit.num_bytes for unit in missing) < FAST_ENCODER_BYTES:
+            encoder = "tiktoken"
+        renderer = Renderer(plan.sources, plan.tokenizer, encoder, cache)
         on_rows = _show_rows(plan, units, missing, progress) if progress else None
-        with writes_to(renderer.folder, CACHE_FULL), start_workers(renderer, missing, engine, workers) as render:
+        with writes_to(cache, CACHE_FULL), start_workers(renderer, missing, engine, workers) as render:
             with writes_to(out, NOTHING_WRITTEN):
                 save_tokenizer(plan.tokenizer, growing / "tokenizer")
             scored = None

@@ -112,6 +112,7 @@ def build(
     from chatdata.recipe import load_recipe
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks
+    from chatdata.tokenizer.files import load_tokenizer
 
     recipe_name = _recipe_name(stage, recipe, demo)
     tasks = load_tasks(task_files)
@@ -137,7 +138,8 @@ def build(
     if workers > 1 and engine == "local" and not (dry_run or demo or limit):
         start_early()
     locations = Locations(loaded.folder, data_dir, identity, words)
-    plan = make_build_plan(loaded, tasks, _tokenizer(tokenizer, demo), locations, limit)
+    used_tokenizer = load_tokenizer(tokenizer) if tokenizer else _demo_tokenizer(demo)
+    plan = make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
     if not as_json:
         show_plan(plan, out)
     if dry_run:
@@ -172,12 +174,8 @@ def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
     return f"demo-{stage}" if demo else stage
 
 
-def _tokenizer(path: Path | None, demo: bool) -> Tokenizer:
-    """The tokenizer at `path`; with `demo` the demo's, trained now. Raises UsageError, TokenizerError."""
-    if path is not None:
-        from chatdata.tokenizer.files import load_tokenizer
-
-        return load_tokenizer(path)
+def _demo_tokenizer(demo: bool) -> Tokenizer:
+    """The demo's own tokenizer, trained now. Raises UsageError if there is no `--demo`."""
     if demo:
         from chatdata.demo.tokenizer import demo_tokenizer
 

@@ -1,4 +1,4 @@
-"""Render many conversations at once: one encode call for all texts, then ids and mask laid out as arrays.
+"""Render many conversations at once, from the ids of all their texts to tokens and mask laid out as arrays.
 
 The role of a piece, whether an assistant message opens before it or closes after it, and its number of ids decide every
 delimiter and mask value around it. tests/chatdata/render/test_batch.py holds the result to specification.py.
@@ -23,7 +23,6 @@ from chatdata.document import check_ids
 from chatdata.errors import CalculatorError
 from chatdata.render.format import NANOCHAT, OUTPUT, PYTHON, USER
 from chatdata.render.pieces import CLOSES, OPENS, Pieces
-from chatdata.tokenizer.fast import EncodeBatch
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,13 +55,18 @@ class RenderedBatch:
 
 
 def render_batch(
-    pieces: Pieces, encode: EncodeBatch, special_ids: Mapping[str, int], dtype: np.dtype, vocab_size: int
+    pieces: Pieces,
+    ids: np.ndarray,
+    num_ids: np.ndarray,
+    special_ids: Mapping[str, int],
+    dtype: np.dtype,
+    vocab_size: int,
 ) -> RenderedBatch:
     """Render conversations, tokens in `dtype`. Nothing is cut.
 
-    Raises TokenizerError from `encode`, FormatError if it gives an id at or over `vocab_size`.
+    ids, num_ids: the ids of all texts, one after the other, and how many each has. Raises FormatError for an id at or
+    over `vocab_size`.
     """
-    ids, num_ids = encode(pieces.texts)
     check_ids(ids, vocab_size)
     forms = NANOCHAT.spans
     role, opens, closes = pieces.codes & 3, (pieces.codes & OPENS) > 0, (pieces.codes & CLOSES) > 0
