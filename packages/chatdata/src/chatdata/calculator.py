@@ -1,9 +1,9 @@
-"""What stands between <|python_start|> and <|python_end|>, worked out: arithmetic and one form of `.count`.
+"""The calculator: evaluates the text of a `python` part, arithmetic and one form of `.count`.
 
     3*4 -> 12    100/8 -> 12.5    .1+.2 -> 0.3    1,000*2 -> 2000    10/3 -> 3.33333333333    'banana'.count('a') -> 3
 
-The text is a model's, so nothing is ever executed: three functions walk the grammar below, and no name, attribute,
-call or container exists in it. Spaces may stand between tokens; digits are ASCII; a comma groups three digits.
+The text comes from a model, so nothing is ever executed: three functions walk the grammar below, which has no names,
+attributes, calls or containers. Spaces are allowed between tokens; digits are ASCII; a comma groups three digits.
 
     expression = sum | string ".count(" string ")"
     sum        = product (("+" | "-") product)*
@@ -16,8 +16,8 @@ These are the forms in the 27,998 calls of GSM8K (train and test): 928 have a `.
 none has a comma, a space, "$", "%", "x", "**" or a second "=". Spaces and commas are accepted because models write
 them.
 
-Arithmetic is on exact fractions: 0.1+0.2 is 0.3 and 10/3*3 is 10. Binary floats give another number than the recorded
-one in 54 of those calls: 1959.9999999999998 for 2.8*700.
+Arithmetic is on exact fractions: 0.1+0.2 is 0.3 and 10/3*3 is 10. With binary floats 54 of those calls differ from the
+recorded number: 1959.9999999999998 for 2.8*700.
 
 Work is bounded by the text alone. Every literal is used once and there are no powers, so neither numerator nor
 denominator ever has more digits than the expression has characters.
@@ -37,7 +37,7 @@ from chatdata.errors import CalculatorError
 MAX_CHARACTERS = 256  # the longest call in GSM8K has 30; below 640, where int() may start to refuse digits
 MAX_DEPTH = 32  # open parentheses; the walk takes three Python frames for each
 
-Number: TypeAlias = "int | Fraction"  # an int where it is one: four times as quick
+Number: TypeAlias = "int | Fraction"  # an int if it is a whole number: four times as fast
 Agreement = Literal["equal", "format", "rounding", "different"]
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
@@ -56,11 +56,12 @@ _TWELVE_DIGITS = Context(prec=12, rounding=ROUND_HALF_EVEN, traps=[])
 
 
 def calculate(expression: str) -> str:
-    """Result of one calculator call, as it stands between <|output_start|> and <|output_end|>.
+    """Result of one calculator call, the text of a `python_output` part.
 
-    Integers in full, without ".0"; other results rounded to 12 significant digits, trailing zeros dropped, a 0 before
-    the point, never an exponent. `'text'.count('x')` counts as str.count does: code points, without overlap.
-    Raises CalculatorError, and nothing else, for every other text: it names what is wrong and where.
+    Integers are written in full, without ".0"; other results are rounded to 12 significant digits, without trailing
+    zeros, with a 0 before the point, never with an exponent. `'text'.count('x')` counts as str.count
+    does: code points, without overlap.
+    Raises CalculatorError, and nothing else, for any other text; the message says what is wrong and where.
     """
     if len(expression) > MAX_CHARACTERS:
         raise CalculatorError(f"an expression has at most {MAX_CHARACTERS} characters, not {len(expression)}")
@@ -84,11 +85,11 @@ def calculate(expression: str) -> str:
 
 
 def compare_outputs(recorded: str, computed: str) -> Agreement:
-    """How a recorded output agrees with what `calculate` gave.
+    """How a recorded output agrees with the result of `calculate`.
 
     equal: the same text. format: the same number, written differently (`.50` and `0.5`, `1,000` and `1000`).
     rounding: the recorded number is the computed one rounded to as many decimals as were recorded, ties either way.
-    different: anything else; also where either is not a number of the calculator's form, or is too long for one.
+    different: anything else, also if one of them is not a number of the calculator's form or is too long.
     """
     if recorded == computed:
         return "equal"

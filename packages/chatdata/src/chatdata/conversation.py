@@ -151,12 +151,11 @@ def check_surrogates(text: str, where: str) -> str:
 
 
 def _check_order(messages: list[Message]) -> None:
-    expected = ("user", "assistant")
     first = 1 if messages[0]["role"] == "system" else 0
     if first == len(messages):
         raise ConversationError("message 0: a system message must be followed by a user message")
     for turn, message in enumerate(messages[first:], start=first):
-        want = expected[(turn - first) % 2]
+        want = ("user", "assistant")[(turn - first) % 2]
         if message["role"] != want:
             raise ConversationError(
                 f'message {turn}, key "role": {message["role"]} where {want} must come; after an optional system '

@@ -1,7 +1,7 @@
-"""How a generated answer is compared with a row's own: for the task files, each of which grades its own rows.
+"""Compare a generated answer with a row's own: used by the task files, each of which grades its rows.
 
-Two readings are always kept. Strict: what stands behind `####`, the form the training data teaches. Flexible: the last
-number of the text. An answer that is not there equals nothing, not even a missing gold answer.
+Two readings are always kept. Strict: the number after `####`, the form the training data teaches. Flexible: the last
+number of the text. A missing answer equals nothing, not even a missing gold answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ANY = re.compile(_NUMBER)
 
 @dataclass(frozen=True)
 class Grade:
-    """One answer, graded: strictly (the score) and flexibly (stored beside it)."""
+    """One graded answer: strict (the score) and flexible (stored with it)."""
 
     gold: str
     extracted: str | None
@@ -29,7 +29,7 @@ class Grade:
 
 
 def final_number(text: str) -> str | None:
-    """The number behind the first `####`, as written; None if there is none."""
+    """The number after the first `####`, as written; None if there is none."""
     found = _FINAL.search(text)
     return found.group(1) if found else None
 

@@ -103,10 +103,12 @@ def render_batch(
     mask[assistant_end] = 1
 
     has_span = body > 0
-    counts = (supervised * body + closes, (role == USER) | opens, role == PYTHON, has_span)
-    num_supervised, num_turns, num_tool_calls, num_spans = (
-        np.add.reduceat(count, first_piece, dtype=np.int64) for count in counts
-    )
+    of_pieces = {
+        "num_supervised": supervised * body + closes,
+        "num_turns": (role == USER) | opens,
+        "num_tool_calls": role == PYTHON,
+        "num_spans": has_span,
+    }
     spans = np.empty(int(has_span.sum()), dtype=SPAN_DTYPE)
     spans["role"] = role[has_span]
     spans["start"] = (body_begin - np.repeat(bos, pieces.counts))[has_span]
@@ -117,10 +119,7 @@ def render_batch(
         tokens=tokens,
         mask=mask,
         num_tokens=num_tokens,
-        num_supervised=num_supervised,
-        num_turns=num_turns,
-        num_tool_calls=num_tool_calls,
-        num_spans=num_spans,
+        **{name: np.add.reduceat(counts, first_piece, dtype=np.int64) for name, counts in of_pieces.items()},
         spans=spans,
         digests=digests_of(tokens, mask, num_tokens),
         num_mismatches=np.bincount(conversation, minlength=len(pieces)),

@@ -82,8 +82,8 @@ def check_documents(
         spans = slice(int(first_spans[first]), int(first_spans[last]))
         part = {key: values[spans if key.startswith("span_") else slice(first, last)] for key, values in index.items()}
         bounds = np.asarray(offsets[first : last + 1], dtype=np.int64) - begin
-        block = _check_block(np.asarray(tokens[begin:end]), np.asarray(mask[begin:end]), bounds, part, rules)
-        for file, kind, documents, positions in block:
+        block = _read_block(np.asarray(tokens[begin:end]), np.asarray(mask[begin:end]), bounds, part, rules)
+        for file, kind, documents, positions in _check_block(block, rules):
             if len(documents):
                 documents, positions = _first_of_each(documents + first, positions)
                 found.setdefault((file, kind), []).append((documents, positions))
@@ -104,32 +104,6 @@ def raise_defect(findings: list[Finding], numbers: np.ndarray, where: Callable[[
         place, position = where(int(numbers[finding.documents[0]])), int(finding.positions[0])
         at = "" if position == WHOLE_DOCUMENT else f", position {position}"
         raise BuildError(f"{place}: {finding.kind}{at}: a defect of chatdata, please report it")
-
-
-def _check_block(
-    tokens: np.ndarray, mask: np.ndarray, offsets: np.ndarray, index: Mapping[str, np.ndarray], rules: Rules
-) -> Iterator[Problem]:
-    truncated = index["truncated"].astype(bool)
-    for file, kind, wrong in (
-        ("tokens", f"id outside the vocabulary of {rules.vocab_size:,}", tokens >= rules.vocab_size),
-        ("mask", "mask is neither 0 nor 1", mask > 1),
-    ):
-        places = np.flatnonzero(wrong)
-        documents = np.searchsorted(offsets, places, side="right") - 1
-        yield file, kind, documents, places - offsets[documents]
-    walk, grammar = _walk(tokens, offsets, rules), _grammar(rules.stage)
-    broken = np.zeros(len(truncated), dtype=bool)
-    for problem in _check_delimiters(walk, grammar, truncated, rules):
-        broken[problem[2]] = True
-        yield problem
-    yield from _check_mask(walk, grammar, mask, offsets, broken)
-    if "num_tokens" in index:
-        yield from _check_counts(walk, mask, offsets, index, truncated, rules)
-    if "num_spans" in index:
-        yield _whole("index", "spans differ from the delimiters", _wrong_spans(walk, grammar, index, broken) & ~broken)
-    if "digest" in index:
-        digests = digests_of(tokens, np.ascontiguousarray(mask), np.diff(offsets)).view(np.uint8).reshape(-1, 16)
-        yield _whole("index", "digest differs from tokens and mask", (digests != index["digest"]).any(axis=1))
 
 
 @dataclass(frozen=True)
@@ -164,9 +138,15 @@ def _grammar(stage: str) -> _Grammar:
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """The delimiters of a block in order, an END after each document. All arrays int64 [delimiters + documents]."""
+class _Block:
+    """Whole documents, and their delimiters in order with an END after each document."""
 
+    tokens: np.ndarray
+    mask: np.ndarray
+    offsets: np.ndarray
+    index: Mapping[str, np.ndarray]
+    truncated: np.ndarray  # bool [documents]
+    # all int64 [delimiters + documents]
     event: np.ndarray
     previous: np.ndarray  # event before it in its document; START for the first
     at: np.ndarray  # position in its document; END: the document's length
@@ -174,7 +154,9 @@ class _Walk:
     document: np.ndarray
 
 
-def _walk(tokens: np.ndarray, offsets: np.ndarray, rules: Rules) -> _Walk:
+def _read_block(
+    tokens: np.ndarray, mask: np.ndarray, offsets: np.ndarray, index: Mapping[str, np.ndarray], rules: Rules
+) -> _Block:
     lowest, highest = min(rules.special_ids.values()), max(rules.special_ids.values())
     event_of_id = np.zeros(highest - lowest + 1, dtype=np.int64)
     for token, token_id in rules.special_ids.items():
@@ -190,27 +172,52 @@ def _walk(tokens: np.ndarray, offsets: np.ndarray, rules: Rules) -> _Walk:
     previous, previous_at = np.roll(event, 1), np.roll(at, 1)
     first = previous == END
     previous[first], previous_at[first] = START, -1
-    return _Walk(event, previous, at, at - previous_at - 1, document)
+    gap, truncated = at - previous_at - 1, index["truncated"].astype(bool)
+    return _Block(tokens, mask, offsets, index, truncated, event, previous, at, gap, document)
 
 
-def _check_delimiters(walk: _Walk, grammar: _Grammar, truncated: np.ndarray, rules: Rules) -> Iterator[Problem]:
-    cut = (walk.event == END) & truncated[walk.document] & (walk.previous != START)
-    wrong = np.flatnonzero(~(grammar.allowed[walk.previous, walk.event] | cut))
-    pairs = walk.previous[wrong] * (END + 1) + walk.event[wrong]
+def _check_block(block: _Block, rules: Rules) -> Iterator[Problem]:
+    for file, kind, wrong in (
+        ("tokens", f"id outside the vocabulary of {rules.vocab_size:,}", block.tokens >= rules.vocab_size),
+        ("mask", "mask is neither 0 nor 1", block.mask > 1),
+    ):
+        places = np.flatnonzero(wrong)
+        documents = np.searchsorted(block.offsets, places, side="right") - 1
+        yield file, kind, documents, places - block.offsets[documents]
+    grammar, index = _grammar(rules.stage), block.index
+    broken = np.zeros(len(block.truncated), dtype=bool)
+    for problem in _check_delimiters(block, grammar):
+        broken[problem[2]] = True
+        yield problem
+    yield from _check_mask(block, grammar, broken)
+    if "num_tokens" in index:
+        yield from _check_counts(block, rules)
+    if "num_spans" in index:
+        yield _whole("index", "spans differ from the delimiters", _wrong_spans(block, grammar, broken) & ~broken)
+    if "digest" in index:
+        digests = digests_of(block.tokens, np.ascontiguousarray(block.mask), np.diff(block.offsets))
+        differs = digests.view(np.uint8).reshape(-1, 16) != index["digest"]
+        yield _whole("index", "digest differs from tokens and mask", differs.any(axis=1))
+
+
+def _check_delimiters(block: _Block, grammar: _Grammar) -> Iterator[Problem]:
+    cut = (block.event == END) & block.truncated[block.document] & (block.previous != START)
+    wrong = np.flatnonzero(~(grammar.allowed[block.previous, block.event] | cut))
+    pairs = block.previous[wrong] * (END + 1) + block.event[wrong]
     for pair in np.unique(pairs).tolist():
         found = wrong[pairs == pair]
         previous, event = divmod(pair, END + 1)
         # END is no token: what is missing there is missing after the document's last one
-        yield "tokens", _fault(previous, event, rules.stage), walk.document[found], walk.at[found] - (event == END)
-    stray = (walk.gap > 0) & (grammar.role_after[walk.previous] < 0) & (walk.previous != OTHER)
+        yield "tokens", _fault(previous, event, grammar), block.document[found], block.at[found] - (event == END)
+    stray = (block.gap > 0) & (grammar.role_after[block.previous] < 0) & (block.previous != OTHER)
     for kind, chosen in (
-        ("does not begin with bos", stray & (walk.previous == START) & (walk.event != END)),
-        ("text outside a message", stray & (walk.previous != START)),
+        ("does not begin with bos", stray & (block.previous == START) & (block.event != END)),
+        ("text outside a message", stray & (block.previous != START)),
     ):
-        yield "tokens", kind, walk.document[chosen], (walk.at - walk.gap)[chosen]
+        yield "tokens", kind, block.document[chosen], (block.at - block.gap)[chosen]
 
 
-def _fault(previous: int, event: int, stage: str) -> str:
+def _fault(previous: int, event: int, grammar: _Grammar) -> str:
     """What is wrong when `event` comes after `previous`, in words."""
     chat, name, before = NANOCHAT, _NAMES[event], _NAMES[previous]
     if previous == START:
@@ -219,13 +226,13 @@ def _fault(previous: int, event: int, stage: str) -> str:
         return "bos inside a document"
     if OTHER in (previous, event):
         return "a special token that no document holds"
-    if stage == "base":
+    if grammar.stage == "base":
         return f"{name} in plain text"
-    if _grammar(stage).opens[previous]:
+    if grammar.opens[previous]:
         return f"{before} without its end"
     parts = (chat.python, chat.output)
     ends_part = event in [_EVENTS[part.closing] for part in parts]
-    if _grammar(stage).role_after[previous] == TEXT and not ends_part:  # in an assistant message
+    if grammar.role_after[previous] == TEXT and not ends_part:  # in an assistant message
         return "assistant_start without its end"
     if ends_part or event in (_EVENTS[chat.user.closing], _EVENTS[chat.assistant_end]):
         return f"{name} without its start"
@@ -236,13 +243,12 @@ def _fault(previous: int, event: int, stage: str) -> str:
     return f"{name} after {before}: roles alternate, starting with user"
 
 
-def _check_mask(
-    walk: _Walk, grammar: _Grammar, mask: np.ndarray, offsets: np.ndarray, broken: np.ndarray
-) -> Iterator[Problem]:
+def _check_mask(block: _Block, grammar: _Grammar, broken: np.ndarray) -> Iterator[Problem]:
     """Mask against the one that the delimiters require; documents with broken delimiters have no right one."""
+    mask, offsets = block.mask, block.offsets
     # two runs per event: the text before it, then itself (END is no token)
-    lengths = np.stack([walk.gap, walk.event != END], axis=1).ravel()
-    values = np.stack([grammar.text_mask[walk.previous], grammar.delimiter_mask[walk.event]], axis=1).ravel()
+    lengths = np.stack([block.gap, block.event != END], axis=1).ravel()
+    values = np.stack([grammar.text_mask[block.previous], grammar.delimiter_mask[block.event]], axis=1).ravel()
     expected = np.repeat(values, lengths)
     if np.array_equal(mask, expected):
         return
@@ -251,7 +257,7 @@ def _check_mask(
     wrong, documents = wrong[~broken[documents]], documents[~broken[documents]]
     runs = np.searchsorted(np.cumsum(lengths), wrong, side="right")
     is_text = runs % 2 == 0
-    keys = np.where(is_text, walk.previous[runs // 2], walk.event[runs // 2]) * 2 + is_text
+    keys = np.where(is_text, block.previous[runs // 2], block.event[runs // 2]) * 2 + is_text
     for key in np.unique(keys).tolist():
         found = keys == key
         event, in_text = divmod(key, 2)
@@ -264,24 +270,18 @@ def _check_mask(
         yield "mask", kind, documents[found], (wrong - offsets[documents])[found]
 
 
-def _check_counts(
-    walk: _Walk,
-    mask: np.ndarray,
-    offsets: np.ndarray,
-    index: Mapping[str, np.ndarray],
-    truncated: np.ndarray,
-    rules: Rules,
-) -> Iterator[Problem]:
-    chat, num_documents, lengths = NANOCHAT, len(truncated), np.diff(offsets)
-    supervised = np.add.reduceat(mask != 0, offsets[:-1], dtype=np.int64)
+def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
+    index, truncated = block.index, block.truncated
+    num_documents, lengths = len(truncated), np.diff(block.offsets)
+    supervised = np.add.reduceat(block.mask != 0, block.offsets[:-1], dtype=np.int64)
     yield _whole("index", "num_tokens differs from the offsets", index["num_tokens"] != lengths)
     yield _whole("index", "num_supervised differs from the mask", index["num_supervised"] != supervised)
     for column, openings in (
-        ("num_turns", (chat.user.opening, chat.assistant_start)),
-        ("num_tool_calls", (chat.python.opening,)),
+        ("num_turns", (NANOCHAT.user.opening, NANOCHAT.assistant_start)),
+        ("num_tool_calls", (NANOCHAT.python.opening,)),
     ):
-        is_opening = np.isin(walk.event, [_EVENTS[token] for token in openings])
-        counted = np.bincount(walk.document[is_opening], minlength=num_documents)
+        is_opening = np.isin(block.event, [_EVENTS[token] for token in openings])
+        counted = np.bincount(block.document[is_opening], minlength=num_documents)
         # both are counted before any cut: a truncated document may show fewer
         wrong = (index[column] != counted) & ~(truncated & (index[column] > counted))
         yield _whole("index", f"{column} differs from the delimiters", wrong)
@@ -300,27 +300,27 @@ def _check_counts(
         yield _whole("mask", kind, supervised == 0)
 
 
-def _wrong_spans(walk: _Walk, grammar: _Grammar, index: Mapping[str, np.ndarray], broken: np.ndarray) -> np.ndarray:
+def _wrong_spans(block: _Block, grammar: _Grammar, broken: np.ndarray) -> np.ndarray:
     """bool [documents]: the spans of the index differ from those between the delimiters.
 
     Spans are compared as columns (document, role, start, length) of an int64 array [4, spans].
     """
-    role, opened = grammar.role_after[walk.previous], grammar.opens[walk.previous]
-    length = walk.gap + opened * (1 + (walk.event != END))
-    expected = np.stack([walk.document, role, walk.at - walk.gap - opened, length])[:, (role >= 0) & (length > 0)]
+    # as the delimiters tell them
+    role, opened = grammar.role_after[block.previous], grammar.opens[block.previous]
+    length = block.gap + opened * (1 + (block.event != END))
+    expected = np.stack([block.document, role, block.at - block.gap - opened, length])[:, (role >= 0) & (length > 0)]
 
-    num_documents = len(index["num_spans"])
+    # as the index has them; neighbouring text parts cannot be told apart in the tokens, so their spans count as one
+    index, num_documents = block.index, len(block.truncated)
     document = np.repeat(np.arange(num_documents), index["num_spans"])
     found = np.stack([document, *(index[f"span_{key}"].astype(np.int64) for key in ("role", "start", "length"))])
     wrong = np.bincount(document[found[3] == 0], minlength=num_documents) > 0
-    # neighbouring text parts cannot be told apart in the tokens: their spans count as one
     before, after = found[:, :-1], found[:, 1:]
     continues = (after[0] == before[0]) & (after[1] == TEXT) & (before[1] == TEXT) & (after[2] == before[2] + before[3])
     firsts = np.flatnonzero(np.concatenate([[True], ~continues])[: len(document)])
-    lengths = np.add.reduceat(found[3], firsts)
-    found = found[:, firsts]
-    found[3] = lengths
+    found = np.stack([*found[:3, firsts], np.add.reduceat(found[3], firsts)])
 
+    # documents with another number of spans are wrong; the others are compared span by span
     same_number = np.bincount(found[0], minlength=num_documents) == np.bincount(expected[0], minlength=num_documents)
     wrong |= ~same_number
     found, expected = (spans[:, (same_number & ~broken)[spans[0]]] for spans in (found, expected))

@@ -1,4 +1,4 @@
-"""Mask policies: which stored tokens count as supervised, chosen when reading. Nothing is rendered again.
+"""Mask policies: which stored tokens count as supervised, chosen when reading; nothing is rendered again.
 
     bos US u UE AS t PS p PE OS o OE t AE US u UE AS t AE     user, assistant, python, output: Start, End
     1   1  1 1  1  1 1  1 1  1  1 1  1 1  1  1 1  1  1 1      ignore      every token
@@ -7,14 +7,14 @@
     0   0  0 0  0  0 1  1 1  0  0 0  0 0  0  0 0  0  0 0      tools-only  python parts with their delimiters
     0   0  0 0  0  1 0  0 0  0  0 0  1 1  0  0 0  0  1 1      no-tools    as stored, without them
 
-assistant_end belongs to its message and to no part: last-turn keeps the last message's, no-tools keeps all, tools-only
-none. So tools-only and no-tools share no token and make up apply. A policy speaks of the document as it is stored:
-of one cut in the build, the last assistant message that is left, be it without its end; a cut of the trainer comes
-after. Plain text (stage base) has no message and no part: last-turn and tools-only leave nothing of it.
+assistant_end belongs to its message and to no part: last-turn keeps that of the last message, no-tools keeps all,
+tools-only none. So tools-only and no-tools share no token and add up to apply. Policies apply to documents as stored:
+in a document cut by the build, the last assistant message is the last one left, even if its end was cut off; cuts by
+the trainer come later. Plain text (stage base) has no messages or parts: last-turn and tools-only leave nothing of it.
 
-The last three come from the index's spans: 16 bytes of memory per document (last-turn) or python part, read a piece of
-the index at a time with pyarrow. The delimiters' ids would do as well, but every batch would have to scan its documents
-for them, and a sequence that begins inside one also what lies before and behind it.
+The last three are computed from the index's spans: 16 bytes of memory per document (last-turn) or python part, read
+with pyarrow a piece of the index at a time. The delimiters' ids would do, too, but every batch would have to scan its
+documents for them, and a sequence that starts inside a document would also have to scan the rest of it.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class Ranges:
 
 
 def check_policy(name: str) -> MaskPolicy:
-    """`name`, if it is a policy. Raises PlanError naming the nearest one."""
+    """`name`, if it is a policy; else raises PlanError, which suggests the nearest one."""
     if name not in get_args(MaskPolicy):
         raise PlanError(f"unknown mask policy {name!r}{nearest(name, get_args(MaskPolicy))}")
     return cast(MaskPolicy, name)
 
 
 def ranges_of(policy: MaskPolicy, spans: Iterable[DocumentSpans]) -> Ranges:
-    """What a policy needs to know of a split. last-turn: the last assistant messages · tools-only, no-tools: the python
-    parts. spans: those of all documents, some documents at a time."""
+    """The ranges of a split that a policy selects by: for last-turn the last assistant messages, for tools-only and
+    no-tools the python parts. spans: those of all documents, some documents at a time."""
     find = last_messages if policy == "last-turn" else python_parts
     parts = [find(*piece) for piece in spans]
     starts, stops = (np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*parts, strict=True))
@@ -67,8 +67,9 @@ def select(policy: MaskPolicy, stored: np.ndarray, inside: np.ndarray) -> np.nda
 def last_messages(bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Starts and stops of the last assistant messages: from the end of the last user message that anything follows.
 
-    bounds: int64 [documents + 1], where the documents lie in the split. document: int64 [n], of each span, from 0.
-    spans: int64 [3, n], role, start in the document, length. An empty message has no span, so its own do not tell.
+    bounds: int64 [documents + 1], where the documents are in the split. document: int64 [n], of each span, from 0.
+    spans: int64 [3, n], role, start in the document, length. An empty message has no span, so assistant spans do not
+    tell where the last message is.
     """
     role, start, length = spans
     ends = bounds[document] + start + length
@@ -88,14 +89,14 @@ def python_parts(bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) ->
 
 
 def covered(ranges: Ranges, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Whether tokens starts[i] … starts[i] + counts[i] of the split lie in a range, for each i: bool [counts.sum()]."""
+    """Whether tokens starts[i] … starts[i] + counts[i] of the split are in a range, for each i: bool [counts.sum()]."""
     first = np.searchsorted(ranges.stops, starts, side="right")
     last = np.searchsorted(ranges.starts, starts + counts)
     overlaps = np.where(counts > 0, np.maximum(last - first, 0), 0)
     of = np.repeat(np.arange(len(starts)), overlaps)
     which = first[of] + np.arange(len(of)) - (np.cumsum(overlaps) - overlaps)[of]
     ends = np.cumsum(counts, dtype=np.int64)
-    begin = (ends - counts)[of]  # in the result, of the run each overlap lies in
+    begin = (ends - counts)[of]  # in the result, of the run that each overlap is in
     edges = np.zeros((ends[-1] if len(ends) else 0) + 1, np.int8)
     # ranges do not overlap, so no place is raised or lowered twice
     edges[begin + np.maximum(ranges.starts[which] - starts[of], 0)] += 1

@@ -41,13 +41,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise TokenizerError(f"{path}: no such tokenizer file or folder")
-    if path.suffix == ".pkl":
-        return read_pickle(path)
-    if path.suffix == ".tiktoken":
-        return read_tiktoken(path)
-    if path.suffix == ".json":
-        return read_json(path)
-    raise TokenizerError(f"{path}: not a tokenizer; expected tokenizer.json, tokenizer.pkl or a .tiktoken file")
+    readers = {".json": read_json, ".pkl": read_pickle, ".tiktoken": read_tiktoken}
+    if path.suffix not in readers:
+        raise TokenizerError(f"{path}: not a tokenizer; expected tokenizer.json, tokenizer.pkl or a .tiktoken file")
+    return readers[path.suffix](path)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -190,9 +187,6 @@ class _EncodingUnpickler(pickle.Unpickler):
         if (module, name) == ("tiktoken.core", "Encoding"):
             return _EncodingData
         raise TokenizerError(f"names the class {module}.{name}; only tiktoken.core.Encoding is admitted")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise TokenizerError("refers to data outside the file; only tiktoken.core.Encoding is admitted")
 
 
 def read_pickle(path: Path) -> Tokenizer:
