@@ -247,9 +247,9 @@ def test_questions_are_those_of_the_task(shared, tokenizer, words) -> None:
     arc, bee = load_questions(["arc_challenge", "spelling_bee"], load_tasks(), tokenizer, data_dir, str(words), 30)
     assert len(arc.questions) == len(bee.questions) == 30
     assert (arc.kind, arc.chance, bee.kind) == ("categorical", 0.25, "generative")
-    labels = {tuple(arc.scoring.letters(question.row)) for question in arc.questions}
+    labels = {tuple(arc.task.scoring.letters(question.row)) for question in arc.questions}
     assert ("A", "B", "C", "D") in labels
-    assert all(question.gold in arc.scoring.letters(question.row) for question in arc.questions)
+    assert all(question.gold in arc.task.scoring.letters(question.row) for question in arc.questions)
     assert arc.questions[0].item == "arc ARC-Challenge test row " + arc.questions[0].item.split()[-1]
     assert [question.item for question in arc.questions] != sorted(question.item for question in arc.questions)
     from chatdata.tasks.words import is_test_word

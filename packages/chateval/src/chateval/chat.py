@@ -11,7 +11,7 @@ import click
 
 from chatdata.errors import printable
 from chatdata.render.format import NANOCHAT
-from chateval.ask.generate import Completion, Prompt, Sampling, generate
+from chateval.ask.generate import Prompt, Sampling, generate
 from chateval.ask.subject import Subject
 
 if TYPE_CHECKING:
@@ -39,14 +39,15 @@ def converse(subject: Subject, sampling: Sampling, says: Sequence[str]) -> None:
             click.echo("– a new conversation –")
             continue
         user = NANOCHAT.user
-        asked = [special[user.opening], *subject.tokenizer.encode_ordinary(text), special[user.closing]]
-        prompt = [*history, *asked, special[NANOCHAT.assistant_start]]
-        completion = _answer(subject, Prompt(prompt, str(number)), sampling)
+        message = [special[user.opening], *subject.tokenizer.encode_ordinary(text), special[user.closing]]
+        prompt = Prompt([*history, *message, special[NANOCHAT.assistant_start]], str(number))
+        ((_, completion),) = generate(subject, [prompt], sampling, _shower(subject.tokenizer))
+        click.echo()  # the bytes of an incomplete character are not shown
         if completion.ending == "context":
             click.echo(f"[the conversation fills the model's {subject.num_positions:,} positions: /clear starts over]")
         elif completion.ending == "max_tokens":
             click.echo(f"[cut at {sampling.max_new_tokens} tokens: --max-new-tokens]")
-        history = [*prompt, *completion.tokens, special[NANOCHAT.assistant_end]]
+        history = [*prompt.tokens, *completion.tokens, special[NANOCHAT.assistant_end]]
 
 
 def _typed() -> Iterator[str]:
@@ -66,20 +67,13 @@ def _typed() -> Iterator[str]:
             yield text
 
 
-def _answer(subject: Subject, prompt: Prompt, sampling: Sampling) -> Completion:
-    show = _shower(subject.tokenizer)
-    ((_, completion),) = generate(subject, [prompt], sampling, lambda number, token, forced: show(token))
-    click.echo()  # the bytes of an incomplete character are not shown
-    return completion
-
-
-def _shower(tokenizer: Tokenizer) -> Callable[[int], None]:
-    """A function that prints each token as soon as its bytes form characters."""
+def _shower(tokenizer: Tokenizer) -> Callable[[int, int, bool], None]:
+    """The on_token of `generate` that prints each token as soon as its bytes form characters."""
     names = {token: name for name, token in tokenizer.special_ids.items()}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     colour: str | None = None
 
-    def show(token: int) -> None:
+    def show(number: int, token: int, forced: bool) -> None:
         nonlocal colour
         name = names.get(token)
         if name is None:

@@ -62,12 +62,10 @@ def answer_letters(subject: Subject, draws: Sequence[Draw]) -> Iterator[dict[str
 def answer_texts(subject: Subject, task: Task, draws: Sequence[Draw], sampling: Sampling) -> Iterator[dict[str, Any]]:
     """Generated answers, graded by the task's own file, each as it ends."""
     assert task.scoring is not None and task.scoring.grade is not None
-    gold = gold_losses(subject, [draw.question.document for draw in draws])
-    for number, completion in generate(subject, _prompts(draws), sampling):
-        draw = draws[number]
+    for draw, completion, line in _generated(subject, draws, sampling):
         grade = call_task(task, task.scoring.grade, draw.question.row, answer_text(subject, completion))
         yield {
-            **_generated(subject, draw, completion, gold[number]),
+            **line,
             "extracted": grade.extracted,
             "gold": grade.gold,
             "correct": grade.correct,
@@ -87,25 +85,22 @@ def answer_programs(
 
     assert task.scoring is not None and task.scoring.program is not None
     write_program = task.scoring.program
-    gold = gold_losses(subject, [draw.question.document for draw in draws])
 
-    def run(number: int, completion: Completion) -> dict[str, Any]:
-        draw = draws[number]
+    def run(draw: Draw, completion: Completion, line: dict[str, Any]) -> dict[str, Any]:
         text = answer_text(subject, completion)
         outcome = run_code(isolation, call_task(task, write_program, draw.question.row, text))
+        cut = "" if completion.ending in WHOLE_ENDINGS else f"{completion.ending}, "
         return {
-            **_generated(subject, draw, completion, gold[number]),
+            **line,
             "extracted": text,
             "gold": "its tests pass",
             "correct": outcome.passed,
-            "ending": outcome.ending
-            if completion.ending in WHOLE_ENDINGS
-            else f"{completion.ending}, {outcome.ending}",
+            "ending": cut + outcome.ending,
             "detail": outcome.detail,
         }
 
     with ThreadPoolExecutor(CODE_THREADS) as threads:
-        running = [threads.submit(run, *answer) for answer in generate(subject, _prompts(draws), sampling)]
+        running = [threads.submit(run, *answer) for answer in _generated(subject, draws, sampling)]
         try:
             for future in running:
                 yield future.result()
@@ -129,10 +124,6 @@ def answer_text(subject: Subject, completion: Completion) -> str:
     return subject.tokenizer.decode(kept)
 
 
-def _prompts(draws: Sequence[Draw]) -> list[Prompt]:
-    return [Prompt(draw.question.prompt, "/".join(map(str, draw.key))) for draw in draws]
-
-
 def _head(draw: Draw) -> dict[str, Any]:
     question = draw.question
     return {
@@ -144,13 +135,20 @@ def _head(draw: Draw) -> dict[str, Any]:
     }
 
 
-def _generated(subject: Subject, draw: Draw, completion: Completion, gold: tuple[float, int]) -> dict[str, Any]:
-    nats, num_bytes = gold
-    return {
-        **_head(draw),
-        "output": subject.tokenizer.decode(completion.tokens),
-        "num_prompt_tokens": len(draw.question.prompt),
-        "num_tokens": len(completion.tokens),
-        "gold_nats": nats,
-        "gold_bytes": num_bytes,
-    }
+def _generated(
+    subject: Subject, draws: Sequence[Draw], sampling: Sampling
+) -> Iterator[tuple[Draw, Completion, dict[str, Any]]]:
+    """Each generated answer as it ends, and its line as far as it needs no grading."""
+    gold = gold_losses(subject, [draw.question.document for draw in draws])
+    prompts = [Prompt(draw.question.prompt, "/".join(map(str, draw.key))) for draw in draws]
+    for number, completion in generate(subject, prompts, sampling):
+        nats, num_bytes = gold[number]
+        line = {
+            **_head(draws[number]),
+            "output": subject.tokenizer.decode(completion.tokens),
+            "num_prompt_tokens": len(prompts[number].tokens),
+            "num_tokens": len(completion.tokens),
+            "gold_nats": nats,
+            "gold_bytes": num_bytes,
+        }
+        yield draws[number], completion, line

@@ -109,7 +109,10 @@ def generate(
             rows.append(_Row(prompt, number, len(rows), random.Random(_seed(sampling.seed, prompt.key))))
     if not rows:
         return
-    cache, logits = _read_prompts(subject, [row.prompt.tokens for row in rows], sampling)
+    texts = [row.prompt.tokens for row in rows]
+    num_slots = min(max(map(len, texts)) + sampling.max_new_tokens, subject.num_positions)
+    cache = KeyValueCache(subject.model.config, len(rows), num_slots, subject.device, subject.dtype)
+    logits = prompt_logits(subject, texts, cache)
     while True:
         unfinished = []
         for row, choice in zip(rows, _choose(logits, rows, sampling), strict=True):
@@ -130,14 +133,6 @@ def generate(
         if not rows:
             return
         logits = _read_tokens(subject, rows, cache)
-
-
-def _read_prompts(subject: Subject, prompts: list[Sequence[int]], sampling: Sampling) -> tuple[KeyValueCache, Tensor]:
-    """A cache that holds B prompts, and the logits [B, V] after each."""
-    num_positions = min(max(map(len, prompts)) + sampling.max_new_tokens, subject.num_positions)
-    cache = KeyValueCache(subject.model.config, len(prompts), num_positions, subject.device, subject.dtype)
-    cache.start()
-    return cache, prompt_logits(subject, prompts, cache)
 
 
 def _read_tokens(subject: Subject, rows: list[_Row], cache: KeyValueCache) -> Tensor:

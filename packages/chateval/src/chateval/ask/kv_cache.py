@@ -23,17 +23,13 @@ class KeyValueCache:
         # zeros, because an unseen slot has weight 0, but 0 times NaN is NaN
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self._positions: Tensor | None = None
+        self._positions: Tensor | None = None  # None: the first tokens are prompts [B, T], padded on the right
         self._mask: Tensor | None = None
         self._longest = 0
 
     @property
     def num_rows(self) -> int:
         return self.keys.size(1)
-
-    def start(self) -> None:
-        """The next tokens are prompts [B, T] from position 0 on, padded on the right."""
-        self._positions = self._mask = None
 
     def advance(self, positions: Tensor, longest: int) -> None:
         """The next tokens are one per row [B, 1], at `positions` [B]; `longest` is the largest of them."""

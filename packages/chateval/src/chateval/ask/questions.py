@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -19,7 +19,7 @@ from chatdata.recipe import Entry, scored_entry
 from chatdata.render.specification import render_conversation, render_for_completion
 from chatdata.sources.find import Locations, resolve
 from chatdata.sources.source import Source
-from chatdata.tasks.task import Scoring, Task, call_task
+from chatdata.tasks.task import Task, call_task
 from chateval.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ class ScoredTask:
     kind: Kind
     chance: float
     task: Task
-    scoring: Scoring
     source: dict[str, Any]  # name, revision and files, as in a manifest
     num_rows: int  # in the source; more than the questions if there is a limit
     questions: list[Question]
@@ -126,7 +125,7 @@ def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokeni
     kind: Kind = "categorical" if scoring.letters else "code" if scoring.program else "generative"
     chance = scoring.sets[name].chance
     in_order = [questions[number] for number in chosen.tolist()]
-    return ScoredTask(name, kind, chance, task, scoring, source.describe(), num_rows, in_order)
+    return ScoredTask(name, kind, chance, task, source.describe(), num_rows, in_order)
 
 
 def _question(name: str, item: str, task: Task, row: Any, tokenizer: Tokenizer) -> Question:
@@ -135,10 +134,10 @@ def _question(name: str, item: str, task: Task, row: Any, tokenizer: Tokenizer) 
     conversation = parse_conversation(call_task(task, task.to_conversation, row))
     prompt = render_for_completion(tokenizer, conversation)
     subject = call_task(task, itemgetter(scoring.subject_key), row) if scoring.subject_key else None
-    question = Question(name, item, subject, row, conversation, prompt, tokenizer)
-    if scoring.letters is None:
-        return question
-    letters, gold = tuple(call_task(task, scoring.letters, row)), conversation["messages"][-1]["content"]
-    if len(letters) < 2 or gold not in letters:
-        raise TaskError(f"the answer {gold!r} must be one of at least two letters, not of {', '.join(letters)}")
-    return replace(question, letters=letters, gold=gold)
+    letters: tuple[str, ...] = ()
+    gold = ""
+    if scoring.letters is not None:
+        letters, gold = tuple(call_task(task, scoring.letters, row)), conversation["messages"][-1]["content"]
+        if len(letters) < 2 or gold not in letters:
+            raise TaskError(f"the answer {gold!r} must be one of at least two letters, not of {', '.join(letters)}")
+    return Question(name, item, subject, row, conversation, prompt, tokenizer, letters, gold)

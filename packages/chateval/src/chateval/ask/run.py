@@ -61,14 +61,18 @@ def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: P
     run = describe_run(subject, settings, scored)
     if settings.firewall is not None:
         run.firewall = read_firewall(settings.firewall, run.tasks)
-    _begin(settings, run, ranks)
+    require_same_run(settings.out, run)  # on every rank: if only one refused, the others would wait for it
+    ranks.wait()
+    if ranks.is_first:
+        _write_new_run(settings.out, run)
+    ranks.wait()
     done = {item.key for item in read_items(settings.out)}
     ranks.wait()  # every rank reads before any rank writes
-    asked = [(task, list(batches_of(task, settings, ranks))) for task in scored]
-    if any(draw.key not in done for _, batches in asked for batch in batches for draw in batch):
+    work = [(task, list(batches_of(task, settings, ranks))) for task in scored]
+    if any(draw.key not in done for _, batches in work for batch in batches for draw in batch):
         path = settings.out / (ITEMS_NAME if ranks.is_first else f"items-{ranks.rank:05}.jsonl")
         with naming(path), open_items(path) as file:
-            for task, batches in asked:
+            for task, batches in work:
                 num_done, num_draws = 0, sum(map(len, batches))
                 progress(task.name, num_done, num_draws, "answers")
                 for batch in batches:
@@ -118,26 +122,20 @@ def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[S
 
 def _isolation(settings: ScoringSettings, code_tasks: Sequence[str]) -> Isolation | None:
     """What the model's programs will run in; None if no task needs it."""
-    asked = [name for name in settings.tasks if name in code_tasks]
-    if not asked:
+    name = next((name for name in settings.tasks if name in code_tasks), None)
+    if name is None:
         return None
     if not settings.allow_code:
-        raise UsageError(f"{asked[0]} runs code that the model wrote: pass --allow-code, or leave {asked[0]} out")
+        raise UsageError(f"{name} runs code that the model wrote: pass --allow-code, or leave {name} out")
     from chateval.sandbox.run_code import find_isolation
 
     return find_isolation()
 
 
-def _begin(settings: ScoringSettings, run: Run, ranks: Ranks) -> None:
-    require_same_run(settings.out, run)  # on every rank: if only one refused, the others would wait for it
-    ranks.wait()
-    # a firewall file changes no answer, so it can be added to an existing folder, even a finished one
-    if ranks.is_first and (
-        not (settings.out / RUN_NAME).is_file()
-        or (run.firewall is not None and run.firewall != read_run(settings.out).firewall)
-    ):
-        write_run(settings.out, run)
-    ranks.wait()
+def _write_new_run(out: Path, run: Run) -> None:
+    """Write run.json, unless it exists. A firewall file changes no answer, so it can be added to any folder."""
+    if not (out / RUN_NAME).is_file() or (run.firewall is not None and run.firewall != read_run(out).firewall):
+        write_run(out, run)
 
 
 def _answer_missing(

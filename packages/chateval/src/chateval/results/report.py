@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from chatdata.disk import naming
 from chatdata.errors import printable
-from chateval.results.compare import Comparison, Side, TaskComparison
+from chateval.results.compare import Comparison, Side
 from chateval.results.figures import RESULTS_NAME, Results, Score, TaskResult, compute_results
 from chateval.results.items import read_items
 from chateval.results.run_file import Run, json_bytes, read_run, write_json
@@ -247,15 +247,14 @@ def markdown_comparison(comparison: Comparison) -> str:
 
 def _comparison_table(comparison: Comparison) -> Table:
     columns = ("task", "n", "A %", "B %", "B-A", "95 % of B-A", "p", "gained", "lost")
-    return columns, [_comparison_row(name, task) for name, task in comparison.tasks.items()]
-
-
-def _comparison_row(name: str, task: TaskComparison) -> tuple[str, ...]:
-    interval = "–" if task.interval is None else " to ".join(f"{100 * end:+.1f}" for end in task.interval)
-    difference = "–" if task.difference is None else f"{100 * task.difference:+.1f}"
-    p = "–" if task.p is None else "<0.001" if task.p < 0.001 else f"{task.p:.3f}"
-    scores = (percent(task.accuracy_a), percent(task.accuracy_b), difference, interval, p)
-    return name, str(task.items), *scores, str(task.turned_right), str(task.turned_wrong)
+    rows = []
+    for name, task in comparison.tasks.items():
+        interval = "–" if task.interval is None else " to ".join(f"{100 * end:+.1f}" for end in task.interval)
+        difference = "–" if task.difference is None else f"{100 * task.difference:+.1f}"
+        p = "–" if task.p is None else "<0.001" if task.p < 0.001 else f"{task.p:.3f}"
+        scores = (percent(task.accuracy_a), percent(task.accuracy_b), difference, interval, p)
+        rows.append((name, str(task.items), *scores, str(task.turned_right), str(task.turned_wrong)))
+    return columns, rows
 
 
 def _labels(comparison: Comparison) -> Iterator[str]:

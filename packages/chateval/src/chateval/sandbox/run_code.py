@@ -269,12 +269,10 @@ def _last_line(text: bytes) -> str:
 
 def _settings(isolation: Isolation, limits: Limits, channel: int) -> dict[str, object]:
     return {
+        **{name: getattr(isolation, name) for name in ("binds", "links", "covered")},
         "channel": channel,
         "uid": secrets.choice(UNUSED_UIDS) if isolation.as_root else UNPRIVILEGED,
         "filter": build_filter(os.uname().machine).hex(),
-        "binds": isolation.binds,
-        "links": isolation.links,
-        "covered": isolation.covered,
         "folder_bytes": limits.folder_bytes,
         "rlimits": _rlimits(limits, isolation.as_root),
     }
