@@ -31,16 +31,18 @@ if TYPE_CHECKING:
     from chatdata.sources.find import Locations, PlannedEntry
     from chatdata.sources.source import Source
 
+RECORDED = ("original_tokens", "num_turns", "num_tool_calls", "spans")  # of the index, compared with a rendering
 LEAST_DOCUMENTS = 100  # rendered again per split, however small the share
 
 
 class _Chosen(NamedTuple):
-    """A document to render again. doc: its number in the split, None if a policy dropped it."""
+    """A document to render again: its number in the split (None if a policy dropped it) and its row of the index."""
 
     split: Split
     planned: PlannedEntry
     row: int
     doc: int | None
+    recorded: Mapping[str, Any]
 
 
 def verify_semantic(
@@ -184,9 +186,11 @@ def _check_order(
                 f"{folder}: entry {number} ({ledger[number]['task']}) lacks {count:,} documents of the mixture, but "
                 f"the manifest says {recorded:,} were dropped"
             )
-    chosen = [(doc, places[doc]) for doc in choose(index["entry"], share).tolist()]
-    chosen += [(None, place) for place in dropped[choose(entry[dropped], share)].tolist()]
-    return [_Chosen(split, entries[entry[place]], int(rows[place]), doc) for doc, place in chosen], problems
+    docs = choose(index["entry"], share)
+    recorded = split.index[docs].select(RECORDED).rows(named=True)
+    chosen = list(zip(docs.tolist(), places[docs].tolist(), recorded, strict=True))
+    chosen += [(None, place, {}) for place in dropped[choose(entry[dropped], share)].tolist()]
+    return [_Chosen(split, entries[entry[p]], int(rows[p]), doc, record) for doc, p, record in chosen], problems
 
 
 def _rows_of(planned: PlannedEntry) -> np.ndarray:
@@ -275,10 +279,8 @@ def _compare(chosen: _Chosen, original: Document, recipe: Recipe, where: str) ->
         "original_tokens": len(original),
         "num_turns": int(np.isin(original.tokens, starts).sum()),
         "num_tool_calls": sum(SPAN_ROLES[span.role] == "python" for span in original.spans),
-        "spans": [tuple(span) for span in expected.spans],
+        "spans": [span._asdict() for span in expected.spans],
     }
-    recorded = chosen.split.index.row(chosen.doc, named=True)
-    recorded["spans"] = [tuple(span.values()) for span in recorded["spans"]]
-    for name, value in facts.items():
-        if recorded[name] != value:
-            yield f"{here}: {name} is {recorded[name]} in the index, but rendered again {value}"
+    for name in RECORDED:
+        if chosen.recorded[name] != facts[name]:
+            yield f"{here}: {name} is {chosen.recorded[name]} in the index, but rendered again {facts[name]}"
