@@ -57,7 +57,7 @@ def make_split() -> Callable[..., Split]:
             "splits": {"train": {"shards": records}},
             "tokenizer": {"special_ids": {"<|assistant_end|>": PADDING}},
         }
-        return MemorySplit(Build(Path("memory"), manifest), "train", tuple(arrays))
+        return MemorySplit(Build(Path("memory"), manifest), "train", records, tuple(arrays))
 
     return make
 

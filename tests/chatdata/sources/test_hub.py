@@ -24,8 +24,7 @@ import pytest
 from chatdata import open_build
 from chatdata.errors import MissingSource, SourceError
 from chatdata.recipe import Entry
-from chatdata.sources.find import Locations, resolve
-from chatdata.sources.hub import check_complete
+from chatdata.sources.find import Locations, check_complete, resolve
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import train_tokenizer
 from chatdata.tokenizer.files import save_tokenizer
@@ -518,7 +517,7 @@ def test_resharded_clones_are_refused() -> None:
             ["train-00000-of-00001.parquet", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
             "mixes files",
         ),
-        (["train-00000-of-00001.parquet", "train-backup.parquet"], "has train-backup.parquet beside numbered files"),
+        (["train-00000-of-00001.parquet", "train-backup.parquet"], "has train-backup.parquet next to numbered files"),
         (["train-00001-of-00002.parquet"], "is incomplete: 1 of 2 files missing"),
     ]:
         with pytest.raises(SourceError, match=message):

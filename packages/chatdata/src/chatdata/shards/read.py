@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
@@ -62,7 +62,7 @@ class Build:
 
     @cached_property
     def splits(self) -> dict[str, Split]:
-        return {name: Split(self, name) for name in self.manifest["splits"]}
+        return {name: Split(self, name, split["shards"]) for name, split in self.manifest["splits"].items()}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -80,23 +80,18 @@ class Build:
         return f"Build({str(self.path)!r}, stage {self.manifest['stage']}, {sizes})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """The documents of one split, memory-mapped. `split[i]` is a Document, `split.index` a polars frame."""
 
     build: Build
     name: str
-
-    @property
-    def shards(self) -> list[dict[str, Any]]:
-        return self.build.manifest["splits"][self.name]["shards"]
+    shards: list[dict[str, Any]]  # of the manifest
+    _maps: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    _ranges: dict[str, Ranges] = field(default_factory=dict, init=False, repr=False)
 
     def path(self, kind: str, number: int) -> Path:
         return self.build.path / self.name / self.shards[number]["files"][kind]["file"]
-
-    @cached_property
-    def _maps(self) -> dict[tuple[str, int], np.ndarray]:
-        return {}
 
     def map(self, kind: str, number: int) -> np.ndarray:
         """The memory-mapped array of a shard: kind "tokens", "mask" or "offsets"."""
@@ -179,10 +174,6 @@ class Split:
         if kind not in self._ranges:
             self._ranges[kind] = ranges_of(policy, self._spans())
         return select(policy, stored, covered(self._ranges[kind], starts, counts))
-
-    @cached_property
-    def _ranges(self) -> dict[str, Ranges]:
-        return {}
 
     def _spans(self) -> Iterator[DocumentSpans]:
         """The spans of all documents, a piece of the index at a time."""

@@ -6,6 +6,7 @@ reads no row before it has found every source; sources/source.py then reads them
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from chatdata.sources import hub
 from chatdata.sources.source import Source, SourceFile
 from chatdata.tasks.task import Task
 
+_NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})")
 MAKE_IDENTITY = "; `chatdata identity PERSONA --out FILE` makes one"
 
 
@@ -77,7 +79,7 @@ def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
         files = sorted(clone.glob(pattern))
         if files:
             source = _hub_source(repo, entry, task, clone, files, None)
-            hub.check_complete(files, str(clone), f"; {fetch}")
+            check_complete(files, str(clone), f"; {fetch}")
             return source
         looked = f"no {pattern} in {clone}; "
     if task.hub is None and task.kind == "conversation":
@@ -86,7 +88,7 @@ def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
     files = sorted(folder.glob(pattern))
     if not files:
         raise MissingSource(f"{looked}{repo} at {revision[:12]} has no file {pattern}")
-    hub.check_complete(files, f"{repo} at {revision[:12]}")
+    check_complete(files, f"{repo} at {revision[:12]}")
     return _hub_source(repo, entry, task, folder, files, revision)
 
 
@@ -96,16 +98,47 @@ def _chat_source(repo: str, entry: Entry, task: Task, locations: Locations) -> S
     fetch = _fetch_command(repo, entry.revision, "")
     if clone is not None and clone.is_dir():
         folder, revision = clone, None
-        hub.check_all_complete(folder, str(clone), f"; {fetch}")
+        _check_repository(folder, str(clone), f"; {fetch}")
     else:
         looked = f"no folder {clone}; " if clone is not None else ""
         folder, revision = _snapshot(repo, "*", entry, looked, fetch)
-        hub.check_all_complete(folder, f"{repo} at {revision[:12]}")
+        _check_repository(folder, f"{repo} at {revision[:12]}")
     try:
         files, dataset = hub.load_split(folder, entry.subset, entry.split)
     except SourceError as error:
         raise error.at(repo) from error.__cause__
     return _hub_source(repo, entry, task, folder.resolve(), files, revision, dataset)
+
+
+def check_complete(files: list[Path], what: str, remedy: str = "") -> None:
+    """Raise MissingSource if a set of `…-00001-of-00004…` files has gaps, or if two sets are mixed."""
+    numbered = [match for file in files if (match := _NUMBERED.search(file.name))]
+    totals = sorted({int(match[2]) for match in numbered})
+    numbers = {int(match[1]) for match in numbered}
+    if len(totals) > 1 or len(numbers) < len(numbered):
+        kinds = " and ".join(f"-of-{total:05d}" for total in totals)
+        raise MissingSource(f"{what} mixes files of different versions ({kinds}): {files[0].name}, …, {files[-1].name}")
+    if numbered and len(numbered) < len(files):
+        other = next(file.name for file in files if not _NUMBERED.search(file.name))
+        raise MissingSource(f"{what} has {other} next to numbered files: it would be read as one of them")
+    missing = sorted(set(range(totals[0])) - numbers) if totals else []
+    if missing:
+        shown = ", ".join(f"{number:05d}" for number in missing[:5])
+        raise MissingSource(
+            f"{what} is incomplete: {len(missing)} of {totals[0]} files missing (number {shown}){remedy}"
+        )
+
+
+def _check_repository(folder: Path, what: str, remedy: str = "") -> None:
+    """`check_complete` for every numbered set in a repository."""
+    sets: dict[tuple[Path, str], list[Path]] = {}
+    for path in sorted(folder.rglob("*-of-*")):
+        place = path.relative_to(folder)
+        match = _NUMBERED.search(path.name)
+        if match and not any(part.startswith(".") for part in place.parts):
+            sets.setdefault((place.with_name(path.name[: match.start()]), path.suffix), []).append(path)
+    for (place, _), files in sets.items():
+        check_complete(files, f"{what}: {place.as_posix()}", remedy)
 
 
 def _fetch_command(repo: str, revision: str | None, include: str) -> str:

@@ -22,11 +22,10 @@ from urllib.parse import urlsplit
 from chatdata.disk import cache_folder
 from chatdata.errors import MissingSource, SourceError
 
-_NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})")
-URL_TIMEOUT = 10  # seconds without an answer; the Hub's own is HF_HUB_ETAG_TIMEOUT, 10 by default
-NOT_AGAIN = 30  # seconds a host that did not answer is left alone: five missing sources wait once, not five times
+URL_TIMEOUT = 10  # seconds without an answer; the Hub's is HF_HUB_ETAG_TIMEOUT, 10 by default
+NOT_AGAIN = 30  # seconds before a host that did not answer is tried again: five missing sources wait once
 _may_fetch = [True]
-_unreachable: dict[str, tuple[float, str]] = {}  # host → when it may be asked again, and what went wrong
+_unreachable: dict[str, tuple[float, str]] = {}  # host → when it may be tried again, and what went wrong
 
 
 def snapshot(repo: str, pattern: str, revision: str | None) -> tuple[Path, str]:
@@ -126,44 +125,13 @@ def _note_unreachable(host: str, error: Any) -> None:
     _unreachable[host] = time.monotonic() + NOT_AGAIN, _first_line(error)
 
 
-def check_complete(files: list[Path], what: str, remedy: str = "") -> None:
-    """Raise MissingSource if a set of `…-00001-of-00004…` files has gaps, or if two sets are mixed."""
-    numbered = [match for file in files if (match := _NUMBERED.search(file.name))]
-    totals = sorted({int(match[2]) for match in numbered})
-    numbers = {int(match[1]) for match in numbered}
-    if len(totals) > 1 or len(numbers) < len(numbered):
-        kinds = " and ".join(f"-of-{total:05d}" for total in totals)
-        raise MissingSource(f"{what} mixes files of different versions ({kinds}): {files[0].name}, …, {files[-1].name}")
-    if numbered and len(numbered) < len(files):
-        other = next(file.name for file in files if not _NUMBERED.search(file.name))
-        raise MissingSource(f"{what} has {other} beside numbered files: it would be read as more of the same")
-    missing = sorted(set(range(totals[0])) - numbers) if totals else []
-    if missing:
-        shown = ", ".join(f"{number:05d}" for number in missing[:5])
-        raise MissingSource(
-            f"{what} is incomplete: {len(missing)} of {totals[0]} files missing (number {shown}){remedy}"
-        )
-
-
-def check_all_complete(folder: Path, what: str, remedy: str = "") -> None:
-    """`check_complete` for every numbered set in a repository."""
-    sets: dict[tuple[Path, str], list[Path]] = {}
-    for path in sorted(folder.rglob("*-of-*")):
-        place = path.relative_to(folder)
-        match = _NUMBERED.search(path.name)
-        if match and not any(part.startswith(".") for part in place.parts):
-            sets.setdefault((place.with_name(path.name[: match.start()]), path.suffix), []).append(path)
-    for (place, _), files in sets.items():
-        check_complete(files, f"{what}: {place.as_posix()}", remedy)
-
-
 def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
     """The files of one split of the dataset repository in `folder`; if not all of them are Parquet or JSONL: no files,
     and the split as a `datasets.Dataset` (Arrow on disk, cached).
 
-    The only place that imports `datasets`, which imports torch where it can. It is given local files, because asked for
-    a repository by name it falls back to whatever version it read last when the Hub does not answer. It finds the files
-    of any layout; Parquet and JSONL we read ourselves, with line numbers in errors and no second copy on the disk.
+    The only place that imports `datasets`, which imports torch if it is installed. It finds the files of any layout. It
+    gets local files, because for a repository's name it would fall back to the version it read last when the Hub does
+    not answer. We read Parquet and JSONL ourselves: errors name lines, and there is no second copy on disk.
     """
     import datasets
 
@@ -176,10 +144,10 @@ def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
             if files and all(file.suffix in (".parquet", ".jsonl") for file in files):
                 return files, None
             dataset = datasets.load_dataset(str(folder), subset or None, split=split)
-    except Exception as error:  # datasets raises whatever its builders raise, or wraps it in an error that says nothing
+    except Exception as error:  # whatever its builders raise, or an error around it that says nothing
         reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise SourceError(f"`datasets` cannot load it: {_first_line(reason or error)}") from error
-    # strings beside lists or numbers in one place: datasets 4 and later takes strings like "0" or "null" for JSON
+    # where a column mixes strings with lists or numbers, datasets 4 and later takes strings like "0" or "null" for JSON
     if re.search(r"\bJson\(", repr(dataset.features)):
         raise SourceError("strings and other values mixed in one place, which `datasets` confuses; convert it to JSONL")
     return [], dataset
