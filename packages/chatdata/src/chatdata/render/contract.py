@@ -7,30 +7,23 @@ what is allowed; and the last delimiter before a token says what its mask must b
     tokens     bos user_start  w  w  user_end assistant_start  w python_start  w python_end output_start  w output_end …
     mask        0      0       0  0     0            0         1      1        1      1           0       0     0
 
-The tables are derived from format.py. Nothing here reads a file: arrays in, findings out.
+format.py has the tables. Nothing here reads a file: arrays in, findings out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
 from chatdata.document import blocks_of
 from chatdata.errors import BuildError
 from chatdata.render.batch import digests_of
-from chatdata.render.format import NANOCHAT, TEXT
+from chatdata.render.format import END, EVENTS, NAMES, NANOCHAT, OTHER, START, TEXT, Grammar, grammar_of
 
 BLOCK_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the size of the shard
 WHOLE_DOCUMENT = -1  # a finding's position if it is about no single token
-
-# An event is the number of a delimiter. START is the state before a document's first token, END comes after its last
-_EVENTS = {token: number for number, token in enumerate(NANOCHAT.delimiters, start=1)}
-START, OTHER, END = 0, len(_EVENTS) + 1, len(_EVENTS) + 2  # OTHER: a special token that the format does not use
-_NAMES = ("start", *(token.strip("<|>") for token in _EVENTS), "another special token", "end")
-
 # file, kind, documents (int64 [n]), positions (int64 [n]); a document may come several times
 Problem = tuple[str, str, np.ndarray, np.ndarray]
 
@@ -107,37 +100,6 @@ def raise_defect(findings: list[Finding], numbers: np.ndarray, where: Callable[[
 
 
 @dataclass(frozen=True)
-class _Grammar:
-    """The chat format, or plain text for stage base, as arrays by event."""
-
-    stage: str
-    allowed: np.ndarray  # bool [events, events]: the second may come next after the first
-    role_after: np.ndarray  # int64 [events]: span role of the text after it; -1 where no text may be
-    opens: np.ndarray  # bool [events]: the span of the text after it includes it and the next delimiter
-    delimiter_mask: np.ndarray  # uint8 [events]
-    text_mask: np.ndarray  # uint8 [events]: of the text after it
-
-
-@cache
-def _grammar(stage: str) -> _Grammar:
-    followers, text_after = NANOCHAT.followers, NANOCHAT.text_after
-    if stage == "base":
-        followers, text_after = {"": {NANOCHAT.bos}, NANOCHAT.bos: {""}}, {NANOCHAT.bos: TEXT}
-    allowed = np.zeros((END + 1, END + 1), dtype=bool)
-    for token, following in followers.items():
-        allowed[_EVENTS.get(token, START), [_EVENTS.get(follower, END) for follower in following]] = True
-    role_after = np.full(END + 1, -1)
-    opens, delimiter_mask, text_mask = (np.zeros(END + 1, dtype=dtype) for dtype in (bool, np.uint8, np.uint8))
-    for token, role in text_after.items():
-        role_after[_EVENTS[token]] = role
-        opens[_EVENTS[token]] = token == NANOCHAT.spans[role].opening
-        text_mask[_EVENTS[token]] = NANOCHAT.spans[role].supervised
-    for token, supervised in NANOCHAT.delimiters.items():
-        delimiter_mask[_EVENTS[token]] = supervised
-    return _Grammar(stage, allowed, role_after, opens, delimiter_mask, text_mask)
-
-
-@dataclass(frozen=True)
 class _Block:
     """Whole documents, and their delimiters in order with an END after each document."""
 
@@ -160,7 +122,7 @@ def _read_block(
     lowest, highest = min(rules.special_ids.values()), max(rules.special_ids.values())
     event_of_id = np.zeros(highest - lowest + 1, dtype=np.int64)
     for token, token_id in rules.special_ids.items():
-        event_of_id[token_id - lowest] = _EVENTS.get(token, OTHER)
+        event_of_id[token_id - lowest] = EVENTS.get(token, OTHER)
     places = np.flatnonzero((tokens >= lowest) & (tokens <= highest))
     events = event_of_id[tokens[places].astype(np.int64) - lowest]
     places, events = places[events > 0], events[events > 0]  # special ids need not be consecutive
@@ -184,7 +146,7 @@ def _check_block(block: _Block, rules: Rules) -> Iterator[Problem]:
         places = np.flatnonzero(wrong)
         documents = np.searchsorted(block.offsets, places, side="right") - 1
         yield file, kind, documents, places - block.offsets[documents]
-    grammar, index = _grammar(rules.stage), block.index
+    grammar, index = grammar_of(rules.stage), block.index
     broken = np.zeros(len(block.truncated), dtype=bool)
     for problem in _check_delimiters(block, grammar):
         broken[problem[2]] = True
@@ -200,7 +162,7 @@ def _check_block(block: _Block, rules: Rules) -> Iterator[Problem]:
         yield _whole("index", "digest differs from tokens and mask", differs.any(axis=1))
 
 
-def _check_delimiters(block: _Block, grammar: _Grammar) -> Iterator[Problem]:
+def _check_delimiters(block: _Block, grammar: Grammar) -> Iterator[Problem]:
     cut = (block.event == END) & block.truncated[block.document] & (block.previous != START)
     wrong = np.flatnonzero(~(grammar.allowed[block.previous, block.event] | cut))
     pairs = block.previous[wrong] * (END + 1) + block.event[wrong]
@@ -217,12 +179,12 @@ def _check_delimiters(block: _Block, grammar: _Grammar) -> Iterator[Problem]:
         yield "tokens", kind, block.document[chosen], (block.at - block.gap)[chosen]
 
 
-def _fault(previous: int, event: int, grammar: _Grammar) -> str:
+def _fault(previous: int, event: int, grammar: Grammar) -> str:
     """What is wrong when `event` comes after `previous`, in words."""
-    chat, name, before = NANOCHAT, _NAMES[event], _NAMES[previous]
+    chat, name, before = NANOCHAT, NAMES[event], NAMES[previous]
     if previous == START:
         return "does not begin with bos"
-    if event == _EVENTS[chat.bos]:
+    if event == EVENTS[chat.bos]:
         return "bos inside a document"
     if OTHER in (previous, event):
         return "a special token that no document holds"
@@ -231,29 +193,28 @@ def _fault(previous: int, event: int, grammar: _Grammar) -> str:
     if grammar.opens[previous]:
         return f"{before} without its end"
     parts = (chat.python, chat.output)
-    ends_part = event in [_EVENTS[part.closing] for part in parts]
+    ends_part = event in [EVENTS[part.closing] for part in parts]
     if grammar.role_after[previous] == TEXT and not ends_part:  # in an assistant message
         return "assistant_start without its end"
-    if ends_part or event in (_EVENTS[chat.user.closing], _EVENTS[chat.assistant_end]):
+    if ends_part or event in (EVENTS[chat.user.closing], EVENTS[chat.assistant_end]):
         return f"{name} without its start"
-    if event in [_EVENTS[part.opening] for part in parts]:
+    if event in [EVENTS[part.opening] for part in parts]:
         return f"{name} outside an assistant message"
     if event == END:
         return "no message"
     return f"{name} after {before}: roles alternate, starting with user"
 
 
-def _check_mask(block: _Block, grammar: _Grammar, broken: np.ndarray) -> Iterator[Problem]:
+def _check_mask(block: _Block, grammar: Grammar, broken: np.ndarray) -> Iterator[Problem]:
     """Mask against the one that the delimiters require; documents with broken delimiters have no right one."""
-    mask, offsets = block.mask, block.offsets
     # two runs per event: the text before it, then itself (END is no token)
     lengths = np.stack([block.gap, block.event != END], axis=1).ravel()
     values = np.stack([grammar.text_mask[block.previous], grammar.delimiter_mask[block.event]], axis=1).ravel()
     expected = np.repeat(values, lengths)
-    if np.array_equal(mask, expected):
+    if np.array_equal(block.mask, expected):
         return
-    wrong = np.flatnonzero((mask != expected) & (mask <= 1))
-    documents = np.searchsorted(offsets, wrong, side="right") - 1
+    wrong = np.flatnonzero((block.mask != expected) & (block.mask <= 1))
+    documents = np.searchsorted(block.offsets, wrong, side="right") - 1
     wrong, documents = wrong[~broken[documents]], documents[~broken[documents]]
     runs = np.searchsorted(np.cumsum(lengths), wrong, side="right")
     is_text = runs % 2 == 0
@@ -266,8 +227,8 @@ def _check_mask(block: _Block, grammar: _Grammar, broken: np.ndarray) -> Iterato
             label = "plain text" if grammar.stage == "base" else NANOCHAT.spans[grammar.role_after[event]].label
             kind = f"{'unsupervised' if should else 'supervised'} token inside {label}"
         else:
-            kind = f"{_NAMES[event]} {'not ' if should else ''}supervised"
-        yield "mask", kind, documents[found], (wrong - offsets[documents])[found]
+            kind = f"{NAMES[event]} {'not ' if should else ''}supervised"
+        yield "mask", kind, documents[found], (wrong - block.offsets[documents])[found]
 
 
 def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
@@ -280,7 +241,7 @@ def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
         ("num_turns", (NANOCHAT.user.opening, NANOCHAT.assistant_start)),
         ("num_tool_calls", (NANOCHAT.python.opening,)),
     ):
-        is_opening = np.isin(block.event, [_EVENTS[token] for token in openings])
+        is_opening = np.isin(block.event, [EVENTS[token] for token in openings])
         counted = np.bincount(block.document[is_opening], minlength=num_documents)
         # both are counted before any cut: a truncated document may show fewer
         wrong = (index[column] != counted) & ~(truncated & (index[column] > counted))
@@ -300,7 +261,7 @@ def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
         yield _whole("mask", kind, supervised == 0)
 
 
-def _wrong_spans(block: _Block, grammar: _Grammar, broken: np.ndarray) -> np.ndarray:
+def _wrong_spans(block: _Block, grammar: Grammar, broken: np.ndarray) -> np.ndarray:
     """bool [documents]: the spans of the index differ from those between the delimiters.
 
     Spans are compared as columns (document, role, start, length) of an int64 array [4, spans].
@@ -309,7 +270,6 @@ def _wrong_spans(block: _Block, grammar: _Grammar, broken: np.ndarray) -> np.nda
     role, opened = grammar.role_after[block.previous], grammar.opens[block.previous]
     length = block.gap + opened * (1 + (block.event != END))
     expected = np.stack([block.document, role, block.at - block.gap - opened, length])[:, (role >= 0) & (length > 0)]
-
     # as the index has them; neighbouring text parts cannot be told apart in the tokens, so their spans count as one
     index, num_documents = block.index, len(block.truncated)
     document = np.repeat(np.arange(num_documents), index["num_spans"])
@@ -319,7 +279,6 @@ def _wrong_spans(block: _Block, grammar: _Grammar, broken: np.ndarray) -> np.nda
     continues = (after[0] == before[0]) & (after[1] == TEXT) & (before[1] == TEXT) & (after[2] == before[2] + before[3])
     firsts = np.flatnonzero(np.concatenate([[True], ~continues])[: len(document)])
     found = np.stack([*found[:3, firsts], np.add.reduceat(found[3], firsts)])
-
     # documents with another number of spans are wrong; the others are compared span by span
     same_number = np.bincount(found[0], minlength=num_documents) == np.bincount(expected[0], minlength=num_documents)
     wrong |= ~same_number

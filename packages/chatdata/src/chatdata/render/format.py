@@ -10,7 +10,9 @@ Delimiters must differ from each other: the contract tells from a delimiter alon
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+
+import numpy as np
 
 from chatdata.document import SPAN_ROLES
 
@@ -99,3 +101,40 @@ NANOCHAT = ChatFormat(
     assistant_end="<|assistant_end|>",
     padding="<|assistant_end|>",
 )
+
+# An event is the number of a delimiter. START is the state before a document's first token, END comes after its last
+EVENTS = {token: number for number, token in enumerate(NANOCHAT.delimiters, start=1)}
+START, OTHER, END = 0, len(EVENTS) + 1, len(EVENTS) + 2  # OTHER: a special token that the format does not use
+NAMES = ("start", *(token.strip("<|>") for token in EVENTS), "another special token", "end")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The chat format, or plain text for stage base, as arrays by event."""
+
+    stage: str
+    allowed: np.ndarray  # bool [events, events]: the second may come next after the first
+    role_after: np.ndarray  # int64 [events]: span role of the text after it; -1 where no text may be
+    opens: np.ndarray  # bool [events]: the span of the text after it includes it and the next delimiter
+    delimiter_mask: np.ndarray  # uint8 [events]
+    text_mask: np.ndarray  # uint8 [events]: of the text after it
+
+
+@cache
+def grammar_of(stage: str) -> Grammar:
+    """The grammar of documents of a stage, from NANOCHAT."""
+    followers, text_after = NANOCHAT.followers, NANOCHAT.text_after
+    if stage == "base":
+        followers, text_after = {"": {NANOCHAT.bos}, NANOCHAT.bos: {""}}, {NANOCHAT.bos: TEXT}
+    allowed = np.zeros((END + 1, END + 1), dtype=bool)
+    for token, following in followers.items():
+        allowed[EVENTS.get(token, START), [EVENTS.get(follower, END) for follower in following]] = True
+    role_after = np.full(END + 1, -1)
+    opens, delimiter_mask, text_mask = (np.zeros(END + 1, dtype=dtype) for dtype in (bool, np.uint8, np.uint8))
+    for token, role in text_after.items():
+        role_after[EVENTS[token]] = role
+        opens[EVENTS[token]] = token == NANOCHAT.spans[role].opening
+        text_mask[EVENTS[token]] = NANOCHAT.spans[role].supervised
+    for token, supervised in NANOCHAT.delimiters.items():
+        delimiter_mask[EVENTS[token]] = supervised
+    return Grammar(stage, allowed, role_after, opens, delimiter_mask, text_mask)
