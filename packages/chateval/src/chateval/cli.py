@@ -80,7 +80,7 @@ def run(**options: Any) -> None:
         raise click.UsageError("--draws needs a --temperature above 0, because at 0 all draws are the same")
     # ranks only meet at the start and the end, and one may have hours of work left when another is done
     with join_ranks(options["device"], timedelta(days=7)) as ranks:
-        subject = load_subject(options["checkpoint"], ranks.device, _dtype(options["dtype"]))
+        subject = load_subject(options["checkpoint"], ranks.device, options["dtype"])
         sampling = Sampling(options["temperature"], options["top_k"], options["max_new_tokens"], options["seed"])
         settings = ScoringSettings(
             tasks=names,
@@ -147,7 +147,7 @@ def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str
     from chateval.chat import converse
     from chattrain.run.ranks import find_device
 
-    subject = load_subject(checkpoint, find_device(device), _dtype(dtype))
+    subject = load_subject(checkpoint, find_device(device), dtype)
     converse(subject, Sampling(**options), says)
 
 
@@ -177,9 +177,3 @@ def _print(renderable: Any) -> None:
     from chatdata.look.console import console
 
     console().print(renderable)
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    return None if name is None else getattr(torch, name)

@@ -93,11 +93,12 @@ def gold_losses(subject: Subject, documents: Sequence[Document]) -> list[tuple[f
     return list(zip(losses.cpu().double().sum(1).tolist(), num_bytes.sum(1).tolist(), strict=True))
 
 
-def load_subject(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Subject:
+def load_subject(path: Path, device: torch.device, dtype: str | None = None) -> Subject:
     """Load a run folder's last checkpoint, a checkpoint, or a transformers export (see `chattrain export`).
 
-    dtype: by default bfloat16 on cuda, else float32. Raises CheckpointError, WeightsError or ConfigError of chattrain,
-    TokenizerError, and ScoringError if model and tokenizer do not belong together.
+    dtype: "float32" or "bfloat16"; by default bfloat16 on cuda, else float32.
+    Raises CheckpointError, WeightsError or ConfigError of chattrain, TokenizerError, and ScoringError if model and
+    tokenizer do not belong together.
     """
     from chatdata.tokenizer.files import load_tokenizer
 
@@ -115,9 +116,8 @@ def load_subject(path: Path, device: torch.device, dtype: torch.dtype | None = N
         )
     digest = hash_weights(weights, config, tokenizer)
     model = load_model(config, weights, device).eval()
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Subject(model, tokenizer, device, dtype, digest, str(path), step)
+    activations = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    return Subject(model, tokenizer, device, activations, digest, str(path), step)
 
 
 def hash_weights(weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer) -> str:
