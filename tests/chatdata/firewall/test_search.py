@@ -8,12 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from chatdata import open_build
 from chatdata.build.plan import make_build_plan
@@ -21,11 +18,9 @@ from chatdata.build.publish import firewall_path
 from chatdata.build.run import build
 from chatdata.check.rerender import verify_semantic
 from chatdata.check.verify import verify_full
-from chatdata.errors import MissingSource
-from chatdata.firewall.ngrams import find_texts, index_texts, normalise, word_table
+from chatdata.firewall.ngrams import normalise
 from chatdata.firewall.search import ngram_share
 from chatdata.recipe import load_recipe
-from chatdata.sources import hub
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tasks.multiple_choice import multiple_choice
@@ -175,49 +170,6 @@ def test_documents_count_as_they_are_cut(run, tmp_path, byte_tokenizer) -> None:
         tmp_path / "cut",
     )
     assert json.loads(firewall_path(tmp_path / "cut").read_text())["items"] == []
-
-
-def test_nothing_is_fetched(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(hub, "_download", lambda *_, **k: None if k else pytest.fail("a download"))
-    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("a request"))
-    with hub.nothing_fetched(), pytest.raises(MissingSource):
-        hub.fetch_url("http://localhost/words.txt", "give a file")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("  The cat's\n hat!", "the cat s hat"),
-        ("Größe: 5² — ﬁne", "grosse 52 fine"),
-        ("e\u0301t\u00e9 ÉTÉ", "ete ete"),
-        ("snake_case ｗｉｄｅ", "snake case wide"),
-    ],
-)
-def test_normalised(text: str, words: str) -> None:
-    assert normalise(text) == words
-
-
-@given(st.lists(st.text("ab .,é", max_size=40), max_size=6), st.lists(st.text("ab .,é", max_size=30), max_size=4))
-def test_shares_are_those_of_the_words(documents: list[str], texts: list[str]) -> None:
-    """Against n-grams compared as text; a byte tokenizer cuts é, which then parts words on neither side."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks[" é".encode()] = 300
-    ranks["é".encode()] = 301
-    tokenizer = Tokenizer(ranks, SPLIT_PATTERN, append_special_tokens(ranks), "test")
-    ids = [[tokenizer.special_ids["<|bos|>"], *tokenizer.encode_ordinary(text)] for text in documents]
-    tokens = np.array([i for some in ids for i in some], dtype=np.uint16)
-    counts = np.array([len(some) for some in ids], dtype=np.int64)
-    found = find_texts(index_texts(texts), word_table(tokenizer), tokens, counts, counts)
-    expected = {}
-    for i, document in enumerate(documents):
-        for j, text in enumerate(texts):
-            words, there = normalise(text).split(), f" {normalise(document)} "
-            size = next((size for size in (8, 4, 2, 1) if len(words) >= size), 0)
-            stride = 4 if size == 8 else 1
-            ngrams = {" ".join(words[k : k + size]) for k in range(0, len(words) - size + 1, stride)} if size else set()
-            if any(f" {ngram} " in there for ngram in ngrams):
-                expected[i, j] = sum(f" {ngram} " in there for ngram in ngrams) / len(ngrams)
-    assert {(int(i), int(j)): share for i, j, share in zip(*found, strict=True)} == pytest.approx(expected)
 
 
 def test_share_of_a_question() -> None:

@@ -24,6 +24,7 @@ import pytest
 from chatdata import open_build
 from chatdata.errors import MissingSource, SourceError
 from chatdata.recipe import Entry
+from chatdata.sources import hub as hub_module
 from chatdata.sources.find import Locations, check_complete, resolve
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import train_tokenizer
@@ -524,3 +525,10 @@ def test_resharded_clones_are_refused() -> None:
             check_complete([Path(name) for name in names], "here")
     check_complete([Path("train-00000-of-00001.parquet")], "here")
     check_complete([Path("a.parquet"), Path("b.parquet")], "here")
+
+
+def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_download", lambda *_, **k: None if k else pytest.fail("a download"))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("a request"))
+    with hub_module.nothing_fetched(), pytest.raises(MissingSource):
+        hub_module.fetch_url("http://localhost/words.txt", "give a file")

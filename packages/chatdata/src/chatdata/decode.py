@@ -7,7 +7,8 @@ A mistake is one line that says where it is, what must be there and what is ther
     r.toml, key "stage": "midd"; did you mean "mid"?
     r.toml: no key "stage"; it must be base, mid or sft
 
-A struct's own rules go into its `__post_init__`; a ValueError there becomes a line of the same form.
+A struct's own rules go into its `__post_init__`; a ValueError there becomes a line of the same form. No type may be "a
+string with a pattern, or a list": msgspec 0.22 crashes when it frees one (LOG.md).
 """
 
 from __future__ import annotations

@@ -6,16 +6,17 @@ A task file defines `TASK = Task(...)`. Rows come from a source (Hub dataset, `-
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from chatdata.errors import ChatdataError, TaskError, nearest
+from chatdata.errors import ChatdataError, TaskError
 from chatdata.grading import Grade
 
 
@@ -117,7 +118,7 @@ class Task:
 
 def _task_again(name: str, file: Path | None, code_sha256: str | None) -> Task:
     if file is None:
-        return find_task(name, _shipped_tasks())
+        return load_tasks()[name]
     task = _load_task_file(file)
     if task.code_sha256 != code_sha256:
         raise TaskError(f"{file}: not the file the build started with")
@@ -141,7 +142,10 @@ def load_tasks(task_files: tuple[Path, ...] = ()) -> dict[str, Task]:
 
     Raises TaskError if a file does not define TASK, cannot be imported, or repeats a name.
     """
-    tasks = _shipped_tasks()
+    shipped = (
+        import_module(f"chatdata.tasks.{name}") for _, name, _ in pkgutil.iter_modules([str(Path(__file__).parent)])
+    )
+    tasks = {module.TASK.name: module.TASK for module in shipped if hasattr(module, "TASK")}
     for path in task_files:
         task = _load_task_file(path)
         if task.name in tasks:
@@ -150,23 +154,7 @@ def load_tasks(task_files: tuple[Path, ...] = ()) -> dict[str, Task]:
     return tasks
 
 
-def _shipped_tasks() -> dict[str, Task]:
-    modules = (
-        import_module(f"chatdata.tasks.{module.name}") for module in pkgutil.iter_modules([str(Path(__file__).parent)])
-    )
-    return {module.TASK.name: module.TASK for module in modules if hasattr(module, "TASK")}
-
-
-def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
-    if name not in tasks:
-        raise TaskError(f'unknown task "{name}"{nearest(name, list(tasks))}')
-    return tasks[name]
-
-
 def _load_task_file(path: Path) -> Task:
-    import hashlib
-    from dataclasses import replace
-
     if not path.is_file():
         raise TaskError(f"{path}: no such task file")
     spec = importlib.util.spec_from_file_location(f"chatdata_task_{path.stem}", path)
