@@ -19,7 +19,8 @@ raising, printing "passed" or searching for the secret all count as not passed.
 
 Limits. Solution and tests share one interpreter, so a solution passes if it tampers with what the tests use (replaces
 `check`, patches builtins, overloads ==) or hands in the ticket from its caller's frame. Both take intent to cheat this
-scorer. Kernel flaws are not covered. Memory is limited per process: num_processes * memory_bytes + folder_bytes in all.
+scorer; HumanEval's tests are not written to run in another process. Kernel flaws are not covered; time and processor
+model are visible. Memory is limited per process: num_processes * memory_bytes + folder_bytes in all.
 """
 
 from __future__ import annotations
