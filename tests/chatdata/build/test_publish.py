@@ -63,6 +63,15 @@ def test_no_space_left(tiny_disk: Path, chatdata: Callable) -> None:
     assert (result.returncode, os.listdir(tiny_disk)) == (1, [])
 
 
+def test_no_space_left_for_the_cache(tiny_disk: Path, tmp_path: Path, chatdata: Callable) -> None:
+    environment = {**os.environ, "CHATDATA_CACHE": str(tiny_disk)}
+    command = ("build", "--stage", "mid", "--demo", "--limit", 2000, "--out", tmp_path / "out")
+    result = chatdata(*command, "--workers", 1, env=environment)
+    message = "no space left on the disk for rendered units; CHATDATA_CACHE may name another one"
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, f"Error: {tiny_disk / 'units'}: {message}")
+    assert not (tmp_path / "out").exists()
+
+
 def start_build(out: Path, *arguments: str) -> subprocess.Popen[str]:
     """A build under way: its first line of progress has been seen."""
     code = "from chatdata.cli import main; main()"

@@ -346,7 +346,7 @@ def test_a_killed_worker_is_named_and_its_units_are_kept(recipe: Path, tokenizer
     assert process.returncode == 1
     assert errors.strip().splitlines()[-1].startswith("Error: a worker was killed (out of memory?)")
     assert not (tmp_path / "out").exists()
-    assert len(cache.find_units(cache_folder("units"))) > 5
+    assert len(list(cache_folder("units").glob("*.arrow"))) > 5
 
 
 def test_an_error_in_a_worker_names_the_row(recipe: Path, tokenizer_file: Path, tmp_path: Path) -> None:
@@ -398,7 +398,9 @@ def test_an_interrupted_build_leaves_no_workers_and_goes_on(
     process = run_small([*command, str(tmp_path / "out")])
     try:
         wait_for(lambda: marker.exists() and marker.read_text())
-        wait_for(lambda: len(cache.find_units(cache_folder("units"))) == NUM_UNITS - 1)  # all but the one that waits
+        wait_for(
+            lambda: len(list(cache_folder("units").glob("*.arrow"))) == NUM_UNITS - 1
+        )  # all but the one that waits
         process.send_signal(sent)
         assert process.wait(60) == (-9 if sent == signal.SIGKILL else 130)
         wait_for(lambda: not Path("/proc", marker.read_text()).exists())  # its worker ended with it
@@ -512,10 +514,10 @@ def test_a_full_disk_for_the_firewall_list_leaves_no_build(
             raise OSError(errno.ENOSPC, "No space left on device")
         write_json(path, value)
 
-    monkeypatch.setattr("chatdata.build.run.write_json", full)
+    monkeypatch.setattr("chatdata.build.publish.write_json", full)
     with pytest.raises(BuildError, match="no space left on the disk; nothing was written there"):
         run(recipe, byte_tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("chatdata.build.run.write_json", write_json)
+    monkeypatch.setattr("chatdata.build.publish.write_json", write_json)
     run(recipe, byte_tokenizer, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out", "out-firewall.json"]

@@ -1,4 +1,4 @@
-"""Arrow arrays over numpy's memory, and back."""
+"""NumPy arrays as Arrow arrays and back, without copying and without importing pandas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def to_arrow(values: np.ndarray) -> pa.Array:
-    """An Arrow array over the same memory. `pa.array` would do, but imports pandas first: 1.8 s of every build."""
+    """An Arrow array over the same memory. `pa.array` does the same, but imports pandas first: 1.8 s of every build."""
     import pyarrow as pa
 
     values = np.ascontiguousarray(values)
@@ -46,13 +46,13 @@ def strings_to_arrow(values: Sequence[str]) -> pa.Array:
 
 
 def to_numpy(array: pa.Array, dtype: np.dtype) -> np.ndarray:
-    """The values of an Arrow array without nulls as they lie in memory: fixed width, whole bytes, nothing copied."""
+    """The values of an Arrow array of fixed-width values without nulls, over the same memory."""
     start = array.offset * dtype.itemsize
     return np.frombuffer(array.buffers()[1], dtype=np.uint8)[start : start + len(array) * dtype.itemsize].view(dtype)
 
 
 def values_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """A column of numbers or booleans (as uint8) without nulls. `to_numpy` would do, but imports pandas first."""
+    """A column of numbers or booleans (as uint8) without nulls. Arrow's own `to_numpy` imports pandas first."""
     import pyarrow as pa
 
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -60,7 +60,7 @@ def values_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 
 def map_batches(path: Path) -> list[pa.RecordBatch]:
-    """The record batches of an Arrow file, memory-mapped. No file stays open: a large build has thousands of units."""
+    """The record batches of an Arrow file, memory-mapped. No file stays open: a large build reads thousands."""
     import pyarrow as pa
 
     with path.open("rb") as file:

@@ -39,18 +39,23 @@ def cached_units(folder: Path) -> list[CachedUnit]:
     return sorted(found, key=lambda unit: (unit.last_used, unit.path))
 
 
-def find_units(folder: Path) -> dict[str, Path]:
-    """key → path of every unit in the cache. Half-written ones of this machine's ended processes are removed."""
-    paths = {}
+def find_units(folder: Path, keys: set[str]) -> tuple[dict[str, Path], int]:
+    """key → path of the units with these keys that are in the cache and whole; how many were damaged.
+
+    Half-written units of this machine's ended processes are removed.
+    """
+    found = {}
     for unit in cached_units(folder):
         key, _, rest = unit.path.stem.partition("-" if unit.path.suffix == UNIT_SUFFIX else ".")
         if unit.path.suffix == UNIT_SUFFIX:
-            paths[key] = unit.path
+            found[key] = unit.path
         else:  # <key>.<host>-<process id>; those of other machines are left to `prune`
             host, _, pid = rest.rpartition("-")
             if host == os.uname().nodename and pid.isdigit() and not _is_running(int(pid)):
                 unit.path.unlink(missing_ok=True)
-    return paths
+    there = found.keys() & keys
+    paths = {key: found[key] for key in there if take_unit(found[key])}
+    return paths, len(there) - len(paths)
 
 
 def take_unit(path: Path) -> bool:

@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from chatdata.disk import sync
+from chatdata.disk import sync, write_json
 from chatdata.errors import BuildError, ChatdataError
 from chatdata.shards.manifest import read_manifest
 
@@ -73,16 +74,19 @@ def partial_folder(out: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def publish(partial: Path, out: Path) -> None:
+def publish(partial: Path, out: Path, scored_items: dict[str, Any] | None = None) -> None:
     """Rename the finished `partial` to `out`. An old build is moved aside first, and comes back if anything fails.
 
+    scored_items: the list written next to `out`; without one, an old build's list is removed.
     If the process is killed at any moment, MARK tells what the folders are: it is in a partial folder until that is
     `out`, and in an old build that was moved aside. Raises BuildError if the name to move it to is taken.
     """
     sync(partial)
-    old = out.with_name(f".{out.name}.old")
+    old, listed = out.with_name(f".{out.name}.old"), out.with_name(f".{out.name}-firewall.partial")
     replacing = out.exists() and any(out.iterdir())
     try:
+        if scored_items:  # written first: a full disk leaves no build without its list
+            write_json(listed, scored_items)
         if replacing:
             if old.exists():
                 raise BuildError(f"{old}: in the way and not a build's; move it or choose another --out")
@@ -90,10 +94,15 @@ def publish(partial: Path, out: Path) -> None:
             out.rename(old)
         partial.rename(out)
     except BaseException:
+        listed.unlink(missing_ok=True)
         _settle(out)
         raise
     sync(out.parent)
     _settle(out)
+    if scored_items:
+        listed.replace(firewall_path(out))
+    else:
+        firewall_path(out).unlink(missing_ok=True)
 
 
 def _settle(out: Path) -> None:

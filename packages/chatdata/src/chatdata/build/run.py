@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from chatdata.build.cache import find_units, take_unit
+from chatdata.build.cache import find_units
 from chatdata.build.engines import ENGINES, OnRows, start_workers
 from chatdata.build.plan import BuildPlan, number_documents, place_of, rows_in_order
-from chatdata.build.publish import check_out, firewall_path, partial_folder, publish
+from chatdata.build.publish import check_out, partial_folder, publish
 from chatdata.build.splits import write_split
 from chatdata.build.units import FAST_ENCODER_BYTES, Renderer, Unit, cut_units, load_encoder, read_unit
 from chatdata.disk import cache_folder, file_sha256, write_json, writes_to
@@ -78,11 +78,9 @@ def build(
         units = []
         for number, (source, row_map) in enumerate(row_maps.items()):
             units += cut_units(number, source, plan.tokenizer, row_map.document_of >= 0)
-        cached = find_units(cache)
-        there = {unit.key: cached[unit.key] for unit in units if unit.key in cached}
-        paths = {key: path for key, path in there.items() if take_unit(path)}
+        paths, num_damaged = find_units(cache, {unit.key for unit in units})
         missing = [unit for unit in units if unit.key not in paths]
-        report["units"] = {"rendered": len(missing), "cached": len(paths), "damaged": len(there) - len(paths)}
+        report["units"] = {"rendered": len(missing), "cached": len(paths), "damaged": num_damaged}
 
         # render them; while workers start, do what does not depend on them
         if encoder == "auto" and sum(unit.num_bytes for unit in missing) < FAST_ENCODER_BYTES:
@@ -104,7 +102,6 @@ def build(
             }
             report["encoder"] = {"name": used.name, "version": used.version, **counts}
             load_encoder.cache_clear()  # gigatoken keeps up to 200 MB of pieces it has met
-            forget_readers()
         paths |= {unit.key: unit.path for unit in rendered}
         batches = [batch for unit in units for batch in read_unit(paths[unit.key], plan.tokenizer.dtype)]
         documents = RenderedDocuments(batches, plan.recipe, partial(place_of, row_maps))
@@ -132,22 +129,17 @@ def build(
                 )
 
         # write the manifest and the report
+        sources = [source.describe() for source in plan.sources]
+        forget_readers()  # no row is read from here on
         seconds["total"] = time.perf_counter() - started
         report |= _run_facts(seconds, splits)
-        manifest = _manifest(plan, splits, growing / "tokenizer", decontaminate)
+        manifest = _manifest(plan, sources, splits, growing / "tokenizer", decontaminate)
         write_json(growing / "report.json", report | {"build_id": manifest["build_id"]})
         write_json(growing / "manifest.json", manifest)
 
         # publish
         check_out(out, force)
-        listed = out.with_name(f".{out.name}-firewall.partial")  # written before, so that a full disk shows now
-        if findings:
-            write_json(listed, listing(findings, manifest["build_id"]))
-        publish(growing, out)
-        if findings:
-            listed.replace(firewall_path(out))
-        else:
-            firewall_path(out).unlink(missing_ok=True)  # of a build that was replaced
+        publish(growing, out, listing(findings, manifest["build_id"]) if findings else None)
     return manifest
 
 
@@ -170,7 +162,9 @@ def _show_rows(plan: BuildPlan, units: list[Unit], missing: list[Unit], progress
     return on_rows
 
 
-def _manifest(plan: BuildPlan, splits: dict[str, Any], tokenizer_folder: Path, decontaminate: str) -> dict[str, Any]:
+def _manifest(
+    plan: BuildPlan, sources: list[Any], splits: dict[str, Any], tokenizer_folder: Path, decontaminate: str
+) -> dict[str, Any]:
     tokenizer = plan.tokenizer
     dropping = {"decontaminate": "drop"} if decontaminate == "drop" else {}  # a report changes no byte
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -179,7 +173,7 @@ def _manifest(plan: BuildPlan, splits: dict[str, Any], tokenizer_folder: Path, d
         "version": VERSION,
         "stage": plan.recipe.stage,
         "recipe": plan.recipe.resolved() | {"limit": plan.limit} | dropping,
-        "sources": [source.describe() for source in plan.sources],
+        "sources": sources,
         "tokenizer": {
             "files": {name: file_sha256(tokenizer_folder / name) for name in names},
             "canary_sha256": tokenizer.canary_sha256,
