@@ -105,9 +105,7 @@ def gigatoken_route(tokenizer: Tokenizer) -> EncodeBatch:
         ends = np.flatnonzero(buffer == ord(_END))
         if np.diff(ends, prepend=-1).max(initial=0) > _LONG:  # a text of that many bytes, its mark counted
             apart |= _texts_with_long_white_space(kept)
-        if not data.isascii():
-            apart |= _texts_with_other_numerals(kept)
-        apart |= _texts_with_inner_newline_at_end(kept, buffer[ends - 1])
+        apart |= _texts_with_other_numerals(buffer, ends) | _texts_with_inner_newline_at_end(kept, buffer[ends - 1])
         cuts = _cuts_between_digits(buffer)
         if len(cuts):
             data = np.insert(buffer, cuts, ord(_CUT)).tobytes()
@@ -151,17 +149,18 @@ def _cuts_between_digits(buffer: np.ndarray) -> np.ndarray:
     return triples[(triples - run_starts) % 2 == 0] + 2
 
 
-def _texts_with_other_numerals(texts: list[str]) -> set[int]:
+def _texts_with_other_numerals(buffer: np.ndarray, ends: np.ndarray) -> set[int]:
     """Numbers of the texts with a numeral beyond ASCII, or a character that this Python does not know."""
-    chosen = [i for i, text in enumerate(texts) if not text.isascii()]
-    code_points = np.frombuffer(_END.join([*(texts[i] for i in chosen), ""]).encode("utf-32-le"), np.uint32)
+    leads = np.flatnonzero(buffer >= 0xC0)  # first bytes of the characters beyond ASCII
+    a = buffer[leads].astype(np.uint32)
+    b, c, d = (buffer.take(leads + i, mode="clip").astype(np.uint32) & 0x3F for i in (1, 2, 3))
+    of_two, of_three, of_four = (a & 0x1F) << 6 | b, (a & 0x0F) << 12 | b << 6 | c, (a & 7) << 18 | b << 12 | c << 6 | d
+    code_points = np.where(a < 0xE0, of_two, np.where(a < 0xF0, of_three, of_four))
     kinds = _kinds_of_code_points()
-    beyond = np.flatnonzero(code_points >= 0x80)
-    for new in np.unique(code_points[beyond[kinds[code_points[beyond]] == _NEW]]):
+    for new in np.unique(code_points[kinds[code_points] == _NEW]):
         category = unicodedata.category(chr(new))
         kinds[new] = _NUMERAL if category == "Cn" or category.startswith("N") else _ALIKE
-    numerals = beyond[kinds[code_points[beyond]] == _NUMERAL]
-    return {chosen[i] for i in np.searchsorted(np.flatnonzero(code_points == ord(_END)), numerals).tolist()}
+    return set(np.searchsorted(ends, leads[kinds[code_points] == _NUMERAL]).tolist())
 
 
 @cache
