@@ -135,7 +135,7 @@ def _question(name: str, item: str, task: Task, row: Any, tokenizer: Tokenizer) 
     prompt = render_for_completion(tokenizer, conversation)
     subject = call_task(task, itemgetter(scoring.subject_key), row) if scoring.subject_key else None
     letters: tuple[str, ...] = ()
-    gold = ""
+    gold: Any = ""
     if scoring.letters is not None:
         letters, gold = tuple(call_task(task, scoring.letters, row)), conversation["messages"][-1]["content"]
         if len(letters) < 2 or gold not in letters:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chatdata.document import Document
+from chatdata.document import IGNORED, Document
 from chateval.errors import ScoringError
 from chattrain.checkpoint import read_checkpoint
 from chattrain.evaluate import token_byte_counts
-from chattrain.loss import IGNORED, position_losses
+from chattrain.loss import position_losses
 from chattrain.model import GPT, ModelConfig, load_model
 from chattrain.nanochat.export import is_export, read_export
 

@@ -91,8 +91,8 @@ def compare(a: Path, b: Path, examples: int = 5) -> Comparison:
         raise ResultsError(f"{a} and {b} cannot be compared: settings differ: {'; '.join(changed)}")
     shared = [name for name in run_a.tasks if name in run_b.tasks]
     if not shared:
-        tasks = " and ".join(", ".join(run.tasks) or "nothing" for run in (run_a, run_b))
-        raise ResultsError(f"{a} and {b} have no task in common: they scored {tasks}")
+        scored = " and ".join(", ".join(run.tasks) or "nothing" for run in (run_a, run_b))
+        raise ResultsError(f"{a} and {b} have no task in common: they scored {scored}")
     for name in shared:
         how_a, how_b = ({"scoring": t.scoring, "draws": t.draws} for t in (run_a.tasks[name], run_b.tasks[name]))
         if changed := changes(how_a, how_b, name):

@@ -25,7 +25,7 @@ from chateval.results.tables import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Table = tuple[Sequence[str], list[Sequence[str]]]  # column names, rows
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # column names, rows
 
 REPORT_NAME, PICTURE_NAME = "report.md", "scores.png"
 NO_PICTURE = "No picture: matplotlib is not installed (`pip install 'chateval[plot]'`)."
