@@ -1,41 +1,56 @@
-"""The route of one conversation, from a GSM8K row to a loss, a validation figure and a graded answer, in eight hops.
+"""The route of one conversation, from a GSM8K row to a loss, a validation figure and a graded answer, in ten hops.
 
-    uv run pytest tests/test_route.py -s        prints the conversation at every hop; the tests stand in its order
+    uv run pytest tests/test_route.py -s        prints the conversation at every hop
 
-Every hop calls what the product calls there, and everything expected is written down: with the tokenizer below, single
-characters are their own byte (id 51 is "3") and a few words have ids from 256 on.
+Every hop calls what the product calls there: one test follows a real build and a real run. All expected values are
+literals: with the tokenizer below, single characters are their own byte (id 51 is "3"), and a few words have ids from
+256 on.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from chatdata.build.plan import make_build_plan
+from chatdata.build.plan import BuildPlan, make_build_plan
 from chatdata.build.run import build as run_build
+from chatdata.build.units import Renderer, cut_units, read_unit, render_unit
+from chatdata.cli import main as data_command
+from chatdata.document import SPAN_ROLES
 from chatdata.packing.epoch import document_targets
 from chatdata.packing.layouts import pack, stream
 from chatdata.recipe import load_recipe
+from chatdata.render.batch import render_batch
+from chatdata.render.documents import RenderedDocuments
+from chatdata.render.pieces import CLOSES, OPENS, pieces_of_conversations
 from chatdata.render.specification import render_conversation, render_for_completion
 from chatdata.shards.read import Build, Split, open_build
+from chatdata.shards.write import write_shard
 from chatdata.sources.find import Locations
 from chatdata.tasks import gsm8k, load_tasks
 from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
+from chatdata.tokenizer.encoders import find_encoder
 from chateval.ask.answers import Draw, answer_texts
 from chateval.ask.generate import Sampling
 from chateval.ask.questions import Question
 from chateval.ask.subject import Subject
 from chattrain.batches import Step, read_step
 from chattrain.checkpoint import save_checkpoint
+from chattrain.cli import main as train_command
 from chattrain.evaluate import bits_per_byte, token_byte_counts
 from chattrain.loop import hidden_states, train_step
 from chattrain.loss import chunked_loss, position_losses
@@ -93,16 +108,14 @@ class Hop(NamedTuple):
 
 ROUTE = (
     Hop(("tasks/gsm8k.py",), (gsm8k.to_conversation,), "a row becomes a conversation"),
-    Hop(("render/specification.py",), (render_conversation, render_for_completion), "… becomes tokens and mask"),
-    Hop(("build/plan.py", "build/run.py"), (make_build_plan, run_build), "… is built, with others, into a folder"),
-    Hop(("shards/read.py",), (open_build,), "… lies on disk, and is read back without a copy"),
-    Hop(("packing/layouts.py",), (stream, pack), "… is placed in a sequence"),
-    Hop(("batches.py",), (read_step,), "… becomes inputs and targets: the only place that shifts"),
-    Hop(
-        ("loop.py", "loss.py", "run/prepare.py"),
-        (hidden_states, train_step, chunked_loss, position_losses, prepare),
-        "… becomes a loss and a step",
-    ),
+    Hop(("render/pieces.py",), (pieces_of_conversations,), "… becomes pieces: one text and its role each"),
+    Hop(("render/batch.py",), (render_batch,), "… becomes tokens and mask, together with many others"),
+    Hop(("build/units.py",), (render_unit, read_unit), "… is kept in the cache, in a work unit"),
+    Hop(("render/documents.py",), (RenderedDocuments.gather,), "… is gathered in the order of the mixture"),
+    Hop(("shards/write.py", "shards/read.py"), (write_shard, open_build), "… is written to a shard, and read back"),
+    Hop(("packing/layouts.py",), (pack,), "… is placed in a sequence"),
+    Hop(("batches.py",), (read_step,), "… becomes inputs and targets, shifted by one"),
+    Hop(("loop.py", "loss.py"), (hidden_states, train_step, chunked_loss), "… becomes a loss and a step"),
     Hop(("evaluate.py",), (bits_per_byte, token_byte_counts), "… is validated on"),
 )
 BACK = Hop(("tasks/gsm8k.py",), (gsm8k.grade,), "… and an answer is graded where the row came from")
@@ -134,10 +147,13 @@ def built(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     (folder / "recipe.toml").write_text(
         'stage = "sft"\n[[train]]\ntask = "gsm8k"\npath = "train.jsonl"\n[[val]]\ntask = "gsm8k"\npath = "val.jsonl"\n'
     )
-    tasks = load_tasks()
-    recipe = load_recipe(str(folder / "recipe.toml"), tasks)
-    run_build(make_build_plan(recipe, tasks, tokenizer, Locations(folder)), folder / "build")
+    run_build(plan_of(folder, tokenizer), folder / "build")
     return folder / "build"
+
+
+def plan_of(folder: Path, tokenizer: Tokenizer) -> BuildPlan:
+    tasks = load_tasks()
+    return make_build_plan(load_recipe(str(folder / "recipe.toml"), tasks), tasks, tokenizer, Locations(folder))
 
 
 @pytest.fixture
@@ -185,7 +201,7 @@ def run_of(build: Build, tmp_path: Path) -> Callable[[str], Run]:
 
 
 def conversation_part(stage: str, rows: torch.Tensor) -> list:
-    """The 41 positions of the conversation, of the [B, T] positions of the step that hold it (hops 4 and 5)."""
+    """The 41 positions of the conversation, of the [B, T] positions of the step that hold it (hops 6 and 7)."""
     return (rows.flatten()[39:80] if stage == "mid" else rows[1, :41]).tolist()
 
 
@@ -221,21 +237,61 @@ def test_hop_1_a_row_becomes_a_conversation() -> None:
         print(f"    {'assistant ' + part['type']:24}{part['text']!r}")
 
 
-def test_hop_2_a_conversation_becomes_tokens_and_mask(tokenizer: Tokenizer) -> None:
-    conversation = gsm8k.to_conversation(ROW)
-    document = render_conversation(tokenizer, conversation)
-    assert [tokenizer.decode_token(token) for token in IDS] == TOKENS
-    assert document.tokens.tolist() == IDS
-    assert "".join(map(str, document.mask)) == MASK
-    assert render_for_completion(tokenizer, conversation) == IDS[:18]  # what a model is asked: up to assistant_start
+def test_hop_2_a_conversation_becomes_pieces() -> None:
+    pieces = pieces_of_conversations([gsm8k.to_conversation(ROW)])
+    user, text, python, output = (SPAN_ROLES.index(role) for role in ("user", "text", "python", "output"))
+    assert list(zip(pieces.texts, pieces.codes.tolist(), strict=True)) == [
+        ("A kite costs 7 euros. What do 3 kites cost?", user),
+        ("Three kites cost 3*7=", text | OPENS),
+        ("3*7", python),
+        ("21", output),
+        ("21 euros.\n#### 21", text | CLOSES),
+    ]
+    assert pieces.counts.tolist() == [5]
     heading(ROUTE[1])
+    for piece, code in zip(pieces.texts, pieces.codes.tolist(), strict=True):
+        edge = " opens the answer" * bool(code & OPENS) + " closes the answer" * bool(code & CLOSES)
+        print(f"    {SPAN_ROLES[code & 3]:8}{piece!r}{edge}")
+
+
+def test_hop_3_pieces_become_tokens_and_mask(tokenizer: Tokenizer) -> None:
+    conversations = [gsm8k.to_conversation(row) for row in (OTHER_ROWS[0], ROW)]
+    pieces = pieces_of_conversations(conversations)
+    ids, counts = find_encoder("tiktoken", tokenizer).encode_batch(pieces.texts)
+    batch = render_batch(pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size)
+    assert batch.num_tokens.tolist() == [25, 42]
+    assert [tokenizer.decode_token(token) for token in IDS] == TOKENS
+    assert batch.tokens[25:].tolist() == IDS
+    assert "".join(map(str, batch.mask[25:])) == MASK
+    # the specification, one conversation at a time, says the same
+    document = render_conversation(tokenizer, conversations[1])
+    assert (document.tokens.tolist(), "".join(map(str, document.mask))) == (IDS, MASK)
+    assert render_for_completion(tokenizer, conversations[1]) == IDS[:18]  # a prompt ends with assistant_start
+    heading(ROUTE[2])
     print("    idx  token                     id  mask")
     for i, (token, token_id, mask) in enumerate(zip(TOKENS, IDS, MASK, strict=True)):
         print(f"    {i:3}  {token!r:22}  {token_id:4}  {mask:>4}")
-    print(f"\n    asked of a checkpoint: the first 18\n\n{document.conversation_markup()}")
+    print(f"\n    a checkpoint is asked the first 18\n\n{document.conversation_markup()}")
 
 
-def test_hop_3_conversations_become_a_build(build: Build) -> None:
+def test_hops_4_and_5_a_work_unit_is_gathered(built: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    plan = plan_of(built.parent, tokenizer)
+    source = plan.splits["train"][0].source
+    (unit,) = cut_units(0, source, tokenizer, np.ones(3, dtype=bool))
+    rendered = render_unit(Renderer((source,), tokenizer, "auto", tmp_path), unit)
+    assert rendered.path.name.startswith(unit.key)
+    batches = read_unit(rendered.path, tokenizer.dtype)
+    assert [batch.num_tokens.tolist() for batch in batches] == [[42, 25, 14]]  # in the source's order
+    documents = RenderedDocuments(batches, plan.recipe, source.where)
+    tokens, mask = documents.gather(np.array([1, 2, 0]))  # the mixture's order
+    assert (tokens[39:].tolist(), "".join(map(str, mask[39:]))) == (IDS, MASK)
+    heading(ROUTE[3])
+    print(f"    rows 0 … 2 of {source.name} in {unit.key[:8]}….arrow, {rendered.path.stat().st_size:,} bytes")
+    heading(ROUTE[4])
+    print("    document 1 (25 tokens), document 2 (14), then ours: document 0 (42), tokens 39 … 80")
+
+
+def test_hop_6_documents_become_a_build(build: Build) -> None:
     files = sorted(path.relative_to(build.path).as_posix() for path in build.path.rglob("*") if path.is_file())
     kinds = ("index-00000.parquet", "mask-00000.npy", "offsets-00000.npy", "tokens-00000.npy")
     assert files == [
@@ -254,13 +310,13 @@ def test_hop_3_conversations_become_a_build(build: Build) -> None:
         "mismatches": 0,
         "listed": [],
     }
-    heading(ROUTE[2])
+    heading(ROUTE[5])
     for file in files:
         print(f"    {file:34}{(build.path / file).stat().st_size:8,} bytes")
     print(f"\n    train: {ledger['documents']} documents, {ledger['tokens']} tokens, {ledger['supervised']} supervised")
 
 
-def test_hop_4_the_build_is_read_back(build: Build, train: Split) -> None:
+def test_hop_6_the_build_is_read_back(build: Build, train: Split) -> None:
     assert train.offsets.tolist() == [0, 25, 39, 81]
     document = train[2]  # rows 0, 1, 2 have positions 2, 1, 0 in the task; the mixture's order is 1, 0, 2
     assert document.tokens.tolist() == IDS
@@ -273,14 +329,13 @@ def test_hop_4_the_build_is_read_back(build: Build, train: Split) -> None:
     reads = [tuple(span.values()) for span in line["spans"]]  # role (user 0, text 1, python 2, output 3), start, length
     assert reads == [(0, 1, 16), (1, 18, 8), (2, 26, 5), (3, 31, 3), (1, 34, 7)]
     assert build["val"].offsets.tolist() == [0, 42]
-    heading(ROUTE[3])
-    print(f"    offsets   {train.offsets.tolist()}: the conversation is document 2, tokens 39 … 80")
+    print(f"\n    offsets   {train.offsets.tolist()}: the conversation is document 2, tokens 39 … 80")
     print(f"    tokens    {train.tokens(39, 81)[:10].tolist()} …\n    mask      {train.mask(39, 81)[:10].tolist()} …")
     facts = [f"{key} {value}" for key, value in known.items()]
     print(f"    index     {' · '.join(facts[:6])}\n{'':14}{' · '.join(facts[6:])}")
 
 
-def test_hop_5_a_document_is_placed_in_a_sequence(train: Split, run_of: Callable[[str], Run]) -> None:
+def test_hop_7_a_document_is_placed_in_a_sequence(train: Split, run_of: Callable[[str], Run]) -> None:
     lengths, num_targets = np.diff(train.offsets), document_targets(train, "apply", SFT_T)
     assert (lengths.tolist(), num_targets.tolist()) == ([25, 14, 42], [13, 6, 21])
     assert stream(train.num_tokens, MID_T) == (5, 0)  # 80 targets, none left over
@@ -293,7 +348,7 @@ def test_hop_5_a_document_is_placed_in_a_sequence(train: Split, run_of: Callable
     assert (mid.layout, mid.mask, mid.num_steps, mid.targets_per_step.tolist()) == ("stream", "ignore", 1, [80])
     assert (sft.layout, sft.mask, sft.num_steps, sft.targets_per_step.tolist()) == ("pack", "apply", 1, [40])
     assert sft.packing.documents.tolist() == packing.documents.tolist()
-    heading(ROUTE[4])
+    heading(ROUTE[6])
     for k in range(5):
         start, stop = k * MID_T, (k + 1) * MID_T
         found = [f"document {d}" for d in range(3) if train.offsets[d] < stop and train.offsets[d + 1] > start]
@@ -304,7 +359,7 @@ def test_hop_5_a_document_is_placed_in_a_sequence(train: Split, run_of: Callable
         print(f"    sft  T = {SFT_T}  sequence {s}  {', '.join(placed[first:last])}, {room} free")
 
 
-def test_hop_6_a_sequence_becomes_inputs_and_targets(run_of: Callable[[str], Run]) -> None:
+def test_hop_8_a_sequence_becomes_inputs_and_targets(run_of: Callable[[str], Run]) -> None:
     (mid,) = read_step(run_of("mid").plan, 0).batches
     (sft,) = read_step(run_of("sft").plan, 0).batches
     assert (tuple(mid.inputs.shape), mid.lengths) == ((5, 16), None)
@@ -320,7 +375,7 @@ def test_hop_6_a_sequence_becomes_inputs_and_targets(run_of: Callable[[str], Run
     assert (mid.inputs[2, 6].item(), mid.targets[2, 6].item()) == (271, 267)
     assert sft.inputs[1, 41].item() == 267
     assert (sft.inputs[1, 54:].tolist(), sft.targets[1, 54:].tolist()) == ([271] * 10, [-100] * 10)
-    heading(ROUTE[5])
+    heading(ROUTE[7])
     print(f"{'':34}mid{'':23}sft")
     print("    idx  token                   row   at  input  target   row  at  input  target")
     for i, (mid_input, mid_target, sft_input, sft_target) in enumerate(zip(*parts["mid"], *parts["sft"], strict=True)):
@@ -337,7 +392,7 @@ def forward(learner: Learner, step: Step) -> tuple[torch.Tensor, np.ndarray, np.
         return hidden, learner.model.logits(hidden).double().numpy(), batch.targets.numpy()
 
 
-def test_hop_7_targets_become_a_loss_and_a_step(run_of: Callable[[str], Run]) -> None:
+def test_hop_9_targets_become_a_loss_and_a_step(run_of: Callable[[str], Run]) -> None:
     columns = {}
     for stage, num_targets in (("mid", 80), ("sft", 40)):
         made = run_of(stage)
@@ -355,14 +410,14 @@ def test_hop_7_targets_become_a_loss_and_a_step(run_of: Callable[[str], Run]) ->
         columns[stage] = conversation_part(stage, torch.from_numpy(by_hand)), result.loss
     assert "".join(str(int(loss > 0)) for loss in columns["mid"][0]) == "1" * 41
     assert "".join(str(int(loss > 0)) for loss in columns["sft"][0]) == MASK[1:]
-    heading(ROUTE[6])
+    heading(ROUTE[8])
     print("    idx  input                   target                  mid loss  sft loss   (nats)")
     for i, (mid, sft) in enumerate(zip(columns["mid"][0], columns["sft"][0], strict=True)):
         print(f"    {i:3}  {TOKENS[i]!r:22}  {TOKENS[i + 1]!r:22}  {shown(mid):>8}  {shown(sft):>8}")
     print(f"\n    loss of the step: mid {columns['mid'][1]:.3f} over 80 targets, sft {columns['sft'][1]:.3f} over 40")
 
 
-def test_hop_7_packed_conversations_are_alone(train: Split, run_of: Callable[[str], Run]) -> None:
+def test_hop_9_packed_conversations_are_alone(train: Split, run_of: Callable[[str], Run]) -> None:
     """In sft a row holds two documents; each gets the logits it gets by itself, also the one that stands behind."""
     made = run_of("sft")
     model = made.learner.model
@@ -382,7 +437,9 @@ def test_hop_7_packed_conversations_are_alone(train: Split, run_of: Callable[[st
         ("sft", "0" * 17 + "1" * 8 + "0" + "111" + "0000" + "1" * 7 + "0", 21 + 3 + 17),
     ],
 )
-def test_hop_8_validation(build: Build, run_of: Callable[[str], Run], stage: str, counted: str, num_bytes: int) -> None:
+def test_hop_10_validation(
+    build: Build, run_of: Callable[[str], Run], stage: str, counted: str, num_bytes: int
+) -> None:
     made = run_of(stage)
     model = made.learner.model
     states = partial(hidden_states, made.learner, model)
@@ -396,7 +453,7 @@ def test_hop_8_validation(build: Build, run_of: Callable[[str], Run], stage: str
     assert result["total"] == pytest.approx(expected, rel=1e-5)
     assert result["tasks"] == {"gsm8k": pytest.approx(expected, rel=1e-5)}
     if stage == "mid":
-        heading(ROUTE[7])
+        heading(ROUTE[9])
     print(f"    {stage}: {result['total']:.3f} bits per byte over {num_bytes} bytes of the conversation")
 
 
@@ -428,6 +485,53 @@ def test_back_to_the_task_file(build: Build, run_of: Callable[[str], Run]) -> No
         grade = gsm8k.grade(ROW, text)
         assert (grade.gold, grade.extracted, grade.correct) == ("21", extracted, correct)
         print(f"    {'an answer':16}{text!r}: {'right' if correct else 'wrong'}")
+
+
+def test_a_real_build_and_run_pass_these_functions(built: Path, tmp_path: Path, monkeypatch) -> None:
+    """`chatdata build` and `chattrain run` call every function of the route, first calls in its order."""
+    first_calls: list[CodeType] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code in codes and frame.f_code not in first_calls:
+            first_calls.append(frame.f_code)
+
+    functions = [function for hop in ROUTE for function in hop.functions]
+    codes = {inspect.unwrap(function).__code__: function.__qualname__ for function in functions}
+    monkeypatch.setenv("CHATDATA_CACHE", str(tmp_path / "cache"))
+    out, run = tmp_path / "build", tmp_path / "run"
+    recipe = [
+        "--recipe",
+        built.parent / "recipe.toml",
+        "--tokenizer",
+        built,
+        "--workers",
+        "1",
+        "--decontaminate",
+        "off",
+    ]
+    settings = ["--init", "random:1x32x2", "--seq-len", SFT_T, "--device-batch-size", "2", "--eval-every", "1"]
+    commands = (
+        (data_command, ["chatdata", "build", *recipe, "--out", out, "--json"]),
+        (train_command, ["chattrain", "run", "--data", out, *settings, "--device", "cpu", "--out", run, "--json"]),
+    )
+    for command, arguments in commands:
+        monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
+        handler = signal.getsignal(signal.SIGTERM)
+        sys.setprofile(note)
+        threading.setprofile(note)  # batches are read ahead in a thread
+        try:
+            with pytest.raises(SystemExit) as end:
+                command()
+        finally:
+            sys.setprofile(None)
+            threading.setprofile(None)  # type: ignore[arg-type]
+            signal.signal(signal.SIGTERM, handler)
+        assert not end.value.code
+    called = [codes[code] for code in first_calls]
+    assert set(called) == {function.__qualname__ for function in functions}
+    entered = ["to_conversation", "pieces_of_conversations", "render_batch", "read_unit", "RenderedDocuments.gather"]
+    entered += ["open_build", "pack", "train_step", "chunked_loss"]
+    assert [name for name in called if name in entered] == entered
 
 
 def test_the_route_is_where_it_is_said_to_be() -> None:
