@@ -19,8 +19,14 @@ from chatdata.errors import ConversationError, nearest
 
 Role = Literal["system", "user", "assistant"]
 PART_TYPES = ("text", "python", "python_output")
-_ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
 
 
 class Part(TypedDict):
@@ -53,22 +59,17 @@ def parse_conversation(record: Any) -> Conversation:
 
 def _messages_of(record: Any) -> list[Any]:
     if isinstance(record, list):
-        messages, key = record, "messages"
-    elif not isinstance(record, dict):
+        record = {"messages": record}
+    if not isinstance(record, dict):
         raise ConversationError(f"a conversation is a list of messages or an object with messages, not {_kind(record)}")
-    elif record.get("messages") is not None:
-        messages, key = record["messages"], "messages"
-    elif record.get("conversations") is not None:
-        messages, key = record["conversations"], "conversations"
-    else:
+    key = "messages" if record.get("messages") is not None else "conversations"
+    messages = record.get(key)
+    if messages is None:
         raise ConversationError('no messages: expected the key "messages" (or ShareGPT\'s "conversations")')
-    if isinstance(record, dict):
-        # "system" and "tools" are content in some ShareGPT dumps; so is a second list of messages
-        for other in ("system", "tools", "conversations"):
-            if other != key and record.get(other) not in (None, "", []):
-                raise ConversationError(
-                    f'key "{other}" next to "{key}": would be left out; make it a message or remove it'
-                )
+    # "system" and "tools" are content in some ShareGPT dumps; so is a second list of messages
+    for other in ("system", "tools", "conversations"):
+        if other != key and record.get(other) not in (None, "", []):
+            raise ConversationError(f'key "{other}" next to "{key}": would be left out; make it a message or remove it')
     if not isinstance(messages, list):
         raise ConversationError(f'"{key}" must be a list of messages, not {_kind(messages)}')
     if not messages:
@@ -89,15 +90,11 @@ def _parse_message(message: Any, turn: int) -> Message:
         raise ConversationError(
             f'message {turn}, key "{extra[0]}": not understood; a message has only {role_key} and {content_key}'
         )
+    roles = _SHAREGPT_ROLES if role_key == "from" else _ROLES
     role = message[role_key]
-    if role_key == "from":
-        if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-            raise ConversationError(
-                f'message {turn}, key "from": unknown role {role!r}; valid: {", ".join(_SHAREGPT_ROLES)}'
-            )
-        role = _SHAREGPT_ROLES[role]
-    elif role not in _ROLES:
-        raise ConversationError(f'message {turn}, key "role": unknown role {role!r}; valid: {", ".join(_ROLES)}')
+    if not isinstance(role, str) or role not in roles:
+        raise ConversationError(f'message {turn}, key "{role_key}": unknown role {role!r}; valid: {", ".join(roles)}')
+    role = roles[role]
     return {"role": role, "content": _parse_content(message[content_key], role, turn, content_key)}
 
 

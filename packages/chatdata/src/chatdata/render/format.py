@@ -80,14 +80,8 @@ class ChatFormat:
     @cached_property
     def text_after(self) -> dict[str, int]:
         """Role of the text after each delimiter that may have text after it."""
-        return {
-            self.user.opening: USER,
-            self.assistant_start: TEXT,
-            self.python.opening: PYTHON,
-            self.python.closing: TEXT,
-            self.output.opening: OUTPUT,
-            self.output.closing: TEXT,
-        }
+        roles = {span.opening: role for role, span in enumerate(self.spans) if span.opening}
+        return roles | dict.fromkeys((self.assistant_start, self.python.closing, self.output.closing), TEXT)
 
 
 # karpathy/nanochat@790f3be:nanochat/tokenizer.py (render_conversation)

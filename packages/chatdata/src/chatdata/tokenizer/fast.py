@@ -31,6 +31,7 @@ EncodeBatch = Callable[[list[str]], Ids]
 _END, _CUT = "\0", "\1"  # the marks: after a text, between two pieces
 _MARK_OR_SURROGATE = re.compile("[\0\1\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NEWLINE = re.compile("[\r\n]")
 
 _LONG = 500_000  # characters of white space in a row; tiktoken gives up at 1,000,000
 _LONG_WHITE_SPACE = re.compile(rf"(?<!\s)\s{{{_LONG}}}")
@@ -174,12 +175,8 @@ def _texts_with_inner_newline_at_end(texts: list[str], last: np.ndarray) -> set[
 
     last: uint8 [num_texts], the last byte of each.
     """
-    found = set()
-    for i in np.flatnonzero(np.isin(last, [9, 11, 12, 32]) | (last >= 0x80)).tolist():
-        white_space = texts[i][len(texts[i].rstrip()) :].rstrip("\r\n")
-        if "\n" in white_space or "\r" in white_space:
-            found.add(i)
-    return found
+    perhaps = np.flatnonzero(np.isin(last, [9, 11, 12, 32]) | (last >= 0x80)).tolist()
+    return {i for i in perhaps if _NEWLINE.search(texts[i][len(texts[i].rstrip()) :].rstrip("\r\n"))}
 
 
 def _texts_with_long_white_space(texts: list[str]) -> set[int]:
