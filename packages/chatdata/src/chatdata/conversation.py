@@ -90,7 +90,7 @@ def _parse_message(message: Any, turn: int) -> Message:
         raise ConversationError(
             f'message {turn}, key "{extra[0]}": not understood; a message has only {role_key} and {content_key}'
         )
-    roles = _SHAREGPT_ROLES if role_key == "from" else _ROLES
+    roles: dict[str, Any] = _SHAREGPT_ROLES if role_key == "from" else _ROLES
     role = message[role_key]
     if not isinstance(role, str) or role not in roles:
         raise ConversationError(f'message {turn}, key "{role_key}": unknown role {role!r}; valid: {", ".join(roles)}')
