@@ -3,13 +3,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS
-from chattrain.errors import RunError, WeightsError
+from chattrain.errors import WeightsError
 from chattrain.loss import chunked_loss
 from chattrain.model import load_model
 from chattrain.optim import (
     SCHEDULES,
     Muon,
-    find_schedule,
     load_optimizer_tensors,
     make_optimizers,
     momentum,
@@ -153,13 +152,8 @@ def test_stages():
     assert (SCHEDULES["mid"].lr_fraction, SCHEDULES["sft"].lr_fraction) == (1.0, 0.02)
 
 
-def test_unknown_stage():
-    with pytest.raises(RunError, match="unknown stage 'stf': must be one of base, mid, sft"):
-        find_schedule("stf")
-
-
 def test_multiplier():
-    mid, sft = find_schedule("mid"), find_schedule("sft")
+    mid, sft = SCHEDULES["mid"], SCHEDULES["sft"]
     assert [multiplier(mid, s, 10) for s in range(10)] == pytest.approx([1] * 8 + [1, 0.5])
     assert [multiplier(mid, s, 20) for s in range(14, 20)] == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25])
     assert [multiplier(sft, s, 4) for s in range(4)] == [1, 0.75, 0.5, 0.25]
@@ -167,6 +161,6 @@ def test_multiplier():
 
 
 def test_momentum():
-    mid, sft = find_schedule("mid"), find_schedule("sft")
+    mid, sft = SCHEDULES["mid"], SCHEDULES["sft"]
     assert [momentum(mid, s) for s in (0, 150, 300, 5000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
     assert [momentum(sft, s) for s in (0, 1, 1000)] == [0.95] * 3

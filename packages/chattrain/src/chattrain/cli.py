@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from chattrain.errors import RunError
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
+option = partial(click.option, show_default=True)
 
 
 def main() -> None:
@@ -35,110 +37,92 @@ def cli(debug: bool) -> None:
         "torchrun --nproc-per-node 8 -m chattrain run --data out/mid --init random:d20 --out runs/mid --resume",
     )
 )
-@click.option("--data", type=PATH, required=True, help="A chatdata build.")
-@click.option("--stage", type=click.Choice(["base", "mid", "sft"]), help="Stage policy (default: the build's stage).")
-@click.option(
+@option("--data", type=PATH, required=True, help="A chatdata build.")
+@option("--stage", type=click.Choice(["base", "mid", "sft"]), help="Stage policy (default: the build's stage).")
+@option(
     "--init",
     required=True,
     metavar="random:dN|CHECKPOINT",
     help="Fresh weights (also random:LAYERSxWIDTHxHEADS), a checkpoint or a run.",
 )
-@click.option("--out", type=PATH, help="Run folder (default: runs/<stage>).")
-@click.option("--seq-len", type=POSITIVE, default=2048, show_default=True, help="T, positions of a sequence.")
-@click.option("--device-batch-size", type=POSITIVE, default=8, show_default=True, help="B, sequences at a time.")
-@click.option("--total-batch-tokens", type=POSITIVE, help="Positions of a step (default: B · T · ranks).")
-@click.option("--steps", type=POSITIVE, help="Steps of the whole schedule (default: --epochs times the plan).")
-@click.option("--epochs", type=POSITIVE, default=1, show_default=True, help="Passes over the plan.")
-@click.option(
-    "--stop-at",
-    type=click.IntRange(min=0),
-    help="End a longer schedule after this many steps (0: save the start).",
+@option("--out", type=PATH, help="Run folder (default: runs/<stage>).")
+@option("--seq-len", type=POSITIVE, default=2048, help="T, positions of a sequence.")
+@option("--device-batch-size", type=POSITIVE, default=8, help="B, sequences at a time.")
+@option("--total-batch-tokens", type=POSITIVE, help="Positions of a step (default: B · T · ranks).")
+@option("--steps", type=POSITIVE, help="Steps of the whole schedule (default: --epochs times the plan).")
+@option("--epochs", type=POSITIVE, default=1, help="Passes over the plan.")
+@option(
+    "--stop-at", type=click.IntRange(min=0), help="End a longer schedule after this many steps (0: save the start)."
 )
-@click.option(
-    "--lr-scale",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Multiply every learning rate.",
-)
-@click.option("--save-every", type=POSITIVE, help="Steps between checkpoints (there is always one at the end).")
-@click.option("--keep-last", type=POSITIVE, default=2, show_default=True, help="Checkpoints to keep.")
-@click.option("--eval-every", type=POSITIVE, help="Steps between validations: bits per byte, in total and per task.")
-@click.option("--layout", type=click.Choice(["stream", "pack", "pad"]), help="Default: the stage's.")
-@click.option(
-    "--mask",
-    type=MaskPolicyChoice(),
-    help="Which tokens are targets (default: the stage's policy).",
-)
-@click.option(
+@option("--lr-scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Multiply every learning rate.")
+@option("--save-every", type=POSITIVE, help="Steps between checkpoints (there is always one at the end).")
+@option("--keep-last", type=POSITIVE, default=2, help="Checkpoints to keep.")
+@option("--eval-every", type=POSITIVE, help="Steps between validations: bits per byte, in total and per task.")
+@option("--layout", type=click.Choice(["stream", "pack", "pad"]), help="Default: the stage's.")
+@option("--mask", type=MaskPolicyChoice(), help="Which tokens are targets (default: the stage's policy).")
+@option(
     "--order",
     type=click.Choice(["plan", "nanochat"]),
     default="plan",
-    show_default=True,
     help="Our plan, or the batches that nanochat's loaders make.",
 )
-@click.option(
+@option(
     "--long",
     type=click.Choice(["error", "drop", "truncate"]),
     default="error",
-    show_default=True,
     help="What to do with documents of more than T + 1 tokens (pack and pad).",
 )
-@click.option(
+@option(
     "--non-finite",
     type=click.Choice(["raise", "skip"]),
     default="raise",
-    show_default=True,
     help="What to do if a step's loss or gradient is not finite.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="Default: cuda if available.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on cuda, else float32.")
-@click.option("--compile/--no-compile", default=None, help="torch.compile (default: on cuda).")
-@click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more compute.")
-@click.option("--seed", type=int, default=42, show_default=True, help="For fresh weights and the order of sequences.")
-@click.option("--resume", is_flag=True, help="Continue from OUT's last checkpoint (from the start if it has none).")
-@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard files (chattrain[tensorboard]).")
-@click.option("--dry-run", is_flag=True, help="Print plan, parameters, memory and time of one real step, then stop.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="Default: cuda if available.")
+@option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on cuda, else float32.")
+@option("--compile/--no-compile", default=None, help="torch.compile (default: on cuda).")
+@option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more compute.")
+@option("--seed", type=int, default=42, help="For fresh weights and the order of sequences.")
+@option("--resume", is_flag=True, help="Continue from OUT's last checkpoint (from the start if it has none).")
+@option("--tensorboard", is_flag=True, help="Also write TensorBoard files (chattrain[tensorboard]).")
+@option("--dry-run", is_flag=True, help="Print plan, parameters, memory and time of one real step, then stop.")
+@option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train on a build. SIGTERM and SIGINT save a checkpoint and exit 0."""
     from chatdata.shards.read import open_build
     from chattrain import loop
+    from chattrain.checkpoint import checkpoint_name
     from chattrain.run.prepare import prepare
     from chattrain.run.ranks import StopRequest, join_ranks
     from chattrain.run.settings import RunSettings
-    from chattrain.run.telemetry import RunRecord, write_run
+    from chattrain.run.telemetry import RunRecord, draw_curve, write_run
 
     build = open_build(options["data"])
     options["out"] = out = options["out"] or Path("runs") / (options["stage"] or build.manifest["stage"])
     settings = RunSettings(**options)
     with join_ranks(settings.device) as ranks:
+        is_first = ranks.is_first  # it alone writes and prints
         if dry_run:
             numbers = loop.dry_run(prepare(settings, build, ranks), settings.device_batch_size)
-            if ranks.is_first:
+            if is_first:
                 click.echo(json.dumps(numbers)) if as_json else _echo_dry_run(numbers)
             return
         if out.exists() and any(out.iterdir()) and not settings.resume:
             raise RunError(f"{out}: already exists; choose another --out, or --resume to continue the run")
         with StopRequest().listening() as stop:
-            prepared = prepare(settings, build, ranks)
-            if ranks.is_first:
+            ready = prepare(settings, build, ranks)
+            num_steps = ready.recipe.num_steps
+            if is_first:
                 out.mkdir(parents=True, exist_ok=True)
-                write_run(out, RunRecord(str(settings.data.resolve()), prepared.plan_record, prepared.recipe))
-                if not as_json:
-                    _echo_plan(prepared.plan.counts(), prepared.recipe.num_steps, prepared.recipe.stage)
-                    if settings.resume:
-                        start = prepared.start
-                        click.echo(f"resuming after step {start}" if start else "nothing to resume: from the start")
-            done = loop.train(prepared, settings, stop)
-        if ranks.is_first:
-            _echo_end(out, done, prepared.recipe.num_steps, as_json)
-
-
-def _echo_end(out: Path, done: int, num_steps: int, as_json: bool) -> None:
-    from chattrain.checkpoint import checkpoint_name
-    from chattrain.run.telemetry import draw_curve
-
+                write_run(out, RunRecord(str(settings.data.resolve()), ready.plan_record, ready.recipe))
+            if is_first and not as_json:
+                _echo_plan(ready.plan.counts(), num_steps, ready.recipe.stage)
+                if settings.resume:
+                    start = ready.start
+                    click.echo(f"resuming after step {start}" if start else "nothing to resume: from the start")
+            done = loop.train(ready, settings, stop)
+    if not is_first:
+        return
     curve = draw_curve(out) if done else None
     checkpoint = str(out / "checkpoints" / checkpoint_name(done))
     if as_json:

@@ -38,45 +38,34 @@ class ChattrainError(ValueError):
     exit_code = 1
 
 
-class ConfigError(ChattrainError):
-    pass
+class ConfigError(ChattrainError): ...
 
 
-class WeightsError(ChattrainError):
-    pass
+class WeightsError(ChattrainError): ...
 
 
-class RunError(ChattrainError):
-    pass
+class RunError(ChattrainError): ...
 
 
-class ResumeError(RunError):
-    pass
+class ResumeError(RunError): ...
 
 
-class NonFiniteError(ChattrainError):
-    pass
+class NonFiniteError(ChattrainError): ...
 
 
-class CheckpointError(ChattrainError):
-    pass
+class CheckpointError(ChattrainError): ...
 
 
-class DeviceError(ChattrainError):
-    pass
+class DeviceError(ChattrainError): ...
 
 
-class AttentionError(ChattrainError):
-    pass
+class AttentionError(ChattrainError): ...
 
 
-class ImportNanochatError(ChattrainError):
-    pass
+class ImportNanochatError(ChattrainError): ...
 
 
-class ExportError(ChattrainError):
-    pass
+class ExportError(ChattrainError): ...
 
 
-class VerifyError(ExportError):
-    pass
+class VerifyError(ExportError): ...

@@ -121,9 +121,24 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
             wait_s = time.perf_counter() - started
             result = train_step(learner, recipe, plan, step)
             done, duration_s = step.number + 1, time.perf_counter() - started
-            entry = _entry(learner, plan.seq_len, step, result, duration_s, wait_s)
-            write(entry)
-            note = f"loss {entry.loss:.4f}, {entry.tokens_per_s:,.0f} tokens/s"
+            tokens_per_s = step.num_tokens / duration_s
+            write(
+                TrainEntry(
+                    step=step.number,
+                    loss=result.loss,
+                    multiplier=result.multiplier,
+                    tokens=step.num_tokens,
+                    targets=step.num_targets,
+                    tokens_per_s=round(tokens_per_s, 1),
+                    mfu=mfu(learner.model.config, plan.seq_len, tokens_per_s / ranks.num_ranks, ranks.device),
+                    memory_bytes=peak_memory(ranks.device),
+                    data_wait_share=round(wait_s / duration_s, 5),
+                    gradient_norm=result.gradient_norm,
+                    batch=digest_text(result.digest),
+                    skipped=result.skipped,
+                )
+            )
+            note = f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s"
             progress(recipe.stage, done, end, "steps", note)
             stopped = stop.agreed(ranks)
             if run.val_plan is not None and not stopped and (done % settings.eval_every == 0 or done == end):
@@ -132,26 +147,6 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
                 _save(run, settings, done)
         _save(run, settings, done)
     return done
-
-
-def _entry(
-    learner: Learner, seq_len: int, step: Step, result: StepResult, duration_s: float, wait_s: float
-) -> TrainEntry:
-    tokens_per_s, ranks = step.num_tokens / duration_s, learner.ranks
-    return TrainEntry(
-        step=step.number,
-        loss=result.loss,
-        multiplier=result.multiplier,
-        tokens=step.num_tokens,
-        targets=step.num_targets,
-        tokens_per_s=round(tokens_per_s, 1),
-        mfu=mfu(learner.model.config, seq_len, tokens_per_s / ranks.num_ranks, ranks.device),
-        memory_bytes=peak_memory(ranks.device),
-        data_wait_share=round(wait_s / duration_s, 5),
-        gradient_norm=result.gradient_norm,
-        batch=digest_text(result.digest),
-        skipped=result.skipped,
-    )
 
 
 def _evaluate(run: Run, settings: RunSettings, step: int, write: Callable[[ValEntry], None], stop: StopRequest) -> bool:

@@ -18,7 +18,6 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from chattrain.attention import PackedSequences, sdpa
@@ -75,7 +74,10 @@ def parse_config(values: Mapping[str, object], where: str) -> ModelConfig:
         raise ConfigError(f"{where}: unknown model config keys {named(unknown)}; known are {named(known, most=9)}")
     if missing := known - {"rope_dtype"} - set(values):
         raise ConfigError(f"{where}: model config keys missing: {named(missing)}")
-    return ModelConfig(**values)
+    try:
+        return ModelConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def random_config(name: str, vocab_size: int, sequence_len: int) -> ModelConfig:
@@ -88,10 +90,8 @@ def random_config(name: str, vocab_size: int, sequence_len: int) -> ModelConfig:
         return ModelConfig(sequence_len, vocab_size, depth, heads, heads, width)
     depth = int(name[1:]) if re.fullmatch(r"d[0-9]+", name, re.ASCII) else 0
     if depth < 1:
-        raise ConfigError(
-            f"model size {name!r}: must be 'd' and the number of layers, such as 'd4', "
-            "or layers x width x heads, such as '4x128x4'"
-        )
+        right = "must be 'd' and the number of layers, such as 'd4', or layers x width x heads, such as '4x128x4'"
+        raise ConfigError(f"model size {name!r}: {right}")
     width = 64 * depth
     # halves are rotated against each other, so a head size is even (d127 would be the first odd one)
     heads = next(h for h in range(1, width) if width % (2 * h) == 0 and width // h <= MAX_HEAD_SIZE)
@@ -109,7 +109,6 @@ class Cache(Protocol):
 
         No mask: causal, if nothing came before (S = T).
         """
-        ...
 
 
 def norm(x: Tensor) -> Tensor:
@@ -141,19 +140,17 @@ def softcap(z: Tensor) -> Tensor:
     return SOFTCAP * torch.tanh(z / SOFTCAP)
 
 
-class Linear(nn.Linear):
-    """Left uninitialised, because all weights come from `load_model`: torch's own initialisation is wasted time, and on
-    the meta device it imports torch's compiler, which takes seconds."""
+class _Uninitialised:
+    """Weights come from `load_model`. torch's own initialisation is slow, and on meta it imports torch's compiler."""
 
     def reset_parameters(self) -> None:
         pass
 
 
-class Embedding(nn.Embedding):
-    """Left uninitialised, like Linear."""
+class Linear(_Uninitialised, nn.Linear): ...
 
-    def reset_parameters(self) -> None:
-        pass
+
+class Embedding(_Uninitialised, nn.Embedding): ...
 
 
 class Attention(nn.Module):
@@ -234,7 +231,6 @@ class GPT(nn.Module):
         documents: attention and rotary positions stay inside each (see `pack_sequences`); None: causal over the row.
         positions: [T] or [B, T] rotary positions, by default the documents' own, or 0 … T − 1.
         cache: attend to earlier positions too; give the `positions` of these tokens with it, and no documents.
-        Raises AttentionError for documents of the flex form if a gradient is needed on CPU.
         """
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device) if documents is None else documents.positions
@@ -265,7 +261,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Fresh fp32 weights, drawn on the CPU: the same for a seed on every device and rank.
 
-    Matrices are normal with std min(1, sqrt(out / in)) / sqrt(in), the embedding with std 1; the head and the two
+    Matrices are normal with std min(1, sqrt(out / in)) / sqrt(in), the embedding with std 1. The head and the two
     output projections of a block are zero, so a fresh model gives equal logits everywhere.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -301,16 +297,3 @@ def load_model(
         model = GPT(config, recompute)
     model.load_state_dict(dict(weights))
     return model
-
-
-def parallel_model(model: GPT, compiled: bool, dynamic_width: bool, distributed: bool) -> nn.Module:
-    """The model as a training step calls it: compiled, and under DDP if there are several ranks.
-
-    dynamic_width: batches differ in width (layout pad). One graph for one width is fastest, but torch compiles at most
-    8 of them, then runs without.
-    """
-    called: nn.Module = torch.compile(model, dynamic=dynamic_width) if compiled else model  # type: ignore[assignment]
-    if not distributed:
-        return called
-    device = model.lm_head.weight.device
-    return DistributedDataParallel(called, device_ids=[device] if device.type == "cuda" else None)

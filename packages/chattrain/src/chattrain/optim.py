@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from chattrain.errors import RunError, WeightsError, named
+from chattrain.errors import WeightsError, named
 from chattrain.model import GPT
 
 MATRIX_LR = 0.02
@@ -44,13 +44,6 @@ SCHEDULES = {
     "mid": Schedule(lr_fraction=1.0, lr_constant=0.8, momentum=(0.85, 0.95), momentum_steps=300),
     "sft": Schedule(lr_fraction=0.02, lr_constant=0.0, momentum=(0.95, 0.95), momentum_steps=1),
 }
-
-
-def find_schedule(stage: str) -> Schedule:
-    """Raises RunError for an unknown stage, naming the known ones."""
-    if stage not in SCHEDULES:
-        raise RunError(f"unknown stage {stage!r}: must be one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[stage]
 
 
 def multiplier(schedule: Schedule, step: int, num_steps: int) -> float:

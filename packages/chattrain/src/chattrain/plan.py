@@ -78,13 +78,8 @@ class PlanRecord(msgspec.Struct, frozen=True):
 
 def plan_record(plan: TrainingPlan) -> PlanRecord:
     names = ("mask", "order", "seq_len", "step_sequences", "seed", "long", "num_ranks", "device_batch_size")
-    settings = {
-        "build_id": plan.split.build.manifest["build_id"],
-        "split": plan.split.name,
-        "rows": plan.layout,
-        **{name: getattr(plan, name) for name in names},
-        "plan_version": PLAN_VERSION,
-    }
+    settings = {name: getattr(plan, name) for name in names} | {"split": plan.split.name, "rows": plan.layout}
+    settings |= {"build_id": plan.split.build.manifest["build_id"], "plan_version": PLAN_VERSION}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(np.array([plan.num_steps], "<i8").tobytes())
     if plan.packing is not None:

@@ -174,7 +174,7 @@ def document_targets_at(split: Split, mask: MaskPolicy, seq_lens: Sequence[int])
         return np.maximum(taken - 1, 0)
     counts = np.empty_like(taken)
     first = 0
-    while first < len(split):
+    while first < len(offsets) - 1:
         # whole documents, at least one
         last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + CHUNK_TOKENS, side="right")) - 1)
         start = offsets[first]

@@ -82,7 +82,8 @@ def stream(num_tokens: int, seq_len: int) -> tuple[int, int]:
     num_tokens - 1 = num_sequences * seq_len + num_tail_targets, with num_tail_targets < seq_len.
     Raises PackingError when seq_len < 1.
     """
-    _check_seq_len(seq_len)
+    if seq_len < 1:
+        raise PackingError(f"seq_len is {seq_len}: it must be at least 1")
     return divmod(max(num_tokens - 1, 0), seq_len)
 
 
@@ -183,11 +184,6 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return bin_of_document
 
 
-def _check_seq_len(seq_len: int) -> None:
-    if seq_len < 1:
-        raise PackingError(f"seq_len is {seq_len}: it must be at least 1")
-
-
 def _choose_documents(
     lengths: np.ndarray, num_targets: np.ndarray, seq_len: int, long: Long
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
@@ -196,7 +192,8 @@ def _choose_documents(
     Returns the documents kept (int64 [kept], ascending), the tokens taken from each (int64 [kept], 2..seq_len + 1), and
     the four counts of Packing by name.
     """
-    _check_seq_len(seq_len)
+    if seq_len < 1:
+        raise PackingError(f"seq_len is {seq_len}: it must be at least 1")
     if long not in get_args(Long):
         raise PackingError(f"long is {long!r}: it must be one of {', '.join(get_args(Long))}")
     lengths = np.asarray(lengths, np.int64)

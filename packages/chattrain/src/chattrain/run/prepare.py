@@ -7,15 +7,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, TrainingPlan, plan_epoch
 from chatdata.shards.read import Build
 from chattrain.checkpoint import Checkpoint, Recipe, last_checkpoint, read_checkpoint, require_same_recipe
 from chattrain.errors import RunError
-from chattrain.model import GPT, ModelConfig, initial_weights, load_model, parallel_model, random_config
+from chattrain.model import GPT, initial_weights, load_model, random_config
 from chattrain.nanochat.order import make_nanochat_plan
-from chattrain.optim import find_schedule, load_optimizer_tensors, make_optimizers
+from chattrain.optim import SCHEDULES, load_optimizer_tensors, make_optimizers
 from chattrain.plan import PlanRecord, check_cut, plan_record, require_same_plan
 from chattrain.run.ranks import Ranks
 from chattrain.run.settings import RunSettings
@@ -53,15 +54,14 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     """
     if settings.tensorboard and find_spec("tensorboard") is None:
         raise RunError("--tensorboard: tensorboard is not installed; pip install 'chattrain[tensorboard]'")
-    stage = settings.stage or build.manifest["stage"]
-    schedule = find_schedule(stage)
+    stage, on_cuda = settings.stage or build.manifest["stage"], ranks.device.type == "cuda"
+
     plan, val_plan = _make_plans(settings, build, stage, ranks.num_ranks)
     check_cut(plan, ranks.num_ranks, settings.device_batch_size)
     record = plan_record(plan)
     num_steps = settings.steps or plan.num_steps * settings.epochs
     if plan.order == "nanochat" and num_steps > plan.num_steps:
         raise RunError(f"order nanochat has only the {plan.num_steps} steps of its first epoch, not {num_steps}")
-    on_cuda = ranks.device.type == "cuda"
     recipe = Recipe(
         init=settings.init,
         stage=stage,
@@ -71,15 +71,29 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
         non_finite=settings.non_finite,
         seed=settings.seed,
     )
+
     saved = last_checkpoint(settings.out) if settings.resume else None
+    kind, _, size = settings.init.partition(":")
     if saved is not None:
         require_same_plan(saved.plan, record)
         require_same_recipe(saved.recipe, recipe)
-    config, weights = _initial_model(settings, build) if saved is None else (saved.config, saved.weights())
+        config, weights = saved.config, saved.weights()
+    elif kind == "random":
+        config = random_config(size, build.manifest["tokenizer"]["vocab_size"], settings.seq_len)
+        weights = initial_weights(config, settings.seed)
+    else:
+        found = read_checkpoint(Path(settings.init))
+        _require_same_tokenizer(found, build)
+        config = replace(found.config, sequence_len=max(found.config.sequence_len, settings.seq_len))
+        weights = found.weights()
+
     model = load_model(config, weights, ranks.device, settings.recompute)
     compiled = on_cuda if settings.compile is None else settings.compile
-    called = parallel_model(model, compiled, dynamic_width=plan.layout == "pad", distributed=ranks.num_ranks > 1)
-    optimizers = make_optimizers(model, schedule.lr_fraction * settings.lr_scale)
+    # One graph for one width is fastest. Batches of pad differ in width: torch compiles at most 8, then runs without.
+    called: nn.Module = torch.compile(model, dynamic=plan.layout == "pad") if compiled else model  # type: ignore[assignment]
+    if ranks.num_ranks > 1:
+        called = DistributedDataParallel(called, device_ids=[ranks.device] if on_cuda else None)
+    optimizers = make_optimizers(model, SCHEDULES[stage].lr_fraction * settings.lr_scale)
     if saved is not None:
         load_optimizer_tensors(model, optimizers, saved.optimizer_tensors())
     learner = Learner(model, called, optimizers, ranks, recipe.dtype == "bfloat16", compiled and on_cuda)
@@ -105,12 +119,12 @@ def _make_plans(
                 f"--total-batch-tokens {settings.total_batch_tokens} is not a multiple of --seq-len {settings.seq_len}"
             )
     if settings.order == "plan":
-        plan = plan_epoch(build["train"], **chosen, step_sequences=step_sequences)
+        plan = plan_epoch(build.splits["train"], **chosen, step_sequences=step_sequences)
     elif settings.total_batch_tokens or settings.layout:
         raise RunError("--order nanochat fixes layout and batch: it goes without --layout and --total-batch-tokens")
     else:
         plan = make_nanochat_plan(
-            build["train"],
+            build.splits["train"],
             mask=chosen["mask"],
             seq_len=settings.seq_len,
             num_ranks=num_ranks,
@@ -120,19 +134,7 @@ def _make_plans(
         return plan, None
     if "val" not in build.splits:
         raise RunError(f"{settings.data}: --eval-every needs a val split, and this build has none")
-    return plan, plan_epoch(build["val"], **chosen, step_sequences=1)
-
-
-def _initial_model(settings: RunSettings, build: Build) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and weights of `--init`: "random:dN", "random:LxWxH", or a checkpoint with the build's tokenizer."""
-    kind, _, size = settings.init.partition(":")
-    if kind == "random":
-        config = random_config(size, build.manifest["tokenizer"]["vocab_size"], settings.seq_len)
-        return config, initial_weights(config, settings.seed)
-    checkpoint = read_checkpoint(Path(settings.init))
-    _require_same_tokenizer(checkpoint, build)
-    longest = max(checkpoint.config.sequence_len, settings.seq_len)
-    return replace(checkpoint.config, sequence_len=longest), checkpoint.weights()
+    return plan, plan_epoch(build.splits["val"], **chosen, step_sequences=1)
 
 
 def _require_same_tokenizer(checkpoint: Checkpoint, build: Build) -> None:

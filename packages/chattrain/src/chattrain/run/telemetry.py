@@ -99,7 +99,7 @@ def open_log(out: Path, start: int, tensorboard: bool, is_first: bool) -> Iterat
     path = out / LOG_NAME
     if path.is_file():
         kept = [e for e in read_log(out) if e.step < start or (isinstance(e, ValEntry) and e.step == start)]
-        write_whole(path, "".join(map(_line, kept)).encode())
+        write_whole(path, "".join(json.dumps(e) + "\n" for e in msgspec.to_builtins(kept)).encode())
     writer = None
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -108,7 +108,7 @@ def open_log(out: Path, start: int, tensorboard: bool, is_first: bool) -> Iterat
     with naming(out), path.open("a", encoding="utf-8", buffering=1) as file:
 
         def write(entry: Entry) -> None:
-            file.write(_line(entry))
+            file.write(json.dumps(msgspec.to_builtins(entry)) + "\n")
             if writer is not None and isinstance(entry, TrainEntry):
                 for key in ("loss", "multiplier", "tokens_per_s", "gradient_norm"):
                     writer.add_scalar(key, getattr(entry, key), entry.step)
@@ -134,10 +134,6 @@ def read_log(out: Path) -> list[Entry]:
         kind = ValEntry if isinstance(value, dict) and value.get("kind") == "val" else TrainEntry
         entries.append(convert(value, kind, where, RunError))
     return entries
-
-
-def _line(entry: Entry) -> str:
-    return json.dumps(msgspec.to_builtins(entry)) + "\n"
 
 
 def digest_text(total: int) -> str:
