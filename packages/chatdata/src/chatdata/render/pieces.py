@@ -140,18 +140,17 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
         return None
-    fields = {field.name: field.type for field in kind.value_type}
-    if fields.keys() != {"role", "content"} or kind.value_type.num_fields != 2:
+    fields = list(kind.value_type)
+    if sorted(field.name for field in fields) != ["content", "role"]:
         return None
-    if not all(pa.types.is_string(type_) or pa.types.is_large_string(type_) for type_ in fields.values()):
+    if not all(pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in fields):
         return None
     messages = column.flatten()
     role, content = messages.field("role"), messages.field("content")
     if any(array.null_count for array in (column, messages, role, content)):
         return None
-    lengths = np.diff(to_numpy(column.offsets, np.dtype("i8" if pa.types.is_large_list(kind) else "i4"))).astype(
-        np.int64
-    )
+    offsets = to_numpy(column.offsets, np.dtype("i8" if pa.types.is_large_list(kind) else "i4"))
+    lengths = np.diff(offsets).astype(np.int64)
     roles = role.dictionary_encode()  # three strings, and a number per message
     code_of = np.array([_MESSAGE_ROLES.get(name, 9) for name in roles.dictionary.to_pylist()], dtype=np.uint8)
     codes = code_of[to_numpy(roles.indices, np.dtype("i4"))]

@@ -7,7 +7,6 @@ and even that name only creates an object without code.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import pickle
 from operator import itemgetter
@@ -229,14 +228,12 @@ def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
             continue
         try:
             encoded, rank = line.split()
-            token = base64.b64decode(encoded, validate=True)
-            if token in ranks:
-                raise TokenizerError(f"{path} line {number}: the token {token!r} is listed twice")
-            ranks[token] = int(rank)
-        except TokenizerError:
-            raise
-        except (ValueError, binascii.Error):
+            token, token_id = base64.b64decode(encoded, validate=True), int(rank)
+        except ValueError:
             raise TokenizerError(f"{path} line {number}: expected a base64 token and its rank") from None
+        if token in ranks:
+            raise TokenizerError(f"{path} line {number}: the token {token!r} is listed twice")
+        ranks[token] = token_id
     return Tokenizer(ranks, pattern, append_special_tokens(ranks), str(path))
 
 
