@@ -68,16 +68,19 @@ class Tokenizer(Struct):
     special_ids: dict[str, Annotated[int, Meta(ge=0, le=2**32 - 1)]]
 
 
-class Entry(Struct):
+class Counts(Struct):
+    documents: Count
+    tokens: Count
+    supervised: Count
+
+
+class Entry(Counts):
     task: str
     subset: str
     split: str
     source: str
     entry: Count
     rows: Count
-    documents: Count
-    tokens: Count
-    supervised: Count
     truncated: Count
     tokens_lost: Count
     dropped: dict[str, Count]
@@ -96,17 +99,13 @@ class ShardFiles(Struct):
     index: ShardFile
 
 
-class Shard(Struct):
+class Shard(Counts):
     documents: Positive
     tokens: Positive
-    supervised: Count
     files: ShardFiles
 
 
-class Split(Struct):
-    documents: Count
-    tokens: Count
-    supervised: Count
+class Split(Counts):
     shards: list[Shard]
     entries: list[Entry]
 
