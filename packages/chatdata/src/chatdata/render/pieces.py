@@ -40,6 +40,9 @@ class Pieces:
     def split(self, max_chars: int) -> Iterator[Pieces]:
         """The same in parts of at most `max_chars` characters, at least one conversation each."""
         num_chars = np.fromiter(map(len, self.texts), dtype=np.int64, count=len(self.texts))
+        if num_chars.sum() <= max_chars:
+            yield self
+            return
         first_piece = np.cumsum(self.counts) - self.counts
         for first, last in blocks_of(np.add.reduceat(num_chars, first_piece), max_chars):
             yield self.part(first, last)
