@@ -45,12 +45,17 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     McNemar, "Note on the sampling error of the difference between correlated proportions or percentages",
     Psychometrika 12 (1947) 153–157, in its exact form: if they are equally good, only_a is binomial with probability
     1/2 given only_a + only_b disagreements.
+    Not scipy's binomtest, because importing scipy.stats takes 2 CPU-seconds, three times the rest of `compare`. The sum
+    is in whole numbers, exact to the last bit of the float.
     only_a, only_b: items that only a, or only b, got right.
     """
-    from scipy.stats import binomtest
-
     assert only_a >= 0 and only_b >= 0
-    return float(binomtest(min(only_a, only_b), only_a + only_b).pvalue) if only_a + only_b else 1.0
+    disagreements, fewer = only_a + only_b, min(only_a, only_b)
+    ways = tail = 1  # of choosing 0 of the disagreements
+    for chosen in range(1, fewer + 1):
+        ways = ways * (disagreements - chosen + 1) // chosen
+        tail += ways
+    return min(1.0, 2 * tail / 2**disagreements)
 
 
 def paired_bootstrap(
