@@ -3,10 +3,10 @@
     uv run python benchmarks/kill_resume.py --data out/demo-mid --kills 30
 
 A run of --steps steps saves often, and validates before its first step and after its last. It is started with
---resume, killed after a random time, its last checkpoint is read in full, and so on; at last it is left alone until the
-end. Losses, batches, weights and optimizer must equal those of a run that was never killed, to the byte. The phase of
-each kill is logged, as the folder and the log tell it: "starting" (no line of this start yet), "training", "saving" (a
-partial checkpoint is there), "writing the log" (its last line is cut).
+--resume, killed after a random time, and its last checkpoint is read in full, again and again; then it may finish.
+Losses, batches, weights and optimizer must equal those of a run that was never killed, to the byte. The phase of each
+kill is read from the folder and the log: "starting" (no line of this start yet), "training", "saving" (there is a
+partial checkpoint), "writing the log" (its last line is cut).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
                 time.sleep(0.02)
         time.sleep(draw.uniform(0, 1.2))
         if process.poll() is not None:
-            print(f"the run ended by itself after {phases.total()} kills: give more --steps")
+            print(f"the run finished after {phases.total()} kills: give more --steps")
             sys.exit(1)
         process.kill()
         process.wait()

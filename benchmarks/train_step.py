@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 uv run python benchmarks/train_step.py [--rows 8] [--length 512] [--steps 3] [--repeats 3]
 
-Three sides, each in a process of its own (for the peak resident memory), interleaved, medians. CPU time is given too,
-as wall time says little on a busy machine; and memory beyond imports, as torch's differs from 200 to 530 MiB by build.
+Three sides, each in its own process (for the peak resident memory), interleaved, medians. CPU time is given too: wall
+time says little on a busy machine. Memory beyond imports is given because torch takes 200 to 530 MiB, by its build.
     ours   chunked loss with its own backward, Muon with fp32 Newton-Schulz
     full   all logits at once, then autograd; the optimizers are ours: what the loss alone is worth
     plain  that commit's step: full logits, cut to the vocabulary after the matmul, mean cross-entropy, and

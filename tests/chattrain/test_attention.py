@@ -28,7 +28,7 @@ def hidden_one_by_one(model: GPT, tokens: torch.Tensor, documents: attention.Pac
 
 def test_positions_and_lengths():
     documents = pack_sequences([[3, 2], [4]], sequence_len=6)
-    assert documents.lengths == (3, 2, 1, 4, 2)  # what is left of a row is a document of its own
+    assert documents.lengths == (3, 2, 1, 4, 2)  # the free end of a row counts as one document
     assert documents.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]]
     assert documents.block_mask is None
 

@@ -335,7 +335,7 @@ def test_bits_per_byte_is_what_one_document_at_a_time_gives(builds: dict[str, Pa
         with torch.no_grad():
             log_probabilities = model.logits(model(ids[None, :-1]))[0].log_softmax(-1)
         for i in range(1, len(ids)):
-            if document.mask[i] and ids[i] < 256:  # a special token stands for no byte
+            if document.mask[i] and ids[i] < 256:  # a special token has no bytes
                 nats[name].append(-float(log_probabilities[i - 1, ids[i]]))
     everything = [value for values in nats.values() for value in values]
     last = entries[-1]

@@ -12,7 +12,7 @@ SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd
 
 @pytest.fixture
 def write(tmp_path, small_config, small_weights):
-    """Writes model_<step>.pt and meta_<step>.json as nanochat does, with the changes asked for."""
+    """Writes model_<step>.pt and meta_<step>.json as nanochat does, with changes."""
 
     def checkpoint(step=650, changes=None, drop=(), prefix="", meta_changes=None, sizes=None, meta_file_step=None):
         weights = {k: v for k, v in (small_weights | (changes or {})).items() if k not in drop}
