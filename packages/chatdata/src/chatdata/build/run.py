@@ -96,10 +96,8 @@ def build(
             rendered = render(on_rows)
         if rendered:
             used = load_encoder(encoder, plan.tokenizer)
-            counts = {
-                "texts": sum(r.num_texts for r in rendered),
-                "texts_checked": sum(r.num_checked for r in rendered),
-            }
+            num_texts, num_checked = sum(r.num_texts for r in rendered), sum(r.num_checked for r in rendered)
+            counts = {"texts": num_texts, "texts_checked": num_checked}
             report["encoder"] = {"name": used.name, "version": used.version, **counts}
             load_encoder.cache_clear()  # gigatoken keeps up to 200 MB of pieces it has met
         paths |= {unit.key: unit.path for unit in rendered}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -146,8 +146,9 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
                         batch = render_batch(
                             pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size
                         )
-                    except ChatdataError as error:
-                        _raise_for_row(encoder, tokenizer, source, part, pieces, error)
+                    except ChatdataError:
+                        _raise_for_row(encoder, tokenizer, source, part, pieces)
+                        raise
                     num_texts += len(pieces.texts)
                     done += len(pieces)
                     offsets = np.concatenate([[0], np.cumsum(batch.num_tokens)])
@@ -165,21 +166,15 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
 
 
 def _raise_for_row(
-    encoder: encoders.Encoder,
-    tokenizer: Tokenizer,
-    source: Source,
-    rows: np.ndarray,
-    pieces: Pieces,
-    error: ChatdataError,
-) -> NoReturn:
-    """Raise the error of the first row whose texts cannot be encoded on their own, with its place; else `error`."""
+    encoder: encoders.Encoder, tokenizer: Tokenizer, source: Source, rows: np.ndarray, pieces: Pieces
+) -> None:
+    """Raise the error of the first row whose texts cannot be encoded on their own, with its place."""
     for i, row in enumerate(rows.tolist()):
         texts = pieces.part(i, i + 1).texts
         try:
             encoders.check_some(encoder, tokenizer, texts, encoder.encode_batch(texts), source.name)
         except ChatdataError as own:
             raise own.at(source.where(row)) from None
-    raise error
 
 
 def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:

@@ -148,16 +148,8 @@ def build(
         return
     gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all
     with nullcontext() if as_json else shown_progress() as progress:
-        manifest = run_build(
-            plan,
-            out,
-            force=force,
-            workers=workers,
-            engine=engine,
-            encoder=encoder,
-            decontaminate=decontaminate,
-            progress=progress,
-        )
+        how = {"engine": engine, "encoder": encoder, "decontaminate": decontaminate}
+        manifest = run_build(plan, out, force=force, workers=workers, progress=progress, **how)
     if as_json:
         click.echo(json.dumps({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]}))
     else:
