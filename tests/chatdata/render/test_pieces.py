@@ -40,7 +40,7 @@ def odd_conversations(draw: st.DrawFn) -> Any:
     """A conversation in another accepted form, or with one thing changed that may or may not be accepted."""
     messages: Any = draw(conversations())
     place = draw(st.integers(0, len(messages) - 1))
-    change = draw(st.sampled_from(["none", "wrap", "beside", "drop", "key", "value", "part", "sharegpt", "null"]))
+    change = draw(st.sampled_from(["none", "wrap", "extra", "drop", "key", "value", "part", "sharegpt", "null"]))
     if change == "drop":
         del messages[place]
     elif change == "key":
@@ -53,7 +53,7 @@ def odd_conversations(draw: st.DrawFn) -> Any:
         return {"conversations": [{"from": m["role"], "value": m["content"]} for m in messages]}
     elif change == "null":
         return draw(NOISE)
-    return {"messages": messages} | ({"source": "x"} if change == "beside" else {}) if change != "none" else messages
+    return {"messages": messages} | ({"source": "x"} if change == "extra" else {}) if change != "none" else messages
 
 
 @given(odd_conversations())

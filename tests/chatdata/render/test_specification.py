@@ -131,7 +131,7 @@ def test_golden_conversations(shared: Path, nanochat_tokenizer: Tokenizer) -> No
 
 
 class StubEncoder:
-    """Knows the d32 tokenizer's ids for the texts of one conversation only: that tokenizer itself is not at hand."""
+    """Knows the d32 tokenizer's ids for the texts of one conversation; we do not have that tokenizer itself."""
 
     dtype = np.dtype("<u2")
 

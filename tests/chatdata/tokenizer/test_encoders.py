@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from chatdata.demo.tokenizer import demo_tokenizer
 from chatdata.errors import EncoderError, TokenizerError, UsageError
-from chatdata.tokenizer import encoders
-from chatdata.tokenizer import fast as encoder_routes
+from chatdata.tokenizer import encoders, fast
 from chatdata.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, append_special_tokens
 from chatdata.tokenizer.encoders import Encoder, canary_texts, check_some, find_encoder
 
@@ -142,7 +141,7 @@ def test_edges(edge_encoder: Encoder, texts: list[str]) -> None:
 
 def test_digits_are_cut_into_pairs() -> None:
     buffer = np.frombuffer(b"a1234567 12 123 1234\05", np.uint8)
-    cuts = encoder_routes._cuts_between_digits(buffer)
+    cuts = fast._cuts_between_digits(buffer)
     assert np.insert(buffer, cuts, ord("|")).tobytes() == b"a12|34|56|7 12 12|3 12|34\05"
 
 
@@ -150,12 +149,12 @@ def test_only_texts_that_could_differ_leave_gigatoken(monkeypatch: pytest.Monkey
     gigatoken = installed("gigatoken", DEMO)
     left = []
 
-    def encode_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> encoder_routes.Ids:
+    def encode_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> fast.Ids:
         left.extend(texts)
         return original(tokenizer, texts)
 
-    original = encoder_routes.encode_one_by_one
-    monkeypatch.setattr(encoder_routes, "encode_one_by_one", encode_one_by_one)
+    original = fast.encode_one_by_one
+    monkeypatch.setattr(fast, "encode_one_by_one", encode_one_by_one)
     stay = [
         "",
         "12345",
@@ -179,7 +178,7 @@ def test_very_long_white_space_is_refused_like_tiktoken_does(demo_encoder: Encod
 
 
 def test_gigatoken_loaded_afresh_goes_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_routes, "_BYTES_BEFORE_RELOAD", 10)
+    monkeypatch.setattr(fast, "_BYTES_BEFORE_RELOAD", 10)
     encoder = installed("gigatoken", DEMO)
     for _ in range(3):
         assert_like_tiktoken(encoder, DEMO, canary_texts()[:50])
@@ -319,8 +318,8 @@ def move_a_bound(texts: list[str], found: Ids) -> Ids:
 def test_a_wrong_encoder_is_caught_when_it_is_loaded(
     monkeypatch: pytest.MonkeyPatch, sabotage: Callable[[list[str], Ids], Ids]
 ) -> None:
-    def wrong_route(tokenizer: Tokenizer) -> encoder_routes.EncodeBatch:
-        return lambda texts: sabotage(texts, encoder_routes.encode_one_by_one(tokenizer, texts))
+    def wrong_route(tokenizer: Tokenizer) -> fast.EncodeBatch:
+        return lambda texts: sabotage(texts, fast.encode_one_by_one(tokenizer, texts))
 
     for name in FAST:
         monkeypatch.setitem(encoders.ROUTES, name, wrong_route)
