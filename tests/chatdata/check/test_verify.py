@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from chatdata import open_build
 from chatdata.check.verify import verify_full, verify_quick
 from chatdata.disk import write_json
-from chatdata.shards.manifest import FILE_KINDS, build_id_of
-from chatdata.shards.write import file_name
+from chatdata.shards.manifest import FILE_KINDS, FILE_NAMES, build_id_of
 from chatdata.tokenizer.bpe import Tokenizer
 
 
@@ -33,7 +32,7 @@ def test_a_sound_build(built: Path, demo_mid: Path) -> None:
 
 @pytest.mark.parametrize("kind", FILE_KINDS)
 def test_a_flipped_byte_is_named_with_its_file(built: Path, kind: str) -> None:
-    file = built / "train" / file_name(kind, 0)
+    file = built / "train" / FILE_NAMES[kind].format(0)
     content = bytearray(file.read_bytes())
     for place in (140, len(content) - 9):
         changed = bytearray(content)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from chatdata.demo.tokenizer import demo_tokenizer
 from chatdata.errors import EncoderError, TokenizerError, UsageError
 from chatdata.tokenizer import encoders, fast
-from chatdata.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, append_special_tokens
+from chatdata.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, EncodeBatch, Ids, Tokenizer, append_special_tokens
 from chatdata.tokenizer.encoders import Encoder, canary_texts, check_some, find_encoder
 
 DEMO = demo_tokenizer()
@@ -149,12 +149,12 @@ def test_only_texts_that_could_differ_leave_gigatoken(monkeypatch: pytest.Monkey
     gigatoken = installed("gigatoken", DEMO)
     left = []
 
-    def encode_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> fast.Ids:
+    def encode_batch(tokenizer: Tokenizer, texts: list[str]) -> Ids:
         left.extend(texts)
         return original(tokenizer, texts)
 
-    original = fast.encode_one_by_one
-    monkeypatch.setattr(fast, "encode_one_by_one", encode_one_by_one)
+    original = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", encode_batch)
     stay = [
         "",
         "12345",
@@ -263,7 +263,7 @@ def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FAST:
         with pytest.raises(EncoderError) as error:
             find_encoder(name, DEMO)
-        assert str(error.value) == f'{name} is not installed: pip install "chatdata[fast]", or use tiktoken'
+        assert str(error.value) == f'{name} is not installed: install chatdata with its extra "fast", or use tiktoken'
     assert find_encoder("auto", DEMO).name == "tiktoken"
 
 
@@ -286,8 +286,6 @@ print(json.dumps([before, "awkward" in sys.modules]))
 
 
 # sabotage is caught
-
-Ids = tuple[np.ndarray, np.ndarray]
 
 
 def change_numbers(texts: list[str], found: Ids) -> Ids:
@@ -318,8 +316,8 @@ def move_a_bound(texts: list[str], found: Ids) -> Ids:
 def test_a_wrong_encoder_is_caught_when_it_is_loaded(
     monkeypatch: pytest.MonkeyPatch, sabotage: Callable[[list[str], Ids], Ids]
 ) -> None:
-    def wrong_route(tokenizer: Tokenizer) -> fast.EncodeBatch:
-        return lambda texts: sabotage(texts, fast.encode_one_by_one(tokenizer, texts))
+    def wrong_route(tokenizer: Tokenizer) -> EncodeBatch:
+        return lambda texts: sabotage(texts, tokenizer.encode_batch(texts))
 
     for name in FAST:
         monkeypatch.setitem(encoders.ROUTES, name, wrong_route)

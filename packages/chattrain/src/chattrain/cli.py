@@ -132,7 +132,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     if done < num_steps:
         click.echo("to continue: the same command with --resume")
     if done:
-        click.echo(f"loss curve: {curve}" if curve else "no loss curve: pip install 'chattrain[plot]'")
+        click.echo(f"loss curve: {curve}" if curve else 'no loss curve: install chattrain with its extra "plot"')
 
 
 def _echo_dry_run(numbers: dict[str, Any]) -> None:

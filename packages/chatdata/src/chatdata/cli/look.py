@@ -86,7 +86,7 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
     """Write an HTML page that shows the data of a build.
 
     It shows mixture, lengths, supervision, vocabulary and documents, and loads nothing from the network. Needs Altair:
-    pip install "chatdata[report]".
+    install chatdata with its extra "report".
     """
     from chatdata.check.verify import verify_quick
     from chatdata.look.console import megabytes

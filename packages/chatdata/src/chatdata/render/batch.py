@@ -98,13 +98,12 @@ def render_batch(
         is_text[places] = False
     tokens[is_text] = ids
     mask = np.repeat(supervised, length)
-    mask[bos] = 0
-    mask[assistant_start] = 0
-    mask[assistant_end] = 1
+    mask[bos] = NANOCHAT.delimiters[NANOCHAT.bos]
+    mask[assistant_start] = NANOCHAT.delimiters[NANOCHAT.assistant_start]
+    mask[assistant_end] = NANOCHAT.delimiters[NANOCHAT.assistant_end]
 
     has_span = body > 0
     of_pieces = {
-        "num_supervised": supervised * body + closes,
         "num_turns": (role == USER) | opens,
         "num_tool_calls": role == PYTHON,
         "num_spans": has_span,
@@ -119,6 +118,7 @@ def render_batch(
         tokens=tokens,
         mask=mask,
         num_tokens=num_tokens,
+        num_supervised=np.add.reduceat(mask, bos, dtype=np.int64),
         **{name: np.add.reduceat(counts, first_piece, dtype=np.int64) for name, counts in of_pieces.items()},
         spans=spans,
         digests=digests_of(tokens, mask, num_tokens),

@@ -59,8 +59,8 @@ def render_text(tokenizer: Tokenizer, text: str) -> Document:
     """
     ids = tokenizer.encode_ordinary(check_surrogates(text, 'key "text"'))
     tokens = np.array([tokenizer.special_ids[NANOCHAT.bos], *ids], dtype=tokenizer.dtype)
-    mask = np.ones(len(tokens), dtype=np.uint8)
-    mask[0] = 0
+    mask = np.full(len(tokens), NANOCHAT.text.supervised, dtype=np.uint8)
+    mask[0] = NANOCHAT.delimiters[NANOCHAT.bos]
     spans = (Span(TEXT, 1, len(ids)),) if ids else ()
     return Document(tokens, mask, spans, tokenizer)
 
@@ -71,9 +71,12 @@ def _render_messages(tokenizer: Tokenizer, messages: list[Message]) -> tuple[lis
     mask: list[int] = []
     spans: list[Span] = []
 
-    def add(tokens: list[int], supervised: int) -> None:
+    def add(tokens: list[int], supervised: bool) -> None:
         ids.extend(tokens)
-        mask.extend([supervised] * len(tokens))
+        mask.extend([int(supervised)] * len(tokens))
+
+    def add_delimiter(token: str) -> None:
+        add([special[token]], NANOCHAT.delimiters[token])
 
     def add_span(role: int, text: str) -> None:
         form = NANOCHAT.spans[role]
@@ -82,18 +85,18 @@ def _render_messages(tokenizer: Tokenizer, messages: list[Message]) -> tuple[lis
             tokens = [special[form.opening], *tokens, special[form.closing]]
         if tokens:
             spans.append(Span(role, len(ids), len(tokens)))
-        add(tokens, int(form.supervised))
+        add(tokens, form.supervised)
 
-    add([special[NANOCHAT.bos]], 0)
+    add_delimiter(NANOCHAT.bos)
     for role, content in merged_turns(messages):
         if role == "user":
             add_span(USER, content)
             continue
-        add([special[NANOCHAT.assistant_start]], 0)
+        add_delimiter(NANOCHAT.assistant_start)
         parts: list[Part] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts:
             add_span(PART_ROLES[part["type"]], part["text"])
-        add([special[NANOCHAT.assistant_end]], 1)
+        add_delimiter(NANOCHAT.assistant_end)
     return ids, mask, spans
 
 

@@ -17,11 +17,14 @@ from msgspec import Meta, Struct
 from chatdata.decode import convert, decode, shown
 from chatdata.errors import FormatError
 from chatdata.recipe import Overflow, Stage, ZeroSupervised
-from chatdata.shards.write import file_name
 from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, SPECIAL_TOKENS
 
 FORMAT, VERSION = "chatdata", 1
-FILE_KINDS = ("tokens", "mask", "offsets", "index")  # files of a shard
+FILE_NAMES = {  # of a shard, by kind and number
+    **{kind: f"{kind}-{{:05d}}.npy" for kind in ("tokens", "mask", "offsets")},
+    "index": "index-{:05d}.parquet",
+}
+FILE_KINDS = tuple(FILE_NAMES)
 MAX_COUNT = 2**53 - 1  # exact as a float as well; a build of this size is 16 petabytes
 
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
@@ -175,7 +178,7 @@ def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
         found.append((f"{at}.entries", len(split["entries"]), len(recipe.get(name, []))))
         found += [(f"{at}.entries[{i}].entry", entry["entry"], i) for i, entry in enumerate(split["entries"])]
         found += [
-            (f"{at}.shards[{i}].files.{kind}.file", shard["files"][kind]["file"], file_name(kind, i))
+            (f"{at}.shards[{i}].files.{kind}.file", shard["files"][kind]["file"], FILE_NAMES[kind].format(i))
             for i, shard in enumerate(split["shards"])
             for kind in FILE_KINDS
         ]

@@ -14,16 +14,13 @@ import numpy as np
 
 from chatdata.disk import file_sha256
 from chatdata.document import check_ids
+from chatdata.shards.manifest import FILE_NAMES
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_SHARD_TOKENS = 2**27  # 256 MiB of uint16 tokens: few files, and a shard still copies in seconds
 INDEX_ROWS = 1 << 17  # in a row group of the index: its spans take about 30 MB while they are gathered
-
-
-def file_name(kind: str, number: int) -> str:
-    return f"{kind}-{number:05d}.{'parquet' if kind == 'index' else 'npy'}"
 
 
 def index_schema() -> pa.Schema:
@@ -66,12 +63,12 @@ def write_shard(
     ids may have any integer dtype: they are range-checked before the cast, because numpy silently wraps 65,536 to 0.
     Files are written, not memory-mapped: a full disk is then an OSError and not a SIGBUS.
     """
-    index_path = folder / file_name("index", number)
+    index_path = folder / FILE_NAMES["index"].format(number)
     writing = threads.submit(_write_index, index_path, index) if threads else None
     num_tokens, num_supervised = int(lengths.sum()), 0
-    tokens_file = _NpyFile(folder / file_name("tokens", number), dtype, num_tokens)
-    mask_file = _NpyFile(folder / file_name("mask", number), np.dtype("|u1"), num_tokens)
-    offsets_file = _NpyFile(folder / file_name("offsets", number), np.dtype("<i8"), len(lengths) + 1)
+    tokens_file = _NpyFile(folder / FILE_NAMES["tokens"].format(number), dtype, num_tokens)
+    mask_file = _NpyFile(folder / FILE_NAMES["mask"].format(number), np.dtype("|u1"), num_tokens)
+    offsets_file = _NpyFile(folder / FILE_NAMES["offsets"].format(number), np.dtype("<i8"), len(lengths) + 1)
     with tokens_file.file, mask_file.file, offsets_file.file:
         if not writing:
             _write_index(index_path, index)

@@ -6,7 +6,8 @@ Loading and saving are in files.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
@@ -45,6 +46,9 @@ CANARY_TEXTS = (
 )
 
 MAX_UINT16_VOCAB = 65_536
+
+Ids = tuple[np.ndarray, np.ndarray]  # uint32 [num_ids], text after text; int64 [num_texts], how many of each
+EncodeBatch = Callable[[list[str]], Ids]
 
 
 class Tokenizer:
@@ -98,6 +102,15 @@ class Tokenizer:
                 f"{self.name}: the split pattern gives up on a text of {len(text):,} characters (a very long run of "
                 "white space?); shorten it"
             ) from None
+
+    def encode_batch(self, texts: list[str]) -> Ids:
+        """Ids of all texts, one text at a time: what faster encoders are held to. Raises TokenizerError."""
+        ids, counts = array("I"), np.empty(len(texts), np.int64)
+        for i, text in enumerate(texts):
+            found = self.encode_ordinary(text)
+            ids.extend(found)  # 0.02 of the 0.7 s per million tokens; tiktoken's conversion to NumPy takes no less
+            counts[i] = len(found)
+        return np.array(ids, np.uint32), counts
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""

@@ -1,6 +1,6 @@
 """Choose the encoder that turns texts into ids: tiktoken is the reference, fastokens and gigatoken give its ids faster.
 
-The fast two (`pip install "chatdata[fast]"`) are tested with the tokenizer on a few hundred texts when they are loaded;
+The fast two (extra "fast") are tested with the tokenizer on a few hundred texts when they are loaded;
 while they are used, `check_some` compares one text in 400. fast.py has the routes.
 """
 
@@ -9,19 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 
 import numpy as np
 
 from chatdata.errors import ChatdataError, EncoderError, UsageError, nearest
-from chatdata.tokenizer.bpe import CANARY_TEXTS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from chatdata.tokenizer.fast import EncodeBatch, Ids, encode_one_by_one, fastokens_route, gigatoken_route
+from chatdata.tokenizer.bpe import CANARY_TEXTS, SPECIAL_TOKENS, SPLIT_PATTERN, EncodeBatch, Ids, Tokenizer
+from chatdata.tokenizer.fast import fastokens_route, gigatoken_route
 
 ROUTES: dict[str, Callable[[Tokenizer], EncodeBatch]] = {  # fastest first
     "gigatoken": gigatoken_route,
     "fastokens": fastokens_route,
-    "tiktoken": lambda tokenizer: partial(encode_one_by_one, tokenizer),
+    "tiktoken": lambda tokenizer: tokenizer.encode_batch,
 }
 ENCODERS = tuple(reversed(ROUTES))
 ONE_IN = 400  # texts is compared by check_some: 0.003 CPU-seconds per million tokens; gigatoken takes 0.09
@@ -71,7 +70,7 @@ def check_some(
     chosen = range(len(ids) % max(1, min(one_in, len(texts))), len(texts), one_in)
     ends = counts.cumsum()
     for i in chosen:
-        got, right = ids[ends[i] - counts[i] : ends[i]], encode_one_by_one(tokenizer, [texts[i]])[0]
+        got, right = ids[ends[i] - counts[i] : ends[i]], tokenizer.encode_batch([texts[i]])[0]
         if not np.array_equal(got, right):
             raise EncoderError(f"{about} differs from tiktoken on {_difference(texts[i], got, right, tokenizer)}")
     return len(chosen)
@@ -107,7 +106,9 @@ def _load(name: str, tokenizer: Tokenizer) -> Encoder:
                     batch = texts[start : start + size]
                     check_some(encoder, tokenizer, batch, encoder.encode_batch(batch), tokenizer.name, one_in=1)
     except ImportError:
-        raise EncoderError(f'{name} is not installed: pip install "chatdata[fast]", or use tiktoken') from None
+        raise EncoderError(
+            f'{name} is not installed: install chatdata with its extra "fast", or use tiktoken'
+        ) from None
     except ChatdataError:
         raise
     except BaseException as error:

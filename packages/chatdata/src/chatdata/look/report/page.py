@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from chatdata.look.report.documents import ShownDocument
 
-MISSING = 'a report needs Altair, its JavaScript and Jinja: pip install "chatdata[report]"'
+MISSING = 'a report needs Altair, its JavaScript and Jinja: install chatdata with its extra "report"'
 
 
 def default_out(build: Path) -> Path:
