@@ -291,8 +291,9 @@ HEAD = """# All commands
 def commands_page() -> str:
     parts = [HEAD]
     for program in PROGRAMS:
+        show_default = import_module(f"{program}.cli").cli.context_settings.get("show_default")
         for name, command in commands(program).items():
-            context = click.Context(command, info_name=name)
+            context = click.Context(command, info_name=name, show_default=show_default)
             usage = " ".join([name, *command.collect_usage_pieces(context)])
             text = inspect.cleandoc(command.help or "").split("\n\n")[0].replace("\n", " ")
             parts.append(f"\n## {name}\n\n{text}\n\n    {usage}\n\n| option | what |\n|---|---|\n")

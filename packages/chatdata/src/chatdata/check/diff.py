@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import polars as pl
 
 from chatdata.document import Document
 from chatdata.errors import printable
 from chatdata.shards.read import Build, Split
-
-if TYPE_CHECKING:
-    import polars as pl
 
 SHOWN_DOCUMENTS = 3
 CONTEXT_TOKENS = 6  # before and after the first token that differs
@@ -96,8 +94,6 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
     first place where the equal documents come in another order, or None. changed: `same_length` of them have as many
     tokens in both (all of them, if only the mask changed).
     """
-    import polars as pl
-
     columns = ["doc", *_COMPARED, "digest", "num_tokens"]
     one, two = (split.index.select(columns).with_columns(pl.col("task").cast(pl.String)) for split in (a, b))
     pairs = _pair_equal(one, two)
@@ -128,8 +124,6 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
 
 def _pair_equal(one: pl.DataFrame, two: pl.DataFrame) -> pl.DataFrame:
     """doc_a, doc_b of equal digest: first those of the same row and entry, then the copies that are left."""
-    import polars as pl
-
     pairs = []
     for key in (["digest", *_KEY], ["digest"]):
         numbered = [
@@ -143,8 +137,6 @@ def _pair_equal(one: pl.DataFrame, two: pl.DataFrame) -> pl.DataFrame:
 
 
 def _column_differences(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, int]:
-    import polars as pl
-
     one, two = one[pairs["doc_a"].cast(pl.UInt32)], two[pairs["doc_b"].cast(pl.UInt32)]
     counts = {name: int((one[name] != two[name]).sum()) for name in _COMPARED}
     return {name: count for name, count in counts.items() if count}
@@ -152,8 +144,6 @@ def _column_differences(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFram
 
 def _order_difference(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any] | None:
     """By digest, not by pair: two copies of one document that changed places do not change the stream."""
-    import polars as pl
-
     one = one[pairs["doc_a"].cast(pl.UInt32)]
     two = two[pairs["doc_b"].sort().cast(pl.UInt32)]
     differs = np.flatnonzero((one["digest"] != two["digest"]).to_numpy())

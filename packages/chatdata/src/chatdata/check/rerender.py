@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,11 +25,9 @@ from chatdata.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from chatdata.render import specification as render
 from chatdata.render.format import NANOCHAT
 from chatdata.shards.read import Split, open_build
+from chatdata.sources.find import Locations, PlannedEntry
+from chatdata.sources.source import Source
 from chatdata.tasks.task import Task, call_task
-
-if TYPE_CHECKING:
-    from chatdata.sources.find import Locations, PlannedEntry
-    from chatdata.sources.source import Source
 
 RECORDED = ("original_tokens", "num_turns", "num_tool_calls", "spans")  # of the index, compared with a rendering
 LEAST_DOCUMENTS = 100  # rendered again per split, however small the share

@@ -62,11 +62,9 @@ def _quick(path: Path) -> tuple[Build | None, list[str], dict[str, list[int]]]:
     problems += _links(build)
     sound: dict[str, list[int]] = {}
     for name, split in build.splits.items():
-        sound[name] = []
-        for number in range(len(split.shards)):
-            found, readable = _check_shard(split, number)
-            problems += found
-            sound[name] += [number] if readable else []
+        checked = [_check_shard(split, number) for number in range(len(split.shards))]
+        problems += [problem for found, _ in checked for problem in found]
+        sound[name] = [number for number, (_, readable) in enumerate(checked) if readable]
         problems += _check_sums(split)
     for name, sha256 in manifest["tokenizer"]["files"].items():
         file = path / "tokenizer" / name
@@ -111,13 +109,7 @@ def _check_sums(split: Split) -> list[str]:
 def _check_shard(split: Split, number: int) -> tuple[list[str], bool]:
     """What is wrong with the files of a shard, and whether its documents can be read anyway."""
     shard, dtype = split.shards[number], split.build.manifest["dtype"]
-    problems = []
-    for kind in FILE_KINDS:
-        file, expected = split.path(kind, number), shard["files"][kind]["bytes"]
-        if not file.is_file():
-            problems.append(f"{file}: missing")
-        elif file.stat().st_size != expected:
-            problems.append(f"{file}: {file.stat().st_size:,} bytes, but the manifest says {expected:,}")
+    problems = list(split.file_problems(number))
     if problems:
         return problems, False
     lengths = {"tokens": shard["tokens"], "mask": shard["tokens"], "offsets": shard["documents"] + 1}
@@ -263,10 +255,11 @@ def _add_sums(sums: dict[str, np.ndarray], index: dict[str, np.ndarray]) -> None
 
 def _described(finding: Finding, file: Path, split: str, first: int) -> list[str]:
     places = zip(finding.documents[:SHOWN_PER_KIND].tolist(), finding.positions[:SHOWN_PER_KIND].tolist(), strict=True)
-    lines = []
-    for document, position in places:
-        where = "" if position == WHOLE_DOCUMENT else f", position {position:,}"
-        lines.append(f"{file}: {finding.kind}: {split} document {first + document}{where}")
+    lines = [
+        f"{file}: {finding.kind}: {split} document {first + document}"
+        + ("" if position == WHOLE_DOCUMENT else f", position {position:,}")
+        for document, position in places
+    ]
     rest = len(finding.documents) - SHOWN_PER_KIND
     return [*lines, f"{file}: {finding.kind}: and {rest:,} more documents"] if rest > 0 else lines
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import gc
 import json
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from chatdata.cli.check import diff, verify
-from chatdata.cli.command import FILE, examples, run_command
+from chatdata.cli.command import FILE, examples, json_option, run_command, task_files_option
 from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
 from chatdata.cli.tokenizer import tokenizer
 from chatdata.errors import UsageError
 
 if TYPE_CHECKING:
-    from chatdata.build.plan import BuildPlan
     from chatdata.tokenizer.bpe import Tokenizer
 
 
@@ -28,7 +26,7 @@ def main() -> None:
     run_command(cli, "chatdata", interrupted, only="build")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(package_name="chatdata")
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
 def cli(debug: bool) -> None:
@@ -53,17 +51,14 @@ for command in (inspect, stats, verify, report, plan, diff, tokenizer, identity_
 @click.option("--tokenizer", type=FILE, help="tokenizer.json, tokenizer.pkl, .tiktoken, a tokenizer folder or a build.")
 @click.option("--identity", type=FILE, help="Conversations for the recipe's identity entries (JSONL).")
 @click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
-@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file that defines your own TASK.")
+@task_files_option
 @click.option("--out", type=FILE, help="Folder to write (default: out/<recipe>).")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that render (default: one per core).")
-@click.option(
-    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to render."
-)
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Where to render.")
 @click.option(
     "--encoder",
     type=click.Choice(["auto", "tiktoken", "fastokens", "gigatoken"]),
     default="auto",
-    show_default=True,
     help="Library that encodes text; the ids are always tiktoken's. auto takes the fastest.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Read at most this many rows per entry.")
@@ -75,12 +70,11 @@ for command in (inspect, stats, verify, report, plan, diff, tokenizer, identity_
     "--decontaminate",
     type=click.Choice(["report", "drop", "off"]),
     default="report",
-    show_default=True,
     help="Training rows that hold items chateval scores: list them next to OUT, also drop them, or do not search.",
 )
 @click.option("--dry-run", is_flag=True, help="Only print the plan.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def build(
     stage: str | None,
     recipe: str | None,
@@ -93,14 +87,13 @@ def build(
     out: Path | None,
     workers: int | None,
     engine: str,
-    encoder: str,
     limit: int | None,
     max_tokens: int | None,
     overflow: str | None,
-    decontaminate: str,
     dry_run: bool,
     force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Render a recipe to token and mask shards."""
     from chatdata.build.engines import available_cpus, start_early
@@ -119,13 +112,13 @@ def build(
     loaded = load_recipe(recipe_name, tasks, max_tokens=max_tokens, overflow=overflow)
     if stage and loaded.stage != stage:
         raise UsageError(f'--stage {stage}, but the recipe "{loaded.name}" is for stage {loaded.stage}')
-    used = {entry.task for entries in loaded.splits.values() for entry in entries}
-    if identity and "identity" not in used:
+    entries = [entry for split in loaded.splits.values() for entry in split]
+    identity_paths = {entry.path for entry in entries if entry.task == "identity"}
+    if identity and not identity_paths:
         raise UsageError(f'--identity is given, but the recipe "{loaded.name}" has no identity entry')
-    paths = {entry.path for entries in loaded.splits.values() for entry in entries if entry.task == "identity"}
-    if identity and len(paths) > 1:
-        raise UsageError(f"--identity is given, but the identity entries have {len(paths)} different paths")
-    if words and not any("words" in tasks[name].options for name in used):
+    if identity and len(identity_paths) > 1:
+        raise UsageError(f"--identity is given, but the identity entries have {len(identity_paths)} different paths")
+    if words and not any("words" in tasks[entry.task].options for entry in entries):
         raise UsageError(f'--words is given, but the recipe "{loaded.name}" has no task with a word list')
     if data_dir and demo and not recipe:
         raise UsageError("--data-dir is given, but --demo reads no data")
@@ -142,14 +135,17 @@ def build(
     plan = make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
     if not as_json:
         show_plan(plan, out)
+    elif dry_run:
+        splits = {
+            split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.task_positions)} for e in entries]
+            for split, entries in plan.splits.items()
+        }
+        click.echo(json.dumps({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "splits": splits}))
     if dry_run:
-        if as_json:
-            click.echo(json.dumps(_plan_json(plan, out)))
         return
     gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all
-    with nullcontext() if as_json else shown_progress() as progress:
-        how = {"engine": engine, "encoder": encoder, "decontaminate": decontaminate}
-        manifest = run_build(plan, out, force=force, workers=workers, progress=progress, **how)
+    with shown_progress(quiet=as_json) as progress:
+        manifest = run_build(plan, out, force=force, workers=workers, engine=engine, progress=progress, **options)
     if as_json:
         click.echo(json.dumps({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]}))
     else:
@@ -178,17 +174,9 @@ def _demo_tokenizer(demo: bool) -> Tokenizer:
     )
 
 
-def _plan_json(plan: BuildPlan, out: Path) -> dict[str, Any]:
-    splits = {
-        split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.task_positions)} for e in entries]
-        for split, entries in plan.splits.items()
-    }
-    return {"out": str(out), "recipe": plan.recipe.name, "stage": plan.recipe.stage, "splits": splits}
-
-
 @cli.command(name="tasks", epilog=examples("chatdata tasks", "chatdata tasks --task-file my_task.py"))
-@click.option("--task-file", "task_files", type=FILE, multiple=True, help="Python file that defines your own TASK.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@task_files_option
+@json_option
 def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     """List the tasks with source, splits, rows and licence."""
     from rich.markup import escape
@@ -233,7 +221,7 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     type=click.FloatRange(min=0),
     help="Remove work units unused for DAYS (0: all).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def cache(unused_days: float | None, as_json: bool) -> None:
     """Print the size of the cache of work units, or prune it.
 

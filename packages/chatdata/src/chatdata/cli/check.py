@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, examples
+from chatdata.cli.command import FILE, build_argument, examples, json_option
 from chatdata.errors import UsageError
 
 
@@ -19,12 +19,11 @@ from chatdata.errors import UsageError
         "chatdata verify out/mid --level semantic --data-dir hub --identity me.jsonl",
     )
 )
-@click.argument("path", metavar="BUILD", type=FILE)
+@build_argument
 @click.option(
     "--level",
     type=click.Choice(["quick", "full", "semantic"]),
     default="quick",
-    show_default=True,
     help="How much to check (see above).",
 )
 @click.option("--recipe", metavar="NAME|FILE", help="semantic: the build's recipe file, if it names other files.")
@@ -37,7 +36,7 @@ from chatdata.errors import UsageError
     type=click.FloatRange(0, 1),
     help="semantic: share of the documents to render again, at least 100 per split and 1 per entry.  [default: 0.01]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
     """Check a build on disk. Exit code 3 if anything is wrong.
 
@@ -86,7 +85,7 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
 @click.command(epilog=examples("chatdata diff out/mid out/mid-new", "chatdata diff out/mid out/mid-new --json"))
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def diff(a: Path, b: Path, as_json: bool) -> int:
     """Print how two builds differ.
 

@@ -12,6 +12,11 @@ import click
 from chatdata.disk import describe_os_error
 
 FILE = click.Path(path_type=Path)  # type of an option: a file or folder that may or may not exist
+build_argument = click.argument("path", metavar="BUILD", type=FILE)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+task_files_option = click.option(
+    "--task-file", "task_files", type=FILE, multiple=True, help="Python file that defines your own TASK."
+)
 
 # old → new names, for all three commands; an old name is refused with the new one in the message
 RENAMED_OPTIONS = {"--rows": "--layout"}

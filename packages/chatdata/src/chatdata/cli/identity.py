@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from chatdata.cli.command import FILE, examples
+from chatdata.cli.command import FILE, examples, json_option
 from chatdata.errors import PersonaError
 
 
@@ -21,9 +21,9 @@ from chatdata.errors import PersonaError
 )
 @click.argument("persona", metavar="PERSONA", type=FILE)
 @click.option("--out", type=FILE, required=True, help="JSONL file to write.")
-@click.option("--rows", "num_rows", type=click.IntRange(min=1), default=1000, show_default=True, help="How many.")
+@click.option("--rows", "num_rows", type=click.IntRange(min=1), default=1000, help="How many.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_json: bool) -> None:
     """Write conversations in which the assistant says who it is.
 

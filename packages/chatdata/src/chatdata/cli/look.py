@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, MaskPolicyChoice, examples
+from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, examples, json_option
 from chatdata.errors import FormatError, UsageError
 
 
@@ -20,13 +20,13 @@ from chatdata.errors import FormatError, UsageError
     )
 )
 @click.argument("path", metavar="[BUILD]", required=False, type=FILE)
-@click.option("--split", default="train", show_default=True, help="train or val.")
+@click.option("--split", default="train", help="train or val.")
 @click.option("--doc", type=int, help="Show the document with this number.")
 @click.option("--task", help="Show the first documents of this task.")
 @click.option("--conversation", type=click.Path(allow_dash=True, path_type=Path), help="JSON file, - for stdin.")
 @click.option("--tokenizer", type=FILE, help="Tokenizer for --conversation.")
 @click.option("--stage", "stages", type=click.Choice(["mid", "sft"]), multiple=True, help="Add inputs and targets.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def inspect(
     path: Path | None,
     split: str,
@@ -61,8 +61,8 @@ def inspect(
 
 
 @click.command(epilog=examples("chatdata stats out/demo-mid", "chatdata stats out/demo-mid --json"))
-@click.argument("path", metavar="BUILD", type=FILE)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@build_argument
+@json_option
 def stats(path: Path, as_json: bool) -> None:
     """Print documents, tokens, supervised share and lengths per task."""
     from chatdata import open_build
@@ -79,7 +79,7 @@ def stats(path: Path, as_json: bool) -> None:
         "chatdata report out/mid --json > numbers.json",
     )
 )
-@click.argument("path", metavar="BUILD", type=FILE)
+@build_argument
 @click.option("--out", type=FILE, help="File to write (default: BUILD-report.html).")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers of the report as JSON.")
 def report(path: Path, out: Path | None, as_json: bool) -> None:
@@ -108,20 +108,19 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
         "chatdata plan out/demo-sft --seq-len 512", "chatdata plan out/demo-sft --seq-len 512 --mask last-turn --json"
     )
 )
-@click.argument("path", metavar="BUILD", type=FILE)
+@build_argument
 @click.option("--seq-len", type=click.IntRange(min=1), required=True, help="Positions per sequence, T.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences per step, G.")
-@click.option("--split", default="train", show_default=True, help="train or val.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, help="Sequences per step, G.")
+@click.option("--split", default="train", help="train or val.")
 @click.option("--mask", type=MaskPolicyChoice(), help="Mask policy (default: the stage's).")
 @click.option(
     "--long",
     type=click.Choice(["error", "drop", "truncate"]),
     default="error",
-    show_default=True,
     help="What pack and pad do with documents of more than T + 1 tokens.",
 )
-@click.option("--seed", type=int, default=42, show_default=True, help="Seed of the order of sequences in pack and pad.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--seed", type=int, default=42, help="Seed of the order of sequences in pack and pad.")
+@json_option
 def plan(path: Path, seq_len: int, as_json: bool, **options: Any) -> None:
     """Print sequences, steps, padding and targets of an epoch.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.cli.command import FILE, examples
+from chatdata.cli.command import FILE, examples, json_option
 from chatdata.errors import BuildError, UsageError
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ def tokenizer() -> None:
     epilog=examples("chatdata tokenizer train texts.jsonl more.parquet --vocab-size 65536 --out tokenizer")
 )
 @click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option(
-    "--vocab-size", type=int, default=65_536, show_default=True, help="Tokens, the nine special ones included."
-)
+@click.option("--vocab-size", type=int, default=65_536, help="Tokens, the nine special ones included.")
 @click.option("--pattern", help="Split pattern (default: nanochat's).")
 @click.option("--out", type=FILE, required=True, help="Folder to write.")
 def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Path) -> None:
@@ -54,29 +52,21 @@ def import_(file: Path, pattern: str | None, out: Path) -> None:
 
     if pattern is not None and file.suffix != ".tiktoken":
         raise UsageError("--pattern goes with a .tiktoken file; others hold their own")
-    if pattern is not None and file.is_file():
-        _save(read_tiktoken(file, pattern), out)
-    else:
-        _save(load_tokenizer(file), out)
+    _save(load_tokenizer(file) if pattern is None else read_tiktoken(file, pattern), out)
 
 
 @tokenizer.command(epilog=examples("chatdata tokenizer show tokenizer", "chatdata tokenizer show out/mid --text 'Hi!'"))
 @click.argument("path", type=FILE)
 @click.option("--text", help="Show the tokens of this text.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def show(path: Path, text: str | None, as_json: bool) -> None:
     """Print vocabulary size, special tokens, split pattern and shard dtype; with --text, the tokens of a text."""
     from chatdata.look.console import shard_dtype
     from chatdata.tokenizer.files import load_tokenizer
 
     loaded = load_tokenizer(path)
-    facts: dict[str, Any] = {
-        "vocab_size": loaded.vocab_size,
-        "shards": shard_dtype(loaded),
-        "pattern": loaded.pattern,
-        "special_ids": loaded.special_ids,
-        "canary_sha256": loaded.canary_sha256,
-    }
+    facts: dict[str, Any] = {"vocab_size": loaded.vocab_size, "shards": shard_dtype(loaded)}
+    facts |= {key: getattr(loaded, key) for key in ("pattern", "special_ids", "canary_sha256")}
     if text is not None:
         facts["tokens"] = [[i, loaded.decode_token(i)] for i in loaded.encode_ordinary(text)]
     if as_json:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.markup import escape
 
+from chatdata.build.plan import BuildPlan
 from chatdata.look.console import console, grid, shard_dtype, share, table
 from chatdata.render.batch import OUTCOMES
-
-if TYPE_CHECKING:
-    from chatdata.build.plan import BuildPlan
 
 
 def show_plan(plan: BuildPlan, out: Path) -> None:

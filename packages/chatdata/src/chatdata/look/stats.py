@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import polars as pl
+
 from chatdata.look.console import console, share, table
 from chatdata.shards.read import Build
 
@@ -18,8 +20,6 @@ SUMS = {
 
 def build_stats(build: Build) -> dict[str, Any]:
     """Per split and task: documents, tokens, supervised, truncated, turns, tool calls, and quantiles of length."""
-    import polars as pl
-
     length = pl.col("num_tokens")
     splits = {}
     for name, split in build.splits.items():

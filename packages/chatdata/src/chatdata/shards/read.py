@@ -43,13 +43,9 @@ def open_build(path: str | Path) -> Build:
     folder = Path(path)
     build = Build(folder, read_manifest(folder))
     for split in build.splits.values():
-        for number, shard in enumerate(split.shards):
-            for kind in FILE_KINDS:
-                file, expected = split.path(kind, number), shard["files"][kind]["bytes"]
-                if not file.is_file():
-                    raise FormatError(f"{file}: missing")
-                if file.stat().st_size != expected:
-                    raise FormatError(f"{file}: {file.stat().st_size:,} bytes, but the manifest says {expected:,}")
+        for number in range(len(split.shards)):
+            for problem in split.file_problems(number):
+                raise FormatError(problem)
     return build
 
 
@@ -92,6 +88,15 @@ class Split:
 
     def path(self, kind: str, number: int) -> Path:
         return self.build.path / self.name / self.shards[number]["files"][kind]["file"]
+
+    def file_problems(self, number: int) -> Iterator[str]:
+        """The files of a shard that are missing, or not as long as the manifest says."""
+        for kind in FILE_KINDS:
+            file, expected = self.path(kind, number), self.shards[number]["files"][kind]["bytes"]
+            if not file.is_file():
+                yield f"{file}: missing"
+            elif file.stat().st_size != expected:
+                yield f"{file}: {file.stat().st_size:,} bytes, but the manifest says {expected:,}"
 
     def map(self, kind: str, number: int) -> np.ndarray:
         """The memory-mapped array of a shard: kind "tokens", "mask" or "offsets"."""

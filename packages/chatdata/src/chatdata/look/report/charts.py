@@ -52,17 +52,15 @@ def mixture(split: str, numbers: dict[str, Any]) -> alt.Chart:
         for task in numbers["tasks"]
         for key, name in MEASURES.items()
     ]
-    return (
-        _chart(rows, f"{split}: share of documents, tokens and supervised tokens per task")
-        .encode(
-            x=_shares(),
-            y=_tasks(),
-            yOffset=alt.YOffset("of:N", sort=None),
-            color=_colours("of", list(MEASURES.values())),
-            tooltip=["task:N", "of:N", *SHARE_TOOLTIP],
-        )
-        .properties(height=38 * len(numbers["tasks"]))
-        .mark_bar()
+    chart = _chart(
+        rows, 38 * len(numbers["tasks"]), f"{split}: share of documents, tokens and supervised tokens per task"
+    )
+    return chart.mark_bar().encode(
+        x=_shares(),
+        y=_tasks(),
+        yOffset=alt.YOffset("of:N", sort=None),
+        color=_colours("of", list(MEASURES.values())),
+        tooltip=["task:N", "of:N", *SHARE_TOOLTIP],
     )
 
 
@@ -75,17 +73,13 @@ def roles(split: str, tasks: list[dict[str, Any]]) -> alt.Chart:
         for kind, count in zip(KINDS, (found["supervised"], found["tokens"] - found["supervised"]), strict=True)
         if count
     ]
-    return (
-        _chart(rows, f"{split}: tokens per task by role, supervised or not")
-        .encode(
-            x=_shares(scale=alt.Scale(domain=[0, 1])),
-            y=_tasks(),
-            color=_colours("role", ROLES),
-            opacity=alt.Opacity("kind:O", scale=alt.Scale(domain=KINDS, range=[1, 0.35]), legend=None),
-            tooltip=["task:N", "role:N", "kind:N", *SHARE_TOOLTIP],
-        )
-        .properties(height=26 * len(tasks))
-        .mark_bar()
+    chart = _chart(rows, 26 * len(tasks), f"{split}: tokens per task by role, supervised or not")
+    return chart.mark_bar().encode(
+        x=_shares(scale=alt.Scale(domain=[0, 1])),
+        y=_tasks(),
+        color=_colours("role", ROLES),
+        opacity=alt.Opacity("kind:O", scale=alt.Scale(domain=KINDS, range=[1, 0.35]), legend=None),
+        tooltip=["task:N", "role:N", "kind:N", *SHARE_TOOLTIP],
     )
 
 
@@ -96,17 +90,13 @@ def lengths(split: str, task: dict[str, Any]) -> alt.Chart:
         {**part, "end": part["from"] + width, "longer": part["to"] >= part["from"] + width}
         for part in task["histogram"]["bins"]
     ]
-    return (
-        _chart(rows, f"{split}, {task['task']}: documents by length in tokens")
-        .encode(
-            x=alt.X("from:Q", title=None, bin="binned", axis=_integers(rows[0]["from"], rows[-1]["end"], grid=False)),
-            x2="end:Q",
-            y=alt.Y("documents:Q", title=None, axis=_integers(0, max(row["documents"] for row in rows))),
-            color=alt.condition("datum.longer", alt.value("var(--c1)"), alt.value(BAR)),
-            tooltip=[_count("from", "tokens from"), _count("to", "to"), _count("documents", "documents")],
-        )
-        .properties(height=110)
-        .mark_bar(binSpacing=1)
+    chart = _chart(rows, 110, f"{split}, {task['task']}: documents by length in tokens")
+    return chart.mark_bar(binSpacing=1).encode(
+        x=alt.X("from:Q", title=None, bin="binned", axis=_integers(rows[0]["from"], rows[-1]["end"], grid=False)),
+        x2="end:Q",
+        y=alt.Y("documents:Q", title=None, axis=_integers(0, max(row["documents"] for row in rows))),
+        color=alt.condition("datum.longer", alt.value("var(--c1)"), alt.value(BAR)),
+        tooltip=[_count("from", "tokens from"), _count("to", "to"), _count("documents", "documents")],
     )
 
 
@@ -115,20 +105,16 @@ def frequency(vocabulary: dict[str, Any], tokenizer: Tokenizer) -> alt.Chart:
     rows = [{**point, "token": spelled(tokenizer, point["id"])} for point in vocabulary["curve"]]
     log = alt.Scale(type="log", nice=False)
     axis = alt.Axis(format="~s", values=[10**power for power in range(19)])  # without these, also a line at 2, 3, … 9
-    return (
-        _chart(rows, f"{vocabulary['split']}: occurrences of the vocabulary's tokens by rank")
-        .encode(
-            x=alt.X("rank:Q", title="rank", scale=log, axis=axis),
-            y=alt.Y("count:Q", title="occurrences", scale=log, axis=axis),
-            tooltip=["token:N", "id:Q", _count("rank", "rank"), _count("count", "occurrences")],
-        )
-        .properties(height=300)
-        .mark_line(color=BAR, point=alt.OverlayMarkDef(color=BAR, size=22))
+    chart = _chart(rows, 300, f"{vocabulary['split']}: occurrences of the vocabulary's tokens by rank")
+    return chart.mark_line(color=BAR, point=alt.OverlayMarkDef(color=BAR, size=22)).encode(
+        x=alt.X("rank:Q", title="rank", scale=log, axis=axis),
+        y=alt.Y("count:Q", title="occurrences", scale=log, axis=axis),
+        tooltip=["token:N", "id:Q", _count("rank", "rank"), _count("count", "occurrences")],
     )
 
 
-def _chart(rows: list[dict[str, Any]], description: str) -> alt.Chart:
-    return alt.Chart(alt.InlineData(values=rows), description=description)
+def _chart(rows: list[dict[str, Any]], height: int, description: str) -> alt.Chart:
+    return alt.Chart(alt.InlineData(values=rows), height=height, description=description)
 
 
 def _integers(first: int, last: int, **options: Any) -> alt.Axis:

@@ -129,6 +129,7 @@ def vocabulary_numbers(tokenizer: Tokenizer, counts: dict[str, np.ndarray]) -> d
     used = int(np.count_nonzero(occurrences))
     ranks = np.unique(np.geomspace(1, max(used, 1), CURVE_POINTS).round().astype(np.int64))[:used] - 1
     sums = np.cumsum(occurrences[order])
+    points = np.stack([ranks + 1, ids[order[ranks]], occurrences[order[ranks]]], axis=1)
     unused = ids[occurrences == 0].tolist()
     unused_bytes = [token_id for token_id in unused if len(tokenizer.token_bytes.get(token_id, b"")) == 1]
     return {
@@ -140,11 +141,6 @@ def vocabulary_numbers(tokenizer: Tokenizer, counts: dict[str, np.ndarray]) -> d
         "unused_bytes": len(unused_bytes),
         "unused_ids": [token_id for token_id in unused if token_id not in unused_bytes][:UNUSED_LISTED],
         "elsewhere": {name: int(np.count_nonzero(counts[name][ids][occurrences == 0])) for name in others},
-        "curve": [
-            {"rank": rank + 1, "id": token_id, "count": count}
-            for rank, token_id, count in zip(
-                ranks.tolist(), ids[order[ranks]].tolist(), occurrences[order[ranks]].tolist(), strict=True
-            )
-        ],
+        "curve": [dict(zip(("rank", "id", "count"), point, strict=True)) for point in points.tolist()],
         "coverage": {top: int(sums[top - 1]) for top in (10, 100, 1_000, 10_000) if top <= used},
     }

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 
 from chatdata.document import LINE_ENDS
 from chatdata.shards.read import Build
 from chatdata.tokenizer.bpe import Tokenizer
-
-if TYPE_CHECKING:
-    import polars as pl
 
 PER_TASK = 20
 EXTREMES = {"truncated": 4, "longest": 2, "shortest": 2}  # of PER_TASK; the rest is chosen by digest

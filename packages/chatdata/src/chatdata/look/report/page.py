@@ -11,19 +11,17 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatdata.disk import check_file, naming, write_whole
 from chatdata.errors import UsageError
 from chatdata.look.console import share
+from chatdata.look.report.collect import ROLES, report_numbers
+from chatdata.look.report.documents import ShownDocument, shown_documents, spelled
 from chatdata.shards.read import Build, open_build
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from chatdata.look.report.documents import ShownDocument
 
 MISSING = 'a report needs Altair, its JavaScript and Jinja: install chatdata with its extra "report"'
 
@@ -47,9 +45,6 @@ def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
         import vl_convert  # noqa: F401
     except ImportError:
         raise UsageError(MISSING) from None
-    from chatdata.look.report.collect import report_numbers
-    from chatdata.look.report.documents import shown_documents
-
     out = out or default_out(path)
     if out.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--out {out} is inside the build, where every file is accounted for; choose another folder")
@@ -67,8 +62,6 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
     import jinja2
 
     from chatdata.look.report.charts import MEASURES, chart_specs
-    from chatdata.look.report.collect import ROLES
-    from chatdata.look.report.documents import spelled
 
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_file),
