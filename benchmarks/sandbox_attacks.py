@@ -135,9 +135,7 @@ def attacks(host: Host) -> list[Attack]:
             "with open('large', 'wb') as f:\n  while f.tell() < 2**30: f.write(bytes(2**20))",
         ),
         Attack(
-            "many large files",
-            "failed",
-            "for n in range(64):\n  with open(str(n), 'wb') as f: f.write(bytes(2**23))",
+            "many large files", "failed", "for n in range(64):\n  with open(str(n), 'wb') as f: f.write(bytes(2**23))"
         ),
         Attack("a million empty files", "failed", "for n in range(10**6): open(str(n), 'w').close()"),
         Attack(
@@ -166,9 +164,7 @@ def attacks(host: Host) -> list[Attack]:
             "import os\nos.kill(-1, 9)",
         ),
         Attack(
-            "a user namespace of its own",
-            "failed",
-            "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
+            "a user namespace of its own", "failed", "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0"
         ),
     ]
 

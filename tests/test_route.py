@@ -66,10 +66,7 @@ ROW = {
     "question": "A kite costs 7 euros. What do 3 kites cost?",
     "answer": "Three kites cost 3*7=<<3*7=21>>21 euros.\n#### 21",
 }
-OTHER_ROWS = [
-    {"question": "7+7?", "answer": "<<7+7=14>>14\n#### 14"},
-    {"question": "3+3?", "answer": "6\n#### 6"},
-]
+OTHER_ROWS = [{"question": "7+7?", "answer": "<<7+7=14>>14\n#### 14"}, {"question": "3+3?", "answer": "6\n#### 6"}]
 WORDS = [" kite", " kites", " cost", " costs", " euros", "What", " What", " do", "Three", "21", "####"]
 
 TOKENS = [

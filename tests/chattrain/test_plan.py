@@ -14,14 +14,7 @@ import chatdata.packing.epoch
 from chatdata.errors import PackingError, PlanError
 from chatdata.packing.epoch import document_targets, plan_epoch
 from chattrain.nanochat.order import make_nanochat_plan
-from chattrain.plan import (
-    check_cut,
-    name_documents,
-    plan_record,
-    reads_of_sequences,
-    reads_of_step,
-    require_same_plan,
-)
+from chattrain.plan import check_cut, name_documents, plan_record, reads_of_sequences, reads_of_step, require_same_plan
 
 # six documents a … f with 5, 7, 3, 6, 1, 2 tokens: 24 tokens in all
 DOCUMENTS = [[10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25, 26], [30, 31, 32], [40, 41, 42, 43, 44, 45], [50], [60, 61]]
@@ -106,14 +99,7 @@ def test_counts_are_plain_integers(split) -> None:
     counts = plan_of(split, layout="stream", seq_len=4).counts()
     assert {
         name: counts[name] for name in ("documents", "tokens", "steps", "sequences", "input_tokens", "targets")
-    } == {
-        "documents": 6,
-        "tokens": 24,
-        "steps": 2,
-        "sequences": 4,
-        "input_tokens": 16,
-        "targets": 7,
-    }
+    } == {"documents": 6, "tokens": 24, "steps": 2, "sequences": 4, "input_tokens": 16, "targets": 7}
     lost = counts.pop("left_out")
     assert {type(value) for value in (*counts.values(), *lost.values())} == {int}
 

@@ -131,11 +131,7 @@ def test_changing_one_entry_renders_only_its_rows(recipe: Path, byte_tokenizer: 
     run(recipe, byte_tokenizer, tmp_path / "a")
     recipe.write_text(RECIPE.replace("rows = 300", "rows = 256").replace("max_tokens = 60", "max_tokens = 50"))
     _, report = run(recipe, byte_tokenizer, tmp_path / "b")
-    assert report["units"] == {
-        "rendered": 0,
-        "cached": NUM_UNITS - 1,
-        "damaged": 0,
-    }
+    assert report["units"] == {"rendered": 0, "cached": NUM_UNITS - 1, "damaged": 0}
     recipe.write_text(RECIPE.replace("rows = 300", "rows = 310"))
     _, report = run(recipe, byte_tokenizer, tmp_path / "c")
     assert report["units"] == {"rendered": 1, "cached": NUM_UNITS - 1, "damaged": 0}

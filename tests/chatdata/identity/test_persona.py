@@ -33,23 +33,14 @@ def test_a_persona_file(korvo: Persona) -> None:
         ("", 'no key "name"; it must be a line of text without space around it'),
         ('nam = "X"', 'unknown key "nam"; did you mean "name"?'),
         ('name = "X"\nlicense = "MIT"', 'unknown key "license"; did you mean "licence"?'),
-        (
-            'name = "X"\nzzz = 1',
-            'unknown key "zzz"; valid: name, description, maker, licence, languages, facts',
-        ),
+        ('name = "X"\nzzz = 1', 'unknown key "zzz"; valid: name, description, maker, licence, languages, facts'),
         ("name = 5", 'key "name": must be a line of text without space around it, not 5'),
         ('name = ""', 'key "name": must be a line of text without space around it, not ""'),
         ('name = "X "', 'key "name": must be a line of text without space around it, not "X "'),
         ('name = "X\\nY"', 'key "name": must be a line of text without space around it, not "X\\nY"'),
         ('name = "X"\nlanguages = "English"', 'key "languages": must be a list, not "English"'),
-        (
-            'name = "X"\nlanguages = [1]',
-            'key "languages[0]": must be a line of text without space around it, not 1',
-        ),
-        (
-            'name = "X"\nlanguages = ["English", "english"]',
-            'key "languages": "english" is there twice; leave one out',
-        ),
+        ('name = "X"\nlanguages = [1]', 'key "languages[0]": must be a line of text without space around it, not 1'),
+        ('name = "X"\nlanguages = ["English", "english"]', 'key "languages": "english" is there twice; leave one out'),
         ('name = "X"\nfacts = {}', 'key "facts": must be a list, not {}'),
         (
             'name = "X"\nfacts = ["I am.", 5]',
@@ -63,10 +54,7 @@ def test_a_persona_file(korvo: Persona) -> None:
             'name = "X"\n[[facts]]\nquestion = "A?"\nanswers = "B."',
             'key "facts[0]": unknown key "answers"; did you mean "answer"?',
         ),
-        (
-            'name = "X"\n[[facts]]\nquestion = "A?"',
-            'key "facts[0]": no key "answer"; it must be a string or a list',
-        ),
+        ('name = "X"\n[[facts]]\nquestion = "A?"', 'key "facts[0]": no key "answer"; it must be a string or a list'),
         (
             'name = "X"\n[[facts]]\nquestion = []\nanswer = "B."',
             'key "facts[0]": question must be a text or a list of texts, without space around them',

@@ -48,11 +48,7 @@ LITERAL = [
         [BOS, USER, A, B, USER_END, ASSISTANT, C, ASSISTANT_END],
         [0, 0, 0, 0, 0, 0, 1, 1],
     ),
-    (
-        chat("<|bos|>", "b"),
-        [BOS, USER, *b"<|bos|>", USER_END, ASSISTANT, B, ASSISTANT_END],
-        [0] * 11 + [1, 1],
-    ),
+    (chat("<|bos|>", "b"), [BOS, USER, *b"<|bos|>", USER_END, ASSISTANT, B, ASSISTANT_END], [0] * 11 + [1, 1]),
 ]
 
 

@@ -88,11 +88,7 @@ TALK = [user("hi"), assistant("yo"), user("so"), assistant("ok"), user("bye")]
                 "<assistant_end>",
             ],
         ),
-        (
-            TOOLS,
-            "last-turn",
-            ["<python_start>3*3<python_end>", "<python_start>4<python_end>", "<assistant_end>"],
-        ),
+        (TOOLS, "last-turn", ["<python_start>3*3<python_end>", "<python_start>4<python_end>", "<assistant_end>"]),
         (
             TOOLS,
             "tools-only",
@@ -186,10 +182,7 @@ def many(build_of: Build) -> tuple[Split, dict[str, np.ndarray]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chatdata.build.splits.MAX_SHARD_TOKENS", 2_000)
         split = build_of(
-            [conversation() for _ in range(300)],
-            "max_tokens = 40",
-            'overflow = "truncate"',
-            'zero_supervised = "keep"',
+            [conversation() for _ in range(300)], "max_tokens = 40", 'overflow = "truncate"', 'zero_supervised = "keep"'
         )
     assert len(split.shards) > 3 and split.index["truncated"].sum() > 30
     expected: dict[str, list[int]] = {}

@@ -17,15 +17,7 @@ from msgspec import to_builtins
 from chatdata.decode import convert
 from chatdata.disk import file_sha256
 from chateval.errors import ResultsError, ScoringError
-from chateval.results.run_file import (
-    RunTask,
-    changes,
-    read_firewall,
-    read_run,
-    require_same_run,
-    write_json,
-    write_run,
-)
+from chateval.results.run_file import RunTask, changes, read_firewall, read_run, require_same_run, write_json, write_run
 
 TASK = {"scoring": "generative", "chance": 0.0, "items": 3, "draws": 1, "source": {"revision": "abc"}}
 

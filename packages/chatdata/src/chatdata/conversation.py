@@ -20,13 +20,7 @@ from chatdata.errors import ConversationError, nearest
 Role = Literal["system", "user", "assistant"]
 PART_TYPES = ("text", "python", "python_output")
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 class Part(TypedDict):

@@ -21,10 +21,7 @@ from chatdata.errors import UsageError
 )
 @build_argument
 @click.option(
-    "--level",
-    type=click.Choice(["quick", "full", "semantic"]),
-    default="quick",
-    help="How much to check (see above).",
+    "--level", type=click.Choice(["quick", "full", "semantic"]), default="quick", help="How much to check (see above)."
 )
 @click.option("--recipe", metavar="NAME|FILE", help="semantic: the build's recipe file, if it names other files.")
 @click.option("--data-dir", type=FILE, help="semantic: folder of Hub clones, as for build.")

@@ -87,13 +87,7 @@ def stream(num_tokens: int, seq_len: int) -> tuple[int, int]:
     return divmod(max(num_tokens - 1, 0), seq_len)
 
 
-def pack(
-    lengths: np.ndarray,
-    num_targets: np.ndarray,
-    seq_len: int,
-    seed: int,
-    long: Long = "error",
-) -> Packing:
+def pack(lengths: np.ndarray, num_targets: np.ndarray, seq_len: int, seed: int, long: Long = "error") -> Packing:
     """Pack whole documents into sequences of seq_len positions: best-fit decreasing, then shuffled by the seed.
 
     lengths: integers [documents], tokens of each document, np.diff of the offsets.
@@ -114,13 +108,7 @@ def pack(
     return Packing(seq_len, documents[order], bounds, taken[order], **counts)
 
 
-def pad(
-    lengths: np.ndarray,
-    num_targets: np.ndarray,
-    seq_len: int,
-    seed: int,
-    long: Long = "error",
-) -> Packing:
+def pad(lengths: np.ndarray, num_targets: np.ndarray, seq_len: int, seed: int, long: Long = "error") -> Packing:
     """One document per sequence, shuffled by the seed. Arguments and errors as for pack."""
     documents, taken, counts = _choose_documents(lengths, num_targets, seq_len, long)
     order = np.random.default_rng(seed).permutation(len(documents))

@@ -103,11 +103,7 @@ def render_batch(
     mask[assistant_end] = NANOCHAT.delimiters[NANOCHAT.assistant_end]
 
     has_span = body > 0
-    of_pieces = {
-        "num_turns": (role == USER) | opens,
-        "num_tool_calls": role == PYTHON,
-        "num_spans": has_span,
-    }
+    of_pieces = {"num_turns": (role == USER) | opens, "num_tool_calls": role == PYTHON, "num_spans": has_span}
     spans = np.empty(int(has_span.sum()), dtype=SPAN_DTYPE)
     spans["role"] = role[has_span]
     spans["start"] = (body_begin - np.repeat(bos, pieces.counts))[has_span]

@@ -33,10 +33,7 @@ TASK = Task(
     summary="multiple choice over 57 subjects",
     licence="MIT",
     hub="cais/mmlu",
-    splits={
-        "all": {"test": 14_042, "validation": 1_531, "dev": 285},
-        "auxiliary_train": {"train": 99_842},
-    },
+    splits={"all": {"test": 14_042, "validation": 1_531, "dev": 285}, "auxiliary_train": {"train": 99_842}},
     permuted=True,
     scoring=Scoring(
         sets={"mmlu": ScoredSet(subset="all", chance=0.25)}, letters=lambda row: LETTERS, subject_key="subject"

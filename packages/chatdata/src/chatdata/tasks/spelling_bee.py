@@ -85,9 +85,7 @@ TASK = Task(
     generate=generate,
     # held-out words, and as many rows as karpathy/nanochat@790f3be:scripts/chat_eval.py scores
     scoring=Scoring(
-        sets={"spelling_bee": ScoredSet(rows=256, options={"holdout": True})},
-        grade=grade,
-        word=lambda row: row["word"],
+        sets={"spelling_bee": ScoredSet(rows=256, options={"holdout": True})}, grade=grade, word=lambda row: row["word"]
     ),
     options={**WORD_OPTIONS, "phrasings": Option(str, str(PHRASINGS), is_file=True)},
     to_conversation=to_conversation,

@@ -71,10 +71,7 @@ def export_transformers(
 
 def transformers_names(config: ModelConfig) -> dict[str, str]:
     """nanochat's name → transformers', for every parameter."""
-    names = {
-        "transformer.wte.weight": "model.embed_tokens.weight",
-        "lm_head.weight": "lm_head.weight",
-    }
+    names = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
     for i in range(config.n_layer):
         ours, theirs = f"transformer.h.{i}", f"model.layers.{i}"
         for letter, projection in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("proj", "o_proj")):
@@ -159,11 +156,7 @@ def transformers_config(config: ModelConfig, bos_id: int, assistant_end_id: int)
 
 def generation_config(bos_id: int, assistant_end_id: int) -> dict[str, object]:
     """Both ids end an answer; padding is assistant_end, as in nanochat's own batches."""
-    return {
-        "bos_token_id": bos_id,
-        "eos_token_id": [assistant_end_id, bos_id],
-        "pad_token_id": assistant_end_id,
-    }
+    return {"bos_token_id": bos_id, "eos_token_id": [assistant_end_id, bos_id], "pad_token_id": assistant_end_id}
 
 
 def verify_export(
