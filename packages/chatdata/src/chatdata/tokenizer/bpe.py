@@ -18,15 +18,8 @@ from chatdata.errors import ChatdataError, TokenizerError
 
 # karpathy/nanochat@790f3be:nanochat/tokenizer.py fixes names and order; the order fixes the ids
 SPECIAL_TOKENS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
+    *("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
+    *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
 )
 
 # GPT-4's split pattern with digits in runs of at most 2 instead of 3, nanochat's choice for a 64K vocabulary

@@ -10,12 +10,8 @@ import numpy as np
 
 # The six tasks of ChatCORE and what guessing scores on each (karpathy/nanochat@790f3be:scripts/chat_eval.py)
 CHAT_CORE_CHANCE = {
-    "arc_easy": 0.25,
-    "arc_challenge": 0.25,
-    "mmlu": 0.25,
-    "gsm8k": 0.0,
-    "humaneval": 0.0,
-    "spelling_bee": 0.0,
+    **dict.fromkeys(("arc_easy", "arc_challenge", "mmlu"), 0.25),
+    **dict.fromkeys(("gsm8k", "humaneval", "spelling_bee"), 0.0),
 }
 CHUNK_COUNTS = 1 << 20  # resampled counts that paired_bootstrap holds at a time: 8 MiB of int64
 

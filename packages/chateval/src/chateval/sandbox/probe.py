@@ -1,13 +1,24 @@
 """What the sandbox must prove before it is used: a program of assertions, run inside it like model-written code.
 
 It tests behaviour, not names: it allocates, forks, connects, opens and kills. The first thing weaker than promised ends
-it, and its message becomes the reason of the refusal.
+it, and its message becomes the reason of the refusal. Nothing imports it; `run_code.verify` defines the three names.
 """
 
-from __future__ import annotations
+import ctypes
+import errno
+import fcntl
+import os
+import resource
+import signal
+import socket
+import struct
+import time
+from pathlib import Path
 
-PROBE = """
-import ctypes, errno, fcntl, os, resource, signal, socket, struct, sys, time
+# ruff: noqa: F821 - `verify` assigns these in front of the program
+HOST_FOLDER: str  # a folder that exists outside
+RLIMITS: dict[str, tuple[int, int]]
+FOLDER_BYTES: int  # of the private folder
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -35,10 +46,10 @@ for folder, expected in {**ROOT, "/dev": "null urandom", "/tmp": "", "/python": 
     beyond = set(os.listdir(folder)) - set(expected.split())
     assert not beyond, f"{folder} shows {sorted(beyond)[:5]}"
 for path in ["/root", "/home", "/proc", "/sys", "/etc/shadow", HOST_FOLDER]:
-    assert not os.path.exists(path), f"{path} of the host is visible"
+    assert not Path(path).exists(), f"{path} of the host is visible"
 for folder in ["/", "/usr/lib", "/python/lib", "/dev"]:
     try:
-        open(os.path.join(folder, "probe"), "w")
+        Path(folder, "probe").touch()
         raise AssertionError(f"{folder} can be written to")
     except OSError as error:
         assert error.errno in (errno.EROFS, errno.EACCES), error
@@ -85,7 +96,7 @@ try:
 except MemoryError:
     pass
 try:
-    with open("/tmp/large", "wb") as file:
+    with Path("/tmp/large").open("wb") as file:
         file.truncate(RLIMITS["RLIMIT_FSIZE"][0] + 1)
     raise AssertionError("a file larger than the limit can be written")
 except OSError as error:
@@ -106,4 +117,3 @@ except BlockingIOError:
 for child in children:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-"""

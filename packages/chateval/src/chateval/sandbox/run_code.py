@@ -43,7 +43,6 @@ from pathlib import Path
 from typing import Literal
 
 from chateval.errors import SandboxError
-from chateval.sandbox.probe import PROBE
 from chateval.sandbox.seccomp import AUDIT_ARCH, build_filter
 
 Ending = Literal["passed", "failed", "timeout", "cpu", "memory", "output", "killed"]
@@ -53,6 +52,7 @@ UNUSED_UIDS = range(1_879_048_192, 2_147_483_647)  # unused according to systemd
 START_S, STOP_S = 30.0, 10.0  # starting and stopping take about 0.1 s
 MAX_DETAIL = 200  # characters
 BUILD_SANDBOX = Path(__file__).with_name("build_sandbox.py")
+PROBE = Path(__file__).with_name("probe.py")
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,8 @@ def describe_isolation(unshare: str, as_root: bool) -> Isolation:
 def verify(isolation: Isolation) -> None:
     """Run the probe. Raises SandboxError naming the first thing that is weaker than promised."""
     limits = Limits()
-    known = {
-        "HOST_FOLDER": str(BUILD_SANDBOX.parent),
-        "RLIMITS": _rlimits(limits, isolation.as_root),
-        "FOLDER_BYTES": limits.folder_bytes,
-    }
-    program = "".join(f"{name} = {value!r}\n" for name, value in known.items()) + PROBE
+    known = str(BUILD_SANDBOX.parent), _rlimits(limits, isolation.as_root), limits.folder_bytes
+    program = f"HOST_FOLDER, RLIMITS, FOLDER_BYTES = {known!r}\n" + PROBE.read_text()
     outcome = run_code(isolation, program, START_S, limits)
     if not outcome.passed:
         raise SandboxError(f"the isolation here is weaker than promised: {outcome.detail or outcome.ending}")
