@@ -15,6 +15,6 @@ def test_verify_exit_code(demo_mid: Path, tmp_path: Path, chatdata: Callable) ->
     path = broken / "train" / "mask-00000.npy"
     path.write_bytes(path.read_bytes()[:-5])
     result = chatdata("verify", broken)
-    assert (result.returncode, result.stdout) == (3, f"{broken}: 1 problems (quick)\n")
+    assert (result.returncode, result.stdout) == (3, f"{broken}: 1 problem (quick)\n")
     assert result.stderr.startswith(f"{path}: ")
     assert json.loads(chatdata("verify", broken, "--json").stdout)["problems"] == [result.stderr.strip()]

@@ -1,4 +1,4 @@
-"""Compare a generated answer with a row's own: used by the task files, each of which grades its rows.
+"""Compare a generated answer with the row's own. The task files grade their rows with it.
 
 Two readings are always kept. Strict: the number after `####`, the form the training data teaches. Flexible: the last
 number of the text. A missing answer equals nothing, not even a missing gold answer.

@@ -100,7 +100,7 @@ def require_same_plan(saved: Mapping[str, Any], current: PlanRecord) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Reads:
-    """Which tokens of which documents sequences read, in reading order. All int64 [n]."""
+    """The runs of tokens that sequences read, in reading order. All int64 [n]."""
 
     sequence: np.ndarray  # of the plan, not of the step
     document: np.ndarray  # of the split

@@ -75,7 +75,8 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
     else:
         for problem in problems:
             click.echo(problem, err=True)
-        click.echo(f"{path}: {f'{len(problems)} problems' if problems else 'no damage found'} ({level})")
+        found = f"{len(problems):,} problem{'s'[: len(problems) != 1]}" if problems else "no damage found"
+        click.echo(f"{path}: {found} ({level})")
     return 3 if problems else 0
 
 

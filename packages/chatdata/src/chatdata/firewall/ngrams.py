@@ -1,4 +1,4 @@
-"""Which documents contain the words of which texts: n-grams of normalised words, hashed straight from the tokens.
+"""Find known texts in documents by n-grams of normalised words, hashed straight from the tokens.
 
 A word is a run of letters and digits after NFKD, with marks dropped and case folded. That rule goes character by
 character, so the words of a document follow from a table over the vocabulary, and no text is decoded: 14 million tokens
@@ -191,7 +191,7 @@ def find_texts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(document, text, share of the text's indexed n-grams in the document) wherever the share is not 0.
 
-    tokens: documents one after the other, `num_tokens` of each, of which only the first `num_kept` count.
+    tokens: the documents, one after the other. A document has `num_tokens` tokens; only its first `num_kept` count.
     """
     ends = np.cumsum(num_tokens)
     found: list[tuple[np.ndarray, np.ndarray]] = []

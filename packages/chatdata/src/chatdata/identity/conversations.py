@@ -177,7 +177,7 @@ def _spoken(persona: Persona) -> list[tuple[str, str]]:
 
 
 def _groups(persona: Persona, greetings: Mapping[str, str | None]) -> dict[str, list[list[dict[str, Any]]]]:
-    """What `each` in the phrasings stands for: per deck, the values its exchanges are filled with.
+    """The values of `each` in the phrasings: for every deck, what its exchanges are filled with.
 
     greetings: language that the persona speaks → its greeting.
     """

@@ -32,7 +32,7 @@ Sentence = Annotated[
 
 
 class Fact(Struct, frozen=True):
-    """What is said when one of `questions` is asked; without questions, `answers` is one sentence about itself."""
+    """`answers` reply to `questions`. Without questions, `answers` is one sentence about the persona."""
 
     questions: tuple[str, ...]
     answers: tuple[str, ...]
