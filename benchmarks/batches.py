@@ -24,7 +24,8 @@ import torch
 
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chatdata.shards.read import Split, open_build
-from chattrain.batches import read_ahead, read_step
+from chattrain.batches import read_step
+from chattrain.loop import read_ahead
 from chattrain.nanochat.order import make_nanochat_plan
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path)
     split = open_build(parser.parse_args().build)["train"]
-    lengths, num_targets = np.diff(split.offsets), document_targets(split, "apply", SEQ_LEN)
+    lengths, num_targets = np.diff(split.offsets), document_targets(split, "apply", SEQ_LEN)[0]
     real = pack(lengths, num_targets, SEQ_LEN, 42)
     print(f"{len(lengths):,} documents at T = {SEQ_LEN}: {real.num_sequences:,} sequences, {real.fill:.3%} full")
     chosen = np.random.default_rng(0).integers(0, len(lengths), NUM_DOCUMENTS)

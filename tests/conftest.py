@@ -11,11 +11,14 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +50,53 @@ def shared() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+@pytest.fixture(scope="session")
+def make_split() -> Callable[..., Any]:
+    """Makes splits in memory; the id of <|assistant_end|> is 9.
+
+    make_split(tokens of each document, masks, shards = documents of each shard, dtype of the tokens)
+    """
+
+    from chatdata.shards.read import Build, Split
+
+    @dataclass(frozen=True)
+    class MemorySplit(Split):
+        """A split whose files are arrays: everything but `map` is chatdata's own."""
+
+        arrays: tuple[dict[str, np.ndarray], ...] = ()
+
+        def map(self, kind: str, number: int) -> np.ndarray:
+            return self.arrays[number][kind]
+
+    def make(
+        documents: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[int]] | None = None,
+        shards: Sequence[int] | None = None,
+        dtype: str = "<u2",
+    ) -> Split:
+        masks = masks if masks is not None else [[0] + [1] * (len(d) - 1) for d in documents]
+        assert [*map(len, masks)] == [*map(len, documents)]
+        arrays, records, first = [], [], 0
+        for count in shards if shards is not None else [len(documents)]:
+            lengths = [len(d) for d in documents[first : first + count]]
+            tokens = np.array([i for d in documents[first : first + count] for i in d], dtype)
+            mask = np.array([m for d in masks[first : first + count] for m in d], "|u1")
+            offsets = np.cumsum([0, *lengths], dtype="<i8")
+            arrays.append({"tokens": tokens, "mask": mask, "offsets": offsets})
+            records.append({"documents": count, "tokens": len(tokens)})
+            first += count
+        assert first == len(documents)
+        manifest = {
+            "build_id": "memory",
+            "stage": "sft",
+            "splits": {"train": {"shards": records}},
+            "tokenizer": {"special_ids": {"<|assistant_end|>": 9}},
+        }
+        return MemorySplit(Build(Path("memory"), manifest), "train", records, tuple(arrays))
+
+    return make
 
 
 @pytest.fixture(scope="session")

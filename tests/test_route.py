@@ -55,9 +55,8 @@ from chattrain.evaluate import bits_per_byte, token_byte_counts
 from chattrain.loop import hidden_states, train_step
 from chattrain.loss import chunked_loss, position_losses
 from chattrain.model import parameter_shapes, random_config
-from chattrain.run.prepare import Learner, Run, prepare
-from chattrain.run.ranks import Ranks, StopRequest
 from chattrain.run.settings import RunSettings
+from chattrain.run.start import Learner, Ranks, Run, StopRequest, prepare
 
 ROOT = Path(__file__).parent.parent
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -333,7 +332,7 @@ def test_hop_6_the_build_is_read_back(build: Build, train: Split) -> None:
 
 
 def test_hop_7_a_document_is_placed_in_a_sequence(train: Split, run_of: Callable[[str], Run]) -> None:
-    lengths, num_targets = np.diff(train.offsets), document_targets(train, "apply", SFT_T)
+    lengths, num_targets = np.diff(train.offsets), document_targets(train, "apply", SFT_T)[0]
     assert (lengths.tolist(), num_targets.tolist()) == ([25, 14, 42], [13, 6, 21])
     assert stream(train.num_tokens, MID_T) == (5, 0)  # 80 targets, none left over
     packing = pack(lengths, num_targets, SFT_T, seed=42)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -20,9 +18,9 @@ import chattrain.batches
 from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chattrain.attention import pack_sequences
-from chattrain.batches import IGNORED, read_ahead, read_rows, read_step, target_documents
+from chattrain.batches import IGNORED, check_cut, read_rows, read_step, target_documents
 from chattrain.nanochat.order import make_nanochat_plan
-from chattrain.plan import reads_of_step
+from chattrain.reads import reads_of_step
 from chattrain.run.telemetry import digest_text
 
 PAD = 9  # conftest's <|assistant_end|>
@@ -395,6 +393,16 @@ def test_steps_that_cannot_be_cut_are_refused(plan_of_12) -> None:
         read_step(plan_of_12, 0, 0, 0)
 
 
+@pytest.mark.parametrize(("num_ranks", "batch"), [(1, 5), (5, 1), (2, 4), (8, 1), (0, 1), (1, 0), (1, -3), (24, 1)])
+def test_steps_that_cannot_be_cut(make_split, num_ranks, batch) -> None:
+    plan = replace(plan_of(make_split(DOCUMENTS, MASKS), layout="stream", seq_len=1), step_sequences=12)
+    with pytest.raises(PlanError, match=r"must be (a multiple of|at least 1)") as error:
+        check_cut(plan, num_ranks, batch)
+    assert "\n" not in str(error.value)
+    for good in ((1, 12), (1, 3), (2, 3), (2, 2), (4, 3), (3, 4), (3, 1), (12, 1)):
+        check_cut(plan, *good)
+
+
 # documents of targets
 
 
@@ -421,92 +429,6 @@ def test_pack_lengths_suit_the_model(plan_of_12) -> None:
         assert documents.positions.shape == batch.inputs.shape
         assert sum(documents.lengths) == batch.inputs.numel()
     assert sum(sum(row) for batch in step.batches for row in batch.lengths) == step.num_tokens
-
-
-# reading ahead
-
-
-def batch_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
-
-
-def test_read_ahead_yields_the_steps_in_order(plan_of_12) -> None:
-    steps = [*read_ahead(plan_of_12, range(2, 9), 1, 2, 3)]
-    assert [step.number for step in steps] == [*range(2, 9)]
-    for step in steps:
-        expected = read_step(plan_of_12, step.number, 1, 2, 3)
-        assert step.digest == expected.digest and len(step.batches) == 2
-        for batch, other in zip(step.batches, expected.batches, strict=True):
-            assert torch.equal(batch.inputs, other.inputs) and torch.equal(batch.targets, other.targets)
-    assert [*read_ahead(plan_of_12, [])] == []
-    assert batch_threads() == []
-
-
-def test_the_next_step_is_read_while_the_caller_works(plan_of_12, monkeypatch) -> None:
-    began: list[int] = []
-    original = chattrain.batches.read_step
-    monkeypatch.setattr(
-        chattrain.batches, "read_step", lambda plan, step, *a: began.append(step) or original(plan, step, *a)
-    )
-    steps = read_ahead(plan_of_12, range(10))
-    assert next(steps).number == 0
-    deadline = time.monotonic() + 10
-    while len(began) < 2 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(0.05)
-    assert began == [0, 1]  # one ahead, no further
-    assert next(steps).number == 1
-    steps.close()
-
-
-def test_the_thread_ends_when_the_caller_stops_early(plan_of_12) -> None:
-    steps = read_ahead(plan_of_12, range(10**9))
-    assert next(steps).number == 0
-    assert len(batch_threads()) == 1
-    steps.close()
-    assert batch_threads() == []
-
-    def fails() -> None:
-        for step in read_ahead(plan_of_12, range(10)):
-            raise RuntimeError(f"the model broke at step {step.number}")
-
-    with pytest.raises(RuntimeError, match="at step 0"):
-        fails()
-    assert batch_threads() == []
-
-
-def test_errors_of_the_thread_are_raised_in_the_caller(plan_of_12, monkeypatch) -> None:
-    original = chattrain.batches.read_rows
-
-    def breaks(plan, first, *rest):
-        if first == 24:
-            raise OSError("the disk went away")
-        return original(plan, first, *rest)
-
-    monkeypatch.setattr(chattrain.batches, "read_rows", breaks)
-    steps = read_ahead(plan_of_12, range(5))
-    assert [next(steps).number, next(steps).number] == [0, 1]
-    with pytest.raises(OSError, match="the disk went away"):
-        next(steps)
-    assert batch_threads() == []
-    with pytest.raises(PlanError, match="must be a multiple of"):
-        next(read_ahead(plan_of_12, range(5), 0, 5))
-
-
-def test_for_a_gpu_memory_is_pinned_in_the_thread(plan_of_12, monkeypatch) -> None:
-    """Stands in for a GPU: the thread must choose its own device, and pin both tensors."""
-    calls: list[tuple[str, str]] = []
-
-    def note(name: str):
-        return lambda *_: calls.append((name, threading.current_thread().name.split("_")[0]))
-
-    monkeypatch.setattr(torch.cuda, "set_device", note("device"))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: note("pin")() or tensor)
-    (step,) = read_ahead(plan_of_12, [4], 0, 1, 6, device="cuda:1")
-    assert calls == [("device", "batches"), ("pin", "batches"), ("pin", "batches")]
-    assert len(step.batches) == 2
-    (on_cpu,) = read_ahead(plan_of_12, [4])
-    assert on_cpu.digest == step.digest and len(calls) == 3
 
 
 def test_nanochat_order_ends_with_its_first_epoch(make_split) -> None:

@@ -27,10 +27,11 @@ from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
 from chattrain.batches import IGNORED, read_rows, read_step
+from chattrain.checkpoint import plan_record, require_same
 from chattrain.cli import cli
+from chattrain.errors import ResumeError
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import SCHEDULES
-from chattrain.plan import plan_record, require_same_plan
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 POLICIES = ("apply", "last-turn", "tools-only", "no-tools", "ignore")
@@ -137,9 +138,9 @@ def test_names_and_hashes(split: Split) -> None:
 
 def test_what_changed_is_named(split: Split) -> None:
     saved = plan_record(plan_of(split, "last-turn", "stream"))
-    require_same_plan(asdict(saved), plan_record(plan_of(split, "last-turn", "stream")))
-    with pytest.raises(PlanError, match="the plan changed: mask was 'last-turn' and is now 'apply'"):
-        require_same_plan(asdict(saved), plan_record(plan_of(split, "apply", "stream")))
+    require_same(asdict(saved), plan_record(plan_of(split, "last-turn", "stream")))
+    with pytest.raises(ResumeError, match="the plan changed: mask was 'last-turn' and is now 'apply'"):
+        require_same(asdict(saved), plan_record(plan_of(split, "apply", "stream")))
 
 
 def test_order_nanochat_has_its_two_masks(split: Split) -> None:
@@ -179,7 +180,7 @@ def test_run_resume_and_trace(path: Path, tmp_path: Path) -> None:
     arguments = ["run", "--data", path, "--init", "random:1x32x1", "--seq-len", 64, "--device-batch-size", 2]
     arguments += ["--device", "cpu", "--out", out, "--steps", 4, "--mask"]
     chattrain(*arguments, "last-turn", "--stop-at", 2)
-    with pytest.raises(PlanError, match="mask was 'last-turn' and is now 'tools-only'"):
+    with pytest.raises(ResumeError, match="mask was 'last-turn' and is now 'tools-only'"):
         chattrain(*arguments, "tools-only", "--resume")
     assert json.loads(chattrain(*arguments, "last-turn", "--resume", "--json").splitlines()[-1])["steps"] == 4
     traced = json.loads(chattrain("trace", out, "--step", 3, "--json"))

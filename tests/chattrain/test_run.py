@@ -40,9 +40,8 @@ from chattrain.cli import cli
 from chattrain.errors import ChattrainError, CheckpointError, NonFiniteError, ResumeError, RunError
 from chattrain.loop import backward, train
 from chattrain.model import random_config
-from chattrain.run.prepare import Learner, Run, prepare
-from chattrain.run.ranks import Ranks, StopRequest
 from chattrain.run.settings import RunSettings
+from chattrain.run.start import Learner, Ranks, Run, StopRequest, prepare
 from chattrain.run.telemetry import RunRecord, flops_per_token, mfu, read_log, write_run
 from chattrain.run.trace import trace_step
 
@@ -145,12 +144,12 @@ def test_resume_refuses_what_changed(builds: dict[str, Path], tmp_path: Path) ->
     other = write_build(tmp_path / "other", "sft", seed=1)
     resumed = replace(settings, resume=True, stop_at=4)
     for changes, error, message in [
-        ({"data": other}, PlanError, "build_id was "),
-        ({"seq_len": 48}, PlanError, "seq_len was 64 and is now 48"),
-        ({"device_batch_size": 2}, PlanError, "step_sequences was 4 and is now 2"),
-        ({"layout": "pad"}, PlanError, "rows was 'pack' and is now 'pad'"),
-        ({"mask": "ignore"}, PlanError, "mask was 'apply' and is now 'ignore'"),
-        ({"seed": 1}, PlanError, "seed was 42 and is now 1"),
+        ({"data": other}, ResumeError, "build_id was "),
+        ({"seq_len": 48}, ResumeError, "seq_len was 64 and is now 48"),
+        ({"device_batch_size": 2}, ResumeError, "step_sequences was 4 and is now 2"),
+        ({"layout": "pad"}, ResumeError, "rows was 'pack' and is now 'pad'"),
+        ({"mask": "ignore"}, ResumeError, "mask was 'apply' and is now 'ignore'"),
+        ({"seed": 1}, ResumeError, "seed was 42 and is now 1"),
         ({"steps": 30}, ResumeError, "num_steps was 20 and is now 30"),
         ({"lr_scale": 0.5}, ResumeError, "lr_scale was 1.0 and is now 0.5"),
         ({"stage": "mid", "layout": "pack", "mask": "apply"}, ResumeError, "stage was 'sft' and is now 'mid'"),
@@ -218,8 +217,8 @@ from torch.nn.parallel import DistributedDataParallel
 from chattrain.batches import read_step
 from chatdata.shards.read import open_build
 from chattrain.loop import backward
-from chattrain.run.prepare import prepare
-from chattrain.run.ranks import join_ranks
+from chattrain.run.start import prepare
+from chattrain.run.start import join_ranks
 from chattrain.run.settings import RunSettings
 
 build, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -425,7 +424,7 @@ def test_only_the_start_is_saved(builds: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chattrain.run.prepare.find_spec", lambda name: None)
+    monkeypatch.setattr("chattrain.run.start.find_spec", lambda name: None)
     out = tmp_path / "run"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
@@ -436,8 +435,11 @@ def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatc
         ),
         (["--init", tmp_path / "nothing"], f"{tmp_path}/nothing: no such checkpoint or run folder"),
         (["--init", "random:x4"], "model size 'x4': must be 'd' and the number of layers, such as 'd4'"),
-        (["--total-batch-tokens", 100], "--total-batch-tokens 100 is not a multiple of --seq-len 64"),
-        (["--total-batch-tokens", 192], "a step of 3 sequences cannot be cut for 1 ranks × device batch size 4"),
+        (["--total-batch-tokens", 100], "--total-batch-tokens 100 must be a multiple of 256, which is ranks"),
+        (
+            ["--total-batch-tokens", 192],
+            "192 must be a multiple of 256, which is ranks × device batch size × sequence length: 1 × 4 × 64",
+        ),
         (["--device", "cuda"], "device 'cuda' is not available: torch"),
         (["--seq-len", 16], "documents"),
         (["--data", tmp_path / "absent"], f"{tmp_path}/absent: no such folder (no manifest.json)"),

@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from chatdata.cli.app import cli
 from chatdata.errors import PlanError
 from chatdata.look.what_if import plan_numbers, what_if
-from chatdata.packing.epoch import Layout, document_targets, document_targets_at
+from chatdata.packing.epoch import Layout, document_targets
 from chatdata.shards.read import open_build
 from chattrain.loop import dry_run
-from chattrain.run.prepare import prepare
-from chattrain.run.ranks import Ranks
 from chattrain.run.settings import RunSettings
+from chattrain.run.start import Ranks, prepare
 
 # six documents a … f with 5, 7, 3, 6, 1, 2 tokens: 24 in all
 MASKS = [[0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1, 1], [0, 0, 0], [0, 1, 0, 0, 1, 1], [0], [0, 1]]
@@ -137,8 +136,8 @@ def test_documents_split_by_a_stream_are_those_with_targets_in_two_sequences(
 def test_targets_of_several_lengths_are_those_of_each(masks: list[list[int]], seq_lens: list[int]) -> None:
     split = MaskSplit(masks)
     for use in ("apply", "ignore"):
-        together = document_targets_at(split, use, seq_lens)
-        assert together.tolist() == [document_targets(split, use, t).tolist() for t in seq_lens]
+        together = document_targets(split, use, *seq_lens)
+        assert together.tolist() == [document_targets(split, use, t)[0].tolist() for t in seq_lens]
 
 
 # against chattrain

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan
-from chattrain.batches import IGNORED, read_step
+from chattrain.batches import IGNORED, check_cut, read_step
 from chattrain.nanochat.order import line_tokens, make_nanochat_plan, wrap_micro_batch
-from chattrain.plan import check_cut
 
 Rows = list[list[int]]
 

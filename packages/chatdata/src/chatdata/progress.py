@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
@@ -46,10 +46,10 @@ def shown_progress(quiet: bool = False) -> Iterator[Progress]:
 
 def _plain_lines() -> Progress:
     """A line for every tenth of the work."""
-    status, printed = _status(), dict[str, int]()
+    started, printed = dict[str, tuple[float, int]](), dict[str, int]()
 
     def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
-        text, tenths = status(name, done, total, unit, note), 10 * done // max(total, 1)
+        text, tenths = _status(started, name, done, total, unit, note), 10 * done // max(total, 1)
         if tenths != printed.get(name) and (done >= total or (tenths > 0 and not part)):
             printed[name] = tenths
             print(f"{name}: {text}", file=sys.stderr, flush=True)
@@ -68,10 +68,10 @@ def _bars() -> Iterator[Progress]:
         progress.TextColumn("{task.fields[status]}", markup=False),
     )
     with progress.Progress(*columns, console=Console(stderr=True)) as shown:
-        status, bars = _status(), dict[str, progress.TaskID]()
+        started, bars = dict[str, tuple[float, int]](), dict[str, progress.TaskID]()
 
         def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
-            text = status(name, done, total, unit, note)
+            text = _status(started, name, done, total, unit, note)
             if name not in bars:
                 bars[name] = shown.add_task(name, total=total, status=text)
             shown.update(bars[name], completed=done, status=text)
@@ -79,19 +79,17 @@ def _bars() -> Iterator[Progress]:
         yield show
 
 
-def _status() -> Callable[[str, int, int, str, str], str]:
-    """How far work is, as text; with speed and time left once a second has passed since its first call."""
-    started: dict[str, tuple[float, int]] = {}  # name → time of its first call, and what was done by then
+def _status(started: dict[str, tuple[float, int]], name: str, done: int, total: int, unit: str, note: str) -> str:
+    """How far work is, as text; with speed and time left once a second has passed since its first call.
 
-    def status(name: str, done: int, total: int, unit: str, note: str) -> str:
-        now = time.monotonic()
-        since, before = started.setdefault(name, (now, done))
-        parts = [f"{done:,} of {total:,} {unit}"]
-        if now - since >= 1 and done > before:
-            rate = (done - before) / (now - since)
-            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
-            if done < total:
-                parts.append(f"{timedelta(seconds=round((total - done) / rate))} left")
-        return ", ".join([*parts, note] if note else parts)
-
-    return status
+    started: name → time of its first call, and what was done by then.
+    """
+    now = time.monotonic()
+    since, before = started.setdefault(name, (now, done))
+    parts = [f"{done:,} of {total:,} {unit}"]
+    if now - since >= 1 and done > before:
+        rate = (done - before) / (now - since)
+        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+        if done < total:
+            parts.append(f"{timedelta(seconds=round((total - done) / rate))} left")
+    return ", ".join([*parts, note] if note else parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,6 @@ from chatdata.disk import naming
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
-
-
-def main() -> None:
-    run_command(cli, "chateval", "interrupted; the same command continues where it stopped", only="run")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -71,7 +68,7 @@ def run(**options: Any) -> None:
     from chateval.ask.run import ScoringSettings, score
     from chateval.ask.subject import load_subject
     from chateval.results.report import show_results, write_report
-    from chattrain.run.ranks import join_ranks
+    from chattrain.run.start import join_ranks
 
     names = tuple(name.strip() for name in options["tasks"].split(",") if name.strip())
     if not names:
@@ -145,7 +142,7 @@ def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str
     from chateval.ask.generate import Sampling
     from chateval.ask.subject import load_subject
     from chateval.chat import converse
-    from chattrain.run.ranks import find_device
+    from chattrain.run.start import find_device
 
     subject = load_subject(checkpoint, find_device(device), dtype)
     converse(subject, Sampling(**options), says)
@@ -177,3 +174,6 @@ def _print(renderable: Any) -> None:
     from chatdata.look.console import console
 
     console().print(renderable)
+
+
+main = partial(run_command, cli, "chateval", "interrupted; the same command continues where it stopped", only="run")

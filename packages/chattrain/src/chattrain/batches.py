@@ -10,14 +10,12 @@ T for stream and pack; for pad what the longest document of the step needs (of t
     targets, mask applied      -100  -100      -100             -100  a  assistant_end
 
 Positions of pack and pad that no document fills have assistant_end as input and -100 as target; position decides this,
-never a token's value. Tokens are slices and gathers of the memory maps, without Python per token, read by one thread
-one step ahead of the model.
+never a token's value. Tokens are slices and gathers of the memory maps, without Python per token; loop.py
+reads them one step ahead of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -31,7 +29,7 @@ from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan
 from chatdata.render.format import NANOCHAT
 from chattrain.loss import IGNORED
-from chattrain.plan import check_cut, reads_of_sequences
+from chattrain.reads import reads_of_sequences
 
 if TYPE_CHECKING:
     from chatdata.shards.read import Split
@@ -70,6 +68,24 @@ class Step:
     digest: int  # int64 of this rank's sequences; the sum over all ranks is the step's
 
 
+def check_cut(plan: TrainingPlan, num_ranks: int, device_batch_size: int) -> None:
+    """Raise PlanError unless a step can be cut into micro-batches of `device_batch_size` for `num_ranks` ranks."""
+    if num_ranks < 1 or device_batch_size < 1:
+        raise PlanError(f"{num_ranks} ranks × device batch size {device_batch_size}: both must be at least 1")
+    if plan.order == "nanochat" and (num_ranks, device_batch_size) != (plan.num_ranks, plan.device_batch_size):
+        raise PlanError(
+            f"order nanochat was planned for {plan.num_ranks} ranks × device batch size {plan.device_batch_size}, "
+            f"not {num_ranks} × {device_batch_size}: its batches depend on both"
+        )
+    at_once = num_ranks * device_batch_size
+    if plan.step_sequences % at_once:
+        raise PlanError(
+            f"a step of {plan.step_sequences} sequences cannot be cut for {num_ranks} ranks × device batch size "
+            f"{device_batch_size}: --total-batch-tokens must be a multiple of {at_once} × {plan.seq_len} = "
+            f"{at_once * plan.seq_len:,}"
+        )
+
+
 def read_step(
     plan: TrainingPlan,
     step: int,
@@ -100,37 +116,6 @@ def read_step(
     )
     num_tokens, num_targets = int(plan.tokens_per_step[position]), int(plan.targets_per_step[position])
     return Step(step, tuple(batches), num_tokens, num_targets, _digest(rows, rank * share))
-
-
-def read_ahead(
-    plan: TrainingPlan,
-    steps: Iterable[int],
-    rank: int = 0,
-    num_ranks: int = 1,
-    device_batch_size: int | None = None,
-    device: torch.device | str = "cpu",
-) -> Iterator[Step]:
-    """Yield `read_step` of each of `steps`, read in a thread while the caller works on the previous one.
-
-    Errors of the thread are raised here. The thread ends with the iterator: when it is exhausted, closed or dropped.
-    """
-    device = torch.device(device)
-    pin = device.type == "cuda"
-
-    def read(step: int) -> Step:
-        if pin:
-            torch.cuda.set_device(device)  # set per thread; without it every rank would open a context on GPU 0
-        return read_step(plan, step, rank, num_ranks, device_batch_size, pin)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        ahead = None
-        for step in steps:
-            following = thread.submit(read, step)
-            if ahead is not None:
-                yield ahead.result()
-            ahead = following
-        if ahead is not None:
-            yield ahead.result()
 
 
 def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = None) -> RowArrays:

@@ -8,6 +8,7 @@ step-00000120/tokenizer/               the build's
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,16 +17,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chatdata.decode import decode
 from chatdata.disk import sync
+from chatdata.packing.epoch import Layout, Order, TrainingPlan
+from chatdata.packing.layouts import Long
+from chatdata.shards.masks import MaskPolicy
 from chattrain.errors import CheckpointError, ResumeError, first_line
 from chattrain.model import ModelConfig, parse_config
 
 FORMAT, VERSION = "chattrain-checkpoint", 1
+PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
 
 Dtype = Literal["float32", "bfloat16"]
 NonFinite = Literal["raise", "skip"]
@@ -47,13 +53,44 @@ class Recipe(msgspec.Struct, frozen=True):
     seed: int
 
 
-def require_same_recipe(saved: Mapping[str, Any], current: Recipe) -> None:
-    """Raise ResumeError naming the first setting that differs from the run's beginning."""
+class PlanRecord(msgspec.Struct, frozen=True):
+    """What decides the batches of every step, as run.json and checkpoints keep it."""
+
+    build_id: str
+    split: str
+    rows: Layout  # named so until the next version of these files
+    mask: MaskPolicy
+    order: Order
+    seq_len: int
+    step_sequences: int
+    seed: int | None
+    long: Long | None
+    num_ranks: int | None
+    device_batch_size: int | None
+    plan_version: int
+    hash: str  # SHA-256 over the above and every document's place
+
+
+def plan_record(plan: TrainingPlan) -> PlanRecord:
+    names = ("mask", "order", "seq_len", "step_sequences", "seed", "long", "num_ranks", "device_batch_size")
+    settings = {name: getattr(plan, name) for name in names} | {"split": plan.split.name, "rows": plan.layout}
+    settings |= {"build_id": plan.split.build.manifest["build_id"], "plan_version": PLAN_VERSION}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(np.array([plan.num_steps], "<i8").tobytes())
+    if plan.packing is not None:
+        for array in (plan.packing.documents, plan.packing.bounds, plan.packing.lengths):
+            digest.update(array.astype("<i8").tobytes())
+    return PlanRecord(**settings, hash=digest.hexdigest())
+
+
+def require_same(saved: Mapping[str, Any], current: PlanRecord | Recipe) -> None:
+    """Raise ResumeError naming the first key of a saved record that differs from the current one."""
     for name, value in msgspec.structs.asdict(current).items():
         if saved.get(name) != value:
+            kind = "plan" if isinstance(current, PlanRecord) else "recipe"
             raise ResumeError(
-                f"--resume: {name} was {saved.get(name)!r} and is now {value!r}; "
-                "a run continues only with the same recipe"
+                f"the {kind} changed: {name} was {saved.get(name)!r} and is now {value!r}; "
+                "a run continues only on the same build, with the same plan and recipe"
             )
 
 

@@ -19,10 +19,6 @@ POSITIVE = click.IntRange(min=1)
 option = partial(click.option, show_default=True)
 
 
-def main() -> None:
-    run_command(cli, "chattrain", "interrupted; --resume continues from the last checkpoint", only="run")
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="chattrain")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
@@ -92,9 +88,8 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     from chatdata.shards.read import open_build
     from chattrain import loop
     from chattrain.checkpoint import checkpoint_name
-    from chattrain.run.prepare import prepare
-    from chattrain.run.ranks import StopRequest, join_ranks
     from chattrain.run.settings import RunSettings
+    from chattrain.run.start import StopRequest, join_ranks, prepare
     from chattrain.run.telemetry import RunRecord, draw_curve, write_run
 
     build = open_build(options["data"])
@@ -227,3 +222,6 @@ def import_nanochat(folder: Path, tokenizer: Path, out: Path) -> None:
     finally:
         shutil.rmtree(folder_of_tokenizer, ignore_errors=True)
     click.echo(f"{path}: step {step}, {config.n_layer} layers, width {config.n_embd}")
+
+
+main = partial(run_command, cli, "chattrain", "interrupted; --resume continues from the last checkpoint", only="run")

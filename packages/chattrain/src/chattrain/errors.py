@@ -5,7 +5,7 @@ ValueError
     ├── ConfigError            model sizes that do not fit together, unknown or missing config keys
     ├── WeightsError           unknown, missing or wrongly shaped tensors, in a model or an optimizer state
     ├── RunError               a run that cannot be done as given, or whose files are damaged
-    │   └── ResumeError        a run that cannot be continued, because its recipe changed
+    │   └── ResumeError        a run that cannot be continued, because its plan or recipe changed
     ├── NonFiniteError         a loss or gradient that is not finite, before the update
     ├── CheckpointError        a checkpoint that is missing, damaged, or cannot be written
     ├── DeviceError            a device that does not exist
@@ -14,7 +14,7 @@ ValueError
     └── ExportError            an export that cannot be written
         └── VerifyError        an export that cannot be checked, or that is not the same model
 
-A plan that cannot be made, cut for these ranks, or continued is chatdata's PlanError.
+A plan that cannot be made, or cut for these ranks, is chatdata's PlanError.
 """
 
 from collections.abc import Iterable

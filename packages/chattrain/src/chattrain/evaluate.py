@@ -20,7 +20,7 @@ from chatdata.packing.epoch import TrainingPlan
 from chattrain.batches import Lengths, read_rows, target_documents
 from chattrain.loss import position_losses
 from chattrain.model import GPT
-from chattrain.run.ranks import Ranks, StopRequest
+from chattrain.run.start import Ranks, StopRequest
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,16 +21,15 @@ from torch import Tensor, nn
 from chatdata.packing.epoch import TrainingPlan
 from chatdata.progress import shown_progress
 from chattrain.attention import pack_sequences
-from chattrain.batches import Batch, Lengths, Step, read_ahead, read_step
+from chattrain.batches import Batch, Lengths, Step, read_step
 from chattrain.checkpoint import Recipe, keep_last, save_checkpoint
 from chattrain.errors import NonFiniteError
 from chattrain.evaluate import bits_per_byte, token_byte_counts
 from chattrain.loss import chunked_loss
 from chattrain.optim import SCHEDULES, momentum, multiplier, optimizer_tensors, set_step
-from chattrain.plan import name_documents, reads_of_step
-from chattrain.run.prepare import Learner, Run
-from chattrain.run.ranks import StopRequest
+from chattrain.reads import name_documents, reads_of_step
 from chattrain.run.settings import RunSettings
+from chattrain.run.start import Learner, Run, StopRequest
 from chattrain.run.telemetry import TrainEntry, ValEntry, digest_text, flops_per_token, mfu, open_log, peak_memory
 
 
@@ -42,6 +42,37 @@ class StepResult:
     gradient_norm: float  # before the update
     digest: int  # of the step's sequences, see `digest_text`
     skipped: bool  # nothing was updated: loss or gradient was not finite
+
+
+def read_ahead(
+    plan: TrainingPlan,
+    steps: Iterable[int],
+    rank: int = 0,
+    num_ranks: int = 1,
+    device_batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Step]:
+    """Yield `read_step` of each of `steps`, read in a thread while the caller works on the previous one.
+
+    Errors of the thread are raised here. The thread ends with the iterator: when it is exhausted, closed or dropped.
+    """
+    device = torch.device(device)
+    pin = device.type == "cuda"
+
+    def read(step: int) -> Step:
+        if pin:
+            torch.cuda.set_device(device)  # set per thread; without it every rank would open a context on GPU 0
+        return read_step(plan, step, rank, num_ranks, device_batch_size, pin)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        ahead = None
+        for step in steps:
+            following = thread.submit(read, step)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
 
 
 def hidden_states(learner: Learner, called: nn.Module, inputs: Tensor, lengths: Lengths) -> Tensor:

@@ -53,7 +53,7 @@ def position_losses(
 ) -> Tensor:
     """Cross-entropy in nats of every position, 0 where ignored: targets [...] → [...], at least fp32, no gradient."""
     rows, x, y = _target_rows(hidden, targets)
-    losses = torch.zeros(targets.numel(), dtype=_wide(hidden.dtype), device=hidden.device)
+    losses = torch.zeros(targets.numel(), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     for part in _chunks(len(rows), vocab_size, hidden.device, chunk_rows):
         logits = softcap(F.linear(x[part], weight[:vocab_size].to(hidden.dtype)))
         losses[rows[part]] = F.cross_entropy(logits, y[part], reduction="none")
@@ -65,7 +65,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)  # hidden's dtype decides, in the loss and in its gradient
     def forward(ctx, hidden, weight, targets, vocab_size, chunk_rows, compiled):
-        wide = _wide(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         rows, x, y = _target_rows(hidden, targets)
         parts = list(_chunks(len(rows), vocab_size, hidden.device, chunk_rows))
         head = weight[:vocab_size].to(hidden.dtype)
@@ -82,7 +82,10 @@ class _ChunkedLoss(torch.autograd.Function):
             losses, gradient = losses_and_gradient(logits, y[part], weights_buffer)
             total += losses.sum()
             torch.mm(gradient, head, out=x_gradient[part])
-            _add_product(weight_gradient[:vocab_size], gradient.T, x[part])
+            if weight_gradient.dtype == gradient.dtype:
+                weight_gradient[:vocab_size].addmm_(gradient.T, x[part])
+            else:  # of bf16: the sum over chunks stays in the weight's dtype
+                weight_gradient[:vocab_size] += gradient.T @ x[part]
 
         hidden_gradient = hidden.new_zeros(hidden.shape)
         hidden_gradient.view(-1, hidden.size(-1))[rows] = x_gradient
@@ -105,7 +108,7 @@ def _losses_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor | None)
     as it is: loss = log Σ exp(30 σ) − 30 σ_target, and its gradient = (softmax − onehot) · 4 σ (1 − σ).
     """
     columns = targets[:, None]
-    sigmoid = logits.to(_wide(logits.dtype)).mul_(2 / SOFTCAP).sigmoid_()
+    sigmoid = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(2 / SOFTCAP).sigmoid_()
     at_target = sigmoid.gather(1, columns) * (2 * SOFTCAP)
     weights = torch.mul(sigmoid, 2 * SOFTCAP, out=None if buffer is None else buffer[: len(logits)]).exp_()
     total = weights.sum(1, keepdim=True)
@@ -130,15 +133,3 @@ def _chunks(num_rows: int, vocab_size: int, device: torch.device, chunk_rows: in
     elements = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_GPU
     size = chunk_rows or max(1, elements // vocab_size)
     return (slice(start, start + size) for start in range(0, num_rows, size))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b. The sum over chunks stays in total's dtype even if a and b are bf16."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

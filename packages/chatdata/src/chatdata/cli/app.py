@@ -6,6 +6,7 @@ import gc
 import json
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,6 @@ from chatdata.errors import UsageError
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
-
-
-def main() -> None:
-    interrupted = "interrupted; no build was written, but rendered work units are kept: run the same command to resume"
-    run_command(cli, "chatdata", interrupted, only="build")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -251,3 +247,12 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     click.echo(f"{folder}: {len(left):,} work units, {megabytes(facts['bytes'])}{oldest}")
     if removed:
         click.echo(f"removed: {len(removed):,} work units, {megabytes(facts['removed_bytes'])}")
+
+
+main = partial(
+    run_command,
+    cli,
+    "chatdata",
+    "interrupted; no build was written, but rendered work units are kept: run the same command to resume",
+    only="build",
+)

@@ -17,7 +17,7 @@ from chatdata.packing.epoch import (
     STAGE_MASKS,
     Layout,
     TrainingPlan,
-    document_targets_at,
+    document_targets,
     plan_epoch,
     plan_sequences,
 )
@@ -77,7 +77,7 @@ def what_if(
     """
     lengths, applied = np.diff(split.offsets), mask if mask != "ignore" else "apply"
     longest = int(lengths.max(initial=1))
-    *supervised, whole = document_targets_at(split, applied, (*seq_lens, longest))
+    *supervised, whole = document_targets(split, applied, *seq_lens, longest)
     records = []
     for seq_len, kept in zip(seq_lens, supervised, strict=True):
         num_targets = np.maximum(np.minimum(lengths, seq_len + 1) - 1, 0) if mask == "ignore" else kept

@@ -7,7 +7,6 @@ the mask, unless it is ignored), so a plan is the same on every machine. layouts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -129,7 +128,7 @@ def plan_sequences(
         tokens = np.full(num_sequences, seq_len)
         targets = tokens if mask == "ignore" else _stream_targets(split, mask, num_sequences, seq_len)
     else:
-        num_targets = document_targets(split, mask, seq_len) if num_targets is None else num_targets
+        num_targets = document_targets(split, mask, seq_len)[0] if num_targets is None else num_targets
         lengths = np.diff(split.offsets)
         packing = (pack if layout == "pack" else pad)(lengths, num_targets, seq_len, seed, long)
         tokens = packing.sum_by_sequence(packing.lengths - 1)
@@ -161,13 +160,11 @@ def plan_sequences(
     )
 
 
-def document_targets(split: Split, mask: MaskPolicy, seq_len: int) -> np.ndarray:
-    """Targets of every document after a cut to T + 1 tokens; its first token is never one. int64 [documents]."""
-    return document_targets_at(split, mask, [seq_len])[0]
+def document_targets(split: Split, mask: MaskPolicy, *seq_lens: int) -> np.ndarray:
+    """Targets of every document after a cut to T + 1 tokens, for each T in one pass over the mask.
 
-
-def document_targets_at(split: Split, mask: MaskPolicy, seq_lens: Sequence[int]) -> np.ndarray:
-    """`document_targets` for several T in one pass over the mask: int64 [len(seq_lens), documents]."""
+    The first token of a document is never a target. Returns int64 [len(seq_lens), documents].
+    """
     offsets = split.offsets
     taken = np.minimum(np.diff(offsets), np.array(seq_lens, np.int64)[:, None] + 1)
     if mask == "ignore":

@@ -136,12 +136,6 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     stacks: defaultdict[int, list[np.ndarray]] = defaultdict(list)
     rooms = 0  # bit r is set while stacks[r] holds a run, so the lowest bit of rooms >> size is the first room >= size
 
-    def push(room: int, run: np.ndarray) -> None:
-        nonlocal rooms
-        if room and len(run):  # a full bin is never taken again
-            stacks[room].append(run)
-            rooms |= 1 << room
-
     counts = np.bincount(sizes)
     done = 0
     for size in np.flatnonzero(counts)[::-1].tolist():
@@ -163,9 +157,11 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
             filled, rest = divmod(placed, per_bin)
             used = filled + (rest > 0)
             bins[done : done + placed] = np.repeat(run[:used], per_bin)[:placed]
-            push(room, run[used:])
-            push(room - rest * size, run[filled:used])
-            push(room - per_bin * size, run[:filled][::-1])
+            untouched, partly, full = run[used:], run[filled:used], run[:filled][::-1]
+            for left, part in ((room, untouched), (room - rest * size, partly), (room - per_bin * size, full)):
+                if left and len(part):  # a bin without room is never taken again
+                    stacks[left].append(part)
+                    rooms |= 1 << left
             done += placed
     bin_of_document = np.empty(len(sizes), np.int64)
     bin_of_document[by_size] = bins

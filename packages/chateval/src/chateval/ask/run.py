@@ -27,7 +27,7 @@ from chateval.ask.subject import Subject
 from chateval.errors import ScoringError, UsageError
 from chateval.results.items import ITEMS_NAME, append_item, open_items, read_items
 from chateval.results.run_file import RUN_NAME, Run, RunTask, read_firewall, read_run, require_same_run, write_run
-from chattrain.run.ranks import Ranks
+from chattrain.run.start import Ranks
 
 if TYPE_CHECKING:
     from chateval.sandbox.run_code import Isolation

@@ -101,7 +101,7 @@ def _padded(split: Split, seq_len: int, num_ranks: int, device_batch_size: int) 
     used = num_steps * step_sequences
     # sequence (step, rank, j) is the rank's next document: j first, then steps
     documents = np.arange(used).reshape(num_steps, device_batch_size, num_ranks).transpose(0, 2, 1).reshape(-1)
-    num_targets = document_targets(split, "apply", seq_len)
+    num_targets = document_targets(split, "apply", seq_len)[0]
     return {
         "layout": "pad",
         "num_steps": num_steps,

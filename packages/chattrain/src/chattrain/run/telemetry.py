@@ -14,10 +14,9 @@ import torch
 
 from chatdata.decode import convert, decode
 from chatdata.disk import naming, write_whole
-from chattrain.checkpoint import FORMAT, Recipe
+from chattrain.checkpoint import FORMAT, PlanRecord, Recipe
 from chattrain.errors import RunError
 from chattrain.model import ModelConfig, parameter_shapes
-from chattrain.plan import PlanRecord
 
 RUN_NAME, LOG_NAME, CURVE_NAME = "run.json", "log.jsonl", "loss.png"
 
@@ -183,8 +182,12 @@ def draw_curve(out: Path) -> Path | None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     steps, losses = [entry.step for entry in train], [entry.loss for entry in train]
+    smoothed, average, total = [], 0.0, 0.0  # an exponential average without bias at the start
+    for loss in losses:
+        average, total = 0.9 * average + 0.1 * loss, 0.9 * total + 0.1
+        smoothed.append(average / total)
     axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, label="loss of each step")
-    axes.plot(steps, _smooth(losses), color="#1f4e89", linewidth=1.6, label="smoothed")
+    axes.plot(steps, smoothed, color="#1f4e89", linewidth=1.6, label="smoothed")
     axes.set(xlabel="step", ylabel="loss (nats per target)", title=out.name)
     if val:
         right = axes.twinx()
@@ -193,12 +196,3 @@ def draw_curve(out: Path) -> Path | None:
     axes.legend()
     figure.savefig(out / CURVE_NAME, dpi=110)
     return out / CURVE_NAME
-
-
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential average without bias at the start."""
-    smoothed, average, total = [], 0.0, 0.0
-    for value in values:
-        average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
-        smoothed.append(average / total)
-    return smoothed

@@ -9,14 +9,15 @@ import msgspec
 
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chatdata.shards.read import open_build
+from chattrain.checkpoint import PlanRecord, plan_record, require_same
 from chattrain.errors import RunError
 from chattrain.nanochat.order import make_nanochat_plan
-from chattrain.plan import PlanRecord, plan_record, reads_of_step, require_same_plan
+from chattrain.reads import reads_of_step
 from chattrain.run.telemetry import LOG_NAME, TrainEntry, read_log, read_run
 
 
 def plan_again(record: PlanRecord, data: Path) -> TrainingPlan:
-    """The recorded plan, made again from its build. Raises PlanError unless it is the same, FormatError."""
+    """The recorded plan, made again from its build. Raises ResumeError unless it is the same, FormatError."""
     split = open_build(data)[record.split]
     chosen: dict[str, Any] = {"mask": record.mask, "seq_len": record.seq_len}
     if record.order == "nanochat":
@@ -27,7 +28,7 @@ def plan_again(record: PlanRecord, data: Path) -> TrainingPlan:
         if record.rows != "stream":
             chosen |= {"seed": record.seed, "long": record.long}
         made = plan_epoch(split, layout=record.rows, step_sequences=record.step_sequences, **chosen)
-    require_same_plan(msgspec.structs.asdict(record), plan_record(made))
+    require_same(msgspec.structs.asdict(record), plan_record(made))
     return made
 
 

@@ -1,25 +1,128 @@
-"""From settings and a build to a run that is ready for its first step: plans, model, optimizers, where to start."""
+"""Starting a run: ranks and device, plans, model, optimizers, and where to continue.
+
+Ranks are one process each under torchrun, with gloo on CPU and nccl on GPU; without torchrun there is a single one.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, TrainingPlan, plan_epoch
 from chatdata.shards.read import Build
-from chattrain.checkpoint import Checkpoint, Recipe, last_checkpoint, read_checkpoint, require_same_recipe
-from chattrain.errors import RunError
+from chattrain.checkpoint import (
+    Checkpoint,
+    PlanRecord,
+    Recipe,
+    last_checkpoint,
+    plan_record,
+    read_checkpoint,
+    require_same,
+)
+from chattrain.errors import DeviceError, RunError
 from chattrain.model import GPT, initial_weights, load_model, random_config
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import SCHEDULES, load_optimizer_tensors, make_optimizers
-from chattrain.plan import PlanRecord, check_cut, plan_record, require_same_plan
-from chattrain.run.ranks import Ranks
 from chattrain.run.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, number `rank` of `num_ranks`, on `device`."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks, on every rank."""
+        if self.num_ranks > 1:
+            values = values.to(self.device, copy=True)  # summed in place
+            dist.all_reduce(values)
+        return values.cpu()
+
+    def wait(self) -> None:
+        if self.num_ranks > 1:
+            dist.barrier()
+
+
+def find_device(wanted: str | None) -> torch.device:
+    """The device of this name ("cpu", "cuda", "mps"), by default cuda if available. Raises DeviceError."""
+    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name not in available:
+        raise DeviceError(f"device {name!r}: must be one of {', '.join(available)}")
+    if not available[name]:
+        raise DeviceError(f"device {name!r} is not available: torch {torch.__version__} does not find one")
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+@contextmanager
+def join_ranks(device: str | None, wait: timedelta | None = None) -> Iterator[Ranks]:
+    """Join the process group of torchrun's environment, if there is one, and leave it at the end.
+
+    wait: how long a rank waits for others before it fails, by default torch's (10 minutes on nccl).
+    """
+    found = find_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks == 1:
+        yield Ranks(0, 1, found)
+        return
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=wait)
+    try:
+        yield Ranks(dist.get_rank(), num_ranks, found)
+    finally:
+        dist.destroy_process_group()
+
+
+SAME_SIGNAL_S = 2  # one Ctrl-C often comes twice, from the terminal and forwarded by a launcher
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT: the run saves and ends after its step. A second signal ends it immediately."""
+
+    asked, _asked_at = False, 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.asked:
+            self._asked_at = time.monotonic()
+        self.asked = True
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked to stop: the same answer on all of them."""
+        return bool(ranks.sum(torch.tensor(int(self.asked))).item())
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +160,6 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     stage, on_cuda = settings.stage or build.manifest["stage"], ranks.device.type == "cuda"
 
     plan, val_plan = _make_plans(settings, build, stage, ranks.num_ranks)
-    check_cut(plan, ranks.num_ranks, settings.device_batch_size)
     record = plan_record(plan)
     num_steps = settings.steps or plan.num_steps * settings.epochs
     if plan.order == "nanochat" and num_steps > plan.num_steps:
@@ -75,8 +177,8 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     saved = last_checkpoint(settings.out) if settings.resume else None
     kind, _, size = settings.init.partition(":")
     if saved is not None:
-        require_same_plan(saved.plan, record)
-        require_same_recipe(saved.recipe, recipe)
+        require_same(saved.plan, record)
+        require_same(saved.recipe, recipe)
         config, weights = saved.config, saved.weights()
     elif kind == "random":
         config = random_config(size, build.manifest["tokenizer"]["vocab_size"], settings.seq_len)
@@ -111,15 +213,15 @@ def _make_plans(
         "seed": settings.seed,
         "long": settings.long,
     }
-    step_sequences = settings.device_batch_size * num_ranks
-    if settings.total_batch_tokens is not None:
-        step_sequences, rest = divmod(settings.total_batch_tokens, settings.seq_len)
-        if rest or not step_sequences:
-            raise RunError(
-                f"--total-batch-tokens {settings.total_batch_tokens} is not a multiple of --seq-len {settings.seq_len}"
-            )
+    micro_tokens = num_ranks * settings.device_batch_size * settings.seq_len  # of one micro-batch on every rank
+    step_tokens = settings.total_batch_tokens or micro_tokens
+    if step_tokens % micro_tokens:
+        raise RunError(
+            f"--total-batch-tokens {step_tokens:,} must be a multiple of {micro_tokens:,}, which is "
+            f"ranks × device batch size × sequence length: {num_ranks} × {settings.device_batch_size} × {settings.seq_len}"
+        )
     if settings.order == "plan":
-        plan = plan_epoch(build.splits["train"], **chosen, step_sequences=step_sequences)
+        plan = plan_epoch(build.splits["train"], **chosen, step_sequences=step_tokens // settings.seq_len)
     elif settings.total_batch_tokens or settings.layout:
         raise RunError("--order nanochat fixes layout and batch: it goes without --layout and --total-batch-tokens")
     else:

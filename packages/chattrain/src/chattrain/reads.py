@@ -1,4 +1,4 @@
-"""How a training plan is cut for ranks, recorded and compared, and which documents a step reads.
+"""Which documents the sequences of a training plan read, and how a step is cut for ranks.
 
 Shapes: T = seq_len, positions of a sequence · G = step_sequences, sequences of a step over all ranks · R ranks ·
 B = device_batch_size, sequences of one rank's micro-batch · S sequences of an epoch.
@@ -22,80 +22,12 @@ A read is the part of one document that one sequence takes:
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
 import numpy as np
 
-from chatdata.errors import PlanError
-from chatdata.packing.epoch import Layout, Order, TrainingPlan
-from chatdata.packing.layouts import Long
-from chatdata.shards.masks import MaskPolicy
+from chatdata.packing.epoch import TrainingPlan
 from chattrain.nanochat.order import line_tokens
-
-PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
-
-
-def check_cut(plan: TrainingPlan, num_ranks: int, device_batch_size: int) -> None:
-    """Raise PlanError unless a step can be cut into micro-batches of `device_batch_size` for `num_ranks` ranks."""
-    if num_ranks < 1 or device_batch_size < 1:
-        raise PlanError(f"{num_ranks} ranks × device batch size {device_batch_size}: both must be at least 1")
-    if plan.order == "nanochat" and (num_ranks, device_batch_size) != (plan.num_ranks, plan.device_batch_size):
-        raise PlanError(
-            f"order nanochat was planned for {plan.num_ranks} ranks × device batch size {plan.device_batch_size}, "
-            f"not {num_ranks} × {device_batch_size}: its batches depend on both"
-        )
-    at_once = num_ranks * device_batch_size
-    if plan.step_sequences % at_once:
-        raise PlanError(
-            f"a step of {plan.step_sequences} sequences cannot be cut for {num_ranks} ranks × device batch size "
-            f"{device_batch_size}: --total-batch-tokens must be a multiple of {at_once} × {plan.seq_len} = "
-            f"{at_once * plan.seq_len:,}"
-        )
-
-
-class PlanRecord(msgspec.Struct, frozen=True):
-    """What decides the batches of every step, as run.json and checkpoints keep it."""
-
-    build_id: str
-    split: str
-    rows: Layout  # named so until the next version of these files
-    mask: MaskPolicy
-    order: Order
-    seq_len: int
-    step_sequences: int
-    seed: int | None
-    long: Long | None
-    num_ranks: int | None
-    device_batch_size: int | None
-    plan_version: int
-    hash: str  # SHA-256 over the above and every document's place
-
-
-def plan_record(plan: TrainingPlan) -> PlanRecord:
-    names = ("mask", "order", "seq_len", "step_sequences", "seed", "long", "num_ranks", "device_batch_size")
-    settings = {name: getattr(plan, name) for name in names} | {"split": plan.split.name, "rows": plan.layout}
-    settings |= {"build_id": plan.split.build.manifest["build_id"], "plan_version": PLAN_VERSION}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(np.array([plan.num_steps], "<i8").tobytes())
-    if plan.packing is not None:
-        for array in (plan.packing.documents, plan.packing.bounds, plan.packing.lengths):
-            digest.update(array.astype("<i8").tobytes())
-    return PlanRecord(**settings, hash=digest.hexdigest())
-
-
-def require_same_plan(saved: Mapping[str, Any], current: PlanRecord) -> None:
-    """Raise PlanError naming the first key of a saved record that differs from the current one."""
-    for name, value in msgspec.structs.asdict(current).items():
-        if saved.get(name) != value:
-            raise PlanError(
-                f"the plan changed: {name} was {saved.get(name)!r} and is now {value!r}; "
-                "a run continues only on the same build with the same plan"
-            )
 
 
 @dataclass(frozen=True, eq=False)
