@@ -40,7 +40,7 @@ from build import build_command
 from build_growth import processes_of_session
 from build_sides import add_inputs
 
-from chatdata.build.publish import MARK
+from chatdata.build.run import MARK
 from chatdata.disk import file_sha256
 
 VARIANTS = ([], ["--max-tokens", "256", "--overflow", "truncate"])

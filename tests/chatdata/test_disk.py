@@ -1,14 +1,20 @@
-"""Errors of the file system: the path they name, and their one line."""
+"""Errors of the file system, with the path they name; JSON and TOML as typed values."""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import Meta
 
-from chatdata.disk import describe_os_error, naming
+from chatdata.disk import convert, decode, describe_os_error, naming
+from chatdata.errors import FormatError
 
 
 def test_an_error_without_a_file_or_a_number() -> None:
@@ -28,3 +34,122 @@ def test_only_what_the_disk_says_gets_a_name() -> None:
         with pytest.raises(type(error)) as raised, naming(Path("here")):
             raise error
         assert raised.value is error and error.filename == name
+
+
+# typed values
+
+Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+
+
+class Part(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    rows: Count = 0
+    digest: Annotated[str, Meta(pattern="^[0-9a-f]{4}$", description="4 hexadecimal digits")] = "0000"
+
+    def __post_init__(self) -> None:
+        if self.name != self.name.strip():
+            raise ValueError(f'"{self.name}" has a space at its start or end')
+
+
+class Whole(msgspec.Struct):
+    stage: Literal["mid", "sft", "base"]
+    rate: float = 0.5
+    limit: Annotated[int, Meta(ge=1)] | None = None
+    shuffle: bool = True
+    parts: list[Part | str] = []
+    named: dict[str, Part] = {}
+    texts: str | tuple[str, ...] = ()
+    other: Any = None
+
+
+def problem(value: object) -> str:
+    with pytest.raises(FormatError) as caught:
+        convert(value, Whole, "f.json", FormatError)
+    return str(caught.value)
+
+
+def test_values_of_the_type() -> None:
+    text = b'{"stage": "mid", "rate": 1, "parts": [{"name": "a"}, "b"], "texts": ["c"], "extra": [1]}'
+    whole = decode(text, Whole, "f.json", FormatError)
+    assert whole == Whole("mid", 1.0, parts=[Part("a"), "b"], texts=("c",))
+    toml = b'\xef\xbb\xbfstage = "mid"\r\nlimit = 3\n[[parts]]\nname = "a"\n'
+    assert decode(toml, Whole, "f.toml", FormatError, "toml") == Whole("mid", limit=3, parts=[Part("a")])
+    assert decode(b"[1, 2]", list[int], "", FormatError) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": "midd"}, 'f.json, key "stage": "midd"; did you mean "mid"?'),
+        ({"stage": "x"}, 'f.json, key "stage": "x"; valid: mid, sft, base'),
+        ({"stage": 5}, 'f.json, key "stage": must be mid, sft or base, not 5'),
+        ({"rate": "1"}, 'f.json, key "rate": must be a number, not "1"'),
+        ({"limit": 0}, 'f.json, key "limit": must be an integer of at least 1, not 0'),
+        ({"limit": True}, 'f.json, key "limit": must be an integer of at least 1, not true'),
+        ({"shuffle": 1}, 'f.json, key "shuffle": must be true or false, not 1'),
+        ({"parts": {}}, 'f.json, key "parts": must be a list, not {}'),
+        ({"parts": [{"name": "a"}, 5]}, 'f.json, key "parts[1]": must be a table or a string, not 5'),
+        ({"parts": [{}]}, 'f.json, key "parts[0]": no key "name"; it must be a string'),
+        ({"parts": [{"name": "a", "row": 1}]}, 'f.json, key "parts[0]": unknown key "row"; did you mean "rows"?'),
+        ({"parts": [{"name": " a"}]}, 'f.json, key "parts[0]": " a" has a space at its start or end'),
+        (
+            {"named": {"x-1": {"name": "a"}, "y": {"name": "b", "rows": 2**53}}},
+            'f.json, key "named.y.rows": must be an integer of at least 0 and at most 9,007,199,254,740,991, '
+            "not 9007199254740992",
+        ),
+        ({"named": {"a b\n": {"name": None}}}, r'f.json, key "named[\"a b\\n\"].name": must be a string, not null'),
+        (
+            {"named": {"x": {"name": "a", "digest": "12G4"}}},
+            'f.json, key "named.x.digest": must be 4 hexadecimal digits, not "12G4"',
+        ),
+        ({"texts": ["a", 5]}, 'f.json, key "texts[1]": must be a string, not 5'),
+        ({"texts": 1.5}, 'f.json, key "texts": must be a string or a list, not 1.5'),
+        ({"shuffle": 10**5000}, "must be true or false, not a very large value"),
+        ({"rate": ["x" * 100]}, 'must be a number, not ["' + "x" * 55 + "..."),
+    ],
+)
+def test_what_is_wrong_and_what_would_be_right(changes: dict, message: str) -> None:
+    found = problem({"stage": "mid", **changes})
+    assert found == message or (not message.startswith("f.json") and found.endswith(message))
+
+
+def test_the_whole_is_wrong() -> None:
+    assert problem([]) == "f.json: must be a table, not []"
+    assert problem({}) == 'f.json: no key "stage"; it must be mid, sft or base'
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"{", "json"),
+        (b"", "json"),
+        (b'{"stage": NaN}', "json"),
+        (b'{"stage": "\xff"}', "json"),
+        (b'{"stage": "\\ud800"}', "json"),
+        (b"[" * 100_000, "json"),
+        (b"9" * 5_000, "json"),
+        (b"1e999", "json"),
+        (b"stage = mid", "toml"),
+        (b"stage = '\xff'", "toml"),
+        (b"a = " + b"[" * 5_000, "toml"),
+        (b"a = " + b"9" * 5_000, "toml"),
+    ],
+)
+def test_bytes_that_are_not_read(content: bytes, kind: Any) -> None:
+    with pytest.raises(FormatError, match=rf"^f: not valid {kind.upper()}: .+$"):
+        decode(content, Any, "f", FormatError, kind)
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=3)),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
+    max_leaves=4,
+)
+
+
+@given(JSON, st.sampled_from(["stage", "rate", "limit", "shuffle", "parts", "named", "texts"]))
+def test_any_value_is_accepted_or_one_line(value: object, key: str) -> None:
+    try:
+        convert({"stage": "mid", key: value}, Whole, "f.json", FormatError)
+    except FormatError as error:
+        assert str(error).startswith(f'f.json, key "{key}') and len(str(error).splitlines()) == 1

@@ -63,7 +63,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(BYTES, SPLIT_PATTERN, append_special_tokens(BYTES), "bytes")
     planned = make_build_plan(load_recipe(str(folder / "r.toml"), tasks), tasks, tokenizer, Locations(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chatdata.build.splits.MAX_SHARD_TOKENS", 400)
+        patch.setattr("chatdata.shards.write.MAX_SHARD_TOKENS", 400)
         build(planned, folder / "build", workers=1)
     return folder / "build"
 

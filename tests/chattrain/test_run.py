@@ -28,7 +28,6 @@ from torch._dynamo.testing import CompileCounter
 
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
-from chatdata.errors import PlanError
 from chatdata.recipe import load_recipe
 from chatdata.shards.read import open_build
 from chatdata.sources.find import Locations
@@ -435,11 +434,8 @@ def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatc
         ),
         (["--init", tmp_path / "nothing"], f"{tmp_path}/nothing: no such checkpoint or run folder"),
         (["--init", "random:x4"], "model size 'x4': must be 'd' and the number of layers, such as 'd4'"),
-        (["--total-batch-tokens", 100], "--total-batch-tokens 100 must be a multiple of 256, which is ranks"),
-        (
-            ["--total-batch-tokens", 192],
-            "192 must be a multiple of 256, which is ranks × device batch size × sequence length: 1 × 4 × 64",
-        ),
+        (["--total-batch-tokens", 100], "--total-batch-tokens 100 must be a multiple of 256: 1 × 4 × 64"),
+        (["--total-batch-tokens", 192], "192 must be a multiple of 256: 1 × 4 × 64 (ranks × device batch size"),
         (["--device", "cuda"], "device 'cuda' is not available: torch"),
         (["--seq-len", 16], "documents"),
         (["--data", tmp_path / "absent"], f"{tmp_path}/absent: no such folder (no manifest.json)"),

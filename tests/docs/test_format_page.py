@@ -105,7 +105,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(ranks, SPLIT_PATTERN, special_ids, "bytes")
     plan = make_build_plan(load_recipe(str(folder / "r.toml"), tasks), tasks, tokenizer, Locations(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chatdata.build.splits.MAX_SHARD_TOKENS", 40)
+        patch.setattr("chatdata.shards.write.MAX_SHARD_TOKENS", 40)
         build(plan, folder / "out")
     return folder / "out"
 

@@ -23,11 +23,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatdata.build import cache, units
 from chatdata.build import engines as engine
+from chatdata.build import units
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
-from chatdata.build.units import RENDERING_CODE, Renderer, code_sha256, cut_units, render_unit
+from chatdata.build.units import RENDERING_CODE, Renderer, code_sha256, cut_units, render_unit, take_unit
 from chatdata.disk import cache_folder
 from chatdata.errors import BuildError, ConversationError, TaskError, TokenizerError
 from chatdata.recipe import load_recipe
@@ -99,7 +99,7 @@ def run(
 def test_any_worker_count_gives_the_same_bytes(recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
     manifests = {}
     for workers in (1, 2, 5):
-        cache.prune(cache_folder("units"), 0)
+        units.prune(cache_folder("units"), 0)
         manifests[workers], report = run(recipe, byte_tokenizer, tmp_path / f"out{workers}", workers=workers)
         assert report["units"] == {"rendered": NUM_UNITS, "cached": 0, "damaged": 0}
         assert report["workers"] == workers
@@ -120,7 +120,7 @@ def test_little_text_is_encoded_by_tiktoken(
 ) -> None:
     little, report = run(recipe, byte_tokenizer, tmp_path / "little")
     assert report["encoder"]["name"] == "tiktoken"
-    cache.prune(cache_folder("units"), 0)
+    units.prune(cache_folder("units"), 0)
     monkeypatch.setattr("chatdata.build.run.FAST_ENCODER_BYTES", 0)
     more, report = run(recipe, byte_tokenizer, tmp_path / "more")
     assert report["encoder"]["name"] == "gigatoken"
@@ -140,7 +140,7 @@ def test_changing_one_entry_renders_only_its_rows(recipe: Path, byte_tokenizer: 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_a_damaged_unit_is_rendered_again(recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path, damage: str) -> None:
     whole, _ = run(recipe, byte_tokenizer, tmp_path / "a")
-    unit = cache.cached_units(cache_folder("units"))[7].path
+    unit = units.cached_units(cache_folder("units"))[7].path
     data = bytearray(unit.read_bytes())
     data[len(data) // 2] ^= 1
     unit.write_bytes({"flip": data, "cut": data[: len(data) // 2], "empty": b""}[damage])
@@ -187,7 +187,7 @@ def test_a_key_covers_the_code_that_renders_and_no_other(tmp_path: Path) -> None
     package = tmp_path / "chatdata"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     before = code_sha256(package)
-    for name in ("look/report/page.py", "check/diff.py", "cli/app.py", "build/run.py", "build/cache.py", "errors.py"):
+    for name in ("look/report/page.py", "check/diff.py", "cli/app.py", "build/run.py", "errors.py"):
         assert hash_after_an_edit(package, name) == before
     for name in ("render/batch.py", "tokenizer/bpe.py", "tasks/gsm8k.py", "tasks/texts/names.txt", "calculator.py"):
         assert hash_after_an_edit(package, name) != before
@@ -206,8 +206,8 @@ def hash_after_an_edit(package: Path, name: str) -> str:
 def test_what_the_renderer_imports_is_in_its_keys() -> None:
     """Every module that build/units.py imports, directly or not, decides what it renders or is named here."""
     decide_nothing = {
-        *("errors.py", "disk.py", "build/cache.py"),  # messages; where units are and how files are written
-        *("recipe.py", "decode.py"),  # which rows: the wanted rows are in the key
+        *("errors.py", "disk.py"),  # messages; how files are written
+        "recipe.py",  # which rows: the wanted rows are in the key
         *("grading.py",),  # of answers
     }
     found, waiting = set[str](), ["build/units.py"]
@@ -368,7 +368,7 @@ def test_ray_gives_the_same_bytes_though_a_worker_is_killed(
     with_task(recipe, f"Path({str(marker)!r}).exists() or (Path({str(marker)!r}).touch(), os.kill(os.getpid(), 9))")
     marker.touch()
     alone, _ = run(recipe, byte_tokenizer, tmp_path / "alone", task_files=(recipe.parent / "task.py",))
-    cache.prune(cache_folder("units"), 0)
+    units.prune(cache_folder("units"), 0)
     marker.unlink()
     options = {"engine": "ray", "task_files": (recipe.parent / "task.py",)}
     by_ray, report = run(recipe, byte_tokenizer, tmp_path / "ray", **options)
@@ -406,7 +406,7 @@ def test_an_interrupted_build_leaves_no_workers_and_goes_on(
     assert not (tmp_path / "out").exists()
     for out, rendered in (("out", 1), ("alone", NUM_UNITS)):
         if out == "alone":
-            cache.prune(cache_folder("units"), 0)
+            units.prune(cache_folder("units"), 0)
         process = run_small([*command, str(tmp_path / out)])
         assert process.wait(60) == 0, process.communicate()
         process.communicate()
@@ -470,7 +470,7 @@ def test_the_cache_command(
     recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path, chatdata: Callable[..., Any]
 ) -> None:
     run(recipe, byte_tokenizer, tmp_path / "out")
-    found = cache.cached_units(cache_folder("units"))
+    found = units.cached_units(cache_folder("units"))
     old = time.time() - 3 * 86_400
     for unit in found[:10]:
         os.utime(unit.path, (old, old))
@@ -510,10 +510,19 @@ def test_a_full_disk_for_the_firewall_list_leaves_no_build(
             raise OSError(errno.ENOSPC, "No space left on device")
         write_json(path, value)
 
-    monkeypatch.setattr("chatdata.build.publish.write_json", full)
+    monkeypatch.setattr("chatdata.build.run.write_json", full)
     with pytest.raises(BuildError, match="no space left on the disk; nothing was written there"):
         run(recipe, byte_tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("chatdata.build.publish.write_json", write_json)
+    monkeypatch.setattr("chatdata.build.run.write_json", write_json)
     run(recipe, byte_tokenizer, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out", "out-firewall.json"]
+
+
+def test_a_unit_that_may_not_be_read_is_rendered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "key-hash.arrow").touch()
+    monkeypatch.setattr("chatdata.build.units.file_sha256", refuse)
+    assert not take_unit(tmp_path / "key-hash.arrow")

@@ -128,7 +128,7 @@ def test_swapped_masks(
     ]
     (folder / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "r.toml").write_text('stage = "sft"\n[[train]]\ntask = "conversations"\npath = "c.jsonl"\n')
-    monkeypatch.setattr("chatdata.build.splits.MAX_SHARD_TOKENS", 30)
+    monkeypatch.setattr("chatdata.shards.write.MAX_SHARD_TOKENS", 30)
     built = build_in(folder, byte_tokenizer)
     one, two = (built / "train" / f"mask-0000{number}.npy" for number in (0, 1))
     content = [file.read_bytes() for file in (one, two)]

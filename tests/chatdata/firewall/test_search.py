@@ -14,8 +14,7 @@ import pytest
 
 from chatdata import open_build
 from chatdata.build.plan import make_build_plan
-from chatdata.build.publish import firewall_path
-from chatdata.build.run import build
+from chatdata.build.run import build, firewall_path
 from chatdata.check.rerender import verify_semantic
 from chatdata.check.verify import verify_full
 from chatdata.firewall.ngrams import normalise

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chatdata.document import Span
 from chatdata.errors import FormatError
-from chatdata.render.batch import Mismatch, RenderedBatch, render_batch, replay_call
+from chatdata.render.batch import Mismatch, RenderedBatch, check_ids, render_batch, replay_call
 from chatdata.render.format import PYTHON, TEXT, USER
 from chatdata.render.pieces import CLOSES, OPENS, Pieces, pieces_of_conversations, pieces_of_texts
 from chatdata.render.specification import render_conversation, render_text
@@ -136,3 +136,11 @@ def test_kinds(call: str, recorded: str, kind: str, computed: str) -> None:
 
 def test_a_call_without_an_output() -> None:
     assert replay_call("1+1", None) == Mismatch("no_output", "1+1", "", "")
+
+
+@pytest.mark.parametrize(("ids", "bad"), [([3, 70_000], 70_000), ([265], 265), ([-1, 3], -1)])
+def test_ids_are_held_to_the_vocabulary(ids: list[int], bad: int) -> None:
+    with pytest.raises(FormatError, match=f"token id {bad} is outside 0 … 264: it does not fit the vocabulary"):
+        check_ids(np.array(ids), 265)
+    check_ids(np.array([0, 264]), 265)
+    check_ids(np.array([], dtype=np.uint32), 265)

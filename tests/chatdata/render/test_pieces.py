@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chatdata.conversation import parse_conversation
 from chatdata.errors import ConversationError
-from chatdata.render.pieces import Pieces, _take_messages, pieces_of_conversations, pieces_of_table
+from chatdata.render.pieces import Pieces, _take_messages, blocks_of, pieces_of_conversations, pieces_of_table
 
 texts = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\x00", "a\r\n", "<|bos|>", "<|user_end|>12", "🤖é"]))
 parts = st.lists(
@@ -137,3 +137,18 @@ def test_splitting_keeps_every_piece_and_the_bound(batch: list[list[str]], max_c
     for part in found:
         assert len(part.codes) == len(part.texts) == part.counts.sum()
         assert len(part) == 1 or sum(map(len, part.texts)) <= max_chars
+
+
+def test_a_block_closes_before_the_document_that_would_pass() -> None:
+    assert blocks_of(np.array([4, 4, 2, 1, 9, 20, 1]), 10) == [(0, 3), (3, 5), (5, 6), (6, 7)]
+    assert blocks_of(np.array([10, 10]), 10) == [(0, 1), (1, 2)]
+    assert blocks_of(np.array([], dtype=np.int64), 10) == []
+
+
+@given(st.lists(st.integers(1, 30), max_size=60), st.integers(5, 40))
+def test_blocks_always(lengths: list[int], limit: int) -> None:
+    blocks = blocks_of(np.array(lengths, dtype=np.int64), limit)
+    assert [i for first, last in blocks for i in range(first, last)] == list(range(len(lengths)))
+    for first, last in blocks:
+        assert sum(lengths[first:last]) <= limit or last == first + 1
+        assert last == len(lengths) or sum(lengths[first : last + 1]) > limit

@@ -180,7 +180,7 @@ def many(build_of: Build) -> tuple[Split, dict[str, np.ndarray]]:
         return turns[: len(turns) - draw.randint(0, 1)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chatdata.build.splits.MAX_SHARD_TOKENS", 2_000)
+        patch.setattr("chatdata.shards.write.MAX_SHARD_TOKENS", 2_000)
         split = build_of(
             [conversation() for _ in range(300)], "max_tokens = 40", 'overflow = "truncate"', 'zero_supervised = "keep"'
         )

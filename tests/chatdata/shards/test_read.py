@@ -25,7 +25,7 @@ from chatdata.tokenizer.bpe import Tokenizer
 @pytest.fixture
 def small(tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> chatdata.Build:
     """12 documents of known lengths in shards of at most 40 tokens."""
-    monkeypatch.setattr("chatdata.build.splits.MAX_SHARD_TOKENS", 40)
+    monkeypatch.setattr("chatdata.shards.write.MAX_SHARD_TOKENS", 40)
     lines = [
         json.dumps([{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}]) for n in range(12)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chatdata.decode import convert
+from chatdata.disk import convert
 from chateval.errors import ResultsError
 from chateval.results.figures import Results, compute_results
 from chateval.results.items import Item, append_item, open_items

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatdata.decode import convert
+from chatdata.disk import convert
 from chateval.errors import ResultsError
 from chateval.results.compare import compare
 from chateval.results.items import append_item, open_items

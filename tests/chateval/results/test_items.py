@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from chatdata.decode import convert
+from chatdata.disk import convert
 from chateval.errors import ChatevalError, ResultsError
 from chateval.results.items import Item, append_item, open_items, read_items
 

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import to_builtins
 
-from chatdata.decode import convert
-from chatdata.disk import file_sha256
+from chatdata.disk import convert, file_sha256
 from chateval.errors import ResultsError, ScoringError
 from chateval.results.run_file import RunTask, changes, read_firewall, read_run, require_same_run, write_json, write_run
 

@@ -1,4 +1,15 @@
-"""Writing files: whole or not at all, synced to the disk, and one clear line when the disk is full."""
+"""Files: written whole or not at all, with one clear line when the disk is full; JSON and TOML read as typed values.
+
+A mistake is one line that says where it is, what must be there and what is there instead:
+
+    run.json, key "tasks.gsm8k.draws": must be an integer of at least 1, not "four"
+    r.toml: unknown key "sed"; did you mean "seed"?
+    r.toml, key "stage": "midd"; did you mean "mid"?
+    r.toml: no key "stage"; it must be base, mid or sft
+
+A struct's own rules go into its `__post_init__`; a ValueError there becomes a line of the same form. No type may be "a
+string with a pattern, or a list": msgspec 0.22 crashes when it frees one (LOG.md).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +17,29 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from chatdata.errors import BuildError, UsageError
+import msgspec
+from msgspec.inspect import is_struct_type
+
+from chatdata.errors import BuildError, UsageError, nearest
+
+T = TypeVar("T")
+MAX_SHOWN = 60  # characters of a wrong value in a message
+_NOUNS: dict[Any, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    NoneType: "null",
+    list: "a list",
+    tuple: "a list",
+}
 
 
 def check_file(out: Path) -> None:
@@ -106,3 +134,87 @@ def writes_to(folder: Path, full: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"{folder}: no space left on the disk{full}") from None
         raise
+
+
+def decode(
+    data: bytes, type: type[T], where: str, error: Callable[[str], Exception], kind: Literal["json", "toml"] = "json"
+) -> T:
+    """Bytes of JSON or TOML as a `type`. Raises `error`, with `where` (a file, or a file and line) in front."""
+    try:
+        value = tomllib.loads(data.decode("utf-8-sig")) if kind == "toml" else msgspec.json.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as problem:  # also: 5,000 digits, 1,000 brackets
+        raise error(f"{where}: not valid {kind.upper()}: {str(problem).splitlines()[0]}") from None
+    return convert(value, type, where, error)
+
+
+def convert(value: Any, type: type[T], where: str, error: Callable[[str], Exception]) -> T:
+    """Plain data, as JSON and TOML have it, as a `type`. Raises `error`, with `where` in front."""
+    try:
+        return msgspec.convert(value, type)
+    except msgspec.ValidationError as problem:
+        place, text = _explain(value, type, str(problem))
+        key = f", key {json.dumps(place.removeprefix('.'))}" if place else ""
+        raise error(f"{where}{key}: {text}") from None
+
+
+def shown(value: Any) -> str:
+    """A value of any kind as one short line of ASCII."""
+    try:
+        text = json.dumps(value, default=str)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits
+        text = "a very large value"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def _explain(value: Any, type: Any, problem: str) -> tuple[str, str]:
+    """(place, text) of the innermost part of `value` that is wrong. problem: what msgspec says about `value`."""
+    inner = next(_inside(value, type, problem), None)
+    if inner is not None:
+        return inner
+    if get_origin(type) is Literal and isinstance(value, str):
+        return "", shown(value) + nearest(value, get_args(type))
+    return "", f"must be {_words(type)}, not {shown(value)}"
+
+
+def _inside(value: Any, type: Any, problem: str) -> Iterator[tuple[str, str]]:
+    """(place, text) of everything that is wrong inside a list or table."""
+    origin, inner = get_origin(type), get_args(type)
+    parts: Iterable[tuple[str, Any, Any]] = ()
+    is_struct = isinstance(value, dict) and is_struct_type(type)
+    fields = {field.encode_name: field for field in msgspec.structs.fields(type)} if is_struct else {}
+    if origin in (Union, UnionType, Annotated):
+        for member in inner:
+            yield from _inside(value, member, problem)
+    elif isinstance(value, list) and origin in (list, tuple):
+        parts = ((f"[{i}]", item, inner[0]) for i, item in enumerate(value))
+    elif isinstance(value, dict) and origin is dict:
+        parts = ((f".{key}" if key.isidentifier() else f"[{shown(key)}]", value[key], inner[1]) for key in value)
+    elif is_struct:
+        parts = ((f".{key}", value[key], field.type) for key, field in fields.items() if key in value)
+    for name, part, kind in parts:
+        try:
+            msgspec.convert(part, kind)
+        except msgspec.ValidationError as error:
+            place, text = _explain(part, kind, str(error))
+            yield name + place, text
+    if is_struct:
+        unknown = [key for key in value if key not in fields and type.__struct_config__.forbid_unknown_fields]
+        yield from (("", f"unknown key {json.dumps(key)}{nearest(key, list(fields))}") for key in unknown)
+        missing = [key for key, field in fields.items() if field.required and key not in value]
+        yield from (("", f'no key "{key}"; it must be {_words(fields[key].type)}') for key in missing)
+        yield "", problem.splitlines()[0]  # of its __post_init__
+
+
+def _words(type: Any) -> str:
+    """What a value of the type is: "an integer of at least 1", "a string or a list", "base, mid or sft"."""
+    origin, parts = get_origin(type), get_args(type)
+    if origin is Annotated:
+        meta = parts[1]
+        least = f" of at least {meta.ge:,}" if meta.ge is not None else ""
+        most = f" and at most {meta.le:,}" if meta.le is not None else ""
+        return meta.description or f"{_words(parts[0])}{least}{most}"
+    if origin in (Union, UnionType, Literal):
+        # without null: TOML has none, and JSON with a null is written by us
+        words = [str(part) if origin is Literal else _words(part) for part in parts if part is not NoneType]
+        return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+    return _NOUNS.get(origin or type, "a table")

@@ -1,4 +1,4 @@
-"""A rendered conversation and ways to look at it; blocks of documents, and the check of ids before they are stored."""
+"""A rendered conversation and ways to look at it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from chatdata.errors import FormatError
 
 IGNORED = -100  # a label without loss, in torch and transformers
 # what a span's role number means, in the index and in Document.spans
@@ -82,25 +80,3 @@ class Document:
         if self.tokenizer is None:
             raise TypeError("this Document was made without a tokenizer, so its text cannot be shown")
         return self.tokenizer
-
-
-def blocks_of(sizes: np.ndarray, max_size: int) -> list[tuple[int, int]]:
-    """[first, last) of each block of neighbours: a block closes before the document that would pass `max_size`.
-
-    A document over `max_size` is a block of one. Sizes are tokens for shards and for what is held in memory at once,
-    characters for texts encoded in one call.
-    """
-    ends = np.cumsum(sizes, dtype=np.int64)
-    bounds, first, used = [], 0, 0
-    while first < len(sizes):
-        last = max(first + 1, int(np.searchsorted(ends, used + max_size, side="right")))
-        bounds.append((first, last))
-        first, used = last, int(ends[last - 1])
-    return bounds
-
-
-def check_ids(ids: np.ndarray, limit: int) -> None:
-    """Raise FormatError if an id is negative or ≥ `limit`."""
-    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < limit):
-        bad = int(ids.max()) if int(ids.max()) >= limit else int(ids.min())
-        raise FormatError(f"token id {bad} is outside 0 … {limit - 1}: it does not fit the vocabulary of the shards")

@@ -41,20 +41,15 @@ def shown_progress(quiet: bool = False) -> Iterator[Progress]:
         with _bars() as show:
             yield show
     else:
-        yield _plain_lines()
+        started, printed = dict[str, tuple[float, int]](), dict[str, int]()
 
+        def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
+            text, tenths = _status(started, name, done, total, unit, note), 10 * done // max(total, 1)
+            if tenths != printed.get(name) and (done >= total or (tenths > 0 and not part)):
+                printed[name] = tenths
+                print(f"{name}: {text}", file=sys.stderr, flush=True)
 
-def _plain_lines() -> Progress:
-    """A line for every tenth of the work."""
-    started, printed = dict[str, tuple[float, int]](), dict[str, int]()
-
-    def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
-        text, tenths = _status(started, name, done, total, unit, note), 10 * done // max(total, 1)
-        if tenths != printed.get(name) and (done >= total or (tenths > 0 and not part)):
-            printed[name] = tenths
-            print(f"{name}: {text}", file=sys.stderr, flush=True)
-
-    return show
+        yield show  # a line for every tenth of the work
 
 
 @contextmanager

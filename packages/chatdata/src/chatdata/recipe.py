@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct, defstruct
 
-from chatdata.decode import convert, decode
+from chatdata.disk import convert, decode
 from chatdata.errors import RecipeError, nearest
 from chatdata.tasks.task import Task
 

@@ -22,8 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chatdata.decode import decode
-from chatdata.disk import sync
+from chatdata.disk import decode, sync
 from chatdata.packing.epoch import Layout, Order, TrainingPlan
 from chatdata.packing.layouts import Long
 from chatdata.shards.masks import MaskPolicy

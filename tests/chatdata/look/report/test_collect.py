@@ -62,7 +62,7 @@ def test_numbers_by_hand(small: Path) -> None:
 def test_numbers_do_not_depend_on_shards(build_small: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = []
     for max_tokens, num_shards in ((1_000, 1), (20, 3)):
-        monkeypatch.setattr("chatdata.build.splits.MAX_SHARD_TOKENS", max_tokens)
+        monkeypatch.setattr("chatdata.shards.write.MAX_SHARD_TOKENS", max_tokens)
         opened = open_build(build_small(f"out{max_tokens}"))
         assert len(opened["train"].shards) == num_shards
         numbers.append(report_numbers(opened) | {"build_id": ""})

@@ -1,5 +1,9 @@
 """Work units: runs of rows of one source, each rendered into an Arrow file of the cache.
 
+They are files `units/<key>-<hash of the content>.arrow` below the cache folder. The second hash shows a damaged file
+when it is read, and makes two builds that render the same unit write the same file. Next to `units`, the folder `urls`
+holds files downloaded by URL (sources/hub.py).
+
 A unit's key is a hash of what decides its content (source bytes, rows, task, tokenizer, the code that renders), never
 of a path, a worker or an encoder. So any process on any machine can render it, and nothing is rendered twice.
 Its documents are whole: a build applies its length and supervision policies when it reads them (render/documents.py).
@@ -10,24 +14,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chatdata.arrow import bytes_to_arrow, list_to_arrow, map_batches, strings_to_arrow, to_arrow, to_numpy
-from chatdata.build.cache import PARTIAL_SUFFIX, UNIT_SUFFIX
-from chatdata.conversation import check_surrogates
 from chatdata.disk import file_sha256
-from chatdata.errors import ChatdataError, SourceError
+from chatdata.errors import ChatdataError
 from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, render_batch
 from chatdata.render.contract import Rules, check_documents, raise_defect
-from chatdata.render.pieces import Pieces, pieces_of_conversations, pieces_of_table, pieces_of_texts
-from chatdata.sources.source import SEGMENT_BYTES, Rows, Source
-from chatdata.tasks.task import call_task
+from chatdata.render.pieces import Pieces, pieces_of_rows
+from chatdata.sources.source import SEGMENT_BYTES, Source
 from chatdata.tokenizer import encoders
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -46,6 +49,9 @@ RENDERING_CODE = (
     *("render", "sources/source.py", "tasks", "tokenizer"),
 )
 UNIT_FORMAT = 1
+UNIT_SUFFIX, PARTIAL_SUFFIX = ".arrow", ".tmp"
+DAY_S = 86_400
+ABANDONED_S = DAY_S  # a temporary file this old was left by a build that was killed: no unit takes an hour
 _COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans", "num_mismatches")
 
 
@@ -177,36 +183,6 @@ def _raise_for_row(
             raise own.at(source.where(row)) from None
 
 
-def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
-    """Raw rows as pieces: a table of well-formed conversations column by column, anything else row by row."""
-    task = source.task
-    try:
-        if task.rows_are_conversations and not isinstance(raw, list):
-            pieces = pieces_of_table(raw)
-            if pieces is not None:
-                return pieces
-        records = raw if isinstance(raw, list) else raw.to_pylist()
-    except UnicodeDecodeError:
-        raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
-    converted: list[Any] = []
-    make_pieces = _checked_texts if task.kind == "text" else pieces_of_conversations
-    try:
-        for record in records:
-            converted.append(call_task(task, task.to_conversation, record))
-        return make_pieces(converted)
-    except ChatdataError as error:
-        for row, conversation in zip(rows.tolist(), converted, strict=False):  # name the first row that is wrong
-            try:
-                make_pieces([conversation])
-            except ChatdataError as own:
-                raise own.at(source.where(row)) from None
-        raise error.at(source.where(int(rows[len(converted)]))) from None
-
-
-def _checked_texts(texts: list[str]) -> Pieces:
-    return pieces_of_texts([check_surrogates(text, 'key "text"') for text in texts])
-
-
 def _schema(dtype: np.dtype) -> pa.Schema:
     """A row per document. Lists of fixed-width values: read back as views of the mapped file."""
     import pyarrow as pa
@@ -250,3 +226,74 @@ def read_unit(path: Path, dtype: np.dtype) -> list[RenderedBatch]:
         )
         for batch in map_batches(path)
     ]
+
+
+@dataclass(frozen=True)
+class CachedUnit:
+    """A unit on disk, or a half-written one."""
+
+    path: Path
+    num_bytes: int
+    last_used: float  # seconds since 1970
+
+
+def cached_units(folder: Path) -> list[CachedUnit]:
+    """All units of the cache, half-written ones included, least recently used first."""
+    found = []
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        if entry.name.endswith((UNIT_SUFFIX, PARTIAL_SUFFIX)):
+            with suppress(FileNotFoundError):  # another build renamed or pruned it a moment ago
+                stat = entry.stat()
+                found.append(CachedUnit(Path(entry.path), stat.st_size, stat.st_mtime))
+    return sorted(found, key=lambda unit: (unit.last_used, unit.path))
+
+
+def find_units(folder: Path, keys: set[str]) -> tuple[dict[str, Path], int]:
+    """key → path of the units with these keys that are in the cache and whole; how many were damaged.
+
+    Half-written units of this machine's ended processes are removed.
+    """
+    found = {}
+    for unit in cached_units(folder):
+        key, _, rest = unit.path.stem.partition("-" if unit.path.suffix == UNIT_SUFFIX else ".")
+        if unit.path.suffix == UNIT_SUFFIX:
+            found[key] = unit.path
+        else:  # <key>.<host>-<process id>; those of other machines are left to `prune`
+            host, _, pid = rest.rpartition("-")
+            if host == os.uname().nodename and pid.isdigit() and not _is_running(int(pid)):
+                unit.path.unlink(missing_ok=True)
+    there = found.keys() & keys
+    paths = {key: found[key] for key in there if take_unit(found[key])}
+    return paths, len(there) - len(paths)
+
+
+def take_unit(path: Path) -> bool:
+    """Whether the unit is whole. If it is, it is marked as used now; if not, it is removed."""
+    whole = False
+    try:
+        whole = file_sha256(path)[:32] == path.stem.partition("-")[2]
+        os.utime(path) if whole else path.unlink()
+    except OSError:  # pruned a moment ago, in a shared cache that is read-only, or not readable for us
+        return path.is_file() and whole
+    return whole
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def prune(folder: Path, unused_days: float) -> list[CachedUnit]:
+    """Remove units that no build has used for `unused_days`, and half-written ones a day old. Returns those removed."""
+    now, removed = time.time(), []
+    for unit in cached_units(folder):
+        age_s = ABANDONED_S if unit.path.suffix == PARTIAL_SUFFIX and unused_days else unused_days * DAY_S
+        if now - unit.last_used >= age_s:
+            unit.path.unlink(missing_ok=True)
+            removed.append(unit)
+    return removed

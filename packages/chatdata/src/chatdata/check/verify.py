@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from chatdata.arrow import values_of
-from chatdata.build.publish import MARK
+from chatdata.build.run import MARK
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, FormatError
 from chatdata.progress import Progress, no_progress

@@ -95,8 +95,8 @@ def build(
     """Render a recipe to token and mask shards."""
     from chatdata.build.engines import available_cpus, start_early
     from chatdata.build.plan import make_build_plan
-    from chatdata.build.publish import check_out
     from chatdata.build.run import build as run_build
+    from chatdata.build.run import check_out
     from chatdata.look.build import show_plan, show_result
     from chatdata.progress import shown_progress
     from chatdata.recipe import load_recipe
@@ -225,7 +225,7 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     A build renders missing units again. The cache is $CHATDATA_CACHE, by default `chatdata` in the XDG cache folder. It
     also holds downloaded word lists, which are small and are never removed.
     """
-    from chatdata.build.cache import cached_units, prune
+    from chatdata.build.units import cached_units, prune
     from chatdata.disk import cache_folder
     from chatdata.look.console import megabytes
 

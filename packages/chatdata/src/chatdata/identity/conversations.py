@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chatdata.conversation import Conversation, Role
-from chatdata.decode import decode
-from chatdata.disk import check_file, naming, write_whole
+from chatdata.disk import check_file, decode, naming, write_whole
 from chatdata.errors import BuildError, PersonaError, UsageError
 from chatdata.identity.persona import SENTENCE_ENDS, Persona
 

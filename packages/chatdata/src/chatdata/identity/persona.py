@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from chatdata.decode import convert, decode
+from chatdata.disk import convert, decode
 from chatdata.errors import PersonaError
 
 SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "।")

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from chatdata.calculator import calculate, compare_outputs
-from chatdata.document import check_ids
-from chatdata.errors import CalculatorError
+from chatdata.errors import CalculatorError, FormatError
 from chatdata.render.format import NANOCHAT, OUTPUT, PYTHON, USER
 from chatdata.render.pieces import CLOSES, OPENS, Pieces
 
@@ -121,6 +120,13 @@ def render_batch(
         num_mismatches=np.bincount(conversation, minlength=len(pieces)),
         mismatches=mismatches,
     )
+
+
+def check_ids(ids: np.ndarray, limit: int) -> None:
+    """Raise FormatError if an id is negative or ≥ `limit`."""
+    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < limit):
+        bad = int(ids.max()) if int(ids.max()) >= limit else int(ids.min())
+        raise FormatError(f"token id {bad} is outside 0 … {limit - 1}: it does not fit the vocabulary of the shards")
 
 
 def digests_of(tokens: np.ndarray, mask: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:

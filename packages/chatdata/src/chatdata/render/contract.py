@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chatdata.document import blocks_of
 from chatdata.errors import BuildError
 from chatdata.render.batch import digests_of
 from chatdata.render.format import END, EVENTS, NAMES, NANOCHAT, OTHER, START, TEXT, Grammar, grammar_of
+from chatdata.render.pieces import blocks_of
 
 BLOCK_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the size of the shard
 WHOLE_DOCUMENT = -1  # a finding's position if it is about no single token

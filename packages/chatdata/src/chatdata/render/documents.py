@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
-from chatdata.document import Span, blocks_of
+from chatdata.document import Span
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
 from chatdata.render.batch import SPAN_DTYPE, Mismatch, RenderedBatch, digests_of
 from chatdata.render.contract import Rules, check_documents, raise_defect
+from chatdata.render.pieces import blocks_of
 from chatdata.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
@@ -63,6 +64,12 @@ class RenderedDocuments:
         self.drop_reason = np.zeros(len(self.num_tokens), dtype=np.uint8)
         self.truncated = np.zeros(len(self.num_tokens), dtype=bool)
         self.where = where
+        self.mismatches: dict[int, list[Mismatch]] = {}  # by document: few have any
+        for block, first in zip(blocks, self._first.tolist(), strict=False):
+            starts = _starts(block.num_mismatches)
+            for i in np.flatnonzero(block.num_mismatches).tolist():
+                texts = block.mismatches[int(starts[i]) : int(starts[i] + block.num_mismatches[i])]
+                self.mismatches[first + i] = [Mismatch(*json.loads(str(text))) for text in texts]
         self._apply_policies(recipe)
 
     def _apply_policies(self, recipe: Recipe) -> None:
@@ -159,17 +166,6 @@ class RenderedDocuments:
         kept = left > 0
         spans["length"] = np.minimum(spans["length"], np.maximum(left, 0))
         return spans[kept], np.bincount(document[kept], minlength=len(chosen))
-
-    def mismatches(self, chosen: np.ndarray) -> list[tuple[int, Mismatch]]:
-        """(place in `chosen`, mismatch) of every tool call whose recorded output is not the calculator's."""
-        texts: dict[int, list[str]] = {}  # few documents have any
-        for block, first in zip(self._blocks, self._first.tolist(), strict=False):
-            starts = _starts(block.num_mismatches)
-            for i in np.flatnonzero(block.num_mismatches).tolist():
-                start = int(starts[i])
-                texts[first + i] = list(map(str, block.mismatches[start : start + int(block.num_mismatches[i])]))
-        found = np.flatnonzero(np.isin(chosen, np.array(list(texts), dtype=np.int64)))
-        return [(i, Mismatch(*json.loads(text))) for i in found.tolist() for text in texts[int(chosen[i])]]
 
 
 def check_cut(documents: RenderedDocuments, recipe: Recipe, tokenizer: Tokenizer) -> None:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatdata.arrow import to_numpy
-from chatdata.conversation import Message, parse_conversation
-from chatdata.document import blocks_of
+from chatdata.conversation import Message, check_surrogates, parse_conversation
+from chatdata.errors import ChatdataError, SourceError
 from chatdata.render.format import PART_ROLES, TEXT, USER
 from chatdata.render.specification import merged_turns
+from chatdata.sources.source import Rows, Source
+from chatdata.tasks.task import call_task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,9 +42,6 @@ class Pieces:
     def split(self, max_chars: int) -> Iterator[Pieces]:
         """The same in parts of at most `max_chars` characters, at least one conversation each."""
         num_chars = np.fromiter(map(len, self.texts), dtype=np.int64, count=len(self.texts))
-        if num_chars.sum() <= max_chars:
-            yield self
-            return
         first_piece = np.cumsum(self.counts) - self.counts
         for first, last in blocks_of(np.add.reduceat(num_chars, first_piece), max_chars):
             yield self.part(first, last)
@@ -51,6 +50,21 @@ class Pieces:
         """Conversations [first, last)."""
         start, stop = int(self.counts[:first].sum()), int(self.counts[:last].sum())
         return Pieces(self.texts[start:stop], self.codes[start:stop], self.counts[first:last])
+
+
+def blocks_of(sizes: np.ndarray, max_size: int) -> list[tuple[int, int]]:
+    """[first, last) of each block of neighbours: a block closes before the document that would pass `max_size`.
+
+    A document over `max_size` is a block of one. Sizes are tokens for shards and for what is held in memory at once,
+    characters for texts encoded in one call.
+    """
+    ends = np.cumsum(sizes, dtype=np.int64)
+    bounds, first, used = [], 0, 0
+    while first < len(sizes):
+        last = max(first + 1, int(np.searchsorted(ends, used + max_size, side="right")))
+        bounds.append((first, last))
+        first, used = last, int(ends[last - 1])
+    return bounds
 
 
 def pieces_of_conversations(conversations: Iterable[Any]) -> Pieces:
@@ -122,6 +136,36 @@ def _take_plain(conversation: Any, texts: list[str], codes: bytearray) -> bool:
         return joined.isascii() or bool(joined.encode())
     except UnicodeEncodeError:  # a lone surrogate
         return False
+
+
+def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
+    """Raw rows as pieces: a table of well-formed conversations column by column, anything else row by row."""
+    task = source.task
+    try:
+        if task.rows_are_conversations and not isinstance(raw, list):
+            pieces = pieces_of_table(raw)
+            if pieces is not None:
+                return pieces
+        records = raw if isinstance(raw, list) else raw.to_pylist()
+    except UnicodeDecodeError:
+        raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
+    converted: list[Any] = []
+    make_pieces = _checked_texts if task.kind == "text" else pieces_of_conversations
+    try:
+        for record in records:
+            converted.append(call_task(task, task.to_conversation, record))
+        return make_pieces(converted)
+    except ChatdataError as error:
+        for row, conversation in zip(rows.tolist(), converted, strict=False):  # name the first row that is wrong
+            try:
+                make_pieces([conversation])
+            except ChatdataError as own:
+                raise own.at(source.where(row)) from None
+        raise error.at(source.where(int(rows[len(converted)]))) from None
+
+
+def _checked_texts(texts: list[str]) -> Pieces:
+    return pieces_of_texts([check_surrogates(text, 'key "text"') for text in texts])
 
 
 def pieces_of_texts(texts: list[str]) -> Pieces:

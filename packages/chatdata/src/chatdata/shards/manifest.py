@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from chatdata.decode import convert, decode, shown
+from chatdata.disk import convert, decode, shown
 from chatdata.errors import FormatError
 from chatdata.recipe import Overflow, Stage, ZeroSupervised
 from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, SPECIAL_TOKENS

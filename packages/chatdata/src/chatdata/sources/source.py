@@ -231,8 +231,8 @@ def _read_parquet(file: SourceFile, first: int, wanted: np.ndarray) -> Iterator[
         begin, end = max(at, first), min(at + batch.num_rows, stop)
         if begin < end:
             rows = np.flatnonzero(wanted[begin - first : end - first]) + begin
-            if len(rows) == batch.num_rows:
-                yield rows, batch
+            if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+                yield rows, batch.slice(int(rows[0]) - at, len(rows))
             elif len(rows):
                 yield rows, batch.take(to_arrow(rows - at))
         if at + batch.num_rows > stop:  # its last rows are the next part's first

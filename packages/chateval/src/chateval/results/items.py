@@ -16,7 +16,7 @@ from typing import IO, Annotated, Any
 
 from msgspec import Meta, Struct
 
-from chatdata.decode import convert
+from chatdata.disk import convert
 from chateval.errors import ResultsError
 
 ITEMS_NAME = "items.jsonl"

@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, to_builtins
 
 from chatdata.check.diff import ABSENT, differences
-from chatdata.decode import convert, decode
-from chatdata.disk import naming, write_whole
+from chatdata.disk import convert, decode, naming, write_whole
 from chatdata.shards.manifest import Source
 from chateval.errors import ResultsError, ScoringError
 

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from chatdata.decode import decode
+from chatdata.disk import decode
 from chattrain.errors import ImportNanochatError, first_line
 from chattrain.model import ModelConfig, check_weights, parse_config
 

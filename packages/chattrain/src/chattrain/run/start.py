@@ -216,9 +216,10 @@ def _make_plans(
     micro_tokens = num_ranks * settings.device_batch_size * settings.seq_len  # of one micro-batch on every rank
     step_tokens = settings.total_batch_tokens or micro_tokens
     if step_tokens % micro_tokens:
+        factors = f"{num_ranks} × {settings.device_batch_size} × {settings.seq_len}"
         raise RunError(
-            f"--total-batch-tokens {step_tokens:,} must be a multiple of {micro_tokens:,}, which is "
-            f"ranks × device batch size × sequence length: {num_ranks} × {settings.device_batch_size} × {settings.seq_len}"
+            f"--total-batch-tokens {step_tokens:,} must be a multiple of {micro_tokens:,}: {factors} "
+            "(ranks × device batch size × sequence length)"
         )
     if settings.order == "plan":
         plan = plan_epoch(build.splits["train"], **chosen, step_sequences=step_tokens // settings.seq_len)

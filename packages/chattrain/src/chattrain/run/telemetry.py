@@ -12,8 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from chatdata.decode import convert, decode
-from chatdata.disk import naming, write_whole
+from chatdata.disk import convert, decode, naming, write_whole
 from chattrain.checkpoint import FORMAT, PlanRecord, Recipe
 from chattrain.errors import RunError
 from chattrain.model import ModelConfig, parameter_shapes

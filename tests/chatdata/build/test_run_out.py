@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from chatdata import open_build
-from chatdata.build.publish import check_out, partial_folder, publish
+from chatdata.build.run import check_out, partial_folder, publish
 from chatdata.errors import BuildError
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.files import save_tokenizer
