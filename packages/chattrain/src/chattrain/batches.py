@@ -37,20 +37,12 @@ if TYPE_CHECKING:
 
 # pack: positions of each document of each row, in order, for attention.pack_sequences; else None: causal over the row
 Lengths = tuple[tuple[int, ...], ...] | None
-
-
-@dataclass(frozen=True, eq=False)
-class RowArrays:
-    """Some sequences of a plan, one per row."""
-
-    inputs: np.ndarray  # int64 [rows, W]
-    targets: np.ndarray  # int64 [rows, W], IGNORED where there is none
-    lengths: Lengths
+Rows = tuple[np.ndarray, np.ndarray, Lengths]  # a Batch before it is tensors
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch of one rank."""
+    """Sequences of a plan, one per row: B of them for one micro-batch of one rank."""
 
     inputs: Tensor  # int64 [B, W]
     targets: Tensor  # int64 [B, W], IGNORED where there is none
@@ -107,9 +99,7 @@ def read_step(
     position = step % plan.num_steps
     first = position * plan.step_sequences + rank * share
     rows = read_rows(plan, first, first + share, _step_width(plan, position))
-    inputs, targets = torch.from_numpy(rows.inputs), torch.from_numpy(rows.targets)
-    if pin:
-        inputs, targets = inputs.pin_memory(), targets.pin_memory()
+    inputs, targets = (t.pin_memory() if pin else t for t in (rows.inputs, rows.targets))
     batches = (
         Batch(inputs[a:b], targets[a:b], None if rows.lengths is None else rows.lengths[a:b])
         for a, b in ((a, a + device_batch_size) for a in range(0, share, device_batch_size))
@@ -118,14 +108,15 @@ def read_step(
     return Step(step, tuple(batches), num_tokens, num_targets, _digest(rows, rank * share))
 
 
-def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = None) -> RowArrays:
+def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = None) -> Batch:
     """Sequences [first, last) of the plan, in any step or, for an evaluation, left over.
 
     width: W for pad, by default what the longest document of these sequences needs.
     """
-    if plan.layout == "stream":
-        return _stream_rows(plan, first, last)
-    return _document_rows(plan, first, last, width)
+    is_stream = plan.layout == "stream"
+    rows = _stream_rows(plan, first, last) if is_stream else _document_rows(plan, first, last, width)
+    inputs, targets, lengths = rows
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), lengths)
 
 
 def target_documents(plan: TrainingPlan, first: int, last: int) -> np.ndarray:
@@ -139,23 +130,23 @@ def target_documents(plan: TrainingPlan, first: int, last: int) -> np.ndarray:
     return documents
 
 
-def _stream_rows(plan: TrainingPlan, first: int, last: int) -> RowArrays:
+def _stream_rows(plan: TrainingPlan, first: int, last: int) -> Rows:
     """T + 1 tokens per row: all but the last are inputs, all but the first are targets."""
     split, shape = plan.split, (last - first, plan.seq_len)
     if plan.order == "nanochat":
         reads = reads_of_sequences(plan, first, last)
         starts, counts = split.offsets[reads.document] + reads.start, reads.stop - reads.start
         rows = _take(split, "tokens", _ranges(starts, counts), starts).reshape(shape[0], -1)
-        return RowArrays(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), None)
+        return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), None
     start, stop = first * plan.seq_len, last * plan.seq_len
     line = split.tokens(start, stop + 1)  # a row's last target is the next one's first input
     inputs, targets = line[:-1].astype(np.int64), line[1:].astype(np.int64)
     if plan.mask != "ignore":
         targets[split.mask(start + 1, stop + 1, plan.mask) == 0] = IGNORED
-    return RowArrays(inputs.reshape(shape), targets.reshape(shape), None)
+    return inputs.reshape(shape), targets.reshape(shape), None
 
 
-def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None) -> RowArrays:
+def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None) -> Rows:
     """Whole documents: each has a position for every token but its last, so no target crosses into another document."""
     assert plan.packing is not None
     split, place = plan.split, _places(plan, first, last, width)
@@ -174,7 +165,7 @@ def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None)
         positions = (plan.packing.lengths[bounds[0] : bounds[-1]] - 1).tolist()
         cuts = (bounds - bounds[0]).tolist()
         lengths = tuple(tuple(positions[a:b]) for a, b in pairwise(cuts))
-    return RowArrays(inputs, targets, lengths)
+    return inputs, targets, lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +219,7 @@ def _step_width(plan: TrainingPlan, position: int) -> int | None:
     return int(plan.packing.lengths[step].max()) - 1  # pad has one document a sequence
 
 
-def _digest(rows: RowArrays, first: int) -> int:
+def _digest(rows: Batch, first: int) -> int:
     """Sum of the hashes of the rows, each with its place in the step, wrapped to int64.
 
     A sum does not depend on which rank hashed which rows, so each rank hashes exactly the rows it feeds. A row's hash
@@ -238,7 +229,8 @@ def _digest(rows: RowArrays, first: int) -> int:
     """
     num_rows, width = rows.inputs.shape
     factors = _factors(1 << (width - 1).bit_length() if width else 1)
-    sums = rows.inputs.view(np.uint64) @ factors[0, :width] + rows.targets.view(np.uint64) @ factors[1, :width]
+    inputs, targets = rows.inputs.numpy().view(np.uint64), rows.targets.numpy().view(np.uint64)
+    sums = inputs @ factors[0, :width] + targets @ factors[1, :width]
     if rows.lengths is not None:
         lengths = (np.array(row, np.uint64) @ factors[2, : len(row)] for row in rows.lengths)
         sums += np.fromiter(lengths, np.uint64, num_rows)

@@ -63,11 +63,13 @@ def bits_per_byte(
         if first == last:
             continue
         rows = read_rows(plan, first, last)
-        targets = torch.from_numpy(rows.targets).to(ranks.device)
         with torch.no_grad():
-            hidden = forward(torch.from_numpy(rows.inputs), rows.lengths)
-            losses = position_losses(hidden, model.lm_head.weight, targets, model.config.vocab_size)
-        counts = byte_counts[np.maximum(rows.targets, 0)] * (rows.targets >= 0)
+            hidden = forward(rows.inputs, rows.lengths)
+            losses = position_losses(
+                hidden, model.lm_head.weight, rows.targets.to(ranks.device), model.config.vocab_size
+            )
+        read = rows.targets.numpy()
+        counts = byte_counts[np.maximum(read, 0)] * (read >= 0)
         counted = counts > 0
         task = task_of_document[target_documents(plan, first, last)[counted]]
         values = losses.cpu().double().numpy()[counted]

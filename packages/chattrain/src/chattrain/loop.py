@@ -197,18 +197,11 @@ def _evaluate(run: Run, settings: RunSettings, step: int, write: Callable[[ValEn
 
 
 def _save(run: Run, settings: RunSettings, step: int) -> None:
-    learner = run.learner
+    learner, model = run.learner, run.learner.model
     if learner.ranks.is_first:
-        save_checkpoint(
-            settings.out / "checkpoints",
-            step,
-            learner.model.config,
-            learner.model.state_dict(),
-            optimizer_tensors(learner.model, learner.optimizers),
-            run.plan_record,
-            run.recipe,
-            run.plan.split.build.path / "tokenizer",
-        )
+        folder, tokenizer = settings.out / "checkpoints", run.plan.split.build.path / "tokenizer"
+        weights, state = model.state_dict(), optimizer_tensors(model, learner.optimizers)
+        save_checkpoint(folder, step, model.config, weights, state, run.plan_record, run.recipe, tokenizer)
         keep_last(settings.out, settings.keep_last)
     learner.ranks.wait()
 

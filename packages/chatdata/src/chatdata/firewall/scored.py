@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from chatdata.sources import hub
 from chatdata.sources.find import Locations, PlannedEntry, resolve
 from chatdata.sources.source import Source
 from chatdata.tasks.multiple_choice import question_and_choices
-from chatdata.tasks.task import Task, call_task
+from chatdata.tasks.task import Scoring, Task, call_task
 from chatdata.tokenizer.bpe import Tokenizer
 
 
@@ -102,9 +102,8 @@ def _scored_items(
 
 
 def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
-    assert task.scoring is not None
-    entry, word_of = scored_entry(task, name), task.scoring.word
-    label = entry.label
+    scoring = cast(Scoring, task.scoring)
+    entry = scored_entry(task, name)
     num_rows = source.num_rows if task.generate is None else (entry.rows or 0)
     items = []
     for number, row in source.read(np.ones(num_rows, dtype=bool)):
@@ -113,9 +112,9 @@ def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
             conversation = parse_conversation(conversation)
         messages = conversation["messages"]
         question = "\n".join(str(message["content"]) for message in messages if message["role"] == "user")
-        letters = call_task(task, task.scoring.letters, row) if task.scoring.letters else ()
-        word = call_task(task, word_of, row) if word_of else None
-        items.append(ScoredItem(name, f"{label} row {number}", question_and_choices(question, letters), word))
+        letters = call_task(task, scoring.letters, row) if scoring.letters else ()
+        word = call_task(task, scoring.word, row) if scoring.word else None
+        items.append(ScoredItem(name, f"{entry.label} row {number}", question_and_choices(question, letters), word))
     return items
 
 

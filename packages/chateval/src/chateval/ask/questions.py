@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from chatdata.recipe import Entry, scored_entry
 from chatdata.render.specification import render_conversation, render_for_completion
 from chatdata.sources.find import Locations, resolve
 from chatdata.sources.source import Source
-from chatdata.tasks.task import Task, call_task
+from chatdata.tasks.task import Scoring, Task, call_task
 from chateval.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ def load_questions(
 
 
 def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokenizer, limit: int | None) -> ScoredTask:
-    assert task.scoring is not None
-    scoring = task.scoring
+    scoring = cast(Scoring, task.scoring)
     num_rows = entry.rows if source.make_row else source.num_rows
     order = permutation(num_rows) if task.permuted else np.arange(num_rows)
     chosen = order[list(select(num_rows, None, None, None, limit))]
@@ -129,8 +128,7 @@ def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokeni
 
 
 def _question(name: str, item: str, task: Task, row: Any, tokenizer: Tokenizer) -> Question:
-    assert task.scoring is not None
-    scoring = task.scoring
+    scoring = cast(Scoring, task.scoring)
     conversation = parse_conversation(call_task(task, task.to_conversation, row))
     prompt = render_for_completion(tokenizer, conversation)
     subject = call_task(task, itemgetter(scoring.subject_key), row) if scoring.subject_key else None

@@ -23,8 +23,7 @@ import socket
 import struct
 
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-COLUMN = {"x86_64": 0, "aarch64": 1}
-NUMBERS = {  # number on x86_64, on aarch64
+NUMBERS = {  # in the order of AUDIT_ARCH
     "clone": (56, 220),
     "clone3": (435, 435),
     "socket": (41, 198),
@@ -53,7 +52,7 @@ ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 def build_filter(machine: str) -> bytes:
     """The filter as struct sock_filter[], 8 bytes per instruction. machine: a key of AUDIT_ARCH, as in os.uname."""
-    number = {name: numbers[COLUMN[machine]] for name, numbers in NUMBERS.items()}
+    number = {name: numbers[list(AUDIT_ARCH).index(machine)] for name, numbers in NUMBERS.items()}
     deny = _instruction(RETURN, ERRNO | errno.EPERM)
     allow = _instruction(RETURN, ALLOW)
     program = [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chatdata.shards.read import open_build
@@ -47,15 +48,9 @@ def trace_step(run: Path, step: int, data: Path | None = None) -> dict[str, Any]
     logged = next((entry for entry in log if isinstance(entry, TrainEntry) and entry.step == step), None)
     reads = reads_of_step(plan, step)
     index = plan.split.index_table().select(["task", "entry", "row", "position"]).take(reads.document).to_pylist()
+    places = np.stack([reads.document, reads.sequence % plan.step_sequences, reads.start, reads.stop], axis=1)
     documents = [
         {"doc": doc, **facts, "sequence": sequence, "start": start, "stop": stop}
-        for doc, facts, sequence, start, stop in zip(
-            reads.document.tolist(),
-            index,
-            (reads.sequence % plan.step_sequences).tolist(),
-            reads.start.tolist(),
-            reads.stop.tolist(),
-            strict=True,
-        )
+        for facts, (doc, sequence, start, stop) in zip(index, places.tolist(), strict=True)
     ]
     return {"step": step, "split": plan.split.name, "log": msgspec.to_builtins(logged), "documents": documents}
