@@ -222,12 +222,13 @@ def check_every_target_once(plan: TrainingPlan) -> None:
         assert int((targets != IGNORED).sum()) == plan.targets_per_step[step]
     for sequence in range(num_sequences):
         rows = read_rows(plan, sequence, sequence + 1)
-        at = rows.targets != IGNORED
-        assert (rows.targets[at] == rows.inputs[at] + 1).all()  # the token after its input
-        found.update((rows.targets[at] - 100).tolist())
+        inputs, targets = rows.inputs.numpy(), rows.targets.numpy()
+        at = targets != IGNORED
+        assert (targets[at] == inputs[at] + 1).all()  # the token after its input
+        found.update((targets[at] - 100).tolist())
         if plan.layout != "stream":
-            document = np.searchsorted(offsets, rows.inputs[at] - 100, side="right")
-            assert (document == np.searchsorted(offsets, rows.targets[at] - 100, side="right")).all()
+            document = np.searchsorted(offsets, inputs[at] - 100, side="right")
+            assert (document == np.searchsorted(offsets, targets[at] - 100, side="right")).all()
     assert found == expected
     assert found.total() == plan.targets_per_step.sum() + plan.left_out.sequence_targets
 
@@ -414,11 +415,12 @@ def test_targets_know_their_document(make_split, data) -> None:
     first = data.draw(st.integers(0, plan.num_steps - 1)) * plan.step_sequences
     last = first + plan.step_sequences
     rows, documents = read_rows(plan, first, last), target_documents(plan, first, last)
-    assert documents.shape == rows.targets.shape
-    at = rows.targets != IGNORED
-    expected = np.searchsorted(plan.split.offsets, rows.targets[at] - 100, side="right") - 1
+    inputs, targets = rows.inputs.numpy(), rows.targets.numpy()
+    assert documents.shape == targets.shape
+    at = targets != IGNORED
+    expected = np.searchsorted(plan.split.offsets, targets[at] - 100, side="right") - 1
     assert (documents[at] == expected).all()
-    assert (documents[rows.inputs == PAD] == -1).all() and ((documents >= 0) == (rows.inputs != PAD)).all()
+    assert (documents[inputs == PAD] == -1).all() and ((documents >= 0) == (inputs != PAD)).all()
 
 
 @pytest.mark.parametrize("plan_of_12", ["pack"], indirect=True)

@@ -17,7 +17,7 @@ import pytest
 from chateval.errors import SandboxError
 from chateval.sandbox import run_code as sandbox
 from chateval.sandbox.run_code import Isolation, Limits, describe_isolation, find_isolation, run_code, verify
-from chateval.sandbox.seccomp import AUDIT_ARCH, COLUMN, NUMBERS, build_filter
+from chateval.sandbox.seccomp import AUDIT_ARCH, NUMBERS, build_filter
 
 ROOT = Path(__file__).parents[3]
 TESTS = "\ndef check(candidate):\n    assert candidate(2) == 4\ncheck(double)\n"
@@ -300,7 +300,7 @@ def decide(program: bytes, architecture: int, number: int, argument: int) -> int
 @pytest.mark.parametrize("machine", list(AUDIT_ARCH))
 def test_filter(machine):
     allow, kill, denied, missing = 0x7FFF0000, 0x80000000, 0x50000 + 1, 0x50000 + 38
-    number = {name: numbers[COLUMN[machine]] for name, numbers in NUMBERS.items()}
+    number = {name: numbers[list(AUDIT_ARCH).index(machine)] for name, numbers in NUMBERS.items()}
 
     def answer(name, argument=0, architecture=AUDIT_ARCH[machine]):
         return decide(build_filter(machine), architecture, number.get(name, name), argument)
