@@ -153,3 +153,19 @@ def test_any_value_is_accepted_or_one_line(value: object, key: str) -> None:
         convert({"stage": "mid", key: value}, Whole, "f.json", FormatError)
     except FormatError as error:
         assert str(error).startswith(f'f.json, key "{key}') and len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [('{"stage": "mid", "stage": "sft"}', "stage"), ('{"other": [{"a": 1, "b": {}, "a": 1}], "stage": "mid"}', "a")],
+)
+def test_a_key_twice_in_one_object(text: str, key: str) -> None:
+    """msgspec and Python keep the last, other readers the first."""
+    with pytest.raises(FormatError, match=rf'^f.json: not valid JSON: key "{key}" twice in one object$'):
+        decode(text.encode(), Whole, "f.json", FormatError)
+
+
+def test_many_keys_are_compared_at_once() -> None:
+    many = "".join(f'"{number}": 0, ' for number in range(100_000))
+    with pytest.raises(FormatError, match=r'key "99999" twice in one object$'):
+        decode(f'{{{many}"99999": 0}}'.encode(), dict, "f.json", FormatError)

@@ -20,6 +20,7 @@ from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
 from chatdata.check.verify import verify_full
 from chatdata.disk import write_json
+from chatdata.errors import FormatError
 from chatdata.recipe import load_recipe
 from chatdata.shards.manifest import build_id_of
 from chatdata.sources.find import Locations
@@ -32,7 +33,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 # The reader uses neither chatdata nor numpy. At most 40 lines (a test counts them).
 def read_build(out: Path) -> Iterator[tuple[str, dict, list[int], list[int]]]:
     """(split, index row, ids, mask) of every document, after every check that the page allows."""
-    manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+    manifest = json.loads((out / "manifest.json").read_text("utf-8"), object_pairs_hook=_once)
     assert (manifest["format"], manifest["version"]) == ("chatdata", 1), "unknown format or version"
     rest = {key: value for key, value in manifest.items() if key != "build_id"}
     canonical = json.dumps(rest, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
@@ -59,6 +60,11 @@ def read_build(out: Path) -> Iterator[tuple[str, dict, list[int], list[int]]]:
                 data = struct.pack(f"<{len(ids)}I", *ids) + bytes(ones)
                 assert hashlib.blake2b(data, digest_size=16).digest() == row["digest"], "digest"
                 yield split, row, list(ids), list(ones)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    assert len(dict(pairs)) == len(pairs), "a key twice"
+    return dict(pairs)
 
 
 def _inside(out: Path, name: str) -> bytes:
@@ -160,6 +166,9 @@ def test_the_odd_build_is_odd(small: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a key twice": lambda out: (out / "manifest.json").write_text(
+        (out / "manifest.json").read_text().replace('"dtype": "<u4"', '"dtype": "<u4", "dtype": "<u4"')
+    ),
     "unknown format or version": lambda out: rewrite(out, lambda m: m.update(version=2)),
     "build_id": lambda out: (out / "manifest.json").write_text(
         (out / "manifest.json").read_text().replace("sft", "mid")
@@ -201,7 +210,9 @@ def test_what_a_reader_refuses(said: str, small: Path, tmp_path: Path) -> None:
     DAMAGE[said](out)
     with pytest.raises(AssertionError, match=said):
         list(read_build(out))
-    assert verify_full(out)  # and so does ours
+    assert verify_full(out)  # and so do ours
+    with pytest.raises(FormatError):
+        library.open_build(out)
 
 
 def test_every_manifest_key_is_on_the_page(folder: Path) -> None:

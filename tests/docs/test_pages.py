@@ -147,7 +147,7 @@ def test_reading_without_chatdata(demo_mid: Path) -> None:
 
 
 def test_index_columns_are_documented() -> None:
-    from chatdata.shards.write import index_schema
+    from chatdata.shards.index import index_schema
 
     table = text_of("format.md").split("## Index columns")[1].split("## Manifest")[0]
     named = [name for cell in re.findall(r"^\| ([a-z_, ]+) \|", table, re.M) for name in cell.split(", ")]

@@ -17,8 +17,8 @@ from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
 from chatdata.disk import write_json
 from chatdata.recipe import load_recipe
+from chatdata.shards.index import index_schema
 from chatdata.shards.manifest import build_id_of
-from chatdata.shards.write import index_schema
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer

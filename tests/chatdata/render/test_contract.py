@@ -23,8 +23,7 @@ from chatdata.render import batch
 from chatdata.render.contract import Rules, check_documents
 from chatdata.render.format import NANOCHAT
 from chatdata.render.specification import render_conversation
-from chatdata.shards.index import index_arrays
-from chatdata.shards.write import index_schema
+from chatdata.shards.index import index_arrays, index_schema
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import chatdata
@@ -15,8 +18,9 @@ from chatdata.check.verify import verify_quick
 from chatdata.disk import write_json
 from chatdata.errors import FormatError
 from chatdata.recipe import load_recipe
+from chatdata.shards.index import index_schema
 from chatdata.shards.manifest import build_id_of
-from chatdata.shards.write import index_schema, write_shard
+from chatdata.shards.write import write_shard
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
@@ -109,60 +113,191 @@ def test_ids_are_checked_before_the_cast(tmp_path: Path) -> None:
         write(np.array([-1]), "<u4", 300)
 
 
-def change_manifest(build: chatdata.Build, **changes: object) -> None:
-    manifest = {**build.manifest, **changes}
-    manifest["build_id"] = build_id_of(manifest)
-    write_json(build.path / "manifest.json", manifest)
+# A line of docs/format.md under "What a reader must do", damage that breaks it, and what is said. `sign` makes the
+# manifest's sizes, hashes and build_id fit the files again, so that nothing but the rule itself can find the damage.
+MUST: dict[str, list[tuple[Callable[[Path], object], str]]] = {
+    "a folder without `manifest.json`": [
+        (lambda out: (out / "manifest.json").unlink(), "out: an unfinished build or no build (no manifest.json)")
+    ],
+    "another `format`, and any other `version`": [
+        (lambda out: sign(out, format="other"), 'manifest.json: format "other", not chatdata'),
+        (lambda out: sign(out, version=2), "manifest.json: format version 2; this chatdata reads version 1"),
+    ],
+    "a key twice in one object": [
+        (lambda out: edit(out, '"stage": "mid"', '"stage": "sft", "stage": "mid"'), 'key "stage" twice in one object'),
+        (lambda out: edit(out, '"seed"', '"a": {"b": 1, "b": 1}, "seed"'), 'valid JSON: key "b" twice in one object'),
+    ],
+    "keys, types, ranges and sums of the manifest": [
+        (lambda out: sign(out, mask=...), 'manifest.json: no key "mask"; it must be a string'),
+        (lambda out: sign(out, mask=1), 'manifest.json, key "mask": must be a string, not 1'),
+        (lambda out: sign(out, dtype="<u4"), 'manifest.json, key "dtype": "<u4", but expected "<u2"'),
+        (lambda out: sign_split(out, tokens=1), 'key "splits.train.tokens": 1, but expected 138'),
+        (lambda out: sign_entry(out, supervised=1), 'key "splits.train.supervised": 24, but expected 1'),
+        (lambda out: sign_entry(out, rows=1), 'key "splits.train.entries[0].rows": 1, but expected 12'),
+    ],
+    "`build_id` does not match": [(lambda out: edit(out, '"seed": 42', '"seed": 43'), "does not match its build_id: ")],
+    "files of the wrong size": [
+        (lambda out: (out / "train/mask-00001.npy").unlink(), "mask-00001.npy: missing"),
+        (lambda out: write(out / "train/tokens-00000.npy", lambda data: data[:-1]), "-00000.npy: 191 bytes, but the"),
+        (lambda out: write(out / "train/mask-00000.npy", lambda data: data + b"\0"), "-00000.npy: 161 bytes, but the"),
+    ],
+    "whose `sha256` does not match": [
+        (lambda out: flip(out / "train/offsets-00000.npy", 128 + 8), "offsets-00000.npy: SHA-256 differs from the man"),
+        (lambda out: flip(out / "train/index-00002.parquet", -1), "index-00002.parquet: SHA-256 differs from the mani"),
+        (lambda out: flip(out / "tokenizer/tokenizer.json", 99), "tokenizer.json: SHA-256 differs from the manifest's"),
+        (lambda out: (out / "tokenizer/tokenizer.json").unlink(), "tokenizer/tokenizer.json: missing"),
+    ],
+    "Refuse any other name": [
+        (lambda out: sign_file(out, "mask", "mask-0.npy"), 'mask.file": "mask-0.npy", but expected "mask-00000.npy"'),
+        (lambda out: sign_file(out, "index", "../i"), 'index.file": "../i", but expected "index-00000.parquet"'),
+        (lambda out: sign_tokenizer(out, "../report.json"), '"../report.json" is not the name of a file in the folder'),
+        (lambda out: sign_tokenizer(out, "a\\b"), '"a\\\\b" is not the name of a file in the folder tokenizer'),
+    ],
+    "links that lead out of OUT": [
+        (lambda out: link(out / "train/tokens-00000.npy"), "train/tokens-00000.npy: a link out of the build"),
+        (lambda out: link(out / "tokenizer/tokenizer.json"), "tokenizer/tokenizer.json: a link out of the build"),
+        (lambda out: link(out / "tokenizer"), "a link out of the build"),
+        (lambda out: link(out / "train"), "a link out of the build"),
+    ],
+    "other headers and lengths": [
+        (lambda out: flip(out / "train/tokens-00000.npy", 22), "tokens-00000.npy: <q2 of shape (32,), but the"),
+        (lambda out: flip(out / "train/mask-00000.npy", 5), "mask-00000.npy: another header, but the"),
+        (lambda out: sign(write(out / "train/mask-00000.npy", lambda data: data + b"\0")), "32 values of |u1 make 160"),
+    ],
+    "Do not unpickle": [
+        (lambda out: sign(write(out / "train/offsets-00000.npy", objects)), ".npy: |O of shape (4,), but the manifest")
+    ],
+    "`offsets` that": [
+        (lambda out: offsets(out, 0, 1), "offsets-00000.npy: offsets do not rise from 0 to 32"),
+        (lambda out: offsets(out, -1, 33), "offsets-00000.npy: offsets do not rise from 0 to 32"),
+        (lambda out: offsets(out, 1, 2**62), "offsets-00000.npy: offsets do not rise from 0 to 32"),
+        (lambda out: offsets(out, 1, 5), "index-00000.parquet: num_tokens differs from the offsets"),
+    ],
+    "an index": [
+        (lambda out: index(out, lambda table: table.slice(1)), "index-00000.parquet: 2 rows for 3 documents"),
+        (lambda out: index(out, lambda table: table.drop(["spans"])), "columns are not those of the format"),
+        (lambda out: index(out, one_supervised), "index-00000.parquet: num_supervised does not add up to 6"),
+        (lambda out: sign(write(out / "train/index-00000.parquet", backwards)), "not a readable Parquet file: "),
+    ],
+}
 
 
-def test_opening_refuses_what_is_not_a_whole_build(small: chatdata.Build, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"absent: no such folder \(no manifest.json\)"):
-        chatdata.open_build(tmp_path / "absent")
-    path = small.path / "train" / "mask-00001.npy"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1])
-    with pytest.raises(FormatError, match=r"mask-00001.npy: \d+ bytes, but the manifest says \d+"):
-        chatdata.open_build(small.path)
-    path.unlink()
-    with pytest.raises(FormatError, match=r"mask-00001.npy: missing"):
-        chatdata.open_build(small.path)
-    path.write_bytes(content)
+@pytest.mark.parametrize(("line", "number"), [(line, i) for line, cases in MUST.items() for i in range(len(cases))])
+def test_opening_keeps_every_must_of_the_page(small: chatdata.Build, line: str, number: int) -> None:
+    """And `verify --level quick`, which lists what `open_build` stops at, says the same."""
+    page = (Path(__file__).parents[3] / "docs/format.md").read_text()
+    assert line in " ".join(page.split("## What a reader must")[1].split("\n## ")[0].split())
+    damage, said = MUST[line][number]
     chatdata.open_build(small.path)
-    change_manifest(small, version=2)
-    with pytest.raises(FormatError, match=r"format version 2; this chatdata reads version 1: build it again"):
+    damage(small.path)
+    with pytest.raises(FormatError) as caught:
         chatdata.open_build(small.path)
-    change_manifest(small, format="other")
-    with pytest.raises(FormatError, match=r'format "other", not chatdata'):
-        chatdata.open_build(small.path)
-    splits = json.loads(json.dumps(small.manifest["splits"]))
-    splits["train"]["shards"][0]["files"]["mask"]["file"] = "../../mask.npy"
-    change_manifest(small, splits=splits)
-    with pytest.raises(FormatError, match=r'mask.file": "../../mask.npy", but expected "mask-00000.npy"$'):
-        chatdata.open_build(small.path)
-    (small.path / "manifest.json").write_text("{")
-    with pytest.raises(FormatError, match=r"manifest.json: not valid JSON: "):
-        chatdata.open_build(small.path)
+    assert said in str(caught.value) and str(caught.value).startswith(str(small.path))
+    assert verify_quick(small.path)[0] == str(caught.value)
 
 
-def test_quick_verify_finds_damage(small: chatdata.Build) -> None:
-    assert verify_quick(small.path) == []
-    offsets = small.path / "train" / "offsets-00000.npy"
-    content = offsets.read_bytes()
-    values = np.frombuffer(content[128:], dtype="<i8").copy()
-    values[1] += 1
-    offsets.write_bytes(content[:128] + values.tobytes())
-    assert [problem.split(": ", 1)[1] for problem in verify_quick(small.path)] == [
-        "num_tokens differs from the offsets"
-    ]
-    values[1] = values[0]
-    offsets.write_bytes(content[:128] + values.tobytes())
-    assert any("offsets do not rise from 0 to" in problem for problem in verify_quick(small.path))
-    offsets.write_bytes(content)
-    tokens = small.path / "train" / "tokens-00002.npy"
-    tokens.write_bytes(tokens.read_bytes().replace(b"<u2", b"<i2", 1))
-    assert any("<i2 of shape" in problem for problem in verify_quick(small.path))
-    (small.path / "tokenizer" / "tokenizer.json").unlink()
-    assert any(problem.endswith("tokenizer.json: missing") for problem in verify_quick(small.path))
+def sign(path: Path, **changes: object) -> None:
+    """Sizes and hashes as the files now have them, keys of the manifest changed (removed for ...), then build_id."""
+    out = next(folder for folder in (path, *path.parents) if (folder / "manifest.json").is_file())
+    manifest = json.loads((out / "manifest.json").read_text()) | changes
+    for shard in manifest["splits"]["train"]["shards"]:
+        for record in shard["files"].values():
+            if (file := out / "train" / record["file"]).is_file():
+                content = file.read_bytes()
+                record |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest = {key: value for key, value in manifest.items() if value is not ...}
+    write_json(out / "manifest.json", manifest | {"build_id": build_id_of(manifest)})
+
+
+def sign_split(out: Path, **changes: object) -> None:
+    splits = json.loads((out / "manifest.json").read_text())["splits"]
+    sign(out, splits={"train": splits["train"] | changes})
+
+
+def sign_entry(out: Path, **changes: object) -> None:
+    (entry,) = json.loads((out / "manifest.json").read_text())["splits"]["train"]["entries"]
+    sign_split(out, entries=[entry | changes])
+
+
+def sign_file(out: Path, kind: str, name: str) -> None:
+    splits = json.loads((out / "manifest.json").read_text())["splits"]
+    splits["train"]["shards"][0]["files"][kind]["file"] = name
+    sign(out, splits=splits)
+
+
+def sign_tokenizer(out: Path, name: str) -> None:
+    tokenizer = json.loads((out / "manifest.json").read_text())["tokenizer"]
+    tokenizer["files"][name] = "0" * 64
+    sign(out, tokenizer=tokenizer)
+
+
+def edit(out: Path, old: str, new: str) -> None:
+    text = (out / "manifest.json").read_text()
+    assert text.count(old) >= 1
+    (out / "manifest.json").write_text(text.replace(old, new, 1))
+
+
+def write(file: Path, change: Callable[[bytes], bytes]) -> Path:
+    file.write_bytes(change(file.read_bytes()))
+    return file
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 0x04
+    file.write_bytes(data)
+
+
+def link(path: Path) -> None:
+    outside = path.parents[1] / f"outside-{path.name}" if path.is_dir() else path.parents[2] / path.name
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def offsets(out: Path, place: int, value: int) -> None:
+    def change(data: bytes) -> bytes:
+        values = np.frombuffer(data[128:], "<i8").copy()
+        values[place] = value
+        return data[:128] + values.tobytes()
+
+    sign(write(out / "train/offsets-00000.npy", change))
+
+
+def index(out: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    file = out / "train/index-00000.parquet"
+    table = change(pq.ParquetFile(file).read())
+    pq.write_table(table, file)
+    sign(out)
+
+
+def backwards(data: bytes) -> bytes:
+    return data[::-1]
+
+
+def objects(data: bytes) -> bytes:
+    return data.replace(b"'<i8', ", b"'|O', ", 1).replace(b" }", b"  }", 1)
+
+
+def one_supervised(table: pa.Table) -> pa.Table:
+    place = table.column_names.index("num_supervised")
+    return table.set_column(place, "num_supervised", pa.array([1] * len(table), pa.int32()))
+
+
+def test_an_index_that_changes_after_opening(small: chatdata.Build) -> None:
+    """Or one that is signed, but whose other columns are wrong: a line names the file, never pyarrow's own error."""
+    train, file = small["train"], small.path / "train/index-00000.parquet"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"2")
+    for read in (lambda: train.index_table(), lambda: train.index, lambda: train.mask(0, 9, "last-turn")):
+        with pytest.raises(FormatError, match=r"index-00000.parquet: not a readable Parquet file: "):
+            read()
+    file.write_bytes(content)
+    spans = pq.ParquetFile(file).read()["spans"].to_pylist()
+    spans[0][0]["length"] = 2**31
+    place = pa.array(spans, index_schema().field("spans").type)
+    index(small.path, lambda table: table.set_column(len(table.columns) - 1, "spans", place))
+    with pytest.raises(FormatError, match=r"index-00000.parquet: spans overlap or leave their document"):
+        chatdata.open_build(small.path)["train"].mask(0, 9, "last-turn")
 
 
 def test_document_views(small: chatdata.Build) -> None:

@@ -142,7 +142,9 @@ def decode(
     """Bytes of JSON or TOML as a `type`. Raises `error`, with `where` (a file, or a file and line) in front."""
     try:
         value = tomllib.loads(data.decode("utf-8-sig")) if kind == "toml" else msgspec.json.decode(data)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as problem:  # also: 5,000 digits, 1,000 brackets
+        if kind == "json":  # msgspec keeps the last of two equal keys, other readers may keep the first
+            json.loads(data, object_pairs_hook=_once)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as problem:  # 5,000 digits, 1,000 brackets, equal keys
         raise error(f"{where}: not valid {kind.upper()}: {str(problem).splitlines()[0]}") from None
     return convert(value, type, where, error)
 
@@ -155,6 +157,14 @@ def convert(value: Any, type: type[T], where: str, error: Callable[[str], Except
         place, text = _explain(value, type, str(problem))
         key = f", key {json.dumps(place.removeprefix('.'))}" if place else ""
         raise error(f"{where}{key}: {text}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"key {shown(key)} twice in one object")
+        seen.add(key)
 
 
 def shown(value: Any) -> str:

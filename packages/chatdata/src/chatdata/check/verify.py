@@ -1,7 +1,7 @@
 """`chatdata verify`: do the files of a build match its manifest and the format? Lists every problem.
 
-quick     manifest, file sizes and headers, offsets, counts                       (milliseconds)
-full      also SHA-256 of every file, tokenizer, contract of every document       (12.4 M tokens: 2 s)
+quick     what `open_build` checks: manifest, sizes, headers, SHA-256 of small files (milliseconds)
+full      also SHA-256 of tokens and mask, tokenizer, contract of every document  (12.4 M tokens: 2 s)
 semantic  also sources, order, and a share of the documents rendered again        (rerender.py)
 
 A manifest is data from anywhere: nothing in it is used before `contradictions` found none.
@@ -10,39 +10,38 @@ A manifest is data from anywhere: nothing in it is used before `contradictions` 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chatdata.arrow import values_of
 from chatdata.build.run import MARK
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, FormatError
 from chatdata.progress import Progress, no_progress
 from chatdata.render.contract import WHOLE_DOCUMENT, Finding, Rules, check_documents
 from chatdata.shards.index import index_arrays, read_index
-from chatdata.shards.manifest import FILE_KINDS, contradictions, parse_manifest
+from chatdata.shards.manifest import LARGE_KINDS, build_files, check_files, contradictions, parse_manifest
 from chatdata.shards.read import Build, Split
 
 SHOWN_PER_KIND = 10  # problems of one kind that are listed; the rest are counted
-HEADER_BYTES = 128
 
 
 def verify_quick(path: Path) -> list[str]:
-    """Manifest, links, file sizes, .npy headers, offsets, and counts against the index. Reads no tokens."""
+    """Everything that `open_build` checks (see `check_files`). Reads no tokens."""
     return _quick(path)[1]
 
 
 def verify_full(path: Path, progress: Progress = no_progress) -> list[str]:
-    """Everything of quick, SHA-256 of every file, unknown files, the tokenizer, and the contract of every document."""
+    """Everything of quick, SHA-256 of every file, unknown files, the tokenizer, and the contract of all documents."""
     build, problems, sound = _quick(path)
     if build is None:
         return problems
-    problems += _hash_problems(build, progress)
     problems += _unknown_files(build)
+    if not sound:  # a link out of the build: no file was read, and none will be
+        return problems
+    problems += _hash_problems(build, progress)
     problems += _tokenizer_problems(build)
     for split in build.splits.values():
         problems += _split_problems(split, sound[split.name], progress)
@@ -56,104 +55,13 @@ def _quick(path: Path) -> tuple[Build | None, list[str], dict[str, list[int]]]:
     except FormatError as error:
         return None, [str(error)], {}
     problems = [f"{path / 'manifest.json'}, {problem}" for problem in contradictions(manifest)]
-    if problems:
-        return None, problems, {}
-    build = Build(path, manifest)
-    problems += _links(build)
-    sound: dict[str, list[int]] = {}
-    for name, split in build.splits.items():
-        checked = [_check_shard(split, number) for number in range(len(split.shards))]
-        problems += [problem for found, _ in checked for problem in found]
-        sound[name] = [number for number, (_, readable) in enumerate(checked) if readable]
-        problems += _check_sums(split)
-    for name, sha256 in manifest["tokenizer"]["files"].items():
-        file = path / "tokenizer" / name
-        if not file.is_file():
-            problems.append(f"{file}: missing")
-        elif file_sha256(file) != sha256:
-            problems.append(f"{file}: SHA-256 differs from the manifest's")
-    return build, problems, sound
-
-
-def _build_files(build: Build) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every shard file and its record in the manifest."""
-    for split in build.splits.values():
-        for number, shard in enumerate(split.shards):
-            for kind in FILE_KINDS:
-                yield split.path(kind, number), shard["files"][kind]
-
-
-def _known_files(build: Build) -> Iterator[Path]:
-    yield from (build.path / name for name in ("manifest.json", "report.json"))
-    yield from (build.path / "tokenizer" / name for name in build.manifest["tokenizer"]["files"])
-    yield from (file for file, _ in _build_files(build))
-
-
-def _links(build: Build) -> list[str]:
-    root, files = build.path.resolve(), [*_known_files(build)]
-    files += [build.path / name for name in ("tokenizer", *build.splits)]
-    return [f"{file}: a link out of the build" for file in files if not file.resolve().is_relative_to(root)]
-
-
-def _check_sums(split: Split) -> list[str]:
-    contents, problems = split.build.manifest["splits"][split.name], []
-    for key in ("documents", "tokens", "supervised"):
-        total = sum(shard[key] for shard in split.shards)
-        if total != contents[key] or sum(entry[key] for entry in contents["entries"]) != total:
-            problems.append(f"{split.build.path}: {split.name}: the manifest's {key} do not add up")
-    if any(entry["rows"] != entry["documents"] + sum(entry["dropped"].values()) for entry in contents["entries"]):
-        problems.append(f"{split.build.path}: {split.name}: the manifest's rows are not documents + dropped")
-    return problems
-
-
-def _check_shard(split: Split, number: int) -> tuple[list[str], bool]:
-    """What is wrong with the files of a shard, and whether its documents can be read anyway."""
-    shard, dtype = split.shards[number], split.build.manifest["dtype"]
-    problems = list(split.file_problems(number))
-    if problems:
-        return problems, False
-    lengths = {"tokens": shard["tokens"], "mask": shard["tokens"], "offsets": shard["documents"] + 1}
-    for kind, length in lengths.items():
-        expected_dtype = {"mask": "|u1", "offsets": "<i8"}.get(kind, dtype)
-        problems += _check_header(split.path(kind, number), expected_dtype, length)
-    if problems:
-        return problems, False
-    offsets = split.map("offsets", number)
-    if offsets[0] != 0 or offsets[-1] != shard["tokens"] or not (offsets[1:] > offsets[:-1]).all():
-        problems.append(f"{split.path('offsets', number)}: offsets do not rise from 0 to {shard['tokens']:,}")
-    index_path = split.path("index", number)
-    try:
-        index = read_index(index_path, ["num_tokens", "num_supervised"])
-    except FormatError as error:
-        return [*problems, str(error)], False
-    readable = not problems and index.num_rows == shard["documents"]
-    if index.num_rows != shard["documents"]:
-        problems.append(f"{index_path}: {index.num_rows:,} rows for {shard['documents']:,} documents")
-    elif not np.array_equal(values_of(index["num_tokens"]), np.diff(offsets)):
-        problems.append(f"{index_path}: num_tokens differs from the offsets")
-    if int(values_of(index["num_supervised"]).sum()) != shard["supervised"]:
-        problems.append(f"{index_path}: num_supervised does not add up to {shard['supervised']:,}")
-    return problems, readable
-
-
-def _check_header(file: Path, dtype: str, length: int) -> list[str]:
-    """A .npy 1.0 header is compared as bytes, not parsed: numpy's parser fails in many ways on a damaged one."""
-    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({length},), }}"
-    expected = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.ljust(HEADER_BYTES - 11).encode()
-    with file.open("rb") as opened:
-        header = opened.read(HEADER_BYTES)
-    size, expected_size = file.stat().st_size, HEADER_BYTES + length * np.dtype(dtype).itemsize
-    if header != expected + b"\n":
-        found = re.match(rb"\x93NUMPY\x01\x00..{'descr': '([^']*)', .*'shape': (\([0-9, ]*\))", header, re.DOTALL)
-        here = "{} of shape {}".format(*(part.decode("ascii", "replace") for part in found.groups())) if found else ""
-        return [f"{file}: {here or 'another header'}, but the manifest says {dtype} of shape ({length},)"]
-    if size != expected_size:
-        return [f"{file}: {size:,} bytes, but {length:,} values of {dtype} make {expected_size:,}"]
-    return []
+    return (None, problems, {}) if problems else (Build(path, manifest), *check_files(path, manifest))
 
 
 def _hash_problems(build: Build, progress: Progress) -> list[str]:
-    files, problems, done = list(_build_files(build)), [], 0
+    """Of tokens and mask: `check_files` hashes all others."""
+    found, problems, done = build_files(build.path, build.manifest), [], 0
+    files = [(file, record) for kind, file, record in found if kind in LARGE_KINDS]
     total = sum(record["bytes"] for _, record in files)
     for file, record in files:
         if file.is_file() and file_sha256(file) != record["sha256"]:
@@ -164,7 +72,7 @@ def _hash_problems(build: Build, progress: Progress) -> list[str]:
 
 
 def _unknown_files(build: Build) -> list[str]:
-    known = {*_known_files(build), build.path / MARK}
+    known = {*(file for _, file, _ in build_files(build.path, build.manifest)), build.path / MARK}
     folders = {build.path, *(file.parent for file in known)}
     unknown = []
     for folder, subfolders, names in os.walk(build.path):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chatdata.cli.check import diff, verify
-from chatdata.cli.command import FILE, examples, json_option, run_command, task_files_option
+from chatdata.cli.command import FILE, examples, json_option, run_command, task_files_option, tokenizer_of
 from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
 from chatdata.cli.tokenizer import tokenizer
@@ -102,7 +102,6 @@ def build(
     from chatdata.recipe import load_recipe
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks
-    from chatdata.tokenizer.files import load_tokenizer
 
     recipe_name = _recipe_name(stage, recipe, demo)
     tasks = load_tasks(task_files)
@@ -128,7 +127,7 @@ def build(
     if workers > 1 and engine == "local" and not (dry_run or demo or limit):
         start_early()
     locations = Locations(loaded.folder, data_dir, identity, words)
-    used_tokenizer = load_tokenizer(tokenizer) if tokenizer else _demo_tokenizer(demo)
+    used_tokenizer = tokenizer_of(tokenizer) if tokenizer else _demo_tokenizer(demo)
     plan = make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
     if not as_json:
         show_plan(plan, out)

@@ -38,8 +38,9 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
     """Check a build on disk. Exit code 3 if anything is wrong.
 
     \b
-    quick     manifest, file sizes and headers, offsets, counts of documents, tokens and index rows
-    full      also SHA-256 of every file, unknown files, tokenizer, contract of every document
+    quick     manifest, sizes and headers, SHA-256 of offsets, index and tokenizer, counts: whoever opens
+              a build checks the same
+    full      also SHA-256 of tokens and mask, unknown files, contract of every document
     semantic  also the sources, the order of the mixture, and a share of the documents rendered again
 
     semantic needs the files that are neither shipped nor on the Hub: pass --data-dir, --identity, --words and

@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from chatdata.disk import describe_os_error
+
+if TYPE_CHECKING:
+    from chatdata.tokenizer.bpe import Tokenizer
 
 FILE = click.Path(path_type=Path)  # type of an option: a file or folder that may or may not exist
 build_argument = click.argument("path", metavar="BUILD", type=FILE)
@@ -33,6 +36,14 @@ class MaskPolicyChoice(click.Choice[str]):
         if value in RENAMED_POLICIES:
             self.fail(f"{value!r} is now {RENAMED_POLICIES[value]!r}", param, ctx)
         return super().convert(value, param, ctx)
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """The tokenizer at `path` (see `load_tokenizer`); that of a build only if `open_build` accepts the build."""
+    from chatdata.shards.read import open_build
+    from chatdata.tokenizer.files import load_tokenizer
+
+    return open_build(path).tokenizer if (path / "manifest.json").is_file() else load_tokenizer(path)
 
 
 def run_command(cli: click.Group, name: str, interrupted: str, only: str | None = None) -> None:

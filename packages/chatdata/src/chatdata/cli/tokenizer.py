@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.cli.command import FILE, examples, json_option
+from chatdata.cli.command import FILE, examples, json_option, tokenizer_of
 from chatdata.errors import BuildError, UsageError
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Pa
 @click.option("--out", type=FILE, required=True, help="Folder to write.")
 def import_(file: Path, pattern: str | None, out: Path) -> None:
     """Check a tokenizer.pkl, tokenizer.json or .tiktoken file and convert it to a tokenizer folder."""
-    from chatdata.tokenizer.files import load_tokenizer, read_tiktoken
+    from chatdata.tokenizer.files import read_tiktoken
 
     if pattern is not None and file.suffix != ".tiktoken":
         raise UsageError("--pattern goes with a .tiktoken file; others hold their own")
-    _save(load_tokenizer(file) if pattern is None else read_tiktoken(file, pattern), out)
+    _save(tokenizer_of(file) if pattern is None else read_tiktoken(file, pattern), out)
 
 
 @tokenizer.command(epilog=examples("chatdata tokenizer show tokenizer", "chatdata tokenizer show out/mid --text 'Hi!'"))
@@ -62,9 +62,8 @@ def import_(file: Path, pattern: str | None, out: Path) -> None:
 def show(path: Path, text: str | None, as_json: bool) -> None:
     """Print vocabulary size, special tokens, split pattern and shard dtype; with --text, the tokens of a text."""
     from chatdata.look.console import shard_dtype
-    from chatdata.tokenizer.files import load_tokenizer
 
-    loaded = load_tokenizer(path)
+    loaded = tokenizer_of(path)
     facts: dict[str, Any] = {"vocab_size": loaded.vocab_size, "shards": shard_dtype(loaded)}
     facts |= {key: getattr(loaded, key) for key in ("pattern", "special_ids", "canary_sha256")}
     if text is not None:

@@ -1,10 +1,9 @@
-"""Reading the index of a shard that may be damaged, for `verify` and the report.
-
-`Split.index` and `Split.index_table` (read.py) are for everything else.
-"""
+"""The index of a shard, which may be damaged: its columns, reading it, its columns as arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,25 +11,61 @@ import numpy as np
 
 from chatdata.arrow import values_of
 from chatdata.errors import FormatError
-from chatdata.shards.write import index_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
-def read_index(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """The index of one shard as a table, typed and without nulls. Raises FormatError naming the file if it is not."""
+def index_schema() -> pa.Schema:
+    """Columns of the index, one row per document (docs/format.md)."""
+    import pyarrow as pa
+
+    span = pa.struct([("role", pa.uint8()), ("start", pa.uint32()), ("length", pa.uint32())])
+    return pa.schema(
+        [
+            ("doc", pa.int64()),
+            ("row", pa.int64()),
+            ("position", pa.int64()),
+            ("task", pa.dictionary(pa.int32(), pa.string())),
+            ("entry", pa.int16()),
+            ("num_tokens", pa.int32()),
+            ("num_supervised", pa.int32()),
+            ("num_turns", pa.int32()),
+            ("num_tool_calls", pa.int32()),
+            ("original_tokens", pa.int32()),
+            ("truncated", pa.bool_()),
+            ("digest", pa.binary(16)),
+            ("spans", pa.list_(span)),
+        ]
+    )
+
+
+@contextmanager
+def open_index(path: Path) -> Iterator[pq.ParquetFile]:
+    """The index of one shard, open for reading. Whatever is wrong with it is a FormatError naming the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        if not file.schema_arrow.equals(index_schema()):
-            raise FormatError(f"{path}: columns are not those of the format (docs/format.md)")
-        table = file.read(columns)
-        table.validate(full=True)
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(index_schema()):
+                raise FormatError(f"{path}: columns are not those of the format (docs/format.md)")
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise FormatError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def read_index(path: Path, columns: list[str] | None = None, num_documents: int | None = None) -> pa.Table:
+    """The index of one shard as a table, typed and without nulls. Raises FormatError naming the file if it is not.
+
+    num_documents: compared with the number of rows before any of them is read.
+    """
+    with open_index(path) as file:
+        if num_documents not in (None, file.metadata.num_rows):
+            raise FormatError(f"{path}: {file.metadata.num_rows:,} rows for {num_documents:,} documents")
+        table = file.read(columns)
+        table.validate(full=True)
     for name in table.column_names:
         values = table[name].combine_chunks()
         parts = [values, values.values, *values.values.flatten()] if name == "spans" else [values]

@@ -1,22 +1,26 @@
-"""The manifest of a build: its shape in format version 1 (docs/format.md), reading it, and its build_id.
+"""The manifest of a build: its shape in format version 1 (docs/format.md), its build_id, and what it says of the files.
 
 A manifest may come from anywhere. In one that `read_manifest` returns, every number fits int64, every file name is the
-one the format gives it, so that no path leaves the build, and no list or table is missing.
+one the format gives it, so that no path leaves the build, no list or table is missing, and totals are sums.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from msgspec import Meta, Struct
 
-from chatdata.disk import convert, decode, shown
+from chatdata.disk import convert, decode, file_sha256, shown
 from chatdata.errors import FormatError
 from chatdata.recipe import Overflow, Stage, ZeroSupervised
+from chatdata.shards.index import read_index
 from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, SPECIAL_TOKENS
 
 FORMAT, VERSION = "chatdata", 1
@@ -25,6 +29,8 @@ FILE_NAMES = {  # of a shard, by kind and number
     "index": "index-{:05d}.parquet",
 }
 FILE_KINDS = tuple(FILE_NAMES)
+LARGE_KINDS = ("tokens", "mask")  # hashed by `verify --level full` alone: 1 GB takes 0.6 s or more
+HEADER_BYTES = 128  # of a .npy file
 MAX_COUNT = 2**53 - 1  # exact as a float as well; a build of this size is 16 petabytes
 
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
@@ -177,6 +183,13 @@ def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
         split, at = splits[name], f"splits.{name}"
         found.append((f"{at}.entries", len(split["entries"]), len(recipe.get(name, []))))
         found += [(f"{at}.entries[{i}].entry", entry["entry"], i) for i, entry in enumerate(split["entries"])]
+        for key in ("documents", "tokens", "supervised"):
+            sums = [sum(part[key] for part in split[parts]) for parts in ("shards", "entries")]
+            found += [(f"{at}.{key}", split[key], total) for total in sums]
+        found += [
+            (f"{at}.entries[{i}].rows", entry["rows"], entry["documents"] + sum(entry["dropped"].values()))
+            for i, entry in enumerate(split["entries"])
+        ]
         found += [
             (f"{at}.shards[{i}].files.{kind}.file", shard["files"][kind]["file"], FILE_NAMES[kind].format(i))
             for i, shard in enumerate(split["shards"])
@@ -193,3 +206,79 @@ def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
         yield f'key "tokenizer.special_ids": {", ".join(missing)} missing'
     if len(set(ids.values())) != len(ids) or max(ids.values(), default=0) >= tokenizer["vocab_size"]:
         yield 'key "tokenizer.special_ids": must be distinct ids below vocab_size'
+
+
+def build_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Every file that a build may have: kind, path, and what the manifest says of it (sha256, bytes or nothing)."""
+    yield from (("other", folder / name, {}) for name in ("manifest.json", "report.json"))
+    for name, sha256 in manifest["tokenizer"]["files"].items():
+        yield "tokenizer", folder / "tokenizer" / name, {"sha256": sha256}
+    for name, split in manifest["splits"].items():
+        for files in (shard["files"] for shard in split["shards"]):
+            yield from ((kind, folder / name / files[kind]["file"], files[kind]) for kind in FILE_KINDS)
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> tuple[list[str], dict[str, list[int]]]:
+    """What is wrong with the files of a build, and for each split the shards whose documents can be read anyway.
+
+    Checked at every opening: links, sizes, headers, offsets, index, and the SHA-256 of all but LARGE_KINDS. That is
+    3 ms for the demo and 60 ms for a build of 1 GB. manifest: from `read_manifest`. If a file is a link out of the
+    folder, none is read, and there are no splits in the result.
+    """
+    root, files = os.path.realpath(folder), list(build_files(folder, manifest))
+    paths = [*(file for _, file, _ in files), *(folder / name for name in ("tokenizer", *manifest["splits"]))]
+    outside = [path for path in paths if not Path(os.path.realpath(path)).is_relative_to(root)]
+    if outside:
+        return [f"{path}: a link out of the build" for path in outside], {}
+    wrong: dict[Path, str] = {}
+    for kind, file, record in files:
+        if not file.is_file():
+            wrong |= {file: "missing"} if record else {}
+        elif (size := file.stat().st_size) != record.get("bytes", size):
+            wrong[file] = f"{size:,} bytes, but the manifest says {record['bytes']:,}"
+        elif record and kind not in LARGE_KINDS and file_sha256(file) != record["sha256"]:
+            wrong[file] = "SHA-256 differs from the manifest's"
+    problems, readable = [f"{file}: {problem}" for file, problem in wrong.items()], dict[str, list[int]]()
+    for name, split in manifest["splits"].items():
+        readable[name] = []
+        for number, shard in enumerate(split["shards"]):
+            paths_of = {kind: folder / name / shard["files"][kind]["file"] for kind in FILE_KINDS}
+            if wrong.keys().isdisjoint(paths_of.values()):
+                found, sound = _check_shard(paths_of, shard, manifest["dtype"])
+                problems += found
+                readable[name] += [number] if sound else []
+    return problems, readable
+
+
+def _check_shard(files: dict[str, Path], shard: dict[str, Any], dtype: str) -> tuple[list[str], bool]:
+    """Where headers, offsets and index of a shard disagree, and whether its documents can be read anyway."""
+    problems, num_tokens = [], shard["tokens"]
+    arrays = {"tokens": (dtype, num_tokens), "mask": ("|u1", num_tokens), "offsets": ("<i8", shard["documents"] + 1)}
+    for kind, (descr, length) in arrays.items():
+        # compared as bytes, not parsed: numpy's parser fails in many ways on a damaged header
+        text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({length},), }}".ljust(HEADER_BYTES - 11)
+        expected = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.encode() + b"\n"
+        with files[kind].open("rb") as opened:
+            header = opened.read(HEADER_BYTES)
+        size, expected_size = files[kind].stat().st_size, HEADER_BYTES + length * np.dtype(descr).itemsize
+        if header != expected:
+            known = re.match(rb"\x93NUMPY\x01\x00..{'descr': '([^']*)', .*'shape': (\([0-9, ]*\))", header, re.DOTALL)
+            here = b" of shape ".join(known.groups()).decode("ascii", "replace") if known else "another header"
+            problems.append(f"{files[kind]}: {here}, but the manifest says {descr} of shape ({length},)")
+        elif size != expected_size:
+            problems.append(f"{files[kind]}: {size:,} bytes, but {length:,} values of {descr} make {expected_size:,}")
+    if problems:
+        return problems, False
+    offsets = np.fromfile(files["offsets"], "<i8", offset=HEADER_BYTES)
+    if offsets[0] != 0 or offsets[-1] != num_tokens or not (offsets[1:] > offsets[:-1]).all():
+        return [f"{files['offsets']}: offsets do not rise from 0 to {num_tokens:,}"], False
+    try:
+        index = read_index(files["index"], ["num_tokens", "num_supervised"], shard["documents"])
+    except FormatError as error:
+        return [str(error)], False
+    lengths, supervised = (np.from_dlpack(column.combine_chunks()) for column in index.columns)
+    if not np.array_equal(lengths, np.diff(offsets)):
+        problems.append(f"{files['index']}: num_tokens differs from the offsets")
+    if int(supervised.sum()) != shard["supervised"]:
+        problems.append(f"{files['index']}: num_supervised does not add up to {shard['supervised']:,}")
+    return problems, True

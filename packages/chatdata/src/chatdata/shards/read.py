@@ -21,7 +21,8 @@ import numpy as np
 from chatdata.arrow import list_to_arrow, to_arrow, values_of
 from chatdata.document import IGNORED, Document
 from chatdata.errors import FormatError
-from chatdata.shards.manifest import FILE_KINDS, read_manifest
+from chatdata.shards.index import open_index, read_index
+from chatdata.shards.manifest import check_files, read_manifest
 from chatdata.shards.masks import check_policy, covered, ranges_of, select
 
 if TYPE_CHECKING:
@@ -36,17 +37,16 @@ INDEX_ROWS_AT_ONCE = 2**16  # smoltalk has 14 spans a document, so 10 MB
 
 
 def open_build(path: str | Path) -> Build:
-    """Open a build for reading. Checks the sizes of all files against the manifest; reads none of them yet.
+    """Open a build for reading, after every check of `chatdata verify --level quick`: milliseconds, no token is read.
 
-    Raises FormatError if the folder is not a finished build, or a file is missing or has the wrong size.
+    Raises FormatError if the folder is not a finished build, or one of its files is not what the manifest says.
     """
     folder = Path(path)
-    build = Build(folder, read_manifest(folder))
-    for split in build.splits.values():
-        for number in range(len(split.shards)):
-            for problem in split.file_problems(number):
-                raise FormatError(problem)
-    return build
+    manifest = read_manifest(folder)
+    problems, _ = check_files(folder, manifest)
+    if problems:
+        raise FormatError(problems[0])
+    return Build(folder, manifest)
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,6 @@ class Split:
 
     def path(self, kind: str, number: int) -> Path:
         return self.build.path / self.name / self.shards[number]["files"][kind]["file"]
-
-    def file_problems(self, number: int) -> Iterator[str]:
-        """The files of a shard that are missing, or not as long as the manifest says."""
-        for kind in FILE_KINDS:
-            file, expected = self.path(kind, number), self.shards[number]["files"][kind]["bytes"]
-            if not file.is_file():
-                yield f"{file}: missing"
-            elif file.stat().st_size != expected:
-                yield f"{file}: {file.stat().st_size:,} bytes, but the manifest says {expected:,}"
 
     def map(self, kind: str, number: int) -> np.ndarray:
         """The memory-mapped array of a shard: kind "tokens", "mask" or "offsets"."""
@@ -182,16 +173,18 @@ class Split:
 
     def _spans(self) -> Iterator[DocumentSpans]:
         """The spans of all documents, a piece of the index at a time."""
-        import pyarrow.parquet as pq
-
         first = 0
         for number in range(len(self.shards)):
-            with pq.ParquetFile(self.path("index", number)) as file:
+            with open_index(self.path("index", number)) as file:
                 for batch in file.iter_batches(INDEX_ROWS_AT_ONCE, columns=["spans"]):
                     lists = batch.column("spans")
                     document = np.repeat(np.arange(len(lists)), values_of(lists.value_lengths()))
                     spans = np.stack([values_of(field).astype(np.int64) for field in lists.flatten().flatten()])
-                    yield self.offsets[first : first + len(lists) + 1], document, spans
+                    bounds = self.offsets[first : first + len(lists) + 1]
+                    start, stop = bounds[document] + spans[1], bounds[document] + spans[1] + spans[2]
+                    if (stop > bounds[document + 1]).any() or (start[1:] < stop[:-1]).any():
+                        raise FormatError(f"{self.path('index', number)}: spans overlap or leave their document")
+                    yield bounds, document, spans
                     first += len(lists)
 
     def _range(self, kind: str, start: int, stop: int) -> np.ndarray:
@@ -239,11 +232,10 @@ class Split:
         return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=name)
 
     def index_table(self) -> pa.Table:
-        """The index as a pyarrow table (see `index_schema`), without polars; `read_table` would import pandas."""
+        """The index as a pyarrow table (see `index_schema`), without polars. Raises FormatError if it is damaged."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        return pa.concat_tables([pq.ParquetFile(self.path("index", n)).read() for n in range(len(self.shards))])
+        return pa.concat_tables([read_index(self.path("index", number)) for number in range(len(self.shards))])
 
     @cached_property
     def index(self) -> pl.DataFrame:

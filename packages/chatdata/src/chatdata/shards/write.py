@@ -19,6 +19,7 @@ from chatdata.progress import Progress
 from chatdata.render.batch import OUTCOMES, check_ids
 from chatdata.render.documents import DROP_REASONS, RenderedDocuments
 from chatdata.render.pieces import blocks_of
+from chatdata.shards.index import index_schema
 from chatdata.shards.manifest import FILE_NAMES
 from chatdata.sources.find import PlannedEntry
 from chatdata.tokenizer.bpe import Tokenizer
@@ -131,30 +132,6 @@ def _ledger(
             }
         )
     return ledger
-
-
-def index_schema() -> pa.Schema:
-    """Columns of the index, one row per document (docs/format.md)."""
-    import pyarrow as pa
-
-    span = pa.struct([("role", pa.uint8()), ("start", pa.uint32()), ("length", pa.uint32())])
-    return pa.schema(
-        [
-            ("doc", pa.int64()),
-            ("row", pa.int64()),
-            ("position", pa.int64()),
-            ("task", pa.dictionary(pa.int32(), pa.string())),
-            ("entry", pa.int16()),
-            ("num_tokens", pa.int32()),
-            ("num_supervised", pa.int32()),
-            ("num_turns", pa.int32()),
-            ("num_tool_calls", pa.int32()),
-            ("original_tokens", pa.int32()),
-            ("truncated", pa.bool_()),
-            ("digest", pa.binary(16)),
-            ("spans", pa.list_(span)),
-        ]
-    )
 
 
 def write_shard(

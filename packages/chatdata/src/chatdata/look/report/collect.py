@@ -31,7 +31,7 @@ def report_numbers(build: Build) -> dict[str, Any]:
 
     build_id, stage, `splits` (per split: documents, tokens, supervised, the manifest's ledger as `entries`, and per
     task what `chatdata stats` says with `histogram` and `roles`) and `vocabulary` (see `vocabulary_numbers`).
-    Raises FormatError if tokens, mask and index contradict each other or the manifest: `verify_quick` sees only sizes.
+    Raises FormatError if tokens, mask and index contradict each other or the manifest: `open_build` reads no tokens.
     """
     stats, splits, counts = build_stats(build), {}, {}
     for name, split in build.splits.items():
