@@ -433,6 +433,28 @@ def test_pack_lengths_suit_the_model(plan_of_12) -> None:
     assert sum(sum(row) for batch in step.batches for row in batch.lengths) == step.num_tokens
 
 
+def test_for_a_gpu_pad_has_widths_of_64(make_split, monkeypatch) -> None:
+    """Positions behind the step's longest document: padding without a target. The digest does not count them."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    lengths = [[3, 65], [66, 4], [129, 130], [5, 6]]  # of the documents of each step, one after another
+    documents = [[1, *range(10, 9 + length)] for step in lengths for length in step]
+    plan = plan_of(make_split(documents), layout="pad", seq_len=200, step_sequences=2)
+    widths = set()
+    for number in range(plan.num_steps):
+        exact, wide = read_step(plan, number), read_step(plan, number, pin=True)
+        assert (wide.digest, wide.num_targets, wide.num_tokens) == (exact.digest, exact.num_targets, exact.num_tokens)
+        (narrow,), (wider,) = exact.batches, wide.batches
+        width = narrow.inputs.shape[1]
+        widths.add((width, wider.inputs.shape[1]))
+        assert torch.equal(wider.inputs[:, :width], narrow.inputs)
+        assert torch.equal(wider.targets[:, :width], narrow.targets)
+        assert (wider.inputs[:, width:] == PAD).all() and (wider.targets[:, width:] == IGNORED).all()
+    assert all(wider == -(-width // 64) * 64 for width, wider in widths) and len({w for _, w in widths}) > 1
+    for layout in ("stream", "pack"):
+        plan = plan_of(make_split(documents), layout=layout, seq_len=150, step_sequences=1)
+        assert read_step(plan, 0, pin=True).batches[0].inputs.shape == (1, 150)
+
+
 def test_nanochat_order_ends_with_its_first_epoch(make_split) -> None:
     plan = make_nanochat_plan(make_split(LESSONS), mask="apply", seq_len=5, num_ranks=1, device_batch_size=1)
     with pytest.raises(PlanError, match="order nanochat has 3 steps, its first epoch: there is no step 3"):

@@ -220,3 +220,13 @@ def test_hidden_states_of_any_layout():
     chunked_loss(transposed, weight, targets, VOCAB).backward()
     expected = value_and_gradients(plain_loss, hidden, weight, targets, divisor=1.0)
     assert relative(transposed.grad, expected[1]) <= 1e-12
+
+
+def test_memory_for_logits_suits_the_device():
+    """Rows of logits at a time at V = 65,536: mps shares its memory with the CPU."""
+    rows = {name: loss_module._chunks(10**6, 65_536, torch.device(name), None) for name in ("cpu", "mps", "cuda")}
+    assert {name: next(chunks) for name, chunks in rows.items()} == {
+        "cpu": slice(0, 256),
+        "mps": slice(0, 1024),
+        "cuda": slice(0, 4096),
+    }

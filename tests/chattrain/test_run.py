@@ -236,7 +236,9 @@ for num_ranks, size, port in cases:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         learner.model.double()
         if ranks.num_ranks > 1:
-            learner = replace(learner, called=DistributedDataParallel(learner.model))  # buckets of the float64 model
+            assert learner.called.gradient_as_bucket_view  # gradients are held once
+            called = DistributedDataParallel(learner.model, gradient_as_bucket_view=True)  # buckets of the float64 model
+            learner = replace(learner, called=called)
         step = read_step(ready.plan, 0, ranks.rank, ranks.num_ranks, size)
         for number, batch in enumerate(step.batches):
             last = number + 1 == len(step.batches)
@@ -455,6 +457,37 @@ def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatc
     assert result.returncode == 1 and result.stderr.startswith(f"Error: {bad[0][1]}") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        ([], "(--total-batch-tokens keeps the steps as they are), or --recompute"),
+        (["--recompute"], "(--total-batch-tokens keeps the steps as they are)"),
+        (["--dry-run"], "(--total-batch-tokens keeps the steps as they are), or --recompute"),
+    ],
+)
+def test_too_little_memory_says_what_needs_less(
+    builds: dict[str, Path], tmp_path: Path, monkeypatch, arguments: list[str], remedy: str
+) -> None:
+    """On a GPU it is torch.OutOfMemoryError, on the CPU a RuntimeError; other RuntimeErrors are not taken for it."""
+
+    def on_a_gpu(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.\nGPU 0 has …")
+
+    def on_the_cpu(*_) -> None:
+        torch.empty(2**50)
+
+    def otherwise(*_) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    message = f"out of memory with --device-batch-size 4 at --seq-len 64: try a smaller one {remedy}"
+    for number, (backward, expected) in enumerate(((on_a_gpu, message), (on_the_cpu, message), (otherwise, None))):
+        monkeypatch.setattr("chattrain.loop.backward", backward)
+        command = [str(a) for a in small_run(builds, "sft", tmp_path / str(number), *arguments)]
+        with pytest.raises(ChattrainError if expected else RuntimeError) as caught:
+            cli.main(command, standalone_mode=False)
+        assert expected is None or str(caught.value) == expected
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, what: str) -> None:
     for _ in range(1200):
         if condition():
@@ -595,7 +628,7 @@ def test_a_compiled_model_is_one_graph_for_all_steps(
 
 
 def test_mfu_on_an_h100_is_the_known_one(monkeypatch) -> None:
-    """As benchmarks/gpu.sh has it: d20 at 130 K tokens/s is about 46 %. 6 · 477,102,080 + 12 · 20 · 1280 · 2048."""
+    """d20 at 130 K tokens/s is about 46 %: 6 · 477,102,080 + 12 · 20 · 1280 · 2048."""
     config = random_config("d20", vocab_size=65_536, sequence_len=2048)
     assert flops_per_token(config, 2048) == 3_491_758_080
     for name, share in (("NVIDIA H100 80GB HBM3", 0.459), ("NVIDIA H100 PCIe", 0.6004), ("Quadro 4000", "unknown")):

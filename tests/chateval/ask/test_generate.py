@@ -131,7 +131,7 @@ def keep_other_rows(self, rows) -> None:
 
 def see_one_slot_too_few(self, positions, longest) -> None:
     ADVANCE(self, positions, longest)
-    self._mask = self._mask & (torch.arange(longest + 1) != (positions - 1)[:, None])[:, None, None, :]
+    self._mask = self._mask & (torch.arange(self._num_read) != (positions - 1)[:, None])[:, None, None, :]
 
 
 def write_one_slot_behind(self, positions, longest) -> None:
@@ -155,6 +155,30 @@ def test_a_sabotaged_cache_is_noticed(scripted_subject, eager_subject, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(KeyValueCache, method, sabotage)
             assert answers(subject, prompts, sampling) != right
+
+
+def test_slots_read_in_multiples_of_64_change_no_answer(random_subject, scripted_subject, monkeypatch) -> None:
+    """What a GPU does, on the CPU: the mask hides the other slots, and a batch reads few different numbers of them."""
+    read = []
+
+    def rounded(self, positions, longest) -> None:
+        self._multiple = 64
+        ADVANCE(self, positions, longest)
+        read.append((longest, self._num_read, self.keys.size(2)))
+
+    cases = (
+        (random_subject, random_prompts(random_subject.tokenizer)[:40], GREEDY),
+        (scripted_subject, sums(scripted_subject.tokenizer)[:40], SCRIPTED),
+    )
+    exact = [answers(*case) for case in cases]
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyValueCache, "advance", rounded)
+        found = [answers(*case) for case in cases]
+    assert sum(a != b for a, b in zip(exact[0], found[0], strict=True)) <= 1  # a near tie
+    assert exact[1] == found[1]
+    for longest, num_read, num_slots in read:
+        assert num_read == min(-(-(longest + 1) // 64) * 64, num_slots)  # no slot is made for rounding
+    assert len({num_read for _, num_read, _ in read}) < 5 < len({longest for longest, _, _ in read})
 
 
 def test_a_failed_call_leaves_the_model_to_go_on(scripted_subject) -> None:
@@ -187,6 +211,32 @@ def test_draws_follow_the_probabilities(scripted_subject) -> None:
         assert [counts[i] / 20_000 for i in range(4)] == pytest.approx(shares, abs=0.015)
     cold = Counter(chateval.ask.generate._choose(logits, rows, Sampling(temperature=0.02)))
     assert cold[3] > 19_900
+
+
+def test_on_another_device_draws_come_from_its_softmax_in_fp32(monkeypatch) -> None:
+    """Stands in for a GPU, where the softmax of 32 × 65,536 logits in float64 took 20 ms on the CPU."""
+    logits = 5 * torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
+
+    def draws(logits, top_k) -> list[int]:
+        rows = [chateval.ask.generate._Row(Prompt([0]), i, 49 - i, random.Random(i)) for i in range(50)]
+        return chateval.ask.generate._choose(logits, rows, Sampling(0.7, top_k))
+
+    class OnDevice(torch.Tensor):
+        """A tensor of the CPU that says it is on a GPU."""
+
+        device = torch.device("cuda")
+
+    softmax, dtypes = torch.Tensor.softmax, []
+    note = lambda x, dim: dtypes.append(x.dtype) or softmax(x.as_subclass(torch.Tensor), dim)  # noqa: E731
+    for top_k in (None, 20):
+        on_cpu = draws(logits, top_k)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "softmax", note)
+            assert draws(logits.as_subclass(OnDevice), top_k) == on_cpu
+            assert draws(logits, top_k) == on_cpu
+    assert dtypes == [torch.float32, torch.float64] * 2
+    # as drawn before there was a device to choose
+    assert draws(logits, None)[:8] == [116, 56, 179, 113, 138, 134, 193, 144]
 
 
 def test_equal_logits_give_the_lowest_id() -> None:

@@ -1,7 +1,8 @@
 """From a plan to tensors. This is the only place that shifts: a target is the token after its input.
 
 Shapes: T = seq_len positions · G = step_sequences of a step · R ranks · B = device_batch_size · W positions of a row:
-T for stream and pack; for pad what the longest document of the step needs (of the micro-batch in order nanochat).
+T for stream and pack; for pad what the longest document of the step needs (of the micro-batch in order nanochat), on
+cuda rounded up to 64.
 
     tokens      bos  user_start  u  user_end  assistant_start  a  assistant_end        n = 7
     mask         0       0       0     0             0         1        1
@@ -34,6 +35,7 @@ from chattrain.reads import reads_of_sequences
 if TYPE_CHECKING:
     from chatdata.shards.read import Split
 
+WIDTH_MULTIPLE = 64  # of pad on cuda: for every new W, cuDNN's attention builds its graphs again, about 60 ms a step
 
 # pack: positions of each document of each row, in order, for attention.pack_sequences; else None: causal over the row
 Lengths = tuple[tuple[int, ...], ...] | None
@@ -98,14 +100,16 @@ def read_step(
         raise PlanError(f"order nanochat has {plan.num_steps} steps, its first epoch: there is no step {step}")
     position = step % plan.num_steps
     first = position * plan.step_sequences + rank * share
-    rows = read_rows(plan, first, first + share, _step_width(plan, position))
+    width = _step_width(plan, position)
+    wider = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE if width and pin else width
+    rows = read_rows(plan, first, first + share, wider)
     inputs, targets = (t.pin_memory() if pin else t for t in (rows.inputs, rows.targets))
     batches = (
         Batch(inputs[a:b], targets[a:b], None if rows.lengths is None else rows.lengths[a:b])
         for a, b in ((a, a + device_batch_size) for a in range(0, share, device_batch_size))
     )
     num_tokens, num_targets = int(plan.tokens_per_step[position]), int(plan.targets_per_step[position])
-    return Step(step, tuple(batches), num_tokens, num_targets, _digest(rows, rank * share))
+    return Step(step, tuple(batches), num_tokens, num_targets, _digest(rows, rank * share, width))
 
 
 def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = None) -> Batch:
@@ -219,7 +223,7 @@ def _step_width(plan: TrainingPlan, position: int) -> int | None:
     return int(plan.packing.lengths[step].max()) - 1  # pad has one document a sequence
 
 
-def _digest(rows: Batch, first: int) -> int:
+def _digest(rows: Batch, first: int, width: int | None = None) -> int:
     """Sum of the hashes of the rows, each with its place in the step, wrapped to int64.
 
     A sum does not depend on which rank hashed which rows, so each rank hashes exactly the rows it feeds. A row's hash
@@ -227,9 +231,9 @@ def _digest(rows: Batch, first: int) -> int:
     Kaser 2014): 64 bits tell batches apart; they do not resist someone making two alike. 32 × 512 positions take
     0.03 ms, SHA-256 takes 0.17 ms.
     """
-    num_rows, width = rows.inputs.shape
+    num_rows, width = len(rows.inputs), width or rows.inputs.shape[1]  # the same on a device that needs wider rows
     factors = _factors(1 << (width - 1).bit_length() if width else 1)
-    inputs, targets = rows.inputs.numpy().view(np.uint64), rows.targets.numpy().view(np.uint64)
+    inputs, targets = (t.numpy().view(np.uint64)[:, :width] for t in (rows.inputs, rows.targets))
     sums = inputs @ factors[0, :width] + targets @ factors[1, :width]
     if rows.lengths is not None:
         lengths = (np.array(row, np.uint64) @ factors[2, : len(row)] for row in rows.lengths)

@@ -95,7 +95,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     build = open_build(options["data"])
     options["out"] = out = options["out"] or Path("runs") / (options["stage"] or build.manifest["stage"])
     settings = RunSettings(**options)
-    with join_ranks(settings.device) as ranks:
+    with join_ranks(settings.device) as ranks, loop.memory_limited(settings):
         is_first = ranks.is_first  # it alone writes and prints
         if dry_run:
             numbers = loop.dry_run(prepare(settings, build, ranks), settings.device_batch_size)

@@ -19,8 +19,9 @@ from chattrain.model import SOFTCAP, softcap
 
 # Logits held at a time, in elements; the rows of a chunk are this ÷ V. On 2 CPU cores at V = 65,536, C = 256, chunks of
 # 64 / 128 / 256 / 512 rows took 2.87 / 2.54 / 2.47 / 2.43 s for 2,048 targets: 256 rows, two buffers of 64 MiB.
-CHUNK_ELEMENTS_CPU = 2**24
-CHUNK_ELEMENTS_GPU = 2**28  # 4,096 rows at V = 65,536: large enough for full-speed matmuls, 1 GiB in fp32
+# On cuda 4,096 rows at V = 65,536 are large enough for full-speed matmuls; the 1 GiB in fp32 (and as much again while
+# they are worked on) would be much of the memory that mps shares with everything else.
+CHUNK_ELEMENTS = {"cpu": 2**24, "mps": 2**26, "cuda": 2**28}
 
 
 def chunked_loss(
@@ -130,6 +131,5 @@ def _target_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _chunks(num_rows: int, vocab_size: int, device: torch.device, chunk_rows: int | None) -> Iterator[slice]:
-    elements = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_GPU
-    size = chunk_rows or max(1, elements // vocab_size)
+    size = chunk_rows or max(1, CHUNK_ELEMENTS[device.type] // vocab_size)
     return (slice(start, start + size) for start in range(0, num_rows, size))

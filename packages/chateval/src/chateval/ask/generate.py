@@ -154,11 +154,13 @@ def _choose(logits: Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
     if sampling.temperature == 0:
         best = logits.argmax(-1).tolist()  # the first of equal ones
         return [best[place] for place in cache_rows]
-    scaled = logits.cpu()[cache_rows].double() / sampling.temperature
+    # softmax where the logits are, in fp32 on a GPU; the sums and the draw in float64 on the CPU, the same on every device
+    wide = torch.float64 if logits.device.type == "cpu" else torch.float32
+    scaled = logits[cache_rows].to(wide) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.size(-1):
         smallest = scaled.topk(sampling.top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
-    shares = scaled.softmax(-1).cumsum(-1)
+    shares = scaled.softmax(-1).cpu().double().cumsum(-1)
     # one number per row and chosen token; forced tokens take none, so they do not change the draws after them
     draws = [0.0 if row.waiting else row.generator.random() for row in rows]
     drawn = torch.tensor(draws, dtype=torch.float64)[:, None] * shares[:, -1:]

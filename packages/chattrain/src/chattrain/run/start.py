@@ -194,7 +194,9 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     # One graph for one width is fastest. Batches of pad differ in width: torch compiles at most 8, then runs without.
     called: nn.Module = torch.compile(model, dynamic=plan.layout == "pad") if compiled else model  # type: ignore[assignment]
     if ranks.num_ranks > 1:
-        called = DistributedDataParallel(called, device_ids=[ranks.device] if on_cuda else None)
+        # as views of DDP's buckets gradients are held once, not twice: 2.2 GB less at d20
+        devices = [ranks.device] if on_cuda else None
+        called = DistributedDataParallel(called, device_ids=devices, gradient_as_bucket_view=True)
     optimizers = make_optimizers(model, SCHEDULES[stage].lr_fraction * settings.lr_scale)
     if saved is not None:
         load_optimizer_tensors(model, optimizers, saved.optimizer_tensors())
