@@ -237,7 +237,8 @@ for num_ranks, size, port in cases:
         learner.model.double()
         if ranks.num_ranks > 1:
             assert learner.called.gradient_as_bucket_view  # gradients are held once
-            called = DistributedDataParallel(learner.model, gradient_as_bucket_view=True)  # buckets of the float64 model
+            # buckets of the float64 model
+            called = DistributedDataParallel(learner.model, gradient_as_bucket_view=True)
             learner = replace(learner, called=called)
         step = read_step(ready.plan, 0, ranks.rank, ranks.num_ranks, size)
         for number, batch in enumerate(step.batches):
@@ -480,8 +481,8 @@ def test_too_little_memory_says_what_needs_less(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     message = f"out of memory with --device-batch-size 4 at --seq-len 64: try a smaller one {remedy}"
-    for number, (backward, expected) in enumerate(((on_a_gpu, message), (on_the_cpu, message), (otherwise, None))):
-        monkeypatch.setattr("chattrain.loop.backward", backward)
+    for number, (broken, expected) in enumerate(((on_a_gpu, message), (on_the_cpu, message), (otherwise, None))):
+        monkeypatch.setattr("chattrain.loop.backward", broken)
         command = [str(a) for a in small_run(builds, "sft", tmp_path / str(number), *arguments)]
         with pytest.raises(ChattrainError if expected else RuntimeError) as caught:
             cli.main(command, standalone_mode=False)
