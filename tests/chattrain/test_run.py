@@ -443,7 +443,7 @@ def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatc
         (["--seq-len", 16], "documents"),
         (["--data", tmp_path / "absent"], f"{tmp_path}/absent: no such folder (no manifest.json)"),
         (["--order", "nanochat", "--layout", "pad"], "--order nanochat fixes layout and batch"),
-        (["--tensorboard"], "--tensorboard: tensorboard is not installed; install chattrain with its extra"),
+        (["--tensorboard"], "--tensorboard: tensorboard is not installed: `uv sync --extra tensorboard` installs it"),
     ]
     if torch.cuda.is_available():
         bad = [row for row in bad if row[0][0] != "--device"]

@@ -380,7 +380,7 @@ def test_ray_gives_the_same_bytes_though_a_worker_is_killed(
 def test_without_ray_the_extra_is_named(recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
-        with pytest.raises(BuildError, match=r'^--engine ray needs Ray: install chatdata with its extra "ray"$'):
+        with pytest.raises(BuildError, match=r"^--engine ray needs Ray: `uv sync --extra ray` installs it$"):
             run(recipe, byte_tokenizer, tmp_path / "out", engine="ray")
 
 

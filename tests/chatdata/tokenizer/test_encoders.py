@@ -263,7 +263,7 @@ def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FAST:
         with pytest.raises(EncoderError) as error:
             find_encoder(name, DEMO)
-        assert str(error.value) == f'{name} is not installed: install chatdata with its extra "fast", or use tiktoken'
+        assert str(error.value) == f"{name} is not installed: `uv sync --extra fast` installs it; or use tiktoken"
     assert find_encoder("auto", DEMO).name == "tiktoken"
 
 

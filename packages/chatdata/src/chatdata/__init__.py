@@ -7,7 +7,7 @@ document = build["train"][0]          # .tokens, .mask: views; shows itself colo
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
     from chatdata.tokenizer.files import load_tokenizer
 
-__version__ = version("chatdata")
+
+def version_of(package: str) -> str:
+    """The installed version of a package; "unknown" if it is only on PYTHONPATH, as source code or an unpacked wheel."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+__version__ = version_of("chatdata")
 __all__ = [
     "Build",
     "Document",

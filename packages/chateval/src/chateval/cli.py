@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from chatdata import version_of
 from chatdata.cli.command import examples, run_command
 from chatdata.disk import naming
 
@@ -18,7 +19,7 @@ POSITIVE = click.IntRange(min=1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="chateval")
+@click.version_option(version_of("chateval"))
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 def cli(debug: bool) -> None:
     """Score chat models trained on chatdata builds, item by item, with confidence intervals and paired comparison."""

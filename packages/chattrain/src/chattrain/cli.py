@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from chatdata import version_of
 from chatdata.cli.command import MaskPolicyChoice, examples, run_command
 from chatdata.errors import UsageError
 from chattrain.errors import RunError
@@ -20,7 +21,7 @@ option = partial(click.option, show_default=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="chattrain")
+@click.version_option(version_of("chattrain"))
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 def cli(debug: bool) -> None:
     """Train small chat models on chatdata builds: streamed by stage policy, exact, resumable."""
@@ -80,7 +81,7 @@ def cli(debug: bool) -> None:
 @option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more compute.")
 @option("--seed", type=int, default=42, help="For fresh weights and the order of sequences.")
 @option("--resume", is_flag=True, help="Continue from OUT's last checkpoint (from the start if it has none).")
-@option("--tensorboard", is_flag=True, help="Also write TensorBoard files (chattrain[tensorboard]).")
+@option("--tensorboard", is_flag=True, help="Also write TensorBoard files (`uv sync --extra tensorboard`).")
 @option("--dry-run", is_flag=True, help="Print plan, parameters, memory and time of one real step, then stop.")
 @option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def run(dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -127,7 +128,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     if done < num_steps:
         click.echo("to continue: the same command with --resume")
     if done:
-        click.echo(f"loss curve: {curve}" if curve else 'no loss curve: install chattrain with its extra "plot"')
+        click.echo(f"loss curve: {curve}" if curve else "no loss curve: `uv sync --extra plot` installs matplotlib")
 
 
 def _echo_dry_run(numbers: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def test_damage_is_one_line(small: Path, tmp_path: Path) -> None:
 
 def test_the_extra_is_missing(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vl_convert", None)
-    with pytest.raises(UsageError, match=r'^a report needs Altair, .*: install chatdata with its extra "report"$'):
+    with pytest.raises(UsageError, match=r"^a report needs Altair, .*: `uv sync --extra report` installs them$"):
         report.write_report(small)
 
 

@@ -155,7 +155,7 @@ def _start_ray(renderer: Renderer, units: list[Unit]) -> Iterator[Render]:
     try:
         import ray
     except ImportError:
-        raise BuildError('--engine ray needs Ray: install chatdata with its extra "ray"') from None
+        raise BuildError("--engine ray needs Ray: `uv sync --extra ray` installs it") from None
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

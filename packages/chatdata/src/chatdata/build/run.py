@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from chatdata import version_of
 from chatdata.build.engines import ENGINES, OnRows, start_workers
 from chatdata.build.plan import BuildPlan, number_documents, place_of, rows_in_order
 from chatdata.build.units import FAST_ENCODER_BYTES, Renderer, Unit, cut_units, find_units, load_encoder, read_unit
@@ -196,7 +196,7 @@ def _run_facts(seconds: dict[str, float], splits: dict[str, Any]) -> dict[str, A
         "duration_s": {key: round(value, 3) for key, value in seconds.items()},
         "tokens_per_s": round(sum(split["tokens"] for split in splits.values()) / seconds["total"]),
         "host": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
-        "versions": {tool: version(tool) for tool in tools},
+        "versions": {tool: version_of(tool) for tool in tools},
     }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from chatdata import __version__
 from chatdata.cli.check import diff, verify
 from chatdata.cli.command import FILE, examples, json_option, run_command, task_files_option, tokenizer_of
 from chatdata.cli.identity import identity_command
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
-@click.version_option(package_name="chatdata")
+@click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
 def cli(debug: bool) -> None:
     """Render chat conversations once, offline, to token shards with a parallel loss mask."""

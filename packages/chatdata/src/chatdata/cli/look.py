@@ -84,8 +84,8 @@ def stats(path: Path, as_json: bool) -> None:
 def report(path: Path, out: Path | None, as_json: bool) -> None:
     """Write an HTML page that shows the data of a build.
 
-    It shows mixture, lengths, supervision, vocabulary and documents, and loads nothing from the network. Needs Altair:
-    install chatdata with its extra "report".
+    It shows mixture, lengths, supervision, vocabulary and documents, and loads nothing from the network. Needs Altair
+    (`uv sync --extra report`).
     """
     from chatdata.look.console import megabytes
     from chatdata.look.report.page import write_report

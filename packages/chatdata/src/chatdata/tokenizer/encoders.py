@@ -106,9 +106,7 @@ def _load(name: str, tokenizer: Tokenizer) -> Encoder:
                     batch = texts[start : start + size]
                     check_some(encoder, tokenizer, batch, encoder.encode_batch(batch), tokenizer.name, one_in=1)
     except ImportError:
-        raise EncoderError(
-            f'{name} is not installed: install chatdata with its extra "fast", or use tiktoken'
-        ) from None
+        raise EncoderError(f"{name} is not installed: `uv sync --extra fast` installs it; or use tiktoken") from None
     except ChatdataError:
         raise
     except BaseException as error:

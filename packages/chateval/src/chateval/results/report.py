@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # column names, rows
 
 REPORT_NAME, PICTURE_NAME = "report.md", "scores.png"
-NO_PICTURE = 'No picture: matplotlib is not installed (install chateval with its extra "plot").'
+NO_PICTURE = "No picture: matplotlib is not installed (`uv sync --extra plot` installs it)."
 INTERVALS = (
     "Intervals are 95 % Wilson intervals over items: how far the share of right answers may be off because these items "
     "were asked and not others. Compare two checkpoints on the same items with `chateval compare`, which pairs them; "

@@ -218,7 +218,7 @@ def _check_verifiable(config: ModelConfig) -> None:
     try:
         import transformers
     except ImportError as error:
-        raise VerifyError("verify: transformers is not installed: it must be, at version 5 or newer") from error
+        raise VerifyError("verify: transformers is not installed: `uv sync` installs it") from error
     if int(transformers.__version__.split(".")[0]) < 5:
         raise VerifyError(f"verify: transformers is {transformers.__version__}, must be version 5 or newer")
 

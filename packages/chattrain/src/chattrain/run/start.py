@@ -156,7 +156,7 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     FormatError, ConfigError, WeightsError and CheckpointError.
     """
     if settings.tensorboard and find_spec("tensorboard") is None:
-        raise RunError('--tensorboard: tensorboard is not installed; install chattrain with its extra "tensorboard"')
+        raise RunError("--tensorboard: tensorboard is not installed: `uv sync --extra tensorboard` installs it")
     stage, on_cuda = settings.stage or build.manifest["stage"], ranks.device.type == "cuda"
 
     plan, val_plan = _make_plans(settings, build, stage, ranks.num_ranks)

@@ -169,7 +169,7 @@ def peak_memory(device: torch.device) -> int:
 def draw_curve(out: Path) -> Path | None:
     """loss.png from log.jsonl: training loss, and validation bits per byte if there are any.
 
-    Returns None without matplotlib (`chattrain[plot]`).
+    Returns None without matplotlib (the extra `plot`).
     """
     try:
         from matplotlib.figure import Figure
