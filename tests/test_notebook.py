@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbformat = pytest.importorskip("nbformat", reason="runs a notebook: uv sync")
+NotebookClient = pytest.importorskip("nbclient", reason="runs a notebook: uv sync").NotebookClient
 
 ROOT = Path(__file__).parent.parent
 FRACTION = re.compile(r"\d+\.\d+")

@@ -120,6 +120,18 @@ def test_every_command_says_its_version(clean: Path, wheels: dict[str, Path], pa
     assert "Examples:" in run(clean, package, "build" if package == "chatdata" else "run", "--help")
 
 
+def test_every_hint_to_install_something_works_in_a_clone() -> None:
+    """`uv sync --extra NAME` in messages and pages: uv has that extra. On the public index our names are others'."""
+    folders = [ROOT / name for name in ("packages", "docs", "tests")]
+    paths = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md")]
+    texts = [path.read_text(encoding="utf-8") for path in (*paths, *ROOT.glob("*.md"))]
+    extras = {extra for text in texts for extra in re.findall(r"uv sync --extra (\w+)", text)}
+    assert extras >= {"fast", "plot", "ray", "report", "tensorboard"}
+    for extra in extras:
+        uv("sync", "--dry-run", "--locked", "--extra", extra)
+    assert not [text for text in texts for name in PACKAGES if f"pip install {name}" in text]
+
+
 def test_another_project_depends_on_the_git_url(tmp_path: Path) -> None:
     """The README's `uv add "chatdata @ git+https://…#subdirectory=…"`, with this repository as the address."""
     (line,) = re.findall(r"^    uv add \"(chatdata @ git\+https://\S+)\"$", (ROOT / "README.md").read_text(), re.M)

@@ -64,7 +64,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     planned = make_build_plan(load_recipe(str(folder / "r.toml"), tasks), tasks, tokenizer, Locations(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chatdata.shards.write.MAX_SHARD_TOKENS", 400)
-        build(planned, folder / "build", workers=1)
+        build(planned, folder / "build", workers=1, decontaminate="off")
     return folder / "build"
 
 

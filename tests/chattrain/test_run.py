@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -41,12 +42,13 @@ from chattrain.loop import backward, train
 from chattrain.model import random_config
 from chattrain.run.settings import RunSettings
 from chattrain.run.start import Learner, Ranks, Run, StopRequest, prepare
-from chattrain.run.telemetry import RunRecord, flops_per_token, mfu, read_log, write_run
+from chattrain.run.telemetry import RunRecord, draw_curve, flops_per_token, mfu, read_log, write_run
 from chattrain.run.trace import trace_step
 
 # training needs none of them: `chattrain run` is run so, and every module imported
 WITHOUT_POLARS = """import sys
 sys.modules |= dict.fromkeys(["polars", "datasets", "rich", "transformers", "huggingface_hub", "rustbpe"])"""
+HAS_MATPLOTLIB = find_spec("matplotlib") is not None
 ONE = Ranks(0, 1, torch.device("cpu"))
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
@@ -71,7 +73,7 @@ def write_build(folder: Path, stage: str, num: int = 90, seed: int = 0) -> Path:
     tasks = load_tasks()
     recipe = load_recipe(str(folder / "r.toml"), tasks)
     tokenizer = Tokenizer(BYTES, SPLIT_PATTERN, append_special_tokens(BYTES), "bytes")
-    build(make_build_plan(recipe, tasks, tokenizer, Locations(folder)), folder / "build")
+    build(make_build_plan(recipe, tasks, tokenizer, Locations(folder)), folder / "build", decontaminate="off")
     return folder / "build"
 
 
@@ -374,7 +376,9 @@ def test_command_line_run_trace_and_dry_run(builds: dict[str, Path], tmp_path: P
     command = [sys.executable, "-c", f"{WITHOUT_POLARS}\nfrom chattrain.cli import main; main()", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "3 of 3 steps done; checkpoint " in result.stdout and (out / "loss.png").stat().st_size > 5_000
+    assert "3 of 3 steps done; checkpoint " in result.stdout
+    assert (out / "loss.png").is_file() == HAS_MATPLOTLIB
+    assert ("no loss curve: `uv sync --extra plot` installs matplotlib" in result.stdout) != HAS_MATPLOTLIB
     assert not list(Path(tmp_path).rglob("*.partial"))
     log = log_of(out)
     assert [(e["kind"], e["step"]) for e in log] == [
@@ -516,7 +520,15 @@ def test_sigterm_saves_and_ends_well(builds: dict[str, Path], tmp_path: Path, mo
     assert process.returncode == 0
     done = len(steps_of(log_of(out)))
     assert last_checkpoint(out).step == done and f"{done} of 5000 steps done" in output
-    assert (out / "loss.png").is_file()
+    assert (out / "loss.png").is_file() == HAS_MATPLOTLIB
+
+
+def test_the_loss_curve(builds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="the curve needs matplotlib: uv sync --extra plot")
+    run(settings_for(builds, "sft", tmp_path, steps=2, eval_every=1))
+    assert draw_curve(tmp_path) == tmp_path / "loss.png" and (tmp_path / "loss.png").stat().st_size > 5_000
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert draw_curve(tmp_path) is None
 
 
 def test_kill_9_then_resume(builds: dict[str, Path], tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ PROGRAMS = ("chatdata", "chattrain", "chateval")
 FOREIGN = {
     "--nproc-per-node",
     "--package",
+    "--extra",
     "--local-dir",
     "--repo-type",
     "--revision",

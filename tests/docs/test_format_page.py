@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import tokenizers
 
 import chatdata as library
 from chatdata.build.plan import make_build_plan
@@ -26,6 +25,8 @@ from chatdata.shards.manifest import build_id_of
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import CANARY_TEXTS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+
+tokenizers = pytest.importorskip("tokenizers", reason="compares with tokenizers: uv sync")
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 

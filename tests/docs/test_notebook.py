@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import nbformat
 import numpy as np
-from nbclient import NotebookClient
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="runs a notebook: uv sync")
+NotebookClient = pytest.importorskip("nbclient", reason="runs a notebook: uv sync").NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 

@@ -280,8 +280,8 @@ def test_datasets_of_one_build_and_policy_have_one_name(many) -> None:
 
 
 def test_trl_trains_on_it(many, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl is not installed: uv run --with trl pytest …")
-    import torch
+    trl = pytest.importorskip("trl", reason="trains with trl: uv sync")
+    torch = pytest.importorskip("torch", reason="trains with torch: uv sync")
     from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerFast
 
     split, _ = many

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import tokenizers
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +17,9 @@ from chatdata import load_tokenizer, render_conversation
 from chatdata.errors import TokenizerError
 from chatdata.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, append_special_tokens, train_tokenizer
 from chatdata.tokenizer.files import read_json, read_pickle, read_tiktoken, save_tokenizer
+
+tokenizers = pytest.importorskip("tokenizers", reason="compares with tokenizers: uv sync")
+transformers = pytest.importorskip("transformers", reason="compares with transformers: uv sync")
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 

@@ -93,15 +93,14 @@ def test_batch_size_does_not_matter(mmlu, subject, alone, batch_size) -> None:
 
 def test_transformers_gives_the_same_letters(mmlu, subject, alone, checkpoint, tmp_path) -> None:
     """An export of the same weights, run by transformers, on 500 MMLU questions; and our reading of that export."""
-    from transformers import AutoModelForCausalLM
-
+    transformers = pytest.importorskip("transformers", reason="compares with transformers: uv sync")
     special = subject.tokenizer.special_ids
     saved = read_checkpoint(checkpoint)
     ends = special["<|bos|>"], special["<|assistant_end|>"]
     export_transformers(
         saved.weights(), saved.config, tmp_path / "hf", *ends, tokenizer_dir=checkpoint / "tokenizer", verify=False
     )
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     ids = torch.tensor(letter_ids(subject, "ABCD"))
     near_ties = []
     for number, (question, choice) in enumerate(zip(mmlu.questions, alone, strict=True)):

@@ -93,6 +93,7 @@ def test_escaping_by_example() -> None:
 
 
 def test_report_and_picture_are_written(item, task_of, run_of, write_items, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: uv sync --extra plot")
     write_run(tmp_path, run_of({"gsm8k": task_of(3), "mmlu": task_of(2, "categorical", 0.25), "none": task_of(4)}))
     write_items(tmp_path / "items.jsonl", item(name="a"), item("mmlu", "b", "categorical"))
     write_report(tmp_path)

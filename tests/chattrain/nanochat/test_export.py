@@ -13,7 +13,7 @@ from chattrain.nanochat.export import export_transformers, read_export, verify_e
 BOS, ASSISTANT_END = 92, 96
 IDS = {"bos_id": BOS, "assistant_end_id": ASSISTANT_END}
 
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5", reason="compares with transformers: uv sync")
 
 
 @pytest.fixture

@@ -65,6 +65,12 @@ def _build_of(folder: Path, tokenizer: Tokenizer, sources: dict[str, Any], recip
     return folder / out
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _altair() -> None:
+    for name in ("altair", "vl_convert", "jinja2"):
+        pytest.importorskip(name, reason=f"a report needs {name}: uv sync --extra report")
+
+
 @pytest.fixture
 def build_small(tmp_path: Path, byte_tokenizer: Tokenizer) -> Callable[[str], Path]:
     """The build `small` again, in the folder of this name."""
