@@ -35,13 +35,12 @@ from torch.nn.attention import SDPBackend
 from chatdata.shards.read import open_build
 from chatdata.tokenizer.files import load_tokenizer
 from chattrain.attention import pack_sequences
-from chattrain.batches import read_ahead
-from chattrain.loop import train_step
+from chattrain.loop import read_ahead, train_step
 from chattrain.loss import chunked_loss
 from chattrain.model import GPT, ModelConfig, initial_weights, load_model, random_config, softcap
-from chattrain.run import prepare as prepare_module
-from chattrain.run.ranks import Ranks
+from chattrain.run import start as run_start
 from chattrain.run.settings import RunSettings
+from chattrain.run.start import Ranks
 from chattrain.run.telemetry import mfu, peak_memory
 
 CPU = torch.device("cpu")
@@ -277,7 +276,7 @@ def steps_as_on_the_cpu(part: Part) -> None:
         settings = part.settings(stage, layout, part.sizes.equality, 2, part.sizes.seq_len, dtype="float32")
         losses, digests = [], []
         for device in (CPU, part.device):
-            run = prepare_module.prepare(replace(settings, compile=False), part.build(stage), Ranks(0, 1, device))
+            run = run_start.prepare(replace(settings, compile=False), part.build(stage), Ranks(0, 1, device))
             steps = read_ahead(run.plan, range(3), 0, 1, 2, device)
             results = [train_step(run.learner, run.recipe, run.plan, step) for step in steps]
             losses.append([result.loss for result in results])
@@ -312,7 +311,7 @@ def resume(part: Part) -> None:
 
 
 def speed(part: Part) -> None:
-    with patch.object(prepare_module, "initial_weights", cache(initial_weights)):  # drawing d20's takes seconds
+    with patch.object(run_start, "initial_weights", cache(initial_weights)):  # drawing d20's takes seconds
         for model, layout, batch in part.sizes.speed:
             what = f"{model} {layout} {batch} × {part.sizes.speed_seq_len}"
             if time.monotonic() > part.end - 30 and part.device.type == "cuda":
@@ -333,7 +332,7 @@ def measure_steps(part: Part, what: str, model: str, layout: str, batch: int) ->
     stage, sizes = "mid" if layout == "stream" else "sft", part.sizes
     settings = part.settings(stage, layout, model, batch, sizes.speed_seq_len)
     started = time.perf_counter()
-    run = prepare_module.prepare(settings, part.build(stage), Ranks(0, 1, part.device))
+    run = run_start.prepare(settings, part.build(stage), Ranks(0, 1, part.device))
     ready_s, total = time.perf_counter() - started, sizes.warm_up + sizes.steps
     steps = read_ahead(run.plan, range(total + 1), 0, 1, batch, part.device)
     tokens_per_s, waits, durations = [], [], []
@@ -361,7 +360,7 @@ def measure_steps(part: Part, what: str, model: str, layout: str, batch: int) ->
     )
 
 
-def synchronisations(part: Part, run: prepare_module.Run, step: object) -> int | str:
+def synchronisations(part: Part, run: run_start.Run, step: object) -> int | str:
     if part.device.type != "cuda":
         return "unknown"
     with warnings.catch_warnings(record=True) as caught:

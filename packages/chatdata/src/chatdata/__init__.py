@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package; "unknown" if it is only on PYTHONPATH, as source code or an unpacked wheel."""
+    """The installed version of a package; "unknown" if it is only on PYTHONPATH, unpacked or as source code."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -23,7 +23,7 @@ from chatdata.look.report.collect import ROLES, report_numbers
 from chatdata.look.report.documents import ShownDocument, shown_documents, spelled
 from chatdata.shards.read import Build, open_build
 
-MISSING = 'a report needs Altair, its JavaScript and Jinja: `uv sync --extra report` installs them'
+MISSING = "a report needs Altair, its JavaScript and Jinja: `uv sync --extra report` installs them"
 
 
 def default_out(build: Path) -> Path:
