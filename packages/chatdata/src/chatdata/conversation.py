@@ -118,10 +118,10 @@ def _parse_part(part: Any, turn: int, key: str, i: int) -> Part:
         if type(text) is str and text.isascii():
             return {"type": part["type"], "text": text}
     where = f'message {turn}, key "{key}", part {i}'
+    if isinstance(part, dict) and part.get("type", "text") not in PART_TYPES:
+        raise ConversationError(f"{where}: unknown part type {part['type']!r}{nearest(str(part['type']), PART_TYPES)}")
     if not isinstance(part, dict) or "type" not in part or "text" not in part:
         raise ConversationError(f'{where}: must be an object with "type" and "text"')
-    if part["type"] not in PART_TYPES:
-        raise ConversationError(f"{where}: unknown part type {part['type']!r}{nearest(str(part['type']), PART_TYPES)}")
     if not isinstance(part["text"], str):
         raise ConversationError(f'{where}: "text" must be a string, not {_kind(part["text"])}')
     extra = [key for key, value in part.items() if key not in ("type", "text") and value not in (None, [])]

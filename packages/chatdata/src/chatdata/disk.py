@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,17 @@ def check_file(out: Path) -> None:
         raise UsageError(f"--out {out}: there is no folder {out.parent}")
 
 
+def check_replaceable(out: Path) -> None:
+    """Raise UsageError if no finished folder can be renamed to `out`: it is a mount point, or the process is in it."""
+    place, mounts, listed = out.resolve(), Path("/proc/self/mountinfo"), set[str]()
+    if mounts.is_file():  # `is_mount` does not see a mount of the same file system; white space is in octal
+        listed = {line.split()[4] for line in mounts.read_text("utf-8", "surrogateescape").splitlines()}
+    if place.is_mount() or re.sub(r"[\s\\]", lambda found: f"\\{ord(found[0]):03o}", str(place)) in listed:
+        raise UsageError(f"--out {out} is a mount point, which no folder can replace; name a folder in it")
+    if Path.cwd().is_relative_to(place):
+        raise UsageError(f"--out {out}: a finished folder would replace the one you are in; name a folder in it")
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write to a hidden name next to `path`, sync, rename. Raises OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -80,11 +92,37 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode())
 
 
+def home_path(path: Any) -> Path:
+    """The path, with a `~` in front as the home folder: shells leave it in `--out=~/x`, and recipes have no shell."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path}: no home folder for ~ is known; write the whole path") from None
+
+
 def cache_folder(name: str) -> Path:
-    """The folder `name` of the cache, which is `$CHATDATA_CACHE` or else `chatdata` in the XDG cache folder."""
+    """The folder `name` of the cache, which is `$CHATDATA_CACHE` or else `chatdata` in the XDG cache folder.
+
+    Raises RuntimeError, as `Path.home` does, if that has to be in the home folder and there is none.
+    """
     if os.environ.get("CHATDATA_CACHE"):
-        return Path(os.environ["CHATDATA_CACHE"], name)
+        return home_path(os.environ["CHATDATA_CACHE"]) / name
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatdata", name)
+
+
+def make_cache(folder: Path) -> None:
+    """Make a folder of the cache. Raises BuildError if nothing can be written there."""
+    from tempfile import TemporaryFile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = (error.strerror or str(error)).lower()
+    raise BuildError(f"{folder}: the cache cannot be written ({reason}); set CHATDATA_CACHE to a folder that can be")
 
 
 # what to do about an error, which the system's own words do not say

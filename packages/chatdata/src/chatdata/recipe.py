@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct, defstruct
 
-from chatdata.disk import convert, decode
+from chatdata.disk import convert, decode, home_path
 from chatdata.errors import RecipeError, nearest
 from chatdata.tasks.task import Task
 
@@ -112,7 +112,7 @@ class Recipe:
 
 def file_label(path: str) -> str:
     """How a file of a recipe is named in manifest and messages: as written below the recipe's folder, else by name."""
-    outside = Path(path).is_absolute() or ".." in Path(path).parts
+    outside = Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts
     return path if "://" in path or not outside else Path(path).name
 
 
@@ -130,7 +130,7 @@ def load_recipe(
     Raises RecipeError naming file, key and the nearest valid name for anything unknown or of the wrong type.
     """
     shipped = shipped_recipes()
-    path = shipped.get(name_or_path, Path(name_or_path))
+    path = shipped.get(name_or_path, home_path(name_or_path))
     if not path.is_file():
         raise RecipeError(
             f'no recipe "{name_or_path}" (neither a file nor a name){nearest(name_or_path, list(shipped))}'

@@ -11,11 +11,10 @@ from typing import Any
 import click
 
 from chatdata import version_of
-from chatdata.cli.command import MaskPolicyChoice, examples, run_command
+from chatdata.cli.command import FILE, MaskPolicyChoice, examples, run_command
 from chatdata.errors import UsageError
 from chattrain.errors import RunError
 
-PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 option = partial(click.option, show_default=True)
 
@@ -34,7 +33,7 @@ def cli(debug: bool) -> None:
         "torchrun --nproc-per-node 8 -m chattrain run --data out/mid --init random:d20 --out runs/mid --resume",
     )
 )
-@option("--data", type=PATH, required=True, help="A chatdata build.")
+@option("--data", type=FILE, required=True, help="A chatdata build.")
 @option("--stage", type=click.Choice(["base", "mid", "sft"]), help="Stage policy (default: the build's stage).")
 @option(
     "--init",
@@ -42,7 +41,7 @@ def cli(debug: bool) -> None:
     metavar="random:dN|CHECKPOINT",
     help="Fresh weights (also random:LAYERSxWIDTHxHEADS), a checkpoint or a run.",
 )
-@option("--out", type=PATH, help="Run folder (default: runs/<stage>).")
+@option("--out", type=FILE, help="Run folder (default: runs/<stage>).")
 @option("--seq-len", type=POSITIVE, default=2048, help="T, positions of a sequence.")
 @option("--device-batch-size", type=POSITIVE, default=8, help="B, sequences at a time.")
 @option("--total-batch-tokens", type=POSITIVE, help="Positions of a step (default: B · T · ranks).")
@@ -153,9 +152,9 @@ def _echo_plan(counts: dict[str, Any], num_steps: int, stage: str) -> None:
 
 
 @cli.command(epilog=examples("chattrain trace runs/mid --step 120", "chattrain trace runs/sft --step 7 --json"))
-@click.argument("run_folder", metavar="RUN", type=PATH)
+@click.argument("run_folder", metavar="RUN", type=FILE)
 @click.option("--step", type=int, required=True, help="The first step is 0.")
-@click.option("--data", type=PATH, help="The build, if it has moved.")
+@click.option("--data", type=FILE, help="The build, if it has moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None:
     """Show which documents were in a step of a run."""
@@ -176,8 +175,8 @@ def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None
 
 
 @cli.command(epilog=examples("chattrain export runs/sft --out exported --verify"))
-@click.argument("checkpoint", type=PATH)
-@click.option("--out", type=PATH, required=True, help="Folder to write.")
+@click.argument("checkpoint", type=FILE)
+@click.option("--out", type=FILE, required=True, help="Folder to write.")
 @click.option("--verify", is_flag=True, help="Load the export with transformers and compare logits and config.")
 def export(checkpoint: Path, out: Path, verify: bool) -> None:
     """Write a checkpoint (or a run's last one) as transformers' NanoChat."""
@@ -198,9 +197,9 @@ def export(checkpoint: Path, out: Path, verify: bool) -> None:
     name="import-nanochat",
     epilog=examples("chattrain import-nanochat base_checkpoints/d20 --tokenizer tokenizer.pkl --out runs/d20-base"),
 )
-@click.argument("folder", type=PATH)
-@click.option("--tokenizer", type=PATH, required=True, help="The tokenizer that the model was trained with.")
-@click.option("--out", type=PATH, required=True, help="Run folder to write, for --init.")
+@click.argument("folder", type=FILE)
+@click.option("--tokenizer", type=FILE, required=True, help="The tokenizer that the model was trained with.")
+@click.option("--out", type=FILE, required=True, help="Run folder to write, for --init.")
 def import_nanochat(folder: Path, tokenizer: Path, out: Path) -> None:
     """Convert nanochat's model_<step>.pt and meta_<step>.json (December 2025) to a checkpoint."""
     from chatdata.tokenizer.files import load_tokenizer, save_tokenizer

@@ -26,7 +26,7 @@ from chatdata import version_of
 from chatdata.build.engines import ENGINES, OnRows, start_workers
 from chatdata.build.plan import BuildPlan, number_documents, place_of, rows_in_order
 from chatdata.build.units import FAST_ENCODER_BYTES, Renderer, Unit, cut_units, find_units, load_encoder, read_unit
-from chatdata.disk import cache_folder, file_sha256, sync, write_json, writes_to
+from chatdata.disk import cache_folder, check_replaceable, file_sha256, make_cache, sync, write_json, writes_to
 from chatdata.errors import BuildError, ChatdataError, UsageError
 from chatdata.firewall.listing import CHOICES, listing, summary
 from chatdata.firewall.scored import read_scored
@@ -84,6 +84,8 @@ def build(
             units += cut_units(number, source, plan.tokenizer, row_map.document_of >= 0)
         paths, num_damaged = find_units(cache, {unit.key for unit in units})
         missing = [unit for unit in units if unit.key not in paths]
+        if missing:  # a shared cache that holds everything may be read-only
+            make_cache(cache)
         report["units"] = {"rendered": len(missing), "cached": len(paths), "damaged": num_damaged}
 
         # render them; while workers start, do what does not depend on them
@@ -201,7 +203,8 @@ def _run_facts(seconds: dict[str, float], splits: dict[str, Any]) -> dict[str, A
 
 
 def check_out(out: Path, force: bool) -> None:
-    """Raise BuildError if `out` may not be written: it exists and is not empty, or with `force` is not only a build."""
+    """Raise an error if `out` may not be written: it exists and is not empty, or with `force` is not only a build."""
+    check_replaceable(out)
     if out.is_symlink() and not out.exists():
         raise BuildError(f"{out}: a link to nowhere; remove it or choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):

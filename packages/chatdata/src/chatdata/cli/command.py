@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -9,12 +10,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from chatdata.disk import describe_os_error
+from chatdata.disk import describe_os_error, home_path
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
 
-FILE = click.Path(path_type=Path)  # type of an option: a file or folder that may or may not exist
+NO_HOME = "there is no home folder (no HOME, no entry in passwd): set CHATDATA_CACHE (and HF_HOME)"
+
+
+class PathType(click.Path):
+    """The type of an option: a file or folder that may or may not exist."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return home_path(super().convert(value, param, ctx))
+
+
+FILE = PathType(path_type=Path)
 build_argument = click.argument("path", metavar="BUILD", type=FILE)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 task_files_option = click.option(
@@ -60,6 +71,11 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        Path.home()
+    except RuntimeError:  # the Hub, Altair and torch look for it too
+        if os.environ.get("CHATDATA_CACHE"):
+            os.environ["HOME"] = os.environ["CHATDATA_CACHE"]
+    try:
         code = cli.main(arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
         own = only is None or next((word for word in arguments if word in cli.commands), None) == only
@@ -74,6 +90,10 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
             raise
         message = describe_os_error(error) if isinstance(error, OSError) else str(error)
         _stop(message, getattr(error, "exit_code", 1))
+    except RuntimeError as error:
+        if debug or "home directory" not in str(error):
+            raise
+        _stop(NO_HOME, 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+from chatdata.disk import home_path
 from chatdata.errors import MissingSource, SourceError
 from chatdata.recipe import Entry, file_label
 from chatdata.sources import hub
@@ -18,6 +20,7 @@ from chatdata.sources.source import Source, SourceFile
 from chatdata.tasks.task import Task
 
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAKE_IDENTITY = "; `chatdata identity PERSONA --out FILE` makes one"
 
 
@@ -64,14 +67,14 @@ def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
     if task.name == "identity" and locations.identity is not None:
         return _local_source(locations.identity, locations.identity.name, task)
     if entry.path is not None:
-        return _local_source(locations.recipe_folder / entry.path, file_label(entry.path), task)
+        return _local_source(locations.recipe_folder / home_path(entry.path), file_label(entry.path), task)
     repo = entry.repo or task.hub
     if repo is None:
         identity = task.name == "identity"
         flag = "pass --identity FILE" if identity else "give it `path` or `repo` in the recipe"
         form = f"(JSONL or Parquet, a conversation per line{MAKE_IDENTITY if identity else ''})"
         raise MissingSource(f"no file given: {flag} {form}")
-    pattern = f"{entry.subset or 'data'}/{entry.split}-*.parquet"
+    pattern = f"{escape(entry.subset or 'data')}/{escape(entry.split)}-*.parquet"
     fetch = _fetch_command(repo, entry.revision, f"--include '{pattern}' ")
     looked = ""
     if locations.data_dir is not None:
@@ -158,24 +161,36 @@ def _snapshot(repo: str, pattern: str, entry: Entry, looked: str, fetch: str) ->
 def _hub_source(
     repo: str, entry: Entry, task: Task, root: Path, files: list[Path], revision: str | None, dataset: Any = None
 ) -> Source:
-    named = tuple(SourceFile(path, path.relative_to(root).as_posix()) for path in files)
+    named = tuple(_source_file(path, path.relative_to(root).as_posix()) for path in files)
     name = " ".join(part for part in (repo, entry.subset, entry.split) if part)
     return Source(name, task, named, revision, dataset)
 
 
 def _local_source(path: Path, label: str, task: Task) -> Source:
-    files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
-    if not files or not all(file.is_file() for file in files):
+    # only * is a wildcard, and only in the name of the file
+    files = sorted(path.parent.glob(escape(path.name).replace("[*]", "*"))) if "*" in path.name else [path]
+    wrong = next((file for file in files if not file.is_file()), None if files else path)
+    if wrong is not None:
         make = MAKE_IDENTITY if task.name == "identity" else ""
-        what = f"a folder; name a file, or {path}/*.jsonl" if path.is_dir() else "no such file"
-        raise MissingSource(f"{path}: {what}{make}")
+        instead = f"{path} takes files only" if wrong != path else f"name a file, or {path}/*.jsonl"
+        raise MissingSource(f"{wrong}: a folder; {instead}{make}" if wrong.is_dir() else f"{wrong}: no such file{make}")
     suffixes = (".jsonl", ".parquet", ".txt") if task.kind == "text" else (".jsonl", ".parquet")
     for file in files:
         if file.suffix not in suffixes:
             raise SourceError(f"{file}: expected {' or '.join(suffixes)}")
     folder = label.rpartition("/")[0]
-    named = tuple(SourceFile(file, f"{folder}/{file.name}" if folder else file.name) for file in files)
+    named = tuple(_source_file(file, f"{folder}/{file.name}" if folder else file.name) for file in files)
     return Source(label, task, named)
+
+
+def _source_file(path: Path, name: str) -> SourceFile:
+    """A file of rows or options. Raises SourceError for a name that no manifest can hold, and for a file of Git LFS."""
+    if name != name.encode("utf-8", "replace").decode():
+        raise SourceError(f"{name!a}: the name is not UTF-8; rename the file")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise SourceError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where you cloned it")
+    return SourceFile(path, name)
 
 
 def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[dict[str, Any], dict[str, SourceFile]]:
@@ -188,12 +203,12 @@ def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[di
         if key == "words" and locations.words is not None:
             value = locations.words
         elif "://" not in value:
-            value = str(locations.recipe_folder / value)
+            value = str(locations.recipe_folder / home_path(value))
         flag = f"pass --words FILE or set {key} in the recipe" if key == "words" else f"set {key} in the recipe"
-        path = hub.fetch_url(value, flag) if "://" in value else Path(value)
+        path = hub.fetch_url(value, flag) if "://" in value else home_path(value)
         if not path.is_file():
             raise MissingSource(f"{entry.label}: {path}: no such file; {flag}")
-        file = SourceFile(path, path.name)
+        file = _source_file(path, path.name)
         pinned = options.get(f"{key}_sha256")
         if pinned and file.sha256 != pinned:
             again = f"; to download it again delete {path}" if "://" in value else ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from chatdata.disk import cache_folder
+from chatdata.disk import cache_folder, make_cache
 from chatdata.errors import MissingSource, SourceError
 
 URL_TIMEOUT = 10  # seconds without an answer; the Hub's is HF_HUB_ETAG_TIMEOUT, 10 by default
@@ -165,7 +165,7 @@ def fetch_url(url: str, instead: str) -> Path:
 
     host = urlsplit(url).netloc
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_cache(folder)
     try:
         _check_reachable(host)
         with get_session().stream("GET", url, timeout=URL_TIMEOUT) as response, partial.open("wb") as file:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from chatdata.disk import check_replaceable
 from chattrain.checkpoint import write_tensors
 from chattrain.errors import ExportError, VerifyError, first_line
 from chattrain.model import NORM_EPS, ROPE_THETA, SOFTCAP, ModelConfig, check_weights, load_model
@@ -45,6 +46,7 @@ def export_transformers(
     for name, token in (("bos", bos_id), ("assistant_end", assistant_end_id)):
         if not 0 <= token < config.vocab_size:
             raise ExportError(f"export: {name} id {token} is not in the vocabulary of {config.vocab_size}")
+    check_replaceable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"export: {out} exists and is not an empty folder: choose another or remove it")
     if tokenizer_dir is not None and not (Path(tokenizer_dir) / "tokenizer.json").is_file():

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from chatdata.disk import home_path
 from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, TrainingPlan, plan_epoch
 from chatdata.shards.read import Build
 from chattrain.checkpoint import (
@@ -184,7 +184,7 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
         config = random_config(size, build.manifest["tokenizer"]["vocab_size"], settings.seq_len)
         weights = initial_weights(config, settings.seed)
     else:
-        found = read_checkpoint(Path(settings.init))
+        found = read_checkpoint(home_path(settings.init))
         _require_same_tokenizer(found, build)
         config = replace(found.config, sequence_len=max(found.config.sequence_len, settings.seq_len))
         weights = found.weights()
