@@ -43,6 +43,10 @@ REFUSED: list[tuple[Any, str]] = [
     ([{"role": "user", "content": 5}], 'message 0, key "content": must be a string or a list of parts, not a number'),
     ([{"role": "user", "content": None}], 'message 0, key "content": must be a string or a list of parts, not null'),
     (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}}]}],
+        "message 0, key \"content\", part 0: unknown part type 'image_url'; valid: text, python, python_output",
+    ),
+    (
         [HI[0], {"role": "assistant", "content": [{"type": "image", "text": "x"}]}],
         "message 1, key \"content\", part 0: unknown part type 'image'; valid: text, python, python_output",
     ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta
 
-from chatdata.disk import convert, decode, describe_os_error, naming
-from chatdata.errors import FormatError
+from chatdata.disk import (
+    cache_folder,
+    check_replaceable,
+    convert,
+    decode,
+    describe_os_error,
+    home_path,
+    make_cache,
+    naming,
+)
+from chatdata.errors import BuildError, FormatError, UsageError
 
 
 def test_an_error_without_a_file_or_a_number() -> None:
@@ -22,6 +33,59 @@ def test_an_error_without_a_file_or_a_number() -> None:
     assert describe_os_error(full) == "no space left on device; free some space, then call again"
     assert describe_os_error(OSError("the connection broke off")) == "the connection broke off"
     assert describe_os_error(OSError(errno.EBUSY, "Device or resource busy", 3)) == "device or resource busy"
+
+
+def test_home_in_front_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert home_path("~/x") == Path("/home/me/x") and home_path(Path("~")) == Path("/home/me")
+    for other in ("a/~/x", "./~x", "/~"):
+        assert home_path(other) == Path(other)
+    with pytest.raises(
+        UsageError, match=r"^~nobody-of-this-name/x: no home folder for ~ is known; write the whole path$"
+    ):
+        home_path("~nobody-of-this-name/x")
+    monkeypatch.setenv("CHATDATA_CACHE", "~/cache")
+    assert cache_folder("units") == Path("/home/me/cache/units")
+
+
+def test_a_folder_that_no_other_can_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "a" / "b"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    for out in (".", "..", str(inside), str(tmp_path / "a"), "/"):
+        with pytest.raises(UsageError, match="mount point" if out == "/" else "would replace the one you are in"):
+            check_replaceable(Path(out))
+    for out in ("c", "../c", str(tmp_path / "ab")):
+        check_replaceable(Path(out))
+
+
+def test_a_mount_point_cannot_be_replaced(tmp_path: Path) -> None:
+    """Also one of the same file system, with a name that the list of mounts writes in octal."""
+    (tmp_path / "from").mkdir()
+    (tmp_path / r"to \040 here").mkdir()
+    code = (
+        "import sys; from pathlib import Path; from chatdata.disk import check_replaceable\n"
+        "print(Path(sys.argv[1]).is_mount())\ncheck_replaceable(Path(sys.argv[1]))"
+    )
+    mount = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && exec "$2" -c "$3" "$1"']
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("cannot mount here")
+    command = [*mount, tmp_path / "from", tmp_path / r"to \040 here", sys.executable, code]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout == "False\n" and "is a mount point, which no folder can replace" in result.stderr
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, reason in ((tmp_path / "file" / "units", "not a directory"), (tmp_path / "file", "file exists")):
+        with pytest.raises(BuildError) as error:
+            make_cache(folder)
+        expected = f"{folder}: the cache cannot be written ({reason}); set CHATDATA_CACHE to a folder that can be"
+        assert str(error.value) == expected
+    with pytest.raises(BuildError, match=r"^/proc/none/units: the cache cannot be written .*CHATDATA_CACHE"):
+        make_cache(Path("/proc/none/units"))
+    make_cache(tmp_path / "new" / "units")
+    assert list((tmp_path / "new" / "units").iterdir()) == []
 
 
 def test_only_what_the_disk_says_gets_a_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,6 +42,36 @@ def test_output_folder_exists(tmp_path: Path, chatdata: Callable) -> None:
     assert (result.returncode, os.listdir(mine)) == (1, ["chapter1.tex"])
     result = chatdata(*DEMO, "--out", mine / "chapter1.tex", "--force")
     assert result.stderr == f"Error: {mine / 'chapter1.tex'}: not a folder; --force replaces only a build\n"
+
+
+def test_what_cannot_be_done_is_said_before_any_work(tmp_path: Path, chatdata: Callable) -> None:
+    """OUT is the folder we are in, or the cache cannot be written: one line, and nothing is rendered or left behind."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
+    replace = "a finished folder would replace the one you are in; name a folder in it"
+    broken = f"{tmp_path}/file/units: the cache cannot be written (not a directory)"
+    for out, cache, code, message in (
+        (".", tmp_path / "cache", 2, f"--out .: {replace}"),
+        ("out", tmp_path / "file", 1, f"{broken}; set CHATDATA_CACHE to a folder that can be"),
+    ):
+        environment = {**os.environ, "CHATDATA_CACHE": str(cache)}
+        result = chatdata(*DEMO, "--out", out, cwd=tmp_path / "here", env=environment)
+        assert (result.returncode, result.stderr) == (code, f"Error: {message}\n")
+        assert sorted(os.listdir(tmp_path)) == ["file", "here"] and os.listdir(tmp_path / "here") == []
+
+
+def test_a_full_cache_may_be_read_only(tmp_path: Path, command_line: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others share a cache, it holds everything and need not be written."""
+    monkeypatch.setenv("CHATDATA_CACHE", str(tmp_path / "cache"))
+    assert command_line(shlex.join(["chatdata", *map(str, DEMO), "--out", "a"]), tmp_path).returncode == 0
+
+    def refuse(folder: Path) -> None:
+        raise BuildError(f"{folder}: written to")
+
+    monkeypatch.setattr("chatdata.build.run.make_cache", refuse)
+    line = shlex.join(["chatdata", *map(str, DEMO), "--out"])
+    assert command_line(f"{line} b", tmp_path).returncode == 0
+    assert "written to" in command_line(f"{line.replace('20', '21')} c", tmp_path).stderr
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -59,6 +60,47 @@ def test_an_interruption_says_what_holds_for_the_command(say) -> None:
     assert say(interrupt, "chat") == (130, "\nError: interrupted; call again\n")
     assert say(interrupt, "run", only="run") == (130, "\nError: interrupted; call again\n")
     assert say(interrupt, "chat", only="run") == (130, "\nError: interrupted\n")
+
+
+def commands(group: click.Group) -> list[click.Command]:
+    found = group.commands.values()
+    return [c for command in found for c in (commands(command) if isinstance(command, click.Group) else [command])]
+
+
+@pytest.mark.parametrize("package", ["chatdata", "chattrain", "chateval"])
+def test_every_path_may_begin_with_home(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--out=~/x`: a shell leaves the ~ there."""
+    monkeypatch.setenv("HOME", "/home/me")
+    params = [param for command in commands(import_module(f"{package}.cli").cli) for param in command.params]
+    paths = [param for param in params if isinstance(param.type, click.Path)]
+    assert len(paths) > 3
+    for param in paths:
+        assert param.type.convert("~/x", param, None) == Path("/home/me/x"), param.name
+
+
+def test_without_a_home_folder(say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container whose user has no HOME and no entry in passwd. The Hub, Altair and torch look for one too."""
+
+    def look_for_home() -> None:
+        Path("~/.cache").expanduser()
+
+    def none(path: Path) -> Path:
+        if "HOME" in os.environ:
+            return expanduser(path)
+        raise RuntimeError("Could not determine home directory.")  # pathlib's words
+
+    expanduser = Path.expanduser
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(Path, "expanduser", none)
+    monkeypatch.delenv("CHATDATA_CACHE", raising=False)
+    message = "there is no home folder (no HOME, no entry in passwd): set CHATDATA_CACHE (and HF_HOME)"
+    assert say(look_for_home, "run") == (1, f"Error: {message}\n")
+    with pytest.raises(RuntimeError):
+        say(look_for_home, "run", "--debug")
+    monkeypatch.setenv("CHATDATA_CACHE", str(tmp_path))
+    assert say(look_for_home, "run") == (0, "")
+    assert Path.home() == tmp_path
+    monkeypatch.delenv("HOME")
 
 
 def test_an_ascii_terminal_gets_no_traceback(chatdata: Callable) -> None:

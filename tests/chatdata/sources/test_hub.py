@@ -446,7 +446,7 @@ def test_chat_datasets_that_cannot_be_read(hub: Any, run: Run, tmp_path: Path) -
     assert broken.startswith("conversations train: me/broken: `datasets` cannot load it: ")
     assert "An error occurred while generating the dataset" not in broken  # but what the error was
     assert error_of("me/mixed") == (
-        "conversations train: me/mixed: strings and other values mixed in one place, which `datasets` confuses; "
+        "conversations train: me/mixed: rows differ in keys or types, which `datasets` does not keep exactly; "
         "convert it to JSONL"
     )
     assert not (tmp_path / "out").exists()

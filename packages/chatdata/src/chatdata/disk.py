@@ -94,6 +94,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def home_path(path: Any) -> Path:
     """The path, with a `~` in front as the home folder: shells leave it in `--out=~/x`, and recipes have no shell."""
+    if not str(path).startswith("~"):
+        return Path(path)  # ./~ is a name: Path leaves the dot out, and `expanduser` would take it for the home folder
     try:
         return Path(path).expanduser()
     except RuntimeError:

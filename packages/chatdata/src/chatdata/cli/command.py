@@ -22,7 +22,7 @@ class PathType(click.Path):
     """The type of an option: a file or folder that may or may not exist."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return home_path(super().convert(value, param, ctx))
+        return super().convert(home_path(value), param, ctx)
 
 
 FILE = PathType(path_type=Path)

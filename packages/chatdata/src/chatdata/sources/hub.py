@@ -11,11 +11,13 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -137,19 +139,24 @@ def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    place = folder
     try:
-        with _quiet():
-            found = datasets.load_dataset_builder(str(folder), subset or None).config.data_files or {}
-            files = [Path(file) for file in found.get(split, [])]
+        with _quiet(), TemporaryDirectory() as plain:
+            if re.search(r"[][*?]", str(folder.resolve())):  # `datasets` takes these for patterns: links elsewhere
+                place = shutil.copytree(folder.resolve(), Path(plain, "dataset"), copy_function=os.symlink)
+            found = datasets.load_dataset_builder(str(place), subset or None).config.data_files or {}
+            files = [folder.resolve() / Path(file).relative_to(place.resolve()) for file in found.get(split, [])]
             if files and all(file.suffix in (".parquet", ".jsonl") for file in files):
                 return files, None
-            dataset = datasets.load_dataset(str(folder), subset or None, split=split)
+            dataset = datasets.load_dataset(str(place), subset or None, split=split)
     except Exception as error:  # whatever its builders raise, or an error around it that says nothing
+        if subsets := re.search(r"(?:Available|configs): \[(.*)\]", str(error)):
+            raise SourceError(f'key "subset": must be one of {subsets[1]}') from None
         reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise SourceError(f"`datasets` cannot load it: {_first_line(reason or error)}") from error
-    # where a column mixes strings with lists or numbers, datasets 4 and later takes strings like "0" or "null" for JSON
+    # where rows differ in keys or types, datasets 4 and later has JSON: it takes strings like "0" or "null" for numbers
     if re.search(r"\bJson\(", repr(dataset.features)):
-        raise SourceError("strings and other values mixed in one place, which `datasets` confuses; convert it to JSONL")
+        raise SourceError("rows differ in keys or types, which `datasets` does not keep exactly; convert it to JSONL")
     return [], dataset
 
 
