@@ -218,7 +218,7 @@ def test_an_interruption_while_replacing_brings_the_old_build_back(
 DIE = """
 import os, shutil
 from pathlib import Path
-from chatdata.build import publish
+from chatdata.build import run as publish
 place, rename, remove, sync, unlink = {place!r}, Path.rename, publish._remove, publish.sync, Path.unlink
 def dying_sync(path):
     if place == ("synced" if path.name.endswith(".partial") else "renamed"): os._exit(137)
