@@ -64,21 +64,45 @@ def test_wide_vocabularies_get_uint32_shards(tmp_path: Path) -> None:
 def test_vocabulary_is_checked() -> None:
     specials = append_special_tokens(BYTES)
     for ranks, special_ids, message in [
-        ({**BYTES, b"ab": 2**32}, specials, "id 4294967296 does not fit uint32 shards"),
+        ({**BYTES, b"ab": 2**32}, specials, r"id 4294967296 does not fit; ids must be integers in 0 … 1,048,575$"),
         ({**BYTES, b"ab": 256}, specials, "id 256 is used twice"),
         ({**BYTES, b"ab": -1}, specials, "id -1 does not fit"),
+        ({**BYTES, b"ab": 2**20}, specials, "id 1048576 does not fit"),
+        ({**BYTES, b"ab": True}, specials, "id true does not fit"),
+        ({**BYTES, b"a" * 10_000: 265}, specials, "its tokens are too long, up to 10,000 bytes"),
         ({b"a": 0}, specials, "255 of the 256 single bytes have no token"),
     ]:
         with pytest.raises(TokenizerError, match=message):
             Tokenizer(ranks, SPLIT_PATTERN, special_ids, "test")
+    assert Tokenizer({**BYTES, b"ab": 2**20 - 1}, SPLIT_PATTERN, specials, "test").vocab_size == 2**20
     with pytest.raises(TokenizerError, match="the split pattern does not compile"):
-        Tokenizer(BYTES, "(", specials, "test")
+        Tokenizer(BYTES, "[z-a]|[^a]|a", specials, "test")
 
 
-@pytest.mark.parametrize("pattern", [r"\w+", r"[^\x00]+", r"\S+", "", "a*", "(?=a)"])
-def test_a_pattern_that_loses_text_is_refused(pattern: str) -> None:
-    with pytest.raises(TokenizerError, match=r"the split pattern (loses text|gives up|does not compile)"):
+@pytest.mark.parametrize(
+    ("pattern", "lost"),
+    [
+        (r"[^\x00]+", r"'\x00'"),
+        (r"\S+", r"'\t'"),
+        (r"\d|[^\d一-龥]|[一-龤]", "'龥'"),
+        (r"\S+|\s+(?!\S)", r"'\t'"),  # only where another space, or nothing, follows
+        (r"(?:\s\S)?+[\s\S](?!x)", r"'\x00'"),
+        (r"[^a]|(?>ab?)(?!b)", "'a'"),
+    ],
+)
+def test_a_pattern_that_loses_text_is_refused(pattern: str, lost: str) -> None:
+    with pytest.raises(TokenizerError) as caught:
         Tokenizer(BYTES, pattern, SPECIALS, "lossy")
+    assert str(caught.value).startswith(f"lossy: the split pattern loses text ({lost} for one); it must match every")
+
+
+@pytest.mark.parametrize("pattern", ["", "a*", "(?=a)", "a|b?"])
+def test_a_pattern_that_matches_nothing_is_refused_in_silence(pattern: str, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(
+        TokenizerError, match=r"^t: the split pattern can match the empty text; tiktoken fails on that$"
+    ):
+        Tokenizer(BYTES, pattern, SPECIALS, "t")
+    assert capfd.readouterr() == ("", "")  # Rust would report its panic
 
 
 def test_training_with_a_bad_pattern() -> None:

@@ -6,15 +6,21 @@ Loading and saving are in files.py.
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from chatdata.decode import shown
 from chatdata.errors import ChatdataError, TokenizerError
+from chatdata.tokenizer.merges import Pair, all_merges, spell
+from chatdata.tokenizer.patterns import covering, to_tokenizers
 
 # karpathy/nanochat@790f3be:nanochat/tokenizer.py fixes names and order; the order fixes the ids
 SPECIAL_TOKENS = (
@@ -39,6 +45,11 @@ CANARY_TEXTS = (
 )
 
 MAX_UINT16_VOCAB = 65_536
+MAX_VOCAB = 2**20  # readers make arrays of this length; the largest vocabularies in use have 262,144 tokens
+MAX_SQUARES = 2**26  # sum over the squared lengths of tokens: what their merges cost; 200,000 tokens have a quarter
+LONG = 10_000  # characters from which a text may be too much for the pattern
+
+BYTES = {bytes([byte]): byte for byte in range(256)}
 
 Ids = tuple[np.ndarray, np.ndarray]  # uint32 [num_ids], text after text; int64 [num_texts], how many of each
 EncodeBatch = Callable[[list[str]], Ids]
@@ -50,8 +61,8 @@ class Tokenizer:
     dtype: of shards, little-endian uint16, or uint32 if the vocabulary size (special tokens included) exceeds 65,536.
     canary_sha256: over the ids of CANARY_TEXTS: per text its count, then its ids, all `<u4`.
 
-    Raises TokenizerError if one of the nine special tokens or of the 256 single bytes is missing, an id does not fit 32
-    bits or is used twice, or the pattern does not compile or loses text.
+    Raises TokenizerError if one of the nine special tokens or of the 256 single bytes is missing, an id is used twice or
+    not below 1,048,576, or the pattern is not one that tokenizers reads the same way (patterns.py) or loses text.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_ids: Mapping[str, int], name: str) -> None:
@@ -59,11 +70,17 @@ class Tokenizer:
 
         _check_vocabulary(ranks, special_ids, name)
         self.name = name
+        self.is_as_saved = False  # read from a tokenizer.json that save_tokenizer wrote, so compared with tokenizers
         self.ranks = dict(ranks)
         self.pattern = pattern
         self.special_ids = dict(special_ids)
         self.vocab_size = max(max(ranks.values()), max(special_ids.values())) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= MAX_UINT16_VOCAB else "<u4")
+        try:
+            self.pattern_of_tokenizers = to_tokenizers(pattern)
+            alternatives, characters = covering(pattern)
+        except ValueError as error:
+            raise TokenizerError(f"{name}: {error}") from None
         try:
             self.encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
@@ -71,23 +88,26 @@ class Tokenizer:
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise TokenizerError(f"{name}: the split pattern does not compile: {reason}") from None
+        single = tiktoken.Encoding(name, pat_str=alternatives or "(?!)", mergeable_ranks=BYTES, special_tokens={})
+        # what no alternative of the pattern matches, tiktoken drops in silence: `\S+` loses spaces
+        if lost := [char for char in characters if not single.encode_ordinary(char)]:
+            raise TokenizerError(
+                f"{name}: the split pattern loses text ({lost[0]!r} for one); it must match every character, whatever "
+                "comes after it, for example by ending in |\\s+|."
+            )
         digest = hashlib.sha256()
         for text in CANARY_TEXTS:
             ids = self.encode_ordinary(text)
-            # what no alternative of the pattern matches, tiktoken drops in silence: `\w+` loses spaces and signs
-            if (found := self.encoding.decode(ids)) != text:
-                lost = next((char for char in text if char not in found), text[0])
-                raise TokenizerError(
-                    f"{name}: the split pattern loses text ({lost!r} for one); it must match every character, "
-                    "for example by ending in |\\s+|."
-                )
             digest.update(np.array([len(ids), *ids], dtype="<u4").tobytes())
         self.canary_sha256 = digest.hexdigest()
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text`; a special token spelled in it stays text. Raises TokenizerError if the pattern gives up."""
         try:
-            return self.encoding.encode_ordinary(text)
+            if len(text) < LONG:
+                return self.encoding.encode_ordinary(text)
+            with quiet_rust():
+                return self.encoding.encode_ordinary(text)
         except BaseException as error:  # tiktoken's regex engine panics, for example on 1,000,000 spaces
             if type(error).__name__ != "PanicException":
                 raise
@@ -117,6 +137,12 @@ class Tokenizer:
         """id → bytes, from the merges themselves; special tokens have none."""
         return {rank: token for token, rank in self.ranks.items()}
 
+    @cached_property
+    def spelled(self) -> tuple[dict[str, int], list[Pair]]:
+        """The tokens in the byte-level alphabet with their ids, in the order of these; and the merges they need."""
+        vocab = {spell(token): rank for token, rank in sorted(self.ranks.items(), key=itemgetter(1))}
+        return vocab, all_merges(vocab)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.ranks, self.pattern, self.special_ids, self.name)
 
@@ -127,6 +153,19 @@ class Tokenizer:
         for token, rank in sorted(self.ranks.items(), key=itemgetter(1)):
             digest.update(b"%d %d " % (rank, len(token)) + token)
         return digest.hexdigest()
+
+
+@contextmanager
+def quiet_rust() -> Iterator[None]:
+    """Standard error is closed meanwhile: Rust prints 80 lines there for a panic, even for one that is caught."""
+    standard_error = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
 
 
 def append_special_tokens(ranks: Mapping[bytes, int]) -> dict[str, int]:
@@ -170,9 +209,14 @@ def _check_vocabulary(ranks: Mapping[bytes, int], special_ids: Mapping[str, int]
             "(import a .tiktoken file, or train one, to have them appended)"
         )
     ids = [*ranks.values(), *special_ids.values()]
-    unfit = [token_id for token_id in ids if type(token_id) is not int or not 0 <= token_id < 2**32]
+    unfit = [token_id for token_id in ids if type(token_id) is not int or not 0 <= token_id < MAX_VOCAB]
     if unfit:
-        raise TokenizerError(f"{name}: id {unfit[-1]!r} does not fit uint32 shards; ids must be in 0 … {2**32 - 1}")
+        raise TokenizerError(
+            f"{name}: id {shown(unfit[-1])} does not fit; ids must be integers in 0 … {MAX_VOCAB - 1:,}"
+        )
+    if sum(len(token) ** 2 for token in ranks) > MAX_SQUARES:
+        longest = max(map(len, ranks))
+        raise TokenizerError(f"{name}: its tokens are too long, up to {longest:,} bytes; at most a few may have 1,000")
     if len(set(ids)) != len(ids):
         values, counts = np.unique(ids, return_counts=True)
         raise TokenizerError(f"{name}: id {int(values[counts > 1][0])} is used twice")

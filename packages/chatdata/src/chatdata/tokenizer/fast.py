@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from chatdata.tokenizer.bpe import EncodeBatch, Ids, Tokenizer
+from chatdata.tokenizer.bpe import EncodeBatch, Ids, Tokenizer, quiet_rust
 
 _END, _CUT = "\0", "\1"  # the marks: after a text, between two pieces
 _MARK_OR_SURROGATE = re.compile("[\0\1\ud800-\udfff]")
@@ -68,14 +68,8 @@ def gigatoken_route(tokenizer: Tokenizer) -> EncodeBatch:
     marks = {_END: len(id_of), _CUT: len(id_of) + 1}
 
     def load() -> gigatoken.Tokenizer:
-        standard_error = os.dup(2)  # Rust reports a panic there, even if it only refuses a vocabulary
-        try:
-            with _rank_file(tokenizer) as path, Path(os.devnull).open("wb") as nowhere:
-                os.dup2(nowhere.fileno(), 2)
-                return gigatoken.Tokenizer.from_tiktoken(path, "gpt4", marks)
-        finally:
-            os.dup2(standard_error, 2)
-            os.close(standard_error)
+        with _rank_file(tokenizer) as path, quiet_rust():  # it refuses a vocabulary by a panic
+            return gigatoken.Tokenizer.from_tiktoken(path, "gpt4", marks)
 
     fast, num_bytes = load(), 0
 

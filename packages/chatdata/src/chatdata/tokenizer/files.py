@@ -7,23 +7,22 @@ and even that name only creates an object without code.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import pickle
+import pickletools
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from chatdata.errors import TokenizerError
 from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
+from chatdata.tokenizer.encoders import canary_texts
+from chatdata.tokenizer.merges import TO_BYTE, ranks_of_merges
+from chatdata.tokenizer.patterns import to_tiktoken
 
 # OpenAI's GPT-2 pattern: what tokenizers' ByteLevel pre-tokenizer uses if it has to split, too
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-# byte → printable character, the byte-level alphabet of GPT-2 (openai/gpt-2:src/encoder.py)
-_TO_CHAR = {byte: chr(byte) for byte in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
-_TO_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in _TO_CHAR)}
-_TO_BYTE = {char: byte for byte, char in _TO_CHAR.items()}
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -47,11 +46,32 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: the same bytes for the same tokenizer."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: the same bytes for the same tokenizer.
+
+    Raises TokenizerError if `tokenizers` is installed and gives other ids for some canary text.
+    """
+    contents = json.dumps(_contents(tokenizer), ensure_ascii=False, separators=(",", ":"))
+    if not tokenizer.is_as_saved:
+        _compare_with_tokenizers(tokenizer, contents)
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = tokenizer.ranks
-    by_id = sorted(ranks, key=ranks.__getitem__)
-    vocab = {token.decode("latin-1").translate(_TO_CHAR): ranks[token] for token in by_id}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|assistant_end|>",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    for name, text in (
+        ("tokenizer.json", contents),
+        ("tokenizer_config.json", json.dumps(config, indent=1) + "\n"),
+        ("chat_template.jinja", Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")),
+    ):
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _contents(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What goes into tokenizer.json: `tokenizers` gives the tokenizer's ids for every text that it does not refuse."""
+    vocab, merges = tokenizer.spelled
     model = {
         "type": "BPE",
         **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
@@ -59,16 +79,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         # tiktoken looks up a whole piece before it merges; so must tokenizers
         "ignore_merges": True,
         "vocab": vocab,
-        "merges": _merges(vocab),
+        "merges": merges,
     }
     off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
         {"id": token_id, "content": name, **off, "special": True}
         for name, token_id in sorted(tokenizer.special_ids.items(), key=itemgetter(1))
     ]
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    pattern = {"Regex": tokenizer.pattern_of_tokenizers}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    contents = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -79,41 +100,39 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "decoder": byte_level,
         "model": model,
     }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>",
-        "eos_token": "<|assistant_end|>",
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    for name, text in (
-        ("tokenizer.json", json.dumps(contents, ensure_ascii=False, separators=(",", ":"))),
-        ("tokenizer_config.json", json.dumps(config, indent=1) + "\n"),
-        ("chat_template.jinja", Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")),
-    ):
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs in merge order; `vocab` is in the order of its ids.
-
-    tiktoken joins *any* two neighbours whose bytes are a token, so every split of a token into two tokens is a merge,
-    not only the one it was trained with.
-    """
-    merges = []
-    for token in vocab:
-        lefts = [left for i in range(1, len(token)) if (left := token[:i]) in vocab and token[i:] in vocab]
-        merges += [(left, token[len(left) :]) for left in sorted(lefts, key=vocab.__getitem__)]
-    return merges
+def _compare_with_tokenizers(tokenizer: Tokenizer, contents: str) -> None:
+    """Encode the canary texts with `tokenizers`, where it is installed, too. contents: of a tokenizer.json."""
+    try:
+        import tokenizers
+    except ImportError:
+        return
+    try:
+        theirs = tokenizers.Tokenizer.from_str(contents)
+    except Exception as error:  # it raises no other kind
+        raise TokenizerError(f"{tokenizer.name}: tokenizers cannot read it: {str(error).splitlines()[0]}") from None
+    theirs.encode_special_tokens = True  # ordinary encoding: a spelled special token stays text
+    theirs.no_truncation()
+    theirs.no_padding()
+    texts = canary_texts()
+    for text, encoded in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
+        if encoded.ids != (ids := tokenizer.encode_ordinary(text)):
+            raise TokenizerError(
+                f"{tokenizer.name}: tiktoken and tokenizers differ on the text {text[:60]!r}: "
+                f"{ids[:8]} and {encoded.ids[:8]}; it cannot be used"
+            )
 
 
 def read_json(path: Path) -> Tokenizer:
     """Read a `tokenizer.json` (byte-level BPE with one split pattern and the nine special tokens).
 
-    Raises TokenizerError for anything whose ids tiktoken could not reproduce.
+    Raises TokenizerError for anything whose ids tiktoken could not reproduce: merges.py has the condition for
+    vocabularies, patterns.py the one for split patterns.
     """
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        contents = json.loads(text)
     except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
         raise TokenizerError(f"{path}: not valid JSON: {error}") from None
     try:
@@ -128,16 +147,37 @@ def read_json(path: Path) -> Tokenizer:
         if contents.get("normalizer") is not None:
             kind = contents["normalizer"].get("type")
             raise TokenizerError(f"{path}: its normalizer {kind!r} changes the text before encoding; tiktoken cannot")
-        pattern = _split_pattern(contents.get("pre_tokenizer"), path)
+        pattern = to_tiktoken(_split_pattern(contents.get("pre_tokenizer"), path))
         added = contents.get("added_tokens", [])
         matched = [token["content"] for token in added if not token.get("special")]
         if matched:
             raise TokenizerError(f"{path}: {matched[0]!r} is added but not special, so it is matched inside text")
         special_ids = {token["content"]: token["id"] for token in added}
-        ranks = {_to_bytes(token, path): rank for token, rank in model["vocab"].items() if token not in special_ids}
-        _check_merges(model["merges"], model["vocab"], bool(model.get("ignore_merges")), path)
+        vocab = {token: rank for token, rank in model["vocab"].items() if token not in special_ids}
+        tokenizer = _of_vocabulary(vocab, pattern, special_ids, path)
+        model["merges"] = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
+        if contents == _contents(tokenizer):
+            tokenizer.is_as_saved = True
+            return tokenizer
+        kept = ranks_of_merges(vocab, model["merges"], bool(model.get("ignore_merges")))
+        if len(kept) < len(vocab):
+            tokenizer = _of_vocabulary(kept, pattern, special_ids, path)
     except (KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(f"{path}: not a tokenizer.json: {type(error).__name__} {error}") from None
+    except TokenizerError:
+        raise
+    except ValueError as error:
+        raise TokenizerError(f"{path}: {error}") from None
+    _compare_with_tokenizers(tokenizer, text)
+    return tokenizer
+
+
+def _of_vocabulary(vocab: dict[str, int], pattern: str, special_ids: dict[str, int], path: Path) -> Tokenizer:
+    try:
+        ranks = {bytes(map(TO_BYTE.__getitem__, token)): rank for token, rank in vocab.items()}
+    except KeyError:
+        odd = next(token for token in vocab if not TO_BYTE.keys() >= set(token))
+        raise TokenizerError(f"{path}: token {odd!r} is not in the byte-level alphabet") from None
     return Tokenizer(ranks, pattern, special_ids, str(path))
 
 
@@ -152,29 +192,14 @@ def _split_pattern(pre_tokenizer: Any, path: Path) -> str:
             )
     patterns = [step["pattern"]["Regex"] for step in splits]
     byte_level = [step for step in steps if step and step["type"] == "ByteLevel"]
-    if len(patterns) + len(byte_level) != len(steps) or len(byte_level) != 1 or byte_level[0]["add_prefix_space"]:
-        raise TokenizerError(f"{path}: its pre-tokenizer is not one Split and ByteLevel; tiktoken cannot do the same")
+    is_plain = len(patterns) + len(byte_level) == len(steps) and len(byte_level) == 1 and steps[-1] is byte_level[0]
+    if not is_plain or byte_level[0]["add_prefix_space"]:
+        raise TokenizerError(f"{path}: its pre-tokenizer is not one Split, then ByteLevel; tiktoken cannot do the same")
     if byte_level[0].get("use_regex", True):
         patterns.append(_GPT2_PATTERN)
     if len(patterns) != 1:
         raise TokenizerError(f"{path}: its pre-tokenizer has {len(patterns)} split patterns; tiktoken takes one")
     return patterns[0]
-
-
-def _check_merges(merges: list[Any], vocab: dict[str, int], ignore_merges: bool, path: Path) -> None:
-    # ids become ranks, so the merges must be in the order of the ids they make, and make every longer token
-    last, made = -1, set()
-    for merge in merges:
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        rank = vocab.get(left + right)
-        if rank is None or rank < last:
-            raise TokenizerError(f"{path}: merge {left!r} {right!r} is out of id order; tiktoken merges in id order")
-        last = rank
-        made.add(left + right)
-    unmade = [token for token in vocab if len(token) > 1 and token not in made]
-    unmade = [token for token in unmade if not (token.startswith("<|") and token.endswith("|>"))]
-    if unmade and not ignore_merges:
-        raise TokenizerError(f"{path}: no merge makes the token {unmade[0]!r}; tiktoken would use it all the same")
 
 
 class _EncodingData:
@@ -188,11 +213,40 @@ class _EncodingUnpickler(pickle.Unpickler):
         raise TokenizerError(f"names the class {module}.{name}; only tiktoken.core.Encoding is admitted")
 
 
+_SIZES = {ord(code.code): code.arg.n if code.arg else 0 for code in pickletools.opcodes if code.name != "PUT"}
+_WIDTHS = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4}
+_WIDTHS |= {pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
+
+
+def _check_sizes(data: bytes) -> None:
+    """Raise ValueError if an operation is longer than the file or numbers more objects than it can hold.
+
+    The unpickler makes room before it reads: 10 bytes with object number 2^28 would take 4 GB. 0.05 s for nanochat's.
+    """
+    at, stop, long_binput = 0, ord("."), ord("r")
+    while data[at] != stop:
+        size = _SIZES[data[at]]
+        if data[at] == long_binput and int.from_bytes(data[at + 1 : at + 5], "little") > len(data):
+            raise ValueError(f"byte {at} numbers more objects than the file has bytes")
+        if size in _WIDTHS:
+            start = at + 1 + _WIDTHS[size]
+            at = start + int.from_bytes(data[at + 1 : start], "little")
+        elif size == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if data[at] in b"ci" else 1):  # a class has a line for its module, too
+                at = data.index(b"\n", at + 1)
+            at += 1
+        else:
+            at += 1 + size
+        if at >= len(data):
+            raise ValueError(f"it ends inside an operation, at byte {len(data)}")
+
+
 def read_pickle(path: Path) -> Tokenizer:
     """Read nanochat's tokenizer.pkl (a pickled tiktoken.Encoding) without running any of it. Raises TokenizerError."""
     try:
-        with path.open("rb") as file:
-            state = vars(_EncodingUnpickler(file).load())
+        data = path.read_bytes()
+        _check_sizes(data)
+        state = vars(_EncodingUnpickler(io.BytesIO(data)).load())
         ranks, pattern, special_ids = state["mergeable_ranks"], state["pat_str"], state["special_tokens"]
         plain = (
             isinstance(pattern, str)
@@ -235,10 +289,3 @@ def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
             raise TokenizerError(f"{path} line {number}: the token {token!r} is listed twice")
         ranks[token] = token_id
     return Tokenizer(ranks, pattern, append_special_tokens(ranks), str(path))
-
-
-def _to_bytes(text: str, path: Path) -> bytes:
-    try:
-        return bytes(_TO_BYTE[char] for char in text)
-    except KeyError:
-        raise TokenizerError(f"{path}: token {text!r} is not in the byte-level alphabet") from None
