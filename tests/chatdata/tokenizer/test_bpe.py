@@ -123,4 +123,13 @@ def test_a_text_the_pattern_gives_up_on_names_file_and_line(
     result = chatdata(
         "build", "--recipe", tmp_path / "r.toml", "--tokenizer", tmp_path / "t", "--out", tmp_path / "out"
     )
-    assert result.stderr.splitlines()[-1].startswith("Error: c.jsonl line 2: ") and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: c.jsonl line 2: ")
+    assert "Traceback" not in result.stderr and "panicked" not in result.stderr
+
+
+def test_a_pattern_gives_up_in_silence(byte_tokenizer: Tokenizer, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(TokenizerError, match=r"gives up on a text of 1,000,001 characters"):
+        byte_tokenizer.encode_ordinary(" " * 1_000_000 + "x")
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"standard error is back")
+    assert capfd.readouterr() == ("", "standard error is back")

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatdata import load_tokenizer, render_conversation
-from chatdata.decode import shown
+from chatdata.disk import shown
 from chatdata.errors import TokenizerError
+from chatdata.tokenizer import files
 from chatdata.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, append_special_tokens, train_tokenizer
 from chatdata.tokenizer.files import read_json, read_pickle, read_tiktoken, save_tokenizer
 
@@ -161,6 +163,103 @@ def test_no_pickle_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         read_pickle(path)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04]r\x00\x00\x00\x10.",  # LONG_BINPUT: object number 2^28, 4 GB of memory
+        b"\x80\x04]r\xff\xff\xff\xff.",
+        b"\x80\x02]p99999999999\n.",  # PUT
+        b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b"x.",  # BINUNICODE8
+        b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",  # BINBYTES8
+        b"\x80\x05\x96" + (2**32).to_bytes(8, "little") + b"x.",  # BYTEARRAY8
+        b"\x80\x04B\xff\xff\xff\x7fx.",
+        b"\x80\x02X\xff\xff\xff\xffx.",
+        b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"].",  # FRAME
+        b"\x80\x04\x8b\xff\xff\xff\x7f1.",  # LONG4
+        b"\x80\x04\x8a\xff1.",  # LONG1, cut
+        b"\x80\x04h\x05.",  # BINGET of nothing
+        b"\x80\x04" + b"(" * 100_000 + b"t" * 100_000 + b".",  # deep
+        b"\x80\x04" + b"]" + b"2" * 1_000 + b"\x85" * 100_000 + b".",
+        b"\x80\x04I" + b"9" * 5_000 + b"\n.",
+        b"\x80\x04Pabc\n.",  # PERSID
+        b"\x80\x04K\x01Q.",  # BINPERSID
+        b"\x80\x05\x97.",  # NEXT_BUFFER
+        b"\x80\x04\x82\x01.",  # EXT1
+        b"\x80\x04ctiktoken.core",
+        b"\x80\xff].",
+        b"\xff",
+    ],
+)
+def test_a_pickle_takes_no_more_memory_than_its_size(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "tokenizer.pkl"
+    path.write_bytes(data)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (virtual_memory() + 2**28, hard))
+    try:
+        with pytest.raises(TokenizerError) as caught:
+            read_pickle(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert str(caught.value).startswith(f"{path}: not a pickled tiktoken.core.Encoding: ")
+    assert "MemoryError" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def virtual_memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def test_pickles_of_every_protocol_are_read(tmp_path: Path) -> None:
+    state = {"name": "x", "pat_str": SPLIT_PATTERN, "mergeable_ranks": {**BYTES, b"a" * 300: 256, b"ab": 257}}
+    state["special_tokens"] = append_special_tokens(state["mergeable_ranks"])
+    for protocol in (2, 3, 4, 5):
+        head = b"\x80\x04ctiktoken.core\nEncoding\n)\x81"
+        body = pickle.dumps(state, protocol=protocol)[2:-1]
+        (tmp_path / "tokenizer.pkl").write_bytes(head + body + b"b.")
+        if protocol == 2:  # bytes become a call of a function
+            with pytest.raises(TokenizerError, match=r"names the class _codecs.encode; only tiktoken"):
+                read_pickle(tmp_path / "tokenizer.pkl")
+        else:
+            assert read_pickle(tmp_path / "tokenizer.pkl").ranks == state["mergeable_ranks"]
+
+
+def test_a_sparse_vocabulary_is_refused(tmp_path: Path) -> None:
+    path = tiktoken_file(tmp_path / "vocab.tiktoken", {**BYTES, b"ab": 2**32 - 100})
+    with pytest.raises(TokenizerError, match=r"id 4294967205 does not fit; ids must be integers in 0 … 1,048,575$"):
+        read_tiktoken(path, SPLIT_PATTERN)
+
+
+def test_what_is_saved_means_the_same_to_tokenizers(tmp_path: Path) -> None:
+    ranks = {**BYTES, **{f"{i:03}".encode(): 256 + i for i in range(1000)}, b"12": 1256, b"34": 1257}
+    pattern = r"\p{L}+|\p{N}{1,3}+|a+$| ?[^\s\p{L}\p{N}]+|\s++$|\s+"
+    tokenizer = Tokenizer(ranks, pattern, append_special_tokens(ranks), "test")
+    save_tokenizer(tokenizer, tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(tmp_path)
+    assert (again.pattern, again.ranks) == (r"\p{L}+|(?>\p{N}{1,3})|a+\z| ?[^\s\p{L}\p{N}]+|\s++\z|\s+", ranks)
+    for text, expected in [
+        ("12345", [256 + 123, 52, 53]),
+        ("aa\n \n", [97, 97, 10, 32, 10]),
+        ("1234567", [379, 712, 55]),
+    ]:
+        assert tokenizer.encode_ordinary(text) == again.encode_ordinary(text) == theirs.encode(text).ids == expected
+    # the same words in a tokenizer.json mean what Oniguruma reads
+    contents = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(contents.replace(r"(?>\\p{N}{1,3})", r"\\p{N}{1,2}+"))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode_ordinary("1234") == theirs.encode("1234").ids == [379, 52]
+
+
+def test_a_difference_to_tokenizers_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {"Regex": r"\S+|\s"}
+    contents = files._contents(DEMO)
+    contents["pre_tokenizer"]["pretokenizers"][0]["pattern"] = wrong
+    monkeypatch.setattr(files, "_contents", lambda tokenizer: contents)
+    with pytest.raises(TokenizerError, match=r"^trained: tiktoken and tokenizers differ on the text ") as caught:
+        save_tokenizer(DEMO, tmp_path / "t")
+    assert str(caught.value).endswith("; it cannot be used") and len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "t").exists()
+
+
 def edited(saved: Path, out: Path, **changes: object) -> Path:
     contents = json.loads((saved / "tokenizer.json").read_text())
     out.write_text(json.dumps({**contents, **changes}))
@@ -213,7 +312,7 @@ def test_tokenizer_json_that_means_something_else(tmp_path: Path, byte_tokenizer
         (with_split(pattern={"String": " "}), "with a Regex"),
         (with_split(pattern={"Regex": r"\w+|\W"}), r"x.json: the split pattern has '\\w\+\|\\W' at character 1, which"),
         ({"model": {**good["model"], "dropout": 0.5}}, "its model has dropout = 0.5"),
-        ({"model": {**good["model"], "merges": merges[:3]}}, "no merge makes the token '.*', ids do"),
+        ({"model": {**good["model"], "merges": merges[:3]}}, "do not both make the token"),
         ({"model": {**good["model"], "merges": [["a", "☃"]]}}, "merge 'a' '☃' is not of two tokens into a third"),
         (
             {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [byte_level, split]}},

@@ -21,7 +21,7 @@ from chatdata.disk import convert, decode, file_sha256, shown
 from chatdata.errors import FormatError
 from chatdata.recipe import Overflow, Stage, ZeroSupervised
 from chatdata.shards.index import read_index
-from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, SPECIAL_TOKENS
+from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, MAX_VOCAB, SPECIAL_TOKENS
 
 FORMAT, VERSION = "chatdata", 1
 FILE_NAMES = {  # of a shard, by kind and number
@@ -73,7 +73,7 @@ class Source(Struct):
 class Tokenizer(Struct):
     files: dict[str, Sha256]
     canary_sha256: Sha256
-    vocab_size: Annotated[int, Meta(ge=1, le=2**32)]
+    vocab_size: Annotated[int, Meta(ge=1, le=MAX_VOCAB)]
     special_ids: dict[str, Annotated[int, Meta(ge=0, le=2**32 - 1)]]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from chatdata.decode import shown
+from chatdata.disk import shown
 from chatdata.errors import ChatdataError, TokenizerError
 from chatdata.tokenizer.merges import Pair, all_merges, spell
 from chatdata.tokenizer.patterns import covering, to_tokenizers
@@ -61,8 +61,8 @@ class Tokenizer:
     dtype: of shards, little-endian uint16, or uint32 if the vocabulary size (special tokens included) exceeds 65,536.
     canary_sha256: over the ids of CANARY_TEXTS: per text its count, then its ids, all `<u4`.
 
-    Raises TokenizerError if one of the nine special tokens or of the 256 single bytes is missing, an id is used twice or
-    not below 1,048,576, or the pattern is not one that tokenizers reads the same way (patterns.py) or loses text.
+    Raises TokenizerError if one of the nine special tokens or of the 256 single bytes is missing, an id is used twice
+    or not below 1,048,576, or the pattern loses text or is not read the same way by tokenizers (patterns.py).
     """
 
     def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_ids: Mapping[str, int], name: str) -> None:

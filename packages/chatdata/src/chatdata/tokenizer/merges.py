@@ -55,12 +55,7 @@ def ranks_of_merges(vocab: Mapping[str, int], merges: Sequence[Pair], ignore_mer
     for token in sorted(ranks, key=ranks.__getitem__):
         by_id = _last_merge(token, lambda pair: ranks.get(pair[0] + pair[1]))
         if (by_id is None) != (token not in made):
-            which = (
-                "the merges make the token {!r}, ids do not"
-                if token in made
-                else "no merge makes the token {!r}, ids do"
-            )
-            raise ValueError(f"{which.format(token)}; tiktoken merges by id and would give other ids")
+            raise ValueError(f"the merges, and tiktoken, which merges by id, do not both make the token {token!r}")
         if token in made:
             if made[token] < before[1]:
                 raise ValueError(
