@@ -155,7 +155,7 @@ def _quantified(part: _Part, token: re.Match[str], target: Target) -> _Part:
         or most < max(least, 1)
         or too_often
         or (kind == "?" and not comma)
-        or (is_again and comma and not high)
+        or (is_again and (least == 0 or (comma and not high)))
     ):
         _refuse(token.string, token.start("count"))
     text = part.text + count + kind
