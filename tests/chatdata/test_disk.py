@@ -197,11 +197,25 @@ def test_the_whole_is_wrong() -> None:
         (b"stage = '\xff'", "toml"),
         (b"a = " + b"[" * 5_000, "toml"),
         (b"a = " + b"9" * 5_000, "toml"),
+        (b".".join([b"a"] * 50_000) + b" = 1", "toml"),  # tomllib takes a minute
+        (b"[ " + b' . "a"' * 101 + b" ]", "toml"),
+        (b"# " + b"x" * 4_000_000, "toml"),
     ],
 )
 def test_bytes_that_are_not_read(content: bytes, kind: Any) -> None:
     with pytest.raises(FormatError, match=rf"^f: not valid {kind.upper()}: .+$"):
         decode(content, Any, "f", FormatError, kind)
+
+
+def test_dots_in_texts_are_no_key() -> None:
+    dots = "." * 200
+    text = f"""a = "{dots}" # {dots}\nb = '{dots}'\nc = '''\n{dots}\n'''\nd = ["\\"{dots}"]\n"""
+    read = decode(text.encode(), dict, "f", FormatError, "toml")
+    assert read == {"a": dots, "b": dots, "c": f"{dots}\n", "d": [f'"{dots}']}
+    parts = "a" + ".a" * 99
+    assert decode(f"{parts} = 1".encode(), dict, "f", FormatError, "toml").keys() == {"a"}
+    with pytest.raises(FormatError, match=r"^f: not valid TOML: a key of more than 100 parts \(at line 3\)$"):
+        decode(f"x = '''\n'''\n{parts}.a = 1".encode(), dict, "f", FormatError, "toml")
 
 
 JSON = st.recursive(

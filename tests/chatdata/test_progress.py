@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from chatdata.progress import shown_progress
+from chatdata.progress import MAX_LINE, say, say_json, shown_progress
 
 
 def test_a_build_on_a_terminal_shows_bars(tmp_path: Path) -> None:
@@ -35,6 +36,32 @@ def test_a_build_on_a_terminal_shows_bars(tmp_path: Path) -> None:
     assert re.search(r"all sources +━+ ([\d,]+) of \1 rows", text)
     assert re.search(r"write train +━+ ([\d,]+) of \1 tokens", text)
     assert "Traceback" not in text
+
+
+CONTROLS = "\x1b]0;x\x07\r\n\x7f\x85\x9b31m\u2028\u202e\ud800"
+
+
+def test_nothing_in_a_line_drives_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"größer → [b]\t{CONTROLS}")
+    say(f"an error{CONTROLS[:1]}", error=True)
+    with shown_progress() as progress:
+        progress(f"source{CONTROLS}", 1, 1, "rows")
+    printed = capsys.readouterr()
+    shown = r"\x1b]0;x\x07\r\n\x7f\x85\x9b31m\u2028\u202e\ud800"
+    assert printed.out == f"größer → [b]\\t{shown}\n"
+    assert printed.err == f"an error\\x1b\nsource{shown}: 1 of 1 rows\n"
+
+
+def test_a_line_has_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    say("x" * 1_000_000)
+    assert capsys.readouterr().out == "x" * MAX_LINE + "… (1,000,000 characters)\n"
+
+
+def test_json_is_ascii_and_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    say_json({f"ö{CONTROLS}": [float("nan"), float("-inf"), 1.5]})
+    printed = capsys.readouterr().out
+    assert printed.isascii() and printed.removesuffix("\n").isprintable()
+    assert json.loads(printed) == {f"ö{CONTROLS}": [None, None, 1.5]}
 
 
 def seconds(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:

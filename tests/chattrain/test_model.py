@@ -149,7 +149,9 @@ def test_random_config_refuses(name):
     [
         ({"n_head": 3}, "n_embd 64 must be n_head 3 × an even head size"),
         ({"n_kv_head": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
-        ({"n_layer": 0}, "n_layer is 0"),
+        ({"n_layer": 0}, "n_layer is 0, must be an integer from 1 to 1,000"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000, must be an integer from 1 to 1,000"),
+        ({"n_embd": 2**60}, "n_embd is 1152921504606846976, must be an integer from 1 to 16,777,216"),
         ({"vocab_size": "512"}, "vocab_size is '512'"),
         ({"rope_dtype": "float16"}, "rope_dtype is 'float16'"),
         ({"window": 5}, "unknown model config keys window"),

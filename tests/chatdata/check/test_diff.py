@@ -56,6 +56,18 @@ def test_identical(built: Callable, chatdata: Callable) -> None:
     assert (result.returncode, json.loads(result.stdout)["identical"]) == (0, True)
 
 
+def test_a_damaged_file_under_equal_manifests(built: Callable, chatdata: Callable) -> None:
+    one, two = built("one", CHATS), built("two", CHATS)
+    tokens = two / "train" / "tokens-00000.npy"
+    data = bytearray(tokens.read_bytes())
+    data[-1] ^= 1
+    tokens.write_bytes(data)
+    for a, b in ((one, two), (two, one)):
+        result = chatdata("diff", a, b)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr == f"Error: {tokens}: SHA-256 differs from the manifest's\n"
+
+
 def test_a_changed_row(built: Callable, chatdata: Callable) -> None:
     other = [*CHATS[:4], ("question 4", "answer four"), *CHATS[5:]]
     one, two = built("one", CHATS), built("two", other)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,30 @@ def test_semantic_needs_what_the_build_was_made_of(built: Path) -> None:
     recipe.write_text(recipe.read_text().replace("epochs = 2", "epochs = 3"))
     with pytest.raises(RecipeError, match=r"^r is not the recipe of this build: train\[3\] is absent in the build"):
         semantic(built)
+
+
+def test_semantic_requests_no_address_that_only_the_manifest_names(
+    tmp_path: Path, build_in: Callable, sign: Callable, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "r.toml").write_text('stage = "sft"\n[[train]]\ntask = "simple_spelling"\nwords = "w.txt"\nrows = 3\n')
+    (tmp_path / "w.txt").write_text("alpha\nbravo\n")
+    built = build_in(tmp_path, byte_tokenizer)
+    address = "https://example.org/w.txt"
+    sign(built, lambda manifest: manifest["recipe"]["train"][0].update(words=address))
+    requested: list[str] = []
+
+    def stream(method: str, url: str, **_: Any) -> Any:
+        requested.append(url)
+        raise ConnectionError("no")
+
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: SimpleNamespace(stream=stream))
+    with pytest.raises(MissingSource, match=f"^{address} is not in the cache; only the build names it: pass --words"):
+        verify_semantic(built, Locations(Path()), load_tasks())
+    assert requested == []
+    assert verify_semantic(built, Locations(Path(), words=str(tmp_path / "w.txt")), load_tasks()) == []
+    with pytest.raises(MissingSource, match=f"cannot download {address}: no"):
+        verify_semantic(built, Locations(Path(), words=address), load_tasks())
+    assert requested == [address]
 
 
 def test_plain_text(tmp_path: Path, build_in: Callable, edit: Callable, byte_tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from chatdata.cli.command import run_command
 from chatdata.disk import naming
+from chatdata.errors import ChatdataError
 
 
 @pytest.fixture
@@ -101,6 +103,63 @@ def test_without_a_home_folder(say, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert say(look_for_home, "run") == (0, "")
     assert Path.home() == tmp_path
     monkeypatch.delenv("HOME")
+
+
+def raise_at(path: Path, error: BaseException) -> None:
+    raise error
+
+
+class PanicException(BaseException):
+    """As pyo3, the bridge to Rust, raises it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("entries"), "'entries' (KeyError)"),
+        (RecursionError("maximum recursion depth exceeded"), "maximum recursion depth exceeded (RecursionError)"),
+        (MemoryError(), "not enough memory (MemoryError)"),
+        (EOFError("Ran out of input"), "Ran out of input (EOFError)"),
+        (PanicException("index out of bounds\n  at line 3"), "index out of bounds (PanicException)"),
+        (OSError("Couldn't deserialize thrift\n"), "Couldn't deserialize thrift (OSError)"),
+        (RuntimeError("[gloo] \x1b[31mConnection closed"), r"[gloo] \x1b[31mConnection closed (RuntimeError)"),
+    ],
+)
+def test_any_other_error_names_the_file_at_work(say, tmp_path, error, said) -> None:
+    """The innermost path of the code that failed. EOFError is no Ctrl-D."""
+    path, other = tmp_path / "data.bin", tmp_path / "folder"
+
+    def work() -> None:
+        assert other
+        raise_at(path, error)
+
+    line = f"Error: {path}: {said}; --debug shows where\n"
+    code, printed = say(work, "run")
+    assert (code, printed.lstrip("\n")) == (1, line)
+    code, printed = say(work, "run", "--debug")
+    assert code == 1 and "Traceback (most recent call last)" in printed and "in raise_at" in printed
+    assert "\x1b" not in printed and printed.endswith(line)
+
+
+def test_an_error_without_a_file(say) -> None:
+    def work() -> None:
+        raise IndexError("list index out of range")
+
+    assert say(work, "run") == (1, "Error: unexpected: list index out of range (IndexError); --debug shows where\n")
+
+
+def test_an_error_of_ours_is_one_line_whatever_is_in_it(say) -> None:
+    def work() -> None:
+        raise ChatdataError('key "\x1b]0;x\x07\rok: complete\n": unknown')
+
+    assert say(work, "run") == (1, 'Error: key "\\x1b]0;x\\x07\\rok: complete\\n": unknown\n')
+
+
+def test_a_limit_on_the_size_of_files_names_the_file(say, tmp_path) -> None:
+    """`write` does not know its file."""
+    path = tmp_path / "tokens.npy"
+    said = f"Error: {path}: file too large; raise the limit on the size of files (ulimit -f)\n"
+    assert say(lambda: raise_at(path, OSError(errno.EFBIG, "File too large")), "run") == (1, said)
 
 
 def test_an_ascii_terminal_gets_no_traceback(chatdata: Callable) -> None:

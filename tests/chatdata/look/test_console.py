@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from chatdata.look.console import megabytes, share, table
+from chatdata.look.console import console, megabytes, share, table
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,6 +15,15 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         "b                –",
         "all              7",
     ]
+
+
+def test_nothing_in_a_table_drives_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b]0;x\x07\r\n\x9b\u202e"
+    table(f"title {evil[:3]}", ("task", "rows"), [(evil, evil)])
+    console().print(f"[bold]{evil[:1]}[/bold]")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    cell = r"\x1b]0;x\x07\r\n\x9b\u202e"
+    assert lines == [["title", r"\x1b]0"], ["task", "rows"], [cell, cell], [r"\x1b"]]
 
 
 def test_numbers() -> None:

@@ -527,6 +527,16 @@ def test_resharded_clones_are_refused() -> None:
     check_complete([Path("a.parquet"), Path("b.parquet")], "here")
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["file:///etc/passwd", "http://example.org/w.txt", "ftp://example.org/w", "https://", "https://[x/w", "http://127.1/w"],
+)  # fmt: skip
+def test_word_lists_come_from_files_and_https(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("a request"))
+    with pytest.raises(SourceError, match=r": neither a file nor an https address; give a file$"):
+        hub_module.fetch_url(address, "give a file")
+
+
 def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "_download", lambda *_, **k: None if k else pytest.fail("a download"))
     monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("a request"))

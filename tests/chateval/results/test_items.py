@@ -78,7 +78,7 @@ def test_kill_9_loses_no_item_that_was_appended(item, write_items, tmp_path: Pat
         (b"[" * 100_000, "line 2: not valid JSON"),
         (b"[1]", "line 2: must be a table, not [1]"),
         ({"correct": 1}, 'line 2, key "correct": must be true or false, not 1'),
-        ({"draw": True}, 'line 2, key "draw": must be an integer, not true'),
+        ({"draw": True}, 'line 2, key "draw": must be an integer of at least 0 and'),
         ({"gold": None}, 'line 2, key "gold": must be a string, not null'),
         ({"gold_nats": math.nan}, 'line 2, key "gold_nats": must be a finite number, not NaN'),
         ({"ending": ...}, 'line 2: no key "ending"; it must be a string'),

@@ -69,7 +69,7 @@ def test_items_without_a_run_are_refused(run_of, tmp_path: Path) -> None:
         ({"format": "chatdata"}, ', key "format": "chatdata"; valid: chateval-run'),
         ({"version": 2}, ', key "version": must be 1, not 2'),
         ({"settings": None}, ', key "settings": must be a table, not null'),
-        ({"step": "1"}, ', key "step": must be an integer, not "1"'),
+        ({"step": "1"}, ', key "step": must be an integer of at least 0 and'),
         ({"tasks": {"gsm8k": 1}}, ', key "tasks.gsm8k": must be a table, not 1'),
         (
             {"tasks": {"gsm8k": {**TASK, "scoring": "guess"}}},

@@ -32,6 +32,13 @@ from chatdata.errors import BuildError, UsageError, nearest
 
 T = TypeVar("T")
 MAX_SHOWN = 60  # characters of a wrong value in a message
+MAX_TOML, MAX_KEY_PARTS = 4_000_000, 100  # characters; parts of a dotted key
+_TOML_TEXTS = re.compile(  # strings of several lines, strings, comments
+    r"""\"{3}(?:\\.|[^\\])*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*""", re.DOTALL
+)
+MAX_COUNT = 2**53 - 1  # exact as a float as well; a build of this size is 16 petabytes
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
 _NOUNS: dict[Any, str] = {
     str: "a string",
     int: "an integer",
@@ -132,6 +139,7 @@ REMEDIES = {
     errno.EACCES: "choose another path, or change its permissions",
     errno.EDQUOT: "free some space, then call again",
     errno.EEXIST: "choose another path",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EISDIR: "name a file",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOENT: "check the path: its folder must be there",
@@ -181,12 +189,22 @@ def decode(
 ) -> T:
     """Bytes of JSON or TOML as a `type`. Raises `error`, with `where` (a file, or a file and line) in front."""
     try:
-        value = tomllib.loads(data.decode("utf-8-sig")) if kind == "toml" else msgspec.json.decode(data)
+        value = _read_toml(data.decode("utf-8-sig")) if kind == "toml" else msgspec.json.decode(data)
         if kind == "json":  # msgspec keeps the last of two equal keys, other readers may keep the first
             json.loads(data, object_pairs_hook=_once)
     except (msgspec.MsgspecError, ValueError, RecursionError) as problem:  # 5,000 digits, 1,000 brackets, equal keys
         raise error(f"{where}: not valid {kind.upper()}: {str(problem).splitlines()[0]}") from None
     return convert(value, type, where, error)
+
+
+def _read_toml(text: str) -> dict[str, Any]:
+    """TOML of at most 4 MB whose keys have at most 100 parts: one of 50,000, in 100 kB, takes tomllib a minute."""
+    if len(text) > MAX_TOML:
+        raise ValueError(f"{len(text):,} characters, but at most {MAX_TOML:,} are read")
+    lines = _TOML_TEXTS.sub(lambda found: "\n" * found[0].count("\n"), text).split("\n")
+    if long := next((number for number, line in enumerate(lines, 1) if line.count(".") >= MAX_KEY_PARTS), None):
+        raise ValueError(f"a key of more than {MAX_KEY_PARTS} parts (at line {long})")
+    return tomllib.loads(text)
 
 
 def convert(value: Any, type: type[T], where: str, error: Callable[[str], Exception]) -> T:

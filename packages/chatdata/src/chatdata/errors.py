@@ -95,6 +95,8 @@ def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:
     return f'; did you mean "{close[0]}"?' if close else f"; valid: {', '.join(valid)}"
 
 
-def printable(text: str) -> str:
-    """Control characters as visible escapes, except newlines and tabs: data must not control a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Control characters and marks of direction, but those in `keep`, as visible escapes: data controls no terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

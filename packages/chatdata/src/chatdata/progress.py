@@ -1,4 +1,6 @@
-"""Progress of long work, the same for builds, training and scoring: bars on a terminal, plain lines elsewhere.
+"""What commands print besides tables: lines, JSON, and the progress of long work. No text in them drives a terminal.
+
+Progress is the same for builds, training and scoring: bars on a terminal, plain lines elsewhere.
 
 with shown_progress(quiet=not ranks.is_first) as progress:
     progress("mid", start, num_steps, "steps")  # starts the clock
@@ -10,12 +12,33 @@ mid: 50 of 100 steps, 3.4/s, 0:00:15 left, loss 1.2300
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
+
+from chatdata.errors import printable
+
+MAX_LINE = 4_000  # characters of a line; a key of a damaged file can have a million
+
+
+def say(line: str, error: bool = False) -> None:
+    """Print one line, on standard error if `error`. Newlines in it are shown as `\\n`."""
+    line = printable(line, keep="")
+    cut = f"{line[:MAX_LINE]}… ({len(line):,} characters)" if len(line) > MAX_LINE else line
+    print(cut, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Print a value as one line of JSON in ASCII: every other character is escaped, and DEL. NaN becomes null."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
+    print(text.replace("\x7f", "\\u007f"), flush=True)
 
 
 class Progress(Protocol):
@@ -47,7 +70,7 @@ def shown_progress(quiet: bool = False) -> Iterator[Progress]:
             text, tenths = _status(started, name, done, total, unit, note), 10 * done // max(total, 1)
             if tenths != printed.get(name) and (done >= total or (tenths > 0 and not part)):
                 printed[name] = tenths
-                print(f"{name}: {text}", file=sys.stderr, flush=True)
+                say(f"{name}: {text}", error=True)
 
         yield show  # a line for every tenth of the work
 
@@ -68,7 +91,7 @@ def _bars() -> Iterator[Progress]:
         def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
             text = _status(started, name, done, total, unit, note)
             if name not in bars:
-                bars[name] = shown.add_task(name, total=total, status=text)
+                bars[name] = shown.add_task(printable(name, keep=""), total=total, status=text)
             shown.update(bars[name], completed=done, status=text)
 
         yield show

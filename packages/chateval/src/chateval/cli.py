@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from chatdata import version_of
 from chatdata.cli.command import FILE, examples, run_command
 from chatdata.disk import naming
+from chatdata.progress import say, say_json
 
 POSITIVE = click.IntRange(min=1)
 
@@ -93,10 +93,10 @@ def run(**options: Any) -> None:
             return
     results = write_report(settings.out)
     if options["as_json"]:
-        click.echo(json.dumps(results.to_json()))
+        say_json(results.to_json())
         return
     _print(show_results(results))
-    click.echo(f"{settings.out}: report.md")
+    say(f"{settings.out}: report.md")
 
 
 @cli.command(
@@ -125,7 +125,7 @@ def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, 
         with naming(markdown):
             markdown.write_text(markdown_comparison(comparison), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(comparison.to_json()))
+        say_json(comparison.to_json())
     else:
         _print(show_comparison(comparison))
 
@@ -165,7 +165,7 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
                 {"name": name, "kind": kind, "chance": scored.chance, "rows": num_rows, "summary": task.summary}
             )
     if as_json:
-        click.echo(json.dumps(rows))
+        say_json(rows)
     else:
         table("scored tasks", list(rows[0]), [list(row.values()) for row in rows])
 

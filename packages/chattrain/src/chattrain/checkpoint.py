@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chatdata.disk import decode, sync
+from chatdata.disk import Count, Positive, decode, sync
 from chatdata.packing.epoch import Layout, Order, TrainingPlan
 from chatdata.packing.layouts import Long
 from chatdata.shards.masks import MaskPolicy
@@ -45,7 +45,7 @@ class Recipe(msgspec.Struct, frozen=True):
 
     init: str
     stage: str
-    num_steps: int
+    num_steps: Positive
     lr_scale: float
     dtype: Dtype
     non_finite: NonFinite
@@ -60,13 +60,13 @@ class PlanRecord(msgspec.Struct, frozen=True):
     rows: Layout  # named so until the next version of these files
     mask: MaskPolicy
     order: Order
-    seq_len: int
-    step_sequences: int
+    seq_len: Positive
+    step_sequences: Positive
     seed: int | None
     long: Long | None
-    num_ranks: int | None
-    device_batch_size: int | None
-    plan_version: int
+    num_ranks: Positive | None
+    device_batch_size: Positive | None
+    plan_version: Count
     hash: str  # SHA-256 over the above and every document's place
 
 
@@ -95,11 +95,11 @@ def require_same(saved: Mapping[str, Any], current: PlanRecord | Recipe) -> None
 
 class _Version(msgspec.Struct):
     format: str
-    version: int
+    version: Count
 
 
 class _State(_Version):
-    step: int
+    step: Count
     config: dict[str, Any]
     plan: dict[str, Any]
     recipe: dict[str, Any]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from chatdata import version_of
 from chatdata.cli.command import FILE, MaskPolicyChoice, examples, run_command
 from chatdata.errors import UsageError
+from chatdata.progress import say, say_json
 from chattrain.errors import RunError
 
 POSITIVE = click.IntRange(min=1)
@@ -100,7 +100,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
         if dry_run:
             numbers = loop.dry_run(prepare(settings, build, ranks), settings.device_batch_size)
             if is_first:
-                click.echo(json.dumps(numbers)) if as_json else _echo_dry_run(numbers)
+                say_json(numbers) if as_json else _echo_dry_run(numbers)
             return
         if out.exists() and any(out.iterdir()) and not settings.resume:
             raise RunError(f"{out}: already exists; choose another --out, or --resume to continue the run")
@@ -114,41 +114,41 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
                 _echo_plan(ready.plan.counts(), num_steps, ready.recipe.stage)
                 if settings.resume:
                     start = ready.start
-                    click.echo(f"resuming after step {start}" if start else "nothing to resume: from the start")
+                    say(f"resuming after step {start}" if start else "nothing to resume: from the start")
             done = loop.train(ready, settings, stop)
     if not is_first:
         return
     curve = draw_curve(out) if done else None
     checkpoint = str(out / "checkpoints" / checkpoint_name(done))
     if as_json:
-        click.echo(json.dumps({"out": str(out), "steps": done, "of": num_steps, "checkpoint": checkpoint}))
+        say_json({"out": str(out), "steps": done, "of": num_steps, "checkpoint": checkpoint})
         return
-    click.echo(f"{done} of {num_steps} steps done; checkpoint {checkpoint}")
+    say(f"{done} of {num_steps} steps done; checkpoint {checkpoint}")
     if done < num_steps:
-        click.echo("to continue: the same command with --resume")
+        say("to continue: the same command with --resume")
     if done:
-        click.echo(f"loss curve: {curve}" if curve else "no loss curve: `uv sync --extra plot` installs matplotlib")
+        say(f"loss curve: {curve}" if curve else "no loss curve: `uv sync --extra plot` installs matplotlib")
 
 
 def _echo_dry_run(numbers: dict[str, Any]) -> None:
     memory, step = numbers["memory_bytes"], numbers["step"]
     _echo_plan(numbers["plan"], numbers["steps"], numbers["stage"])
-    click.echo(f"model: {numbers['parameters']:,} parameters, {numbers['flops_per_token']:,} FLOPs per token")
-    click.echo(
+    say(f"model: {numbers['parameters']:,} parameters, {numbers['flops_per_token']:,} FLOPs per token")
+    say(
         f"memory: weights and gradients {memory['weights_and_gradients'] / 2**20:,.0f} MiB, optimizer "
         f"{memory['optimizer'] / 2**20:,.0f} MiB, peak of one step {memory['peak_of_one_step'] / 2**20:,.0f} MiB"
     )
-    click.echo(f"one step on {numbers['device']}: {step['duration_s']} s, {step['tokens_per_s']:,} tokens/s")
-    click.echo(f"the run: about {numbers['estimated_duration_s']:,} s")
+    say(f"one step on {numbers['device']}: {step['duration_s']} s, {step['tokens_per_s']:,} tokens/s")
+    say(f"the run: about {numbers['estimated_duration_s']:,} s")
 
 
 def _echo_plan(counts: dict[str, Any], num_steps: int, stage: str) -> None:
-    click.echo(
+    say(
         f"stage {stage}: {num_steps:,} steps; an epoch: {counts['steps']:,} steps, {counts['sequences']:,} sequences, "
         f"{counts['input_tokens']:,} input tokens, {counts['targets']:,} targets of {counts['documents']:,} documents"
     )
     left = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts["left_out"].items() if value)
-    click.echo(f"left out of an epoch: {left or 'nothing'}")
+    say(f"left out of an epoch: {left or 'nothing'}")
 
 
 @cli.command(epilog=examples("chattrain trace runs/mid --step 120", "chattrain trace runs/sft --step 7 --json"))
@@ -162,16 +162,14 @@ def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None
 
     found = trace_step(run_folder, step, data)
     if as_json:
-        click.echo(json.dumps(found))
+        say_json(found)
         return
     if found["log"]:
-        click.echo("  ".join(f"{key} {found['log'][key]}" for key in ("loss", "tokens", "targets", "batch")))
-    click.echo(f"{'sequence':>8}  {'doc':>8}  {'tokens':>13}  {'row':>8}  task")
+        say("  ".join(f"{key} {found['log'][key]}" for key in ("loss", "tokens", "targets", "batch")))
+    say(f"{'sequence':>8}  {'doc':>8}  {'tokens':>13}  {'row':>8}  task")
     for document in found["documents"]:
         tokens = f"{document['start']}…{document['stop']}"
-        click.echo(
-            f"{document['sequence']:>8}  {document['doc']:>8}  {tokens:>13}  {document['row']:>8}  {document['task']}"
-        )
+        say(f"{document['sequence']:>8}  {document['doc']:>8}  {tokens:>13}  {document['row']:>8}  {document['task']}")
 
 
 @cli.command(epilog=examples("chattrain export runs/sft --out exported --verify"))
@@ -190,7 +188,7 @@ def export(checkpoint: Path, out: Path, verify: bool) -> None:
     special_ids = load_tokenizer(tokenizer).special_ids
     bos, end = special_ids[NANOCHAT.bos], special_ids[NANOCHAT.assistant_end]
     export_transformers(found.weights(), found.config, out, bos, end, tokenizer, verify)
-    click.echo(f"{out}: {found.path.name} as NanoChat{', verified against transformers' if verify else ''}")
+    say(f"{out}: {found.path.name} as NanoChat{', verified against transformers' if verify else ''}")
 
 
 @cli.command(
@@ -221,7 +219,7 @@ def import_nanochat(folder: Path, tokenizer: Path, out: Path) -> None:
         path = save_checkpoint(out / "checkpoints", step, config, weights, {}, {}, {}, folder_of_tokenizer)
     finally:
         shutil.rmtree(folder_of_tokenizer, ignore_errors=True)
-    click.echo(f"{path}: step {step}, {config.n_layer} layers, width {config.n_embd}")
+    say(f"{path}: step {step}, {config.n_layer} layers, width {config.n_embd}")
 
 
 main = partial(run_command, cli, "chattrain", "interrupted; --resume continues from the last checkpoint", only="run")

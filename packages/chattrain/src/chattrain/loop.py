@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import click
 import torch
 from torch import Tensor, nn
 
 from chatdata.packing.epoch import TrainingPlan
-from chatdata.progress import shown_progress
+from chatdata.progress import say, shown_progress
 from chattrain.attention import pack_sequences
 from chattrain.batches import Batch, Lengths, Step, read_step
 from chattrain.checkpoint import Recipe, keep_last, save_checkpoint
@@ -207,7 +206,7 @@ def _evaluate(run: Run, settings: RunSettings, step: int, write: Callable[[ValEn
     duration_s = round(time.perf_counter() - started, 3)
     write(ValEntry(step, result["total"], result["tasks"], result["bytes"], duration_s))
     if learner.ranks.is_first:
-        click.echo(f"step {step}: validation {result['total']:.4f} bits per byte", err=True)
+        say(f"step {step}: validation {result['total']:.4f} bits per byte", error=True)
     return False
 
 

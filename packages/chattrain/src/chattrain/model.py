@@ -28,6 +28,7 @@ ROPE_THETA = 10000.0
 SOFTCAP = 15.0
 VOCAB_MULTIPLE = 64  # embedding and head have this many rows or a multiple: odd sizes are slow on tensor cores
 MAX_HEAD_SIZE = 128
+MAX_LAYERS, MAX_SIZE = 1_000, 2**24  # a config comes from a file: shapes are made of it before weights are read
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "rope_dtype" and (type(value) is not int or value < 1):
-                raise ConfigError(f"model config: {field.name} is {value!r}, must be a positive integer")
+            most = MAX_LAYERS if field.name == "n_layer" else MAX_SIZE
+            if field.name != "rope_dtype" and (type(value) is not int or not 1 <= value <= most):
+                raise ConfigError(f"model config: {field.name} is {value!r:.60}, must be an integer from 1 to {most:,}")
         if self.rope_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"model config: rope_dtype is {self.rope_dtype!r}, must be 'float32' or 'bfloat16'")
         if self.n_embd % (2 * self.n_head):

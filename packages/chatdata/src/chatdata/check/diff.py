@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from chatdata.check.verify import hash_problems
 from chatdata.document import Document
-from chatdata.errors import printable
+from chatdata.errors import FormatError, printable
+from chatdata.progress import no_progress
 from chatdata.shards.read import Build, Split
 
 SHOWN_DOCUMENTS = 3
@@ -31,12 +33,17 @@ _COMPARED = ("task", "row", "entry", "position", "num_turns", "num_tool_calls", 
 def diff_builds(a: Build, b: Build) -> dict[str, Any]:
     """Everything that differs, as plain data for JSON; `identical` is true if nothing does.
 
+    Raises FormatError if the manifests are equal but a file is not what they say: the builds may differ there.
+
     recipe, sources, tokenizer, other: [{"key", "a", "b"}]. splits: name → totals and entries of that form, and
     `documents` (see `_diff_documents`), None where only one build has the split or where all files are equal.
     """
     one, two = a.manifest, b.manifest
     found: dict[str, Any] = {"a": str(a.path), "b": str(b.path), "build_id": [one["build_id"], two["build_id"]]}
     found["identical"] = one["build_id"] == two["build_id"]
+    if found["identical"]:
+        for problem in (problem for build in (a, b) for problem in hash_problems(build, no_progress)):
+            raise FormatError(problem)
     parts_a, parts_b = _parts(one), _parts(two)
     found |= {name: _listed(parts_a[name], parts_b[name]) for name in parts_a}
     found["splits"] = {

@@ -26,6 +26,7 @@ from chatdata.render import specification as render
 from chatdata.render.format import NANOCHAT
 from chatdata.shards.read import Split, open_build
 from chatdata.sources.find import Locations, PlannedEntry
+from chatdata.sources.hub import fetch_url, nothing_fetched
 from chatdata.sources.source import Source
 from chatdata.tasks.task import Task, call_task
 
@@ -54,7 +55,8 @@ def verify_semantic(
 ) -> list[str]:
     """Everything of full; then sources, order, and `share` of each split (at least 100 documents, one per entry).
 
-    recipe: says only where the files it names are; by default `recipe_of_build`. Stops after full, or after the
+    recipe: says only where the files it names are; by default `recipe_of_build`, of whose addresses none is requested
+    that only the manifest names. Stops after full, or after the
     sources, if these have problems: what follows would only repeat them.
     Raises MissingSource for sources that cannot be found, RecipeError if `recipe` is not the build's.
     """
@@ -62,7 +64,10 @@ def verify_semantic(
     if problems:
         return problems
     build = open_build(path)
-    recipe = recipe_of_build(build.manifest, tasks) if recipe is None else _same_recipe(build.manifest, recipe)
+    if recipe is None:
+        recipe = recipe_of_build(build.manifest, tasks)
+        _check_addresses(recipe, tasks, locations)
+    recipe = _same_recipe(build.manifest, recipe)
     recipe = _pinned(recipe, build.manifest)
     limit = build.manifest["recipe"].get("limit")
     plan = make_build_plan(recipe, dict(tasks), build.tokenizer, replace(locations, recipe_folder=recipe.folder), limit)
@@ -94,6 +99,16 @@ def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task]) -> Reci
     table |= {split: [_entry_table(entry, tasks) for entry in wanted[split]] for split in manifest["splits"]}
     table["shuffle"] = {split: wanted["shuffle"][split] for split in manifest["splits"] if split in wanted["shuffle"]}
     return _same_recipe(manifest, parse_recipe(table, "the build's recipe", Path("recipe.toml"), tasks))
+
+
+def _check_addresses(recipe: Recipe, tasks: Mapping[str, Task], locations: Locations) -> None:
+    """Raise MissingSource for an address that no task has as its default and that is not in the cache."""
+    for entry in (entry for entries in recipe.splits.values() for entry in entries):
+        for key in entry.file_options:
+            given, value = key == "words" and locations.words is not None, entry.options[key]
+            if not given and "://" in value and value != tasks[entry.task].options[key].default:
+                with nothing_fetched():
+                    fetch_url(value, "only the build names it: pass --words with a file, or with this address")
 
 
 def _entry_table(entry: dict[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:

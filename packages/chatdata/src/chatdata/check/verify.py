@@ -41,7 +41,7 @@ def verify_full(path: Path, progress: Progress = no_progress) -> list[str]:
     problems += _unknown_files(build)
     if not sound:  # a link out of the build: no file was read, and none will be
         return problems
-    problems += _hash_problems(build, progress)
+    problems += hash_problems(build, progress)
     problems += _tokenizer_problems(build)
     for split in build.splits.values():
         problems += _split_problems(split, sound[split.name], progress)
@@ -58,7 +58,7 @@ def _quick(path: Path) -> tuple[Build | None, list[str], dict[str, list[int]]]:
     return (None, problems, {}) if problems else (Build(path, manifest), *check_files(path, manifest))
 
 
-def _hash_problems(build: Build, progress: Progress) -> list[str]:
+def hash_problems(build: Build, progress: Progress) -> list[str]:
     """Of tokens and mask: `check_files` hashes all others."""
     found, problems, done = build_files(build.path, build.manifest), [], 0
     files = [(file, record) for kind, file, record in found if kind in LARGE_KINDS]

@@ -19,6 +19,7 @@ from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
 from chatdata.cli.tokenizer import tokenizer
 from chatdata.errors import UsageError
+from chatdata.progress import say, say_json
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
@@ -137,14 +138,14 @@ def build(
             split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.task_positions)} for e in entries]
             for split, entries in plan.splits.items()
         }
-        click.echo(json.dumps({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "splits": splits}))
+        say_json({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "splits": splits})
     if dry_run:
         return
     gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all
     with nullcontext() if as_json else shown_progress() as progress:
         manifest = run_build(plan, out, force=force, workers=workers, engine=engine, progress=progress, **options)
     if as_json:
-        click.echo(json.dumps({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]}))
+        say_json({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]})
     else:
         show_result(manifest, json.loads((out / "report.json").read_text()), out)
 
@@ -193,7 +194,7 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
         for task in load_tasks(task_files).values()
     ]
     if as_json:
-        click.echo(json.dumps(listed))
+        say_json(listed)
         return
     lines = grid("task", "source", "subset", "splits (rows)", "licence", "what")
     lines.columns[-1].no_wrap = False
@@ -241,12 +242,12 @@ def cache(unused_days: float | None, as_json: bool) -> None:
         "oldest_use": left[0].last_used if left else None,
     }
     if as_json:
-        click.echo(json.dumps(facts))
+        say_json(facts)
         return
     oldest = f", the longest unused for {(time.time() - left[0].last_used) / 86_400:.1f} days" if left else ""
-    click.echo(f"{folder}: {len(left):,} work units, {megabytes(facts['bytes'])}{oldest}")
+    say(f"{folder}: {len(left):,} work units, {megabytes(facts['bytes'])}{oldest}")
     if removed:
-        click.echo(f"removed: {len(removed):,} work units, {megabytes(facts['removed_bytes'])}")
+        say(f"removed: {len(removed):,} work units, {megabytes(facts['removed_bytes'])}")
 
 
 main = partial(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from chatdata.cli.command import FILE, build_argument, examples, json_option
 from chatdata.errors import UsageError
+from chatdata.progress import say, say_json
 
 
 @click.command(
@@ -72,12 +72,12 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
             share = 0.01 if given["share"] is None else given["share"]
             problems = verify_semantic(path, locations, tasks, recipe=loaded, share=share, progress=progress)
     if as_json:
-        click.echo(json.dumps({"build": str(path), "level": level, "problems": problems}))
+        say_json({"build": str(path), "level": level, "problems": problems})
     else:
         for problem in problems:
-            click.echo(problem, err=True)
+            say(problem, error=True)
         found = f"{len(problems):,} problem{'s'[: len(problems) != 1]}" if problems else "no damage found"
-        click.echo(f"{path}: {found} ({level})")
+        say(f"{path}: {found} ({level})")
     return 3 if problems else 0
 
 
@@ -97,8 +97,8 @@ def diff(a: Path, b: Path, as_json: bool) -> int:
 
     found = diff_builds(open_build(a), open_build(b))
     if as_json:
-        click.echo(json.dumps(found))
+        say_json(found)
     else:
         for line in lines_of(found):
-            click.echo(line)
+            say(line)
     return 0 if found["identical"] else 1

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from chatdata.disk import describe_os_error, home_path
+from chatdata.disk import DISK_ERRORS, describe_os_error, home_path
+from chatdata.errors import printable
+from chatdata.progress import say
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
@@ -62,7 +65,7 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
 
     interrupted: message after Ctrl-C in the command `only` (default: in every command; others just say "interrupted").
     Exit codes: 0 done, 1 anything wrong with data or a run, 2 usage, 3 verify found damage, 130 interrupted.
-    An error that a user can cause is an OSError or has an `exit_code`; `--debug`, anywhere, shows its traceback.
+    `--debug`, anywhere, shows the traceback of an error.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -77,7 +80,9 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
             os.environ["HOME"] = os.environ["CHATDATA_CACHE"]
     try:
         code = cli.main(arguments, prog_name=name, standalone_mode=False)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as error:
+        if isinstance(error.__cause__, EOFError):  # a file ended early; click takes it for Ctrl-D
+            _fail(error.__cause__, debug)
         own = only is None or next((word for word in arguments if word in cli.commands), None) == only
         _stop(interrupted if own else "interrupted", 130)
     except click.ClickException as error:
@@ -85,16 +90,36 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
             error = click.UsageError(f"{error.option_name} is now {RENAMED_OPTIONS[error.option_name]}", error.ctx)
         error.show()
         sys.exit(error.exit_code)
-    except (ValueError, OSError) as error:
-        if debug or not (isinstance(error, OSError) or hasattr(error, "exit_code")):
-            raise
-        message = describe_os_error(error) if isinstance(error, OSError) else str(error)
-        _stop(message, getattr(error, "exit_code", 1))
-    except RuntimeError as error:
-        if debug or "home directory" not in str(error):
-            raise
-        _stop(NO_HOME, 1)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # also what Rust libraries raise for a panic, which is no Exception
+        _fail(error, debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: BaseException, debug: bool) -> NoReturn:
+    """Print an error as one line, whatever it is, and exit.
+
+    One that a user can cause is an OSError or has an `exit_code`, and says all. Any other is a file that no check has
+    refused or a fault of ours: the file is the innermost path that the code was at work on.
+    """
+    if debug:
+        sys.stderr.write(printable("".join(traceback.format_exception(error))))
+    code = getattr(error, "exit_code", 1)
+    values = [value for frame, _ in traceback.walk_tb(error.__traceback__) for value in frame.f_locals.values()]
+    path = next((str(value) for value in reversed(values) if isinstance(value, Path)), None)
+    if hasattr(error, "exit_code"):
+        message = str(error)
+    elif isinstance(error, OSError) and error.errno is not None:
+        if error.filename is None and error.errno in DISK_ERRORS:
+            error.filename = path
+        message = describe_os_error(error)
+    elif isinstance(error, RuntimeError) and "home directory" in str(error):
+        message = NO_HOME
+    else:
+        known = "not enough memory" if isinstance(error, MemoryError) else str(error).strip().partition("\n")[0]
+        message = f"{path or 'unexpected'}: {known} ({type(error).__name__}); --debug shows where"
+    _stop(message, code if isinstance(code, int) else 1)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -108,5 +133,5 @@ def examples(*lines: str) -> str:
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    say(f"Error: {message}", error=True)
     sys.exit(code)

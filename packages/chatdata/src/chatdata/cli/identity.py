@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from chatdata.cli.command import FILE, examples, json_option
 from chatdata.errors import PersonaError
+from chatdata.progress import say, say_json
 
 
 @click.command(
@@ -55,13 +55,13 @@ def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_js
     identity.write_conversations(conversations, out)
     facts = identity.identity_facts(loaded, conversations)
     if as_json:
-        click.echo(json.dumps({"out": str(out), **facts}, ensure_ascii=False))
+        say_json({"out": str(out), **facts})
         return
-    click.echo(
+    say(
         f"{out}: {num_rows:,} conversations, {facts['answers']:,} answers, {facts['answers_with_name']:,} of them name "
         f"{loaded.name}; {facts['facts_told']} of {facts['facts']} facts used"
     )
     if facts["languages_only_named"]:
         named, known = ", ".join(facts["languages_only_named"]), ", ".join(identity.known_languages().values())
-        click.echo(f"only named, because they have no phrasings: {named} (phrasings exist for {known})")
-    click.echo(f"this persona can give up to {facts['largest_rows']:,} different conversations")
+        say(f"only named, because they have no phrasings: {named} (phrasings exist for {known})")
+    say(f"this persona can give up to {facts['largest_rows']:,} different conversations")

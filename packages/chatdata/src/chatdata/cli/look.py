@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from chatdata.cli.command import FILE, MaskPolicyChoice, PathType, build_argument, examples, json_option, tokenizer_of
 from chatdata.errors import UsageError
+from chatdata.progress import say, say_json
 
 
 @click.command(
@@ -68,7 +68,7 @@ def stats(path: Path, as_json: bool) -> None:
     from chatdata.look.stats import build_stats, show_stats
 
     numbers = build_stats(open_build(path))
-    click.echo(json.dumps(numbers)) if as_json else show_stats(numbers)
+    say_json(numbers) if as_json else show_stats(numbers)
 
 
 @click.command(
@@ -92,11 +92,11 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
 
     facts = write_report(path, out)
     if as_json:
-        click.echo(json.dumps(facts))
+        say_json(facts)
         return
     documents = sum(split["documents"] for split in facts["splits"].values())
     shown = f"{facts['documents_shown']:,} of {documents:,} documents in it"
-    click.echo(f"{facts['out']}: {megabytes(facts['bytes'])}, {shown}")
+    say(f"{facts['out']}: {megabytes(facts['bytes'])}, {shown}")
 
 
 @click.command(
@@ -126,4 +126,4 @@ def plan(path: Path, seq_len: int, as_json: bool, **options: Any) -> None:
     from chatdata.look.what_if import plan_numbers, show_plan
 
     numbers = plan_numbers(open_build(path), seq_len, **options)
-    click.echo(json.dumps(numbers)) if as_json else show_plan(numbers)
+    say_json(numbers) if as_json else show_plan(numbers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import click
 
 from chatdata.cli.command import FILE, examples, json_option, tokenizer_of
 from chatdata.errors import BuildError, UsageError
+from chatdata.progress import say, say_json
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
@@ -69,14 +69,14 @@ def show(path: Path, text: str | None, as_json: bool) -> None:
     if text is not None:
         facts["tokens"] = [[i, loaded.decode_token(i)] for i in loaded.encode_ordinary(text)]
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        say_json(facts)
         return
     for key, value in facts.items():
         if key == "tokens":
             value = " ".join(f"{piece!r}:{i}" for i, piece in value)
         elif isinstance(value, dict):
             value = "  ".join(f"{name} {i}" for name, i in value.items())
-        click.echo(f"{key:14} {value}")
+        say(f"{key:14} {value}")
 
 
 def _check_free(out: Path) -> None:
@@ -90,4 +90,4 @@ def _save(loaded: Tokenizer, out: Path) -> None:
 
     _check_free(out)
     save_tokenizer(loaded, out)
-    click.echo(f"{out}: {loaded.vocab_size:,} tokens, shards will be {shard_dtype(loaded)}")
+    say(f"{out}: {loaded.vocab_size:,} tokens, shards will be {shard_dtype(loaded)}")

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
+
+from chatdata.errors import printable
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
 
 
+class _Console(Console):
+    """Escapes the control characters of every text; colours are not text."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 def console() -> Console:
     """Standard output, wide enough that no number of a table is cut: a narrow terminal folds the line instead."""
     width = Console().width if sys.stdout.isatty() else 160
-    return Console(width=max(width, 132), highlight=False, soft_wrap=True)
+    return _Console(width=max(width, 132), highlight=False, soft_wrap=True)
 
 
 def grid(*columns: str, **options: Any) -> Table:
@@ -40,7 +51,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], tot
 
 
 def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+    return f"{value:,}" if isinstance(value, int) else escape(printable(str(value), keep=""))
 
 
 def shard_dtype(tokenizer: Tokenizer) -> str:

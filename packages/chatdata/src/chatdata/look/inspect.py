@@ -14,6 +14,7 @@ from rich.text import Text
 from chatdata.document import IGNORED, Document
 from chatdata.errors import ChatdataError, SourceError, UsageError, printable
 from chatdata.look.console import console, grid
+from chatdata.progress import say_json
 from chatdata.render.format import NANOCHAT
 from chatdata.render.specification import render_conversation
 from chatdata.shards.read import Split, open_build
@@ -68,7 +69,7 @@ def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> N
     rows = token_rows(document, stages)
     if as_json:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
+            say_json(row)
         return
     lines = grid(*rows[0])
     for column in lines.columns:
@@ -99,7 +100,7 @@ def show_documents(
             show_tokens(document, stages, as_json)
         elif as_json:
             facts = _facts(row) | {"text": document.text(), "mask": document.mask.tolist()}
-            print(json.dumps(facts, ensure_ascii=False))
+            say_json(facts)
         else:
             line = " · ".join(f"{key} {value}" for key, value in _facts(row).items())
             console().print(f"[bold]{split_name} document {i}[/bold] · {escape(line)}")

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta, Struct
 
-from chatdata.disk import convert, decode, file_sha256, shown
+from chatdata.disk import Count, Positive, convert, decode, file_sha256, shown
 from chatdata.errors import FormatError
-from chatdata.recipe import Overflow, Stage, ZeroSupervised
+from chatdata.recipe import EntryHead, Overflow, Stage, ZeroSupervised
 from chatdata.shards.index import read_index
 from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, MAX_VOCAB, SPECIAL_TOKENS
 
@@ -31,10 +31,7 @@ FILE_NAMES = {  # of a shard, by kind and number
 FILE_KINDS = tuple(FILE_NAMES)
 LARGE_KINDS = ("tokens", "mask")  # hashed by `verify --level full` alone: 1 GB takes 0.6 s or more
 HEADER_BYTES = 128  # of a .npy file
-MAX_COUNT = 2**53 - 1  # exact as a float as well; a build of this size is 16 petabytes
 
-Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
-Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")]
 
 
@@ -53,8 +50,8 @@ class Recipe(Struct):
     overflow: Overflow
     zero_supervised: ZeroSupervised
     shuffle: dict[str, bool]
-    train: list[dict[str, Any]]
-    val: list[dict[str, Any]] = []
+    train: list[EntryHead]
+    val: list[EntryHead] = []
     limit: Positive | None = None  # early manifests of version 1 have no such key
 
 
@@ -115,8 +112,8 @@ class Shard(Counts):
 
 
 class Split(Counts):
-    shards: list[Shard]
-    entries: list[Entry]
+    shards: Annotated[list[Shard], Meta(min_length=1, description="a list of one or more shards")]
+    entries: Annotated[list[Entry], Meta(min_length=1, description="a list of one or more entries")]
 
 
 class Manifest(Head):

@@ -161,16 +161,26 @@ def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
 
 
 def fetch_url(url: str, instead: str) -> Path:
-    """The cached file of `url`, downloaded to a temporary name and renamed on first use. Raises MissingSource."""
-    folder = cache_folder("urls") / hashlib.sha256(url.encode()).hexdigest()[:16]
-    path = folder / (Path(urlsplit(url).path).name or "file")
+    """The cached file of `url`, downloaded to a temporary name and renamed on first use.
+
+    Raises MissingSource, and SourceError for an address that is not https (http only to this machine).
+    """
+    try:
+        address = urlsplit(url)
+    except ValueError:  # brackets that hold no IPv6 address
+        address = urlsplit("")
+    is_here = address.scheme == "http" and address.hostname in ("127.0.0.1", "localhost", "::1")
+    if not ((address.scheme == "https" and address.hostname) or is_here):
+        raise SourceError(f"{url}: neither a file nor an https address; {instead}")
+    folder = cache_folder("urls") / hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()[:16]
+    path = folder / (re.sub(r"[^\w.-]|^\.+", "_", Path(address.path).name)[-100:] or "file")
     if path.is_file():
         return path
     if not _may_fetch[-1]:
         raise MissingSource(f"{url} is not in the cache; {instead}")
     from huggingface_hub import get_session
 
-    host = urlsplit(url).netloc
+    host = address.netloc
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     make_cache(folder)
     try:

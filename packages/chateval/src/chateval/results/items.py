@@ -16,7 +16,7 @@ from typing import IO, Annotated, Any
 
 from msgspec import Meta, Struct
 
-from chatdata.disk import convert
+from chatdata.disk import Count, convert
 from chateval.errors import ResultsError
 
 ITEMS_NAME = "items.jsonl"
@@ -29,24 +29,24 @@ class Item(Struct, frozen=True):
     task: str
     item: str  # unique within the task: "mmlu all test row 812"
     subject: str | None
-    draw: int  # 0 ... draws - 1
+    draw: Count  # 0 ... draws - 1
     prompt_sha256: str
     output: str
     extracted: str | None
     gold: str
     correct: bool
     ending: str  # why generation ended: "letter", "assistant_end", "max_tokens", ...; for code, how the program ended
-    num_prompt_tokens: int
-    num_tokens: int  # generated
+    num_prompt_tokens: Count
+    num_tokens: Count  # generated
     gold_nats: Finite | None  # negative log likelihood of the gold answer
-    gold_bytes: int | None  # its length in UTF-8
+    gold_bytes: Count | None  # its length in UTF-8
     tie: bool | None = None  # categorical: several letters shared the best logit
     margin: Finite | None = None  # categorical: best letter logit - second best
     letter_mass: Finite | None = None  # categorical: probability of all letters together
     flexible_extracted: str | None = None  # generative: the last number anywhere
     flexible_correct: bool | None = None
-    tool_calls: int | None = None
-    tool_failures: int | None = None
+    tool_calls: Count | None = None
+    tool_failures: Count | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, to_builtins
 
 from chatdata.check.diff import ABSENT, differences
-from chatdata.disk import convert, decode, naming, write_whole
+from chatdata.disk import Count, Positive, convert, decode, naming, write_whole
 from chatdata.shards.manifest import Source
 from chateval.errors import ResultsError, ScoringError
 
@@ -28,9 +28,9 @@ class RunTask(Struct, kw_only=True, omit_defaults=True):
 
     scoring: Literal["categorical", "generative", "code"]
     chance: Annotated[float, Meta(ge=0, lt=1, description="a number from 0 to below 1")]  # accuracy of guessing
-    items: Annotated[int, Meta(ge=0)]  # to be answered
-    rows: int | None = None  # of the source; more than `items` under a limit
-    draws: Annotated[int, Meta(ge=1)]  # answers per item
+    items: Count  # to be answered
+    rows: Count | None = None  # of the source; more than `items` under a limit
+    draws: Positive  # answers per item
     source: dict[str, Any]  # name, revision and files, as in a manifest
 
 
@@ -49,7 +49,7 @@ class Run(Struct, omit_defaults=True):
     version: Literal[1]
     weights_sha256: str
     checkpoint: str
-    step: int | None
+    step: Count | None
     settings: dict[str, Any]
     tasks: dict[str, RunTask]
     firewall: Firewall | None = None

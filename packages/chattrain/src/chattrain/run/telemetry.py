@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from chatdata.disk import convert, decode, naming, write_whole
+from chatdata.disk import Count, convert, decode, naming, write_whole
 from chatdata.errors import printable
 from chattrain.checkpoint import FORMAT, PlanRecord, Recipe
 from chattrain.errors import RunError
@@ -44,14 +44,14 @@ class RunRecord(msgspec.Struct, frozen=True):
 class TrainEntry(msgspec.Struct, tag_field="kind", tag="train", omit_defaults=True, frozen=True):
     """A line of log.jsonl: a step, counted over all ranks."""
 
-    step: int
+    step: Count
     loss: float  # nats per target
     multiplier: float  # of every learning rate
-    tokens: int
-    targets: int
+    tokens: Count
+    targets: Count
     tokens_per_s: float
     mfu: float | str
-    memory_bytes: int
+    memory_bytes: Count
     data_wait_share: float  # of the step's duration
     gradient_norm: float
     batch: str  # see `digest_text`
@@ -61,10 +61,10 @@ class TrainEntry(msgspec.Struct, tag_field="kind", tag="train", omit_defaults=Tr
 class ValEntry(msgspec.Struct, tag_field="kind", tag="val", frozen=True):
     """A line of log.jsonl: a validation after `step` steps."""
 
-    step: int
+    step: Count
     bits_per_byte: float
     tasks: dict[str, float]
-    bytes: int
+    bytes: Count
     duration_s: float
 
 
