@@ -22,8 +22,8 @@ from chatdata.disk import (
     decode,
     describe_os_error,
     home_path,
-    make_cache,
     naming,
+    writes_to,
 )
 from chatdata.errors import BuildError, FormatError, UsageError
 
@@ -38,7 +38,7 @@ def test_an_error_without_a_file_or_a_number() -> None:
 def test_home_in_front_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert home_path("~/x") == Path("/home/me/x") and home_path(Path("~")) == Path("/home/me")
-    for other in ("a/~/x", "./~x", "/~"):
+    for other in ("a/~/x", "x~", "/~"):
         assert home_path(other) == Path(other)
     with pytest.raises(
         UsageError, match=r"^~nobody-of-this-name/x: no home folder for ~ is known; write the whole path$"
@@ -75,17 +75,18 @@ def test_a_mount_point_cannot_be_replaced(tmp_path: Path) -> None:
     assert result.stdout == "False\n" and "is a mount point, which no folder can replace" in result.stderr
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for folder, reason in ((tmp_path / "file" / "units", "not a directory"), (tmp_path / "file", "file exists")):
-        with pytest.raises(BuildError) as error:
-            make_cache(folder)
-        expected = f"{folder}: the cache cannot be written ({reason}); set CHATDATA_CACHE to a folder that can be"
-        assert str(error.value) == expected
-    with pytest.raises(BuildError, match=r"^/proc/none/units: the cache cannot be written .*CHATDATA_CACHE"):
-        make_cache(Path("/proc/none/units"))
-    make_cache(tmp_path / "new" / "units")
-    assert list((tmp_path / "new" / "units").iterdir()) == []
+    for folder, reason in (
+        (tmp_path / "file" / "units", "not a directory"),
+        (tmp_path / "file", "file exists"),
+        (Path("/proc/none/units"), "no such file or directory"),
+    ):
+        with pytest.raises(BuildError) as error, writes_to(folder, "; full", "; choose another"):
+            raise AssertionError("nothing may be written")
+        assert str(error.value) == f"{folder}: cannot be written ({reason}); choose another"
+    with writes_to(tmp_path / "new" / "units", "; full", "; choose another"):
+        assert list((tmp_path / "new" / "units").iterdir()) == []
 
 
 def test_only_what_the_disk_says_gets_a_name() -> None:

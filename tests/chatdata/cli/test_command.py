@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import click
@@ -64,20 +63,32 @@ def test_an_interruption_says_what_holds_for_the_command(say) -> None:
     assert say(interrupt, "chat", only="run") == (130, "\nError: interrupted\n")
 
 
-def commands(group: click.Group) -> list[click.Command]:
-    found = group.commands.values()
-    return [c for command in found for c in (commands(command) if isinstance(command, click.Group) else [command])]
-
-
-@pytest.mark.parametrize("package", ["chatdata", "chattrain", "chateval"])
-def test_every_path_may_begin_with_home(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--out=~/x`: a shell leaves the ~ there."""
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--out=~/x", "--out=/home/me/x"),
+        ("--data-dir=~", "--data-dir=/home/me"),
+        ("--init=~/runs/~x=~/y", "--init=/home/me/runs/~x=~/y"),
+        ("~/x", "~/x"),  # a shell would have expanded it: it was quoted
+        ("--say=a ~/x", "--say=a ~/x"),
+        ("x=~/y", "x=~/y"),
+    ],
+)
+def test_home_after_an_equals_sign(argument: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    cli = click.Group(commands=[click.Command("run", callback=None)])
+    monkeypatch.setattr(cli, "main", lambda arguments, **_: seen.extend(arguments))
+    monkeypatch.setattr(sys, "argv", ["tool", "run", argument])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setenv("HOME", "/home/me")
-    params = [param for command in commands(import_module(f"{package}.cli").cli) for param in command.params]
-    paths = [param for param in params if isinstance(param.type, click.Path)]
-    assert len(paths) > 3
-    for param in paths:
-        assert param.type.convert("~/x", param, None) == Path("/home/me/x"), param.name
+    with pytest.raises(SystemExit):
+        run_command(cli, "tool", "interrupted")
+    assert seen == ["run", expected]
+
+
+def test_the_home_of_nobody(say) -> None:
+    message = "~nobody-of-this-name: no home folder for ~ is known; write the whole path"
+    assert say(lambda: None, "run", "--out=~nobody-of-this-name/x") == (2, f"Error: {message}\n")
 
 
 def test_without_a_home_folder(say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,9 +69,8 @@ def test_home_in_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     source = source_of(tmp_path, conversations("~/data/a.jsonl"))
     assert names(source) == ["a.jsonl"] and source.files[0].path == tmp_path / "home" / "data" / "a.jsonl"
     spelling = 'task = "simple_spelling"\nrows = 2'
-    for entry, given in ((f'{spelling}\nwords = "~/words.txt"', None), (spelling, "~/words.txt")):
-        source = source_of(tmp_path, entry, words=given)
-        assert source.option_files["words"].path == tmp_path / "home" / "words.txt"
+    source = source_of(tmp_path, f'{spelling}\nwords = "~/words.txt"')
+    assert source.option_files["words"].path == tmp_path / "home" / "words.txt"
 
 
 def test_a_folder_among_the_files_is_named(tmp_path: Path) -> None:

@@ -101,12 +101,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def home_path(path: Any) -> Path:
     """The path, with a `~` in front as the home folder: shells leave it in `--out=~/x`, and recipes have no shell."""
-    if not str(path).startswith("~"):
-        return Path(path)  # ./~ is a name: Path leaves the dot out, and `expanduser` would take it for the home folder
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise UsageError(f"{path}: no home folder for ~ is known; write the whole path") from None
+
+
+CACHE_UNUSABLE = "; CHATDATA_CACHE may name another one"
 
 
 def cache_folder(name: str) -> Path:
@@ -115,23 +116,8 @@ def cache_folder(name: str) -> Path:
     Raises RuntimeError, as `Path.home` does, if that has to be in the home folder and there is none.
     """
     if os.environ.get("CHATDATA_CACHE"):
-        return home_path(os.environ["CHATDATA_CACHE"]) / name
+        return Path(os.environ["CHATDATA_CACHE"], name).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatdata", name)
-
-
-def make_cache(folder: Path) -> None:
-    """Make a folder of the cache. Raises BuildError if nothing can be written there."""
-    from tempfile import TemporaryFile
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            return
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        reason = (error.strerror or str(error)).lower()
-    raise BuildError(f"{folder}: the cache cannot be written ({reason}); set CHATDATA_CACHE to a folder that can be")
 
 
 # what to do about an error, which the system's own words do not say
@@ -174,9 +160,23 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writes_to(folder: Path, full: str) -> Iterator[None]:
-    """What is inside writes to `folder`: a full disk is a BuildError that names it and ends with `full`."""
+def writes_to(folder: Path, full: str, unusable: str = "") -> Iterator[None]:
+    """What is inside writes to `folder`: a full disk is a BuildError that names it and ends with `full`.
+
+    unusable: first make the folder and try to write there; if that fails, the BuildError ends with this.
+    """
+    from tempfile import TemporaryFile
+
     try:
+        if unusable:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                TemporaryFile(dir=folder).close()
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                reason = (error.strerror or str(error)).lower()
+                raise BuildError(f"{folder}: cannot be written ({reason}){unusable}") from None
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct, defstruct
 
-from chatdata.disk import convert, decode, home_path
+from chatdata.disk import convert, decode
 from chatdata.errors import RecipeError, nearest
 from chatdata.tasks.task import Task
 
@@ -130,7 +130,7 @@ def load_recipe(
     Raises RecipeError naming file, key and the nearest valid name for anything unknown or of the wrong type.
     """
     shipped = shipped_recipes()
-    path = shipped.get(name_or_path, home_path(name_or_path))
+    path = shipped.get(name_or_path, Path(name_or_path))
     if not path.is_file():
         raise RecipeError(
             f'no recipe "{name_or_path}" (neither a file nor a name){nearest(name_or_path, list(shipped))}'

@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from chatdata import version_of
-from chatdata.cli.command import FILE, examples, run_command
+from chatdata.cli.command import examples, run_command
 from chatdata.disk import naming
 from chatdata.progress import say, say_json
 
+PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 
 
@@ -45,11 +46,11 @@ def sampling_options(command: Any) -> Any:
         "torchrun --nproc-per-node 8 -m chateval run --checkpoint runs/sft --tasks mmlu --data-dir data",
     )
 )
-@click.option("--checkpoint", type=FILE, required=True, help="A run folder, a checkpoint, or a transformers export.")
+@click.option("--checkpoint", type=PATH, required=True, help="A run folder, a checkpoint, or a transformers export.")
 @click.option("--tasks", required=True, metavar="A,B", help="Names from `chateval tasks`.")
-@click.option("--data-dir", type=FILE, help="Folder with clones of Hub datasets.")
+@click.option("--data-dir", type=PATH, help="Folder with clones of Hub datasets.")
 @click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
-@click.option("--task-file", "task_files", type=FILE, multiple=True, help="A Python file that defines your own task.")
+@click.option("--task-file", "task_files", type=PATH, multiple=True, help="A Python file that defines your own task.")
 @click.option("--limit", type=POSITIVE, help="Only the first N rows of each task.")
 @click.option("--batch-size", type=POSITIVE, default=32, show_default=True, help="Questions per batch.")
 @click.option(
@@ -58,8 +59,8 @@ def sampling_options(command: Any) -> Any:
 @click.option("--draws", type=POSITIVE, default=1, show_default=True, help="Answers per generated question.")
 @sampling_options
 @click.option("--allow-code", is_flag=True, help="Run programs that the model writes, in a sandbox.")
-@click.option("--firewall", type=FILE, help="A build's OUT-firewall.json: score items it was trained on separately.")
-@click.option("--out", type=FILE, help="Results folder, one per set of tasks (default: scores/<hash of the weights>).")
+@click.option("--firewall", type=PATH, help="A build's OUT-firewall.json: score items it was trained on separately.")
+@click.option("--out", type=PATH, help="Results folder, one per set of tasks (default: scores/<hash of the weights>).")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def run(**options: Any) -> None:
     """Score a checkpoint. Run the same command again to continue an interrupted run."""
@@ -103,8 +104,8 @@ def run(**options: Any) -> None:
     name="compare",
     epilog=examples("chateval compare scores/mid scores/sft", "chateval compare scores/mid scores/sft --json"),
 )
-@click.argument("a", type=FILE)
-@click.argument("b", type=FILE)
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
 @click.option(
     "--examples",
     "num_examples",
@@ -113,7 +114,7 @@ def run(**options: Any) -> None:
     show_default=True,
     help="Items to show per task, both gained and lost.",
 )
-@click.option("--markdown", type=FILE, help="Also write the comparison to this Markdown file.")
+@click.option("--markdown", type=PATH, help="Also write the comparison to this Markdown file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json: bool) -> None:
     """Compare two results folders on the questions they share: what does B answer better or worse than A?"""
@@ -131,7 +132,7 @@ def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, 
 
 
 @cli.command(epilog=examples("chateval chat --checkpoint runs/sft", "chateval chat --checkpoint runs/sft --say 'Hi!'"))
-@click.option("--checkpoint", type=FILE, required=True, help="A run folder, a checkpoint, or a transformers export.")
+@click.option("--checkpoint", type=PATH, required=True, help="A run folder, a checkpoint, or a transformers export.")
 @click.option("--say", "says", multiple=True, metavar="TEXT", help="Send this, print the answer and exit (repeatable).")
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.6, show_default=True, help="0 picks the most likely token."
@@ -149,7 +150,7 @@ def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str
 
 
 @cli.command(name="tasks")
-@click.option("--task-file", "task_files", type=FILE, multiple=True, help="A Python file that defines your own task.")
+@click.option("--task-file", "task_files", type=PATH, multiple=True, help="A Python file that defines your own task.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     """List the tasks that a checkpoint can be scored on."""

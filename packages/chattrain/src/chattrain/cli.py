@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from chatdata import version_of
-from chatdata.cli.command import FILE, MaskPolicyChoice, examples, run_command
+from chatdata.cli.command import MaskPolicyChoice, examples, run_command
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 from chattrain.errors import RunError
 
+PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 option = partial(click.option, show_default=True)
 
@@ -33,7 +34,7 @@ def cli(debug: bool) -> None:
         "torchrun --nproc-per-node 8 -m chattrain run --data out/mid --init random:d20 --out runs/mid --resume",
     )
 )
-@option("--data", type=FILE, required=True, help="A chatdata build.")
+@option("--data", type=PATH, required=True, help="A chatdata build.")
 @option("--stage", type=click.Choice(["base", "mid", "sft"]), help="Stage policy (default: the build's stage).")
 @option(
     "--init",
@@ -41,7 +42,7 @@ def cli(debug: bool) -> None:
     metavar="random:dN|CHECKPOINT",
     help="Fresh weights (also random:LAYERSxWIDTHxHEADS), a checkpoint or a run.",
 )
-@option("--out", type=FILE, help="Run folder (default: runs/<stage>).")
+@option("--out", type=PATH, help="Run folder (default: runs/<stage>).")
 @option("--seq-len", type=POSITIVE, default=2048, help="T, positions of a sequence.")
 @option("--device-batch-size", type=POSITIVE, default=8, help="B, sequences at a time.")
 @option("--total-batch-tokens", type=POSITIVE, help="Positions of a step (default: B · T · ranks).")
@@ -89,13 +90,13 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     from chattrain import loop
     from chattrain.checkpoint import checkpoint_name
     from chattrain.run.settings import RunSettings
-    from chattrain.run.start import StopRequest, join_ranks, prepare
+    from chattrain.run.start import StopRequest, join_ranks, memory_limited, prepare
     from chattrain.run.telemetry import RunRecord, draw_curve, write_run
 
     build = open_build(options["data"])
     options["out"] = out = options["out"] or Path("runs") / (options["stage"] or build.manifest["stage"])
     settings = RunSettings(**options)
-    with join_ranks(settings.device) as ranks, loop.memory_limited(settings):
+    with join_ranks(settings.device) as ranks, memory_limited(settings):
         is_first = ranks.is_first  # it alone writes and prints
         if dry_run:
             numbers = loop.dry_run(prepare(settings, build, ranks), settings.device_batch_size)
@@ -152,9 +153,9 @@ def _echo_plan(counts: dict[str, Any], num_steps: int, stage: str) -> None:
 
 
 @cli.command(epilog=examples("chattrain trace runs/mid --step 120", "chattrain trace runs/sft --step 7 --json"))
-@click.argument("run_folder", metavar="RUN", type=FILE)
+@click.argument("run_folder", metavar="RUN", type=PATH)
 @click.option("--step", type=int, required=True, help="The first step is 0.")
-@click.option("--data", type=FILE, help="The build, if it has moved.")
+@click.option("--data", type=PATH, help="The build, if it has moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None:
     """Show which documents were in a step of a run."""
@@ -173,8 +174,8 @@ def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None
 
 
 @cli.command(epilog=examples("chattrain export runs/sft --out exported --verify"))
-@click.argument("checkpoint", type=FILE)
-@click.option("--out", type=FILE, required=True, help="Folder to write.")
+@click.argument("checkpoint", type=PATH)
+@click.option("--out", type=PATH, required=True, help="Folder to write.")
 @click.option("--verify", is_flag=True, help="Load the export with transformers and compare logits and config.")
 def export(checkpoint: Path, out: Path, verify: bool) -> None:
     """Write a checkpoint (or a run's last one) as transformers' NanoChat."""
@@ -195,9 +196,9 @@ def export(checkpoint: Path, out: Path, verify: bool) -> None:
     name="import-nanochat",
     epilog=examples("chattrain import-nanochat base_checkpoints/d20 --tokenizer tokenizer.pkl --out runs/d20-base"),
 )
-@click.argument("folder", type=FILE)
-@click.option("--tokenizer", type=FILE, required=True, help="The tokenizer that the model was trained with.")
-@click.option("--out", type=FILE, required=True, help="Run folder to write, for --init.")
+@click.argument("folder", type=PATH)
+@click.option("--tokenizer", type=PATH, required=True, help="The tokenizer that the model was trained with.")
+@click.option("--out", type=PATH, required=True, help="Run folder to write, for --init.")
 def import_nanochat(folder: Path, tokenizer: Path, out: Path) -> None:
     """Convert nanochat's model_<step>.pt and meta_<step>.json (December 2025) to a checkpoint."""
     from chatdata.tokenizer.files import load_tokenizer, save_tokenizer

@@ -22,7 +22,7 @@ from chatdata.progress import say, shown_progress
 from chattrain.attention import pack_sequences
 from chattrain.batches import Batch, Lengths, Step, read_step
 from chattrain.checkpoint import Recipe, keep_last, save_checkpoint
-from chattrain.errors import DeviceError, NonFiniteError
+from chattrain.errors import NonFiniteError
 from chattrain.evaluate import bits_per_byte, token_byte_counts
 from chattrain.loss import chunked_loss
 from chattrain.optim import SCHEDULES, momentum, multiplier, optimizer_tensors, set_step
@@ -127,21 +127,6 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
             optimizer.step()
     model.zero_grad(set_to_none=True)
     return StepResult(loss, rate, gradient_norm, digest, not finite)
-
-
-@contextlib.contextmanager
-def memory_limited(settings: RunSettings) -> Iterator[None]:
-    """What is inside runs the model: if the device has too little memory, DeviceError says what needs less."""
-    try:
-        yield
-    except RuntimeError as error:  # only cuda has a class of its own for it
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
-            raise
-        size = settings.device_batch_size
-        raise DeviceError(
-            f"out of memory with --device-batch-size {size} at --seq-len {settings.seq_len}: try a smaller one "
-            f"(--total-batch-tokens keeps the steps as they are){'' if settings.recompute else ', or --recompute'}"
-        ) from error
 
 
 def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:

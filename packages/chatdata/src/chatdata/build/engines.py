@@ -60,7 +60,6 @@ def start_workers(renderer: Renderer, units: list[Unit], engine: str, workers: i
     Units are rendered in any order. Those finished before an error or an interruption stay in the cache.
     Raises the error of the first unit that cannot be rendered, BuildError if a worker was killed.
     """
-    renderer.folder.mkdir(parents=True, exist_ok=True)
     workers = min(workers, len(units), max(1, sum(unit.num_bytes for unit in units) // BYTES_PER_WORKER))
     if engine == "ray" and units:
         with _start_ray(renderer, units) as render:

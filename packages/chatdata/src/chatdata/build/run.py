@@ -17,16 +17,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chatdata import version_of
+from chatdata import __version__
 from chatdata.build.engines import ENGINES, OnRows, start_workers
 from chatdata.build.plan import BuildPlan, number_documents, place_of, rows_in_order
 from chatdata.build.units import FAST_ENCODER_BYTES, Renderer, Unit, cut_units, find_units, load_encoder, read_unit
-from chatdata.disk import cache_folder, check_replaceable, file_sha256, make_cache, sync, write_json, writes_to
+from chatdata.disk import CACHE_UNUSABLE, cache_folder, check_replaceable, file_sha256, sync, write_json, writes_to
 from chatdata.errors import BuildError, ChatdataError, UsageError
 from chatdata.firewall.listing import CHOICES, listing, summary
 from chatdata.firewall.scored import read_scored
@@ -39,7 +40,7 @@ from chatdata.sources.source import forget_readers
 from chatdata.tokenizer.files import save_tokenizer
 
 MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
-CACHE_FULL = " for rendered units; CHATDATA_CACHE may name another one"
+CACHE_FULL = f" for rendered units{CACHE_UNUSABLE}"
 NOTHING_WRITTEN = "; nothing was written there"
 MARK = ".chatdata-build"  # in every folder of ours that is not OUT: no other folder is ever cleared
 OUR_NAMES = {"manifest.json", "report.json", "tokenizer", "train", "val", MARK}
@@ -73,6 +74,7 @@ def build(
     row_maps = number_documents(plan)
     rows = {split: rows_in_order(plan, split, row_maps) for split in plan.splits}
     check_out(out, force)
+    check_replaceable(out)
     cache = cache_folder("units")
     started = time.perf_counter()
     report: dict[str, Any] = {"workers": workers, "engine": engine, "tool_calls": {}}
@@ -84,8 +86,6 @@ def build(
             units += cut_units(number, source, plan.tokenizer, row_map.document_of >= 0)
         paths, num_damaged = find_units(cache, {unit.key for unit in units})
         missing = [unit for unit in units if unit.key not in paths]
-        if missing:  # a shared cache that holds everything may be read-only
-            make_cache(cache)
         report["units"] = {"rendered": len(missing), "cached": len(paths), "damaged": num_damaged}
 
         # render them; while workers start, do what does not depend on them
@@ -93,7 +93,10 @@ def build(
             encoder = "tiktoken"
         renderer = Renderer(plan.sources, plan.tokenizer, encoder, cache)
         on_rows = _show_rows(plan, units, missing, progress) if progress else None
-        with writes_to(cache, CACHE_FULL), start_workers(renderer, missing, engine, workers) as render:
+        with (
+            writes_to(cache, CACHE_FULL, CACHE_UNUSABLE if missing else ""),
+            start_workers(renderer, missing, engine, workers) as render,
+        ):
             with writes_to(out, NOTHING_WRITTEN):
                 save_tokenizer(plan.tokenizer, growing / "tokenizer")
             scored = None
@@ -192,19 +195,18 @@ def _manifest(
 
 def _run_facts(seconds: dict[str, float], splits: dict[str, Any]) -> dict[str, Any]:
     """For report.json: what two runs of the same build may differ in."""
-    tools = ("chatdata", "numpy", "pyarrow", "tiktoken", "huggingface_hub")
+    tools = ("numpy", "pyarrow", "tiktoken", "huggingface_hub")
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "duration_s": {key: round(value, 3) for key, value in seconds.items()},
         "tokens_per_s": round(sum(split["tokens"] for split in splits.values()) / seconds["total"]),
         "host": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
-        "versions": {tool: version_of(tool) for tool in tools},
+        "versions": {"chatdata": __version__, **{tool: version(tool) for tool in tools}},
     }
 
 
 def check_out(out: Path, force: bool) -> None:
-    """Raise an error if `out` may not be written: it exists and is not empty, or with `force` is not only a build."""
-    check_replaceable(out)
+    """Raise BuildError if `out` may not be written: it exists and is not empty, or with `force` is not only a build."""
     if out.is_symlink() and not out.exists():
         raise BuildError(f"{out}: a link to nowhere; remove it or choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -19,16 +20,7 @@ if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
 
 NO_HOME = "there is no home folder (no HOME, no entry in passwd): set CHATDATA_CACHE (and HF_HOME)"
-
-
-class PathType(click.Path):
-    """The type of an option: a file or folder that may or may not exist."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(home_path(value), param, ctx)
-
-
-FILE = PathType(path_type=Path)
+FILE = click.Path(path_type=Path)  # type of an option: a file or folder that may or may not exist
 build_argument = click.argument("path", metavar="BUILD", type=FILE)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 task_files_option = click.option(
@@ -79,6 +71,8 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
         if os.environ.get("CHATDATA_CACHE"):
             os.environ["HOME"] = os.environ["CHATDATA_CACHE"]
     try:
+        # a shell expands ~ in front of a word, but not in --out=~/x
+        arguments = [re.sub(r"(?<=^--)([\w-]+=)(~[^/]*)", _at_home, argument) for argument in arguments]
         code = cli.main(arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.Abort as error:
         if isinstance(error.__cause__, EOFError):  # a file ended early; click takes it for Ctrl-D
@@ -120,6 +114,10 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
         known = "not enough memory" if isinstance(error, MemoryError) else str(error).strip().partition("\n")[0]
         message = f"{path or 'unexpected'}: {known} ({type(error).__name__}); --debug shows where"
     _stop(message, code if isinstance(code, int) else 1)
+
+
+def _at_home(found: re.Match[str]) -> str:
+    return f"{found[1]}{home_path(found[2])}"
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, MaskPolicyChoice, PathType, build_argument, examples, json_option, tokenizer_of
+from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, examples, json_option, tokenizer_of
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 
@@ -23,7 +23,7 @@ from chatdata.progress import say, say_json
 @click.option("--split", default="train", help="train or val.")
 @click.option("--doc", type=int, help="Show the document with this number.")
 @click.option("--task", help="Show the first documents of this task.")
-@click.option("--conversation", type=PathType(allow_dash=True, path_type=Path), help="JSON file, - for stdin.")
+@click.option("--conversation", type=click.Path(allow_dash=True, path_type=Path), help="JSON file, - for stdin.")
 @click.option("--tokenizer", type=FILE, help="Tokenizer for --conversation.")
 @click.option("--stage", "stages", type=click.Choice(["mid", "sft"]), multiple=True, help="Add inputs and targets.")
 @json_option

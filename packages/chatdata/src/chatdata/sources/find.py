@@ -205,7 +205,7 @@ def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[di
         elif "://" not in value:
             value = str(locations.recipe_folder / home_path(value))
         flag = f"pass --words FILE or set {key} in the recipe" if key == "words" else f"set {key} in the recipe"
-        path = hub.fetch_url(value, flag) if "://" in value else home_path(value)
+        path = hub.fetch_url(value, flag) if "://" in value else Path(value)
         if not path.is_file():
             raise MissingSource(f"{entry.label}: {path}: no such file; {flag}")
         file = _source_file(path, path.name)

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
-from chatdata.disk import cache_folder, make_cache
+from chatdata.disk import CACHE_UNUSABLE, cache_folder, writes_to
 from chatdata.errors import MissingSource, SourceError
 
 URL_TIMEOUT = 10  # seconds without an answer; the Hub's is HF_HUB_ETAG_TIMEOUT, 10 by default
@@ -182,7 +182,8 @@ def fetch_url(url: str, instead: str) -> Path:
 
     host = address.netloc
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    make_cache(folder)
+    with writes_to(folder, CACHE_UNUSABLE, CACHE_UNUSABLE):
+        pass
     try:
         _check_reachable(host)
         with get_session().stream("GET", url, timeout=URL_TIMEOUT) as response, partial.open("wb") as file:

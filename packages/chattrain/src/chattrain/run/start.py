@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from chatdata.disk import home_path
 from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, TrainingPlan, plan_epoch
 from chatdata.shards.read import Build
 from chattrain.checkpoint import (
@@ -93,6 +93,21 @@ def join_ranks(device: str | None, wait: timedelta | None = None) -> Iterator[Ra
         yield Ranks(dist.get_rank(), num_ranks, found)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def memory_limited(settings: RunSettings) -> Iterator[None]:
+    """What is inside runs the model: if the device has too little memory, DeviceError says what needs less."""
+    try:
+        yield
+    except RuntimeError as error:  # only cuda has a class of its own for it
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        size = settings.device_batch_size
+        raise DeviceError(
+            f"out of memory with --device-batch-size {size} at --seq-len {settings.seq_len}: try a smaller one "
+            f"(--total-batch-tokens keeps the steps as they are){'' if settings.recompute else ', or --recompute'}"
+        ) from error
 
 
 SAME_SIGNAL_S = 2  # one Ctrl-C often comes twice, from the terminal and forwarded by a launcher
@@ -184,7 +199,7 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
         config = random_config(size, build.manifest["tokenizer"]["vocab_size"], settings.seq_len)
         weights = initial_weights(config, settings.seed)
     else:
-        found = read_checkpoint(home_path(settings.init))
+        found = read_checkpoint(Path(settings.init))
         _require_same_tokenizer(found, build)
         config = replace(found.config, sequence_len=max(found.config.sequence_len, settings.seq_len))
         weights = found.weights()

@@ -13,7 +13,6 @@ import msgspec
 import torch
 
 from chatdata.disk import Count, convert, decode, naming, write_whole
-from chatdata.errors import printable
 from chattrain.checkpoint import FORMAT, PlanRecord, Recipe
 from chattrain.errors import RunError
 from chattrain.model import ModelConfig, parameter_shapes
@@ -189,7 +188,7 @@ def draw_curve(out: Path) -> Path | None:
     axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, label="loss of each step")
     axes.plot(steps, smoothed, color="#1f4e89", linewidth=1.6, label="smoothed")
     axes.set(xlabel="step", ylabel="loss (nats per target)")
-    axes.set_title(printable(out.name), parse_math=False)
+    axes.set_title(out.name.encode("utf-8", "backslashreplace").decode(), parse_math=False)
     if val:
         right = axes.twinx()
         right.plot([e.step for e in val], [e.bits_per_byte for e in val], "o-", color="#c8553d", markersize=4)
