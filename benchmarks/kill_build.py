@@ -1,6 +1,6 @@
 """Kill -9 a build at random moments, over and over, and show that nothing was lost and nothing was left half done.
 
-    uv run python benchmarks/kill_build.py --shared ../shared/data --work /tmp/kill --kills 20
+    uv run python benchmarks/kill_build.py --shared ../shared/data --work /tmp/kill --kills 20 [--neighbour]
 
 Two builds take turns for one OUT: the recipe as it is, and the same with --max-tokens 256 --overflow truncate. The
 first finds no OUT, each later one replaces the other with --force; after every third finished build OUT is removed.
@@ -14,7 +14,8 @@ logged:
     writing      .OUT.partial holds a split, no manifest
     publishing   .OUT.partial holds its manifest, or OUT has changed, or the old OUT stands aside as .OUT.old
 
-What an earlier kill left there does not count.
+What an earlier kill left there does not count. With --neighbour another build, for an OUT of its own, uses the same
+cache at the same time: it must succeed, to the byte, whatever happens to the one that is killed.
 
 After each kill no process of the build may be left (within --patience seconds), and OUT must be what it was, or the
 complete new build, to the byte; or, where the old one stood aside, it must be put back by the next start. At last a
@@ -135,7 +136,7 @@ def build_alone(arguments: argparse.Namespace, place: Place, cache: Path, *optio
 
 
 def command_of(arguments: argparse.Namespace, out: Path, *options: str) -> list[str]:
-    return build_command(arguments, out, "--workers", str(arguments.workers), *options)
+    return build_command(arguments, out, "--workers", str(arguments.workers), "--engine", arguments.engine, *options)
 
 
 def kill_at(process: subprocess.Popen[bytes], place: Place, aim: str, wait_s: float) -> str | None:
@@ -168,6 +169,8 @@ def main() -> None:
     add_inputs(parser)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument("--neighbour", action="store_true", help="another build uses the cache at the same time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=float, default=10, help="seconds a worker may outlive it (default: 10)")
     parser.add_argument("--work", type=Path, help="folder for cache and builds (default: a temporary one)")
@@ -214,12 +217,21 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
         force = ["--force"] if before is not None or stood_aside else []
         place.look()
         process = start(command_of(arguments, place.out, *VARIANTS[variant], *force), cache, log)
+        other = folder / "neighbour"
+        if arguments.neighbour:  # which may already have been rendering for a moment, or begin later
+            neighbour = start(command_of(arguments, other, *VARIANTS[1 - variant]), cache, folder / "neighbour.log")
         part = 1 - len(complete) / num_units if aim == "rendering" and not pruned else 1
         phase = kill_at(process, place, aim, draw.uniform(0, durations[aim] * part))
         outlived_s = wait_for_end(process.pid, arguments.patience)
         if outlived_s is None:
             fault(f"processes of the build were left {arguments.patience} s after it ended; killed now")
 
+        if arguments.neighbour:
+            if neighbour.wait():
+                fault(f"the neighbour failed: {(folder / 'neighbour.log').read_text().strip().splitlines()[-1]}")
+            elif hashes(other) != references[1 - variant]:
+                fault("the neighbour is not the build made alone")
+            shutil.rmtree(other, ignore_errors=True)
         after = hashes(place.out) if place.out.exists() else None
         if phase is None and process.returncode:
             fault(f"a start failed: {log.read_text().strip().splitlines()[-1]}")
