@@ -107,7 +107,7 @@ ROUTE = (
     Hop(("render/pieces.py",), (pieces_of_conversations,), "… becomes pieces: one text and its role each"),
     Hop(("render/batch.py",), (render_batch,), "… becomes tokens and mask, together with many others"),
     Hop(("build/units.py",), (render_unit, read_unit), "… is kept in the cache, in a work unit"),
-    Hop(("render/documents.py",), (RenderedDocuments.gather,), "… is gathered in the order of the mixture"),
+    Hop(("render/documents.py",), (RenderedDocuments.gather,), "… is cut or dropped by the recipe, and gathered"),
     Hop(("shards/write.py", "shards/read.py"), (write_shard, open_build), "… is written to a shard, and read back"),
     Hop(("packing/layouts.py",), (pack,), "… is placed in a sequence"),
     Hop(("batches.py",), (read_step,), "… becomes inputs and targets, shifted by one"),

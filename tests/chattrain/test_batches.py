@@ -18,7 +18,7 @@ import chattrain.batches
 from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chattrain.attention import pack_sequences
-from chattrain.batches import IGNORED, check_cut, read_rows, read_step, target_documents
+from chattrain.batches import IGNORED, check_micro_batches, read_rows, read_step, target_documents
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.reads import reads_of_step
 from chattrain.run.telemetry import digest_text
@@ -398,10 +398,10 @@ def test_steps_that_cannot_be_cut_are_refused(plan_of_12) -> None:
 def test_steps_that_cannot_be_cut(make_split, num_ranks, batch) -> None:
     plan = replace(plan_of(make_split(DOCUMENTS, MASKS), layout="stream", seq_len=1), step_sequences=12)
     with pytest.raises(PlanError, match=r"must be (a multiple of|at least 1)") as error:
-        check_cut(plan, num_ranks, batch)
+        check_micro_batches(plan, num_ranks, batch)
     assert "\n" not in str(error.value)
     for good in ((1, 12), (1, 3), (2, 3), (2, 2), (4, 3), (3, 4), (3, 1), (12, 1)):
-        check_cut(plan, *good)
+        check_micro_batches(plan, *good)
 
 
 # documents of targets

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan
-from chattrain.batches import IGNORED, check_cut, read_step
+from chattrain.batches import IGNORED, check_micro_batches, read_step
 from chattrain.nanochat.order import line_tokens, make_nanochat_plan, wrap_micro_batch
 
 Rows = list[list[int]]
@@ -197,7 +197,7 @@ def test_what_order_nanochat_refuses(make_split) -> None:
         with pytest.raises(PlanError, match="sequence length is"):
             make_nanochat_plan(split, mask="ignore", seq_len=size, num_ranks=1, device_batch_size=1)
     plan = make_nanochat_plan(split, mask="apply", seq_len=8, num_ranks=2, device_batch_size=1)
-    check_cut(plan, 2, 1)
+    check_micro_batches(plan, 2, 1)
     for cut in ((1, 2), (1, 1), (2, 2)):
         with pytest.raises(PlanError, match=r"order nanochat was planned for 2 ranks × device batch size 1"):
-            check_cut(plan, *cut)
+            check_micro_batches(plan, *cut)

@@ -62,7 +62,7 @@ class Step:
     digest: int  # int64 of this rank's sequences; the sum over all ranks is the step's
 
 
-def check_cut(plan: TrainingPlan, num_ranks: int, device_batch_size: int) -> None:
+def check_micro_batches(plan: TrainingPlan, num_ranks: int, device_batch_size: int) -> None:
     """Raise PlanError unless a step can be cut into micro-batches of `device_batch_size` for `num_ranks` ranks."""
     if num_ranks < 1 or device_batch_size < 1:
         raise PlanError(f"{num_ranks} ranks × device batch size {device_batch_size}: both must be at least 1")
@@ -93,7 +93,7 @@ def read_step(
     device_batch_size: B, by default the whole share. pin: use page-locked memory, for copies to a GPU during its work.
     Raises PlanError if the step cannot be cut like this, and in order nanochat beyond the first epoch.
     """
-    check_cut(plan, num_ranks, device_batch_size or plan.device_batch_size or 1)
+    check_micro_batches(plan, num_ranks, device_batch_size or plan.device_batch_size or 1)
     share = plan.step_sequences // num_ranks
     device_batch_size = device_batch_size or share
     if plan.order == "nanochat" and step >= plan.num_steps:
