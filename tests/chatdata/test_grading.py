@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chatdata.errors import TaskError
 from chatdata.grading import final_number, last_number, same_number
@@ -86,6 +90,113 @@ def test_programs() -> None:
         "import math\ndef f(x):\n    return 2 * x\ndef check(f):\n    assert f(2) == 4\ncheck(f)\n"
     )
     assert "def f(x): return x" in humaneval.program(row, "def f(x): return x")
+
+
+AREA = {
+    "prompt": 'import math\n\n\ndef area(r):\n    """Area."""\n',
+    "entry_point": "area",
+    "test": "def check(candidate):\n    assert candidate(2) == math.pi * 4\n",
+}
+BODY = "def area(r):\n    return math.pi * r * r\n"
+DOCUMENTED = 'def area(r):\n    """Use:\n    ```\n    area(1)\n    ```\n```python\narea(2)\n```\n    """\n'
+DOCUMENTED += "    return math.pi * r * r"
+
+
+def passes(program: str) -> bool:
+    """Whether a program of this file, none of them model-written, ends without an error."""
+    try:
+        exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BODY,
+        " " + BODY,
+        "\t" + BODY,
+        "\r\n" + BODY.replace("\n", "\r\n"),
+        f"```python\r\n{BODY}```",
+        f"Here:\n```python\n{BODY}```\n".replace("\n", "\r\n"),
+        f"```py\n{BODY}```",
+        f"``` Python \n{BODY}```",
+        f"```PYTHON3\n{BODY}```",
+        f"```python3.11\n{BODY}```",
+        f"```{{.python}}\n{BODY}```",
+        f'```python title="area.py"\n{BODY}```',
+        f"````python\n{BODY}````",
+        f"~~~python\n{BODY}~~~\nDone.",
+        f"```python\n\n\n{BODY}\n\n```",
+        f"Sure: ```python\n{BODY}```. Done.",
+        f"Sure: ```\n{BODY}\n``` That is all.",
+        f"```python\n{BODY}",  # cut before it was closed
+        f"```python\n{BODY.rstrip()}```",
+        f"  ```python\n{BODY}  ```",
+        f"```python\n{DOCUMENTED}\n```\nDone.",
+        f"```python\n{BODY}mark = '```'; other = \"\\\"```\"  # don't\n```\nIt's done.",
+        f'Run ```pip install x``` and\n```bash\necho "it\'s"\n```\nthen\n```python\n{BODY}```',
+        f"Example:\n```python\narea(2)\n```\n\n```python\n{BODY}```",
+        f"```text\n{BODY}```",
+        f"```python\n{BODY}```python\narea(1)\n```",
+        "```python\narea = lambda r: math.pi * r * r\n```\nOr:\n```python\nsquare = 1\n```",
+        f"```python\nfrom __future__ import annotations\n{BODY}```",
+        f'```python\n"""A file."""\nfrom __future__ import (\n    annotations,\n    division,\n)\n{BODY}```',
+    ],
+)
+def test_right_programs_however_they_are_written(text: str) -> None:
+    assert passes(humaneval.program(AREA, text))
+    assert not passes(humaneval.program(AREA, text.replace("* r * r", "* r")))
+
+
+def test_programs_get_what_the_prompt_defines() -> None:
+    row = {
+        "prompt": "from __future__ import annotations\r\nimport string as s\r\n\r\nSHIFT = 1\r\n\r\n\r\n"
+        "def shift(t: Later):\r\n"
+        '    return t[SHIFT:] + t[:SHIFT]\r\n\r\n\r\n@staticmethod\r\ndef unshift(t):\r\n    """Undo shift."""\r\n',
+        "entry_point": "unshift",
+        "test": "def check(candidate):\n    assert candidate(shift('abc')) == 'abc' and s.digits\n",
+    }
+    assert passes(humaneval.program(row, "```python\ndef unshift(t):\n    return t[-SHIFT:] + t[:-SHIFT]\n```"))
+    assert passes(humaneval.program(row, row["prompt"].replace("\r", "") + "    return t[-1:] + t[:-1]"))
+    no_function = {
+        "prompt": "import math\n# no function\n",
+        "entry_point": "f",
+        "test": "def check(f):\n    assert f() > 3\n",
+    }
+    assert passes(humaneval.program(no_function, "def f():\n    return math.pi"))
+
+
+def program_of_nanochat(row: dict, text: str) -> str:
+    """karpathy/nanochat@790f3be:tasks/humaneval.py, in other words."""
+    found = re.findall(r"```(?:python)?\s*\n(.*?)\n```", text, re.DOTALL)
+    return f"import math\n\n{(found[0] if found else text).strip()}\n\n{row['test']}\ncheck({row['entry_point']})"
+
+
+PARTS = [
+    "```",
+    "```python",
+    "```py",
+    "\n",
+    "\n",
+    "\r\n",
+    " ",
+    BODY,
+    BODY,
+    DOCUMENTED,
+    "area = math.sqrt\n",
+    "# x\n",
+    '"""',
+    "x",
+]
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(st.sampled_from(PARTS), max_size=9).map("".join))
+def test_whatever_passes_by_nanochats_rule_passes(text: str) -> None:
+    if passes(program_of_nanochat(AREA, text)):
+        assert passes(humaneval.program(AREA, text))
 
 
 def test_a_task_says_how_it_is_graded_once() -> None:

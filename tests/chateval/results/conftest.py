@@ -44,6 +44,12 @@ def item() -> Callable[..., dict[str, Any]]:
             "gold_nats": None,
             "gold_bytes": None,
         }
+        if "correct" in changes:  # the answer is what was graded
+            record["extracted"] = "5" if changes["correct"] else "6"
+        if "flexible_correct" in changes:
+            changes.setdefault("flexible_extracted", "5" if changes["flexible_correct"] else "6")
+        if kind == "code":
+            changes.setdefault("ending", "passed" if changes.get("correct", True) else "failed")
         return {**record, **KINDS[kind], **changes}
 
     return make

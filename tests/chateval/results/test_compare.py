@@ -42,7 +42,8 @@ def folder(
             for item, figures in items.items():
                 for draw, figure in enumerate(figures):
                     record = {"task": name, "item": item, "subject": None, "draw": draw, "gold": "5"}
-                    record |= {"prompt_sha256": f"sha {item}", "correct": figure == "1", "ending": "passed"}
+                    ending = "passed" if figure == "1" else "failed"
+                    record |= {"prompt_sha256": f"sha {item}", "correct": figure == "1", "ending": ending}
                     record |= {"output": (outputs or {}).get(item, f"output {draw}"), "extracted": None}
                     record |= {"num_prompt_tokens": 1, "num_tokens": 1, "gold_nats": None, "gold_bytes": None}
                     append_item(file, {**record, **changes})

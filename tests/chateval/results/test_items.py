@@ -127,3 +127,47 @@ def test_two_runs_cannot_append_to_one_file(tmp_path: Path) -> None:
     ):
         open_items(tmp_path / "items.jsonl")
     open_items(tmp_path / "items.jsonl").close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("categorical", {"extracted": "B", "gold": "A", "correct": True}, 'key "correct": is true, but gold is "A"'),
+        ("categorical", {"extracted": "A", "gold": "A", "correct": False}, 'key "correct": is false, but gold is "A"'),
+        ("generative", {"extracted": "4", "correct": True}, 'is true, but gold is "5", extracted "4" and ending'),
+        ("generative", {"extracted": "5.0", "correct": False}, 'is false, but gold is "5", extracted "5.0" and'),
+        ("generative", {"extracted": None, "correct": True}, 'is true, but gold is "5", extracted null and ending'),
+        ("generative", {"flexible_extracted": "7", "flexible_correct": True}, 'key "flexible_correct": is true'),
+        ("generative", {"task": "mine", "extracted": None, "correct": True}, 'key "correct": is true'),
+        ("generative", {"task": "mine", "extracted": "5", "correct": False}, 'key "correct": is false'),
+        ("code", {"ending": "failed", "correct": True}, 'and ending "failed"; delete the line and run again'),
+        ("code", {"ending": "max_tokens, timeout", "correct": True}, 'key "correct": is true'),
+        ("code", {"ending": "max_tokens, passed", "correct": False}, 'key "correct": is false'),
+    ],
+)
+def test_a_grade_that_its_answer_does_not_have(item, write_items, tmp_path: Path, kind, changes, message) -> None:
+    path = tmp_path / "items.jsonl"
+    write_items(path, item(name="right", kind=kind))
+    with path.open("a") as file:
+        file.write(json.dumps({**item(name="wrong", kind=kind), **changes}) + "\n")
+    with pytest.raises(ResultsError, match=f"^{re.escape(str(path))} line 2, key ") as caught:
+        read_items(tmp_path)
+    assert message in str(caught.value)
+    with pytest.raises(ResultsError):
+        write_items(path, {**item(name="wrong", kind=kind), **changes})
+
+
+def test_answers_are_graded_again_as_their_tasks_do(item, write_items, tmp_path: Path) -> None:
+    spelled = {"gold": "cat:c,a,t", "flexible_extracted": "c,a,t", "flexible_correct": True}
+    lines = [
+        item("simple_spelling", "0", **{**spelled, "extracted": "cat:c,a,t", "correct": True}),
+        item("simple_spelling", "1", **{**spelled, "extracted": "It is cat: c, a, t", "correct": False}),
+        item("gsm8k", "0", gold="1,000", extracted="$1000.0", correct=True, flexible_extracted="1000"),
+        item("gsm8k", "1", gold="", extracted=None, correct=False, flexible_extracted="3", flexible_correct=False),
+        item(
+            "mine", "0", gold="Paris", extracted="paris", correct=True, flexible_extracted="p", flexible_correct=False
+        ),
+        item("humaneval", "0", "code", extracted=None, ending="max_tokens, passed"),
+    ]
+    write_items(tmp_path / "items.jsonl", *lines)
+    assert [read.correct for read in read_items(tmp_path)] == [True, False, True, False, True, True]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from chattrain.errors import ConfigError, ImportNanochatError, WeightsError
+from chattrain.model import load_model
 from chattrain.nanochat.checkpoints import import_nanochat
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -43,21 +44,30 @@ def test_import(write, small_config, small_weights, prefix):
     [
         (
             {"changes": {"resid_lambdas": torch.ones(2)}},
-            WeightsError,
-            r"model_000650\.pt: unknown tensors resid_lambdas",
+            ImportNanochatError,
+            r"model_000650\.pt, tensor resid_lambdas: scaled residuals, so it is of nanochat's architecture since "
+            r"January 2026; chattrain has the one of December 2025 \(790f3be\)$",
         ),
+        (
+            {"changes": {"transformer.h.0.attn.ve_gate.weight": torch.ones(2)}},
+            ImportNanochatError,
+            r"tensor transformer\.h\.0\.attn\.ve_gate\.weight: gated value embeddings, so it is of",
+        ),
+        ({"changes": {"bias": torch.ones(2)}}, WeightsError, r"model_000650\.pt: unknown tensors bias"),
         ({"drop": ["lm_head.weight"]}, WeightsError, r"tensors missing: lm_head\.weight"),
         (
-            {"changes": {"lm_head.weight": torch.ones(101, 64)}},
+            {"changes": {"lm_head.weight": torch.ones(102, 64)}},
             WeightsError,
-            r"has shape \(101, 64\), must be \(128, 64\)",
+            r"has shape \(102, 64\), must be \(128, 64\)",
         ),
         ({"sizes": {"n_layer": 3}}, WeightsError, r"tensors missing: transformer\.h\.2"),
         (
             {"sizes": {"window_pattern": "SSSL"}},
-            ConfigError,
-            r"meta_000650\.json: unknown model config keys window_pattern",
+            ImportNanochatError,
+            r"meta_000650\.json, key window_pattern: sliding windows of attention, so it is of nanochat's architecture "
+            "since January 2026",
         ),
+        ({"sizes": {"n_experts": 3}}, ConfigError, r"meta_000650\.json: unknown model config keys n_experts"),
         ({"meta_changes": {"step": 649}}, ImportNanochatError, "says step 649, its name says 650"),
         ({"meta_file_step": 651}, ImportNanochatError, "last model is of step 650, the last meta file of step 651"),
         (
@@ -70,6 +80,28 @@ def test_import(write, small_config, small_weights, prefix):
 def test_refused_by_name(write, arguments, error, message):
     with pytest.raises(error, match=message):
         import_nanochat(write(**arguments))
+
+
+def test_a_checkpoint_of_chat_rl(write, small_config, small_weights):
+    """Its meta file has nothing but the model's config: the step is in the name."""
+    folder = write(step=466)
+    config = {name: getattr(small_config, name) for name in SIZES}
+    (folder / "meta_000466.json").write_text(json.dumps({"model_config": config}))
+    weights, config, step = import_nanochat(folder)
+    assert (config, step) == (small_config, 466)
+    assert torch.equal(weights["lm_head.weight"], small_weights["lm_head.weight"])
+
+
+def test_a_vocabulary_that_nanochat_did_not_pad(write, small_config, small_weights):
+    names = ("transformer.wte.weight", "lm_head.weight")
+    weights, config, _ = import_nanochat(write(changes={name: small_weights[name][:101] for name in names}))
+    assert (config.vocab_size, config.vocab_rows) == (101, 128)
+    for name in names:
+        assert weights[name].shape == (128, 64) and not weights[name][101:].any()
+        assert torch.equal(weights[name][:101], small_weights[name][:101])
+    tokens = torch.arange(20)[None]
+    logits = [load_model(config, given) for given in (weights, small_weights)]
+    assert torch.equal(*(model.logits(model(tokens)) for model in logits))
 
 
 def test_an_empty_folder(tmp_path):

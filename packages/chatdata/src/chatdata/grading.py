@@ -46,6 +46,11 @@ def same_number(a: str | None, b: str | None) -> bool:
     return values[0] is not None and values[0] == values[1]
 
 
+def same_answer(extracted: str | None, gold: str) -> bool:
+    """Whether an extracted answer is the gold one: the same text or the same number. A missing answer never is."""
+    return extracted is not None and (extracted == gold or same_number(extracted, gold))
+
+
 def grade_number(text: str, gold: str | None) -> Grade:
     """Grade an answer whose gold is a number."""
     strict, flexible = final_number(text), last_number(text)

@@ -13,7 +13,19 @@ from typing import Any
 
 from chatdata.tasks.task import ScoredSet, Scoring, Task
 
-_FENCED = re.compile(r"```(?:python)?[ \t]*\n(.*?)\n?```", re.DOTALL)
+# inline code; a fence at the start of a line, whatever is after it; a fence elsewhere with nothing or "python" after it
+_OPENING = re.compile(
+    r"`{3,}[^`\n]+`{3,}|^[ \t]*(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)$|(?P<inner>```)[^\S\n]*(?:py\w*)?[^\S\n]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+# Python's strings and comments, in which a fence is text, and fences outside them
+_CODE = re.compile(
+    r"(\"{3}|'{3})(?:\\.|(?!\1).)*+\1|\"(?:\\.|[^\"\\\n])*+\"|'(?:\\.|[^'\\\n])*+'|#[^\n]*"
+    r"|^[ \t]*(?P<fence>`{3,}|~{3,})",
+    re.DOTALL | re.MULTILINE,
+)
+_OF_NANOCHAT = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
+_FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|[^\n]*)\n?", re.MULTILINE)
 
 
 def to_conversation(row: dict[str, Any]) -> dict[str, Any]:
@@ -22,14 +34,44 @@ def to_conversation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def program(row: dict[str, Any], text: str) -> str:
-    """The answer's code (its first fenced block, else all of it) with the prompt's imports before and the tests after.
+    """The answer's code, after what the prompt defines before the function, and before the tests.
 
-    Rule: karpathy/nanochat@790f3be:tasks/humaneval.py.
+    Whatever passes by the rule of karpathy/nanochat@790f3be:tasks/humaneval.py passes by this one.
     """
-    fenced = _FENCED.search(text)
-    imports = [line for line in row["prompt"].splitlines() if line.startswith(("import ", "from "))]
-    code = fenced.group(1) if fenced else text
-    return "\n".join([*imports, code.strip("\n"), row["test"], f"check({row['entry_point']})", ""])
+    name, prompt = row["entry_point"], row["prompt"].replace("\r\n", "\n")
+    before, *function = re.split(
+        rf"^(?:@.*\n)*(?:async )?def {re.escape(name)}\b", prompt, maxsplit=1, flags=re.MULTILINE
+    )
+    if not function:
+        before = "\n".join(line for line in prompt.splitlines() if line.startswith(("import ", "from ")))
+    parts = [before.strip("\n"), answer_code(text, name)]
+    futures = [found.strip() for part in parts for found in _FUTURE.findall(part)]  # must be a program's first lines
+    parts = [*futures, *(_FUTURE.sub("", part) for part in parts), row["test"], f"check({name})", ""]
+    return "\n".join(part for part in parts[:-1] if part) + "\n"
+
+
+def answer_code(text: str, name: str) -> str:
+    """The first fenced block of Python that defines `name`; else the first one; all of the text if there is none."""
+    text = text.replace("\r\n", "\n")
+    python: list[str] = []
+    other: list[str] = []
+    at = 0
+    while opening := _OPENING.search(text, at):
+        at = opening.end()
+        if fence := opening["fence"] or opening["inner"]:
+            ends = (token for token in _CODE.finditer(text, at) if (token["fence"] or "").startswith(fence))
+            end = next(ends, None)
+            code = text[at : end.start()] if end else text[at:].rstrip().removesuffix(fence)
+            words = (opening["info"] or "").lower().strip(" \t{}.:").split()
+            (python if not words or words[0].startswith("py") else other).append(code.strip())
+            # a fence with something after it may open the next block
+            at = len(text) if not end else end.start() if text[end.end() :].partition("\n")[0].strip() else end.end()
+    candidates = [code for code in (*python, *_OF_NANOCHAT.findall(text)[:1], *other, text) if code.strip()] or [""]
+    word = re.escape(name)
+    defines = re.compile(
+        rf"^\s*(?:async\s+)?(?:def|class)\s+{word}\b|^{word}\s*(?::.*)?=(?!=)|\bimport\b.*\b{word}\b", re.MULTILINE
+    )
+    return next((code for code in candidates if defines.search(code)), candidates[0]).strip()
 
 
 TASK = Task(

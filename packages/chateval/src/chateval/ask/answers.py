@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from chatdata.render.format import NANOCHAT
@@ -110,17 +111,21 @@ def answer_programs(
 
 
 def answer_text(subject: Subject, completion: Completion) -> str:
-    """The text of an answer, without tool calls and their results."""
-    special = subject.tokenizer.special_ids
+    """The text of an answer, without tool calls and their results.
+
+    A call that is not closed is text, so that it hides no answer; what the tool was still writing is not.
+    """
+    special, tokens = subject.tokenizer.special_ids, completion.tokens
     closing = {special[part.opening]: special[part.closing] for part in (NANOCHAT.python, NANOCHAT.output)}
-    kept, until = [], None
-    for token in completion.tokens:
-        if until is not None:
-            until = None if token == until else until
-        elif token in closing:
-            until = closing[token]
-        elif token in subject.tokenizer.token_bytes:
-            kept.append(token)
+    delimiters = [i for i, token in enumerate(tokens) if token in closing or token in closing.values()]
+    inside = {
+        i for start, end in pairwise(delimiters) if closing.get(tokens[start]) == tokens[end] for i in range(start, end)
+    }
+    kept = [
+        token
+        for i, (token, is_forced) in enumerate(zip(tokens, completion.forced, strict=True))
+        if i not in inside and not is_forced and token in subject.tokenizer.token_bytes
+    ]
     return subject.tokenizer.decode(kept)
 
 

@@ -11,12 +11,15 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 from msgspec import Meta, Struct
 
-from chatdata.disk import Count, convert
+from chatdata.disk import Count, convert, shown
+from chatdata.grading import same_answer
+from chatdata.tasks.task import load_tasks
 from chateval.errors import ResultsError
 
 ITEMS_NAME = "items.jsonl"
@@ -73,7 +76,7 @@ def append_item(file: IO[str], item: Mapping[str, Any]) -> None:
 
     Raises ResultsError, before anything is written, for an item that could not be read back.
     """
-    convert(item, Item, f"{item.get('task')} item {item.get('item')!r}", ResultsError)
+    _checked(item, f"{item.get('task')} item {item.get('item')!r}")
     file.write(json.dumps(item) + "\n")
     file.flush()
 
@@ -82,7 +85,8 @@ def read_items(out: Path) -> list[Item]:
     """Read every items*.jsonl of a results folder, files by name, lines in their order.
 
     An unfinished last line (no newline) is ignored. The same item twice counts once.
-    Raises ResultsError, naming file and line, for a damaged line and for two differing lines of one (task, item, draw).
+    Raises ResultsError, naming file and line, for a damaged line, for a grade that its answer does not have, and for
+    two differing lines of one (task, item, draw).
     """
     found: dict[tuple[str, str, int], tuple[Item, str]] = {}
     for path in sorted(out.glob("items*.jsonl")):
@@ -93,7 +97,7 @@ def read_items(out: Path) -> list[Item]:
                 value = json.loads(line)  # not msgspec's: a gold answer may hold a lone surrogate
             except (ValueError, RecursionError) as error:
                 raise ResultsError(f"{where}: not valid JSON: {error}") from None
-            item, place = convert(value, Item, where, ResultsError), f"{path.name} line {number}"
+            item, place = _checked(value, where), f"{path.name} line {number}"
             first, first_place = found.setdefault(item.key, (item, place))
             if first != item:
                 raise ResultsError(
@@ -101,3 +105,36 @@ def read_items(out: Path) -> list[Item]:
                     "and differ"
                 )
     return [item for item, _ in found.values()]
+
+
+def _checked(value: Any, where: str) -> Item:
+    """An item of plain data, graded again. Raises ResultsError."""
+    item = convert(value, Item, where, ResultsError)
+    if item.letter_mass is not None:
+        again = {"correct": item.extracted == item.gold}
+    elif item.flexible_correct is not None:
+        again = {"correct": _again(item, item.correct, item.extracted, item.gold)}
+        flexible_gold = item.gold.rpartition(":")[2]  # of cat:c,a,t the letters
+        again["flexible_correct"] = _again(item, item.flexible_correct, item.flexible_extracted, flexible_gold)
+    else:
+        again = {"correct": item.ending.rpartition(", ")[2] == "passed"}
+    for key, right in again.items():
+        if getattr(item, key) is not right:
+            raise ResultsError(
+                f'{where}, key "{key}": is {json.dumps(not right)}, but gold is {shown(item.gold)}, extracted '
+                f"{shown(item.extracted)} and ending {shown(item.ending)}; delete the line and run again"
+            )
+    return item
+
+
+def _again(item: Item, graded: bool, extracted: str | None, gold: str) -> bool:
+    """The grade of an extracted answer. How a task of your own compares other texts than `gold` is its own matter."""
+    if item.task in _own_sets() or extracted in (None, gold):
+        return same_answer(extracted, gold)
+    return graded
+
+
+@cache
+def _own_sets() -> frozenset[str]:
+    """The sets that shipped tasks are scored on."""
+    return frozenset(name for task in load_tasks().values() if task.scoring for name in task.scoring.sets)

@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from chatdata.disk import decode
 from chattrain.errors import ImportNanochatError, first_line
 from chattrain.model import ModelConfig, check_weights, parse_config
+from chattrain.nanochat.export import BY_VOCABULARY
 
 COMPILED_PREFIX = "_orig_mod."  # torch.compile's wrapper puts it before every name
 
 
+# what newer checkpoints have in their config or among their tensors: the architecture of January 2026 and later
+NEWER = {
+    "window_pattern": "sliding windows of attention",
+    "resid_lambdas": "scaled residuals",
+    "x0_lambdas": "residuals from the embedding",
+    "value_embeds": "value embeddings",
+    "ve_gate": "gated value embeddings",
+}
+
+
 class _Meta(msgspec.Struct):
-    step: int
     model_config: dict[str, Any]
+    step: int | None = None  # checkpoints of chat_rl.py have none
 
 
 def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig, int]:
     """The weights (fp32; our names are nanochat's), config and step of the last checkpoint in `folder`.
 
-    Only tensors are unpickled. Unknown tensors are refused by name: checkpoints of 2026 hold more of them. Raises
-    ImportNanochatError for missing, unreadable or contradicting files, ConfigError for a wrong model config, and
-    WeightsError for unknown, missing or wrongly shaped tensors.
+    Only tensors are unpickled. Rows are added for a vocabulary that is no multiple of 64, which nanochat did not pad
+    then; they are zero and never chosen. Raises ImportNanochatError for missing, unreadable or contradicting files and
+    for the architecture of 2026, ConfigError for a wrong model config, and WeightsError for unknown, missing or wrongly
+    shaped tensors.
     """
     folder = Path(folder)
     step = _last_step(folder, "model", "pt")
@@ -37,8 +51,9 @@ def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig,
     meta_path = next(path for path in folder.glob("meta_*.json") if _step(path) == step)
 
     meta = decode(meta_path.read_bytes(), _Meta, str(meta_path), ImportNanochatError)
-    if meta.step != step:
+    if meta.step not in (None, step):
         raise ImportNanochatError(f"{meta_path}: says step {meta.step}, its name says {step}")
+    _refuse_newer(meta.model_config, f"{meta_path}, key")
     config = parse_config(meta.model_config, str(meta_path))
 
     try:
@@ -48,8 +63,21 @@ def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig,
     if not isinstance(saved, dict) or not all(isinstance(value, Tensor) for value in saved.values()):
         raise ImportNanochatError(f"{model_path}: not a dictionary of tensors")
     weights = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in saved.items()}
+    _refuse_newer(weights, f"{model_path}, tensor")
+    for name in BY_VOCABULARY:
+        if name in weights and weights[name].shape[:1] == (config.vocab_size,):
+            weights[name] = F.pad(weights[name], (0, 0, 0, config.vocab_rows - config.vocab_size))
     check_weights(weights, config, str(model_path))
     return {name: tensor.float() for name, tensor in weights.items()}, config, step
+
+
+def _refuse_newer(names: Iterable[str], where: str) -> None:
+    for name in names:
+        if meaning := next((meaning for known, meaning in NEWER.items() if known in name), None):
+            raise ImportNanochatError(
+                f"{where} {name}: {meaning}, so it is of nanochat's architecture since January 2026; chattrain has the "
+                "one of December 2025 (790f3be)"
+            )
 
 
 def _last_step(folder: Path, kind: str, suffix: str) -> int:
