@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -29,9 +30,9 @@ from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
 from chatdata.build.units import RENDERING_CODE, Renderer, code_sha256, cut_units, render_unit, take_unit
 from chatdata.disk import cache_folder
-from chatdata.errors import BuildError, ConversationError, TaskError, TokenizerError
+from chatdata.errors import BuildError, ConversationError, SourceError, TaskError, TokenizerError
 from chatdata.recipe import load_recipe
-from chatdata.sources import source
+from chatdata.sources import jsonl, source
 from chatdata.sources.find import Locations
 from chatdata.sources.source import Source, SourceFile
 from chatdata.tasks import load_tasks
@@ -78,7 +79,7 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Units of about 2 kB, workers for any amount of work, and a cache of this test's own."""
-    for module in (source, units):
+    for module in (jsonl, source, units):
         monkeypatch.setattr(module, "SEGMENT_BYTES", 2_000)
     monkeypatch.setattr(engine, "BYTES_PER_WORKER", 1)
     monkeypatch.setattr("chatdata.sources.source.ROWS_PER_SEGMENT", 64)
@@ -317,9 +318,9 @@ def with_task(recipe: Path, action: str, when: str = AT_ROW_150) -> list[str]:
 def run_small(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     """The command line in a process of its own, with units as small as in this file."""
     program = (
-        "from chatdata.build import engines as engine, units\nfrom chatdata.sources import source\n"
+        "from chatdata.build import engines as engine, units\nfrom chatdata.sources import jsonl, source\n"
         "source.ROWS_PER_SEGMENT = 64\n"
-        "source.SEGMENT_BYTES = units.SEGMENT_BYTES = 2_000; engine.BYTES_PER_WORKER = 1\n"
+        "jsonl.SEGMENT_BYTES = source.SEGMENT_BYTES = units.SEGMENT_BYTES = 2_000; engine.BYTES_PER_WORKER = 1\n"
         "from chatdata.cli import main\nmain()"
     )
     command = [sys.executable, "-c", program, *arguments]
@@ -342,7 +343,7 @@ def test_a_killed_worker_is_named_and_its_units_are_kept(recipe: Path, tokenizer
     assert process.returncode == 1
     assert errors.strip().splitlines()[-1].startswith("Error: a worker was killed (out of memory?)")
     assert not (tmp_path / "out").exists()
-    assert len(list(cache_folder("units").glob("*.arrow"))) > 5
+    assert len(list(cache_folder("units").glob("*.arrow"))) >= 5  # of more than six names two may be half-written
 
 
 def test_an_error_in_a_worker_names_the_row(recipe: Path, tokenizer_file: Path, tmp_path: Path) -> None:
@@ -487,18 +488,78 @@ def test_the_cache_command(
     assert "0 work units, 0.0 MB" in result.stdout and f"removed: {NUM_UNITS} work units" in result.stdout
 
 
-def test_what_killed_builds_left_in_the_cache_goes_with_the_next_build(
-    recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    folder, host = cache_folder("units"), os.uname().nodename
+def test_only_abandoned_half_written_units_are_removed(recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder, old = cache_folder("units"), time.time() - 2 * 86_400
     folder.mkdir(parents=True)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    kept = [f"a.{host}-{os.getpid()}.tmp", f"b.other-machine-{ended.pid}.tmp"]
-    for name in (f"c.{host}-{ended.pid}.tmp", *kept):
-        (folder / name).write_bytes(b"half a unit")
-    run(recipe, byte_tokenizer, tmp_path / "out")
-    assert sorted(path.name for path in folder.glob("*.tmp")) == kept
+    left = {
+        f"killed.{units.MACHINE}-0.tmp": b"half a unit",
+        "old.other-machine-0.tmp": b"half a unit",
+        f"growing.{units.MACHINE}-0.tmp": b"half a unit",
+        f"new.{units.MACHINE}-0.tmp": b"",  # not locked yet
+        "growing.other-machine-0.tmp": b"half a unit",  # its lock may not be seen here
+        "suspended.other-machine-0.tmp": b"half a unit",
+    }
+    for name, content in left.items():
+        (folder / name).write_bytes(content)
+    for name in ("old.other-machine-0.tmp", "suspended.other-machine-0.tmp"):
+        os.utime(folder / name, (old, old))
+    with (
+        (folder / f"growing.{units.MACHINE}-0.tmp").open("rb") as growing,
+        (folder / "suspended.other-machine-0.tmp").open("rb") as suspended,
+    ):
+        fcntl.flock(growing, fcntl.LOCK_EX)
+        fcntl.flock(suspended, fcntl.LOCK_EX)
+        run(recipe, byte_tokenizer, tmp_path / "out")
+        units.prune(folder, 0)
+    assert sorted(path.name for path in folder.glob("*.tmp")) == sorted(list(left)[2:])
+
+
+def test_a_unit_is_locked_while_it_grows_and_no_two_processes_share_a_name(
+    recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, names = source_of(recipe), list[str]()
+    renderer = renderer_of(source, byte_tokenizer, tmp_path / "units")
+    unit = cut_units(0, source, byte_tokenizer, np.ones(source.num_rows, dtype=bool))[0]
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in two containers
+
+    def look(num_rows: int) -> None:
+        names.extend(path.name for path in renderer.folder.glob("*.tmp"))
+        assert not units.prune(renderer.folder, 9)  # by another build at the same time
+
+    paths = [render_unit(renderer, unit, look).path for _ in range(2)]
+    assert len(set(names)) == 2 and paths[0] == paths[1] and paths[0].is_file()
+
+
+def test_units_with_exchanged_names_are_rendered_again(recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    manifest, _ = run(recipe, byte_tokenizer, tmp_path / "out")
+    one, other = (unit.path for unit in units.cached_units(cache_folder("units"))[:2])
+    contents = one.read_bytes(), other.read_bytes()
+    (key, content), (other_key, other_content) = one.stem.split("-"), other.stem.split("-")
+    one.unlink(), other.unlink()
+    one.with_name(f"{key}-{other_content}.arrow").write_bytes(contents[1])
+    one.with_name(f"{other_key}-{content}.arrow").write_bytes(contents[0])
+    again, report = run(recipe, byte_tokenizer, tmp_path / "again")
+    assert report["units"] == {"rendered": 2, "cached": NUM_UNITS - 2, "damaged": 2}
+    assert again == manifest
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_source_that_changes_during_a_build_fails_it_and_leaves_no_unit_of_other_rows(
+    recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path, workers: int
+) -> None:
+    expected, _ = run(recipe, byte_tokenizer, tmp_path / "expected")
+    units.prune(cache_folder("units"), 0)
+    chats = recipe.parent / "chats.jsonl"
+    before = chats.read_bytes()
+
+    def change(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
+        chats.write_bytes(before.upper().replace(b"ROLE", b"role")[: len(before)])
+
+    with pytest.raises(SourceError, match=r"^chats.jsonl: changed while it was read; build again$"):
+        run(recipe, byte_tokenizer, tmp_path / "out", workers=workers, progress=change)
+    assert not (tmp_path / "out").exists()
+    chats.write_bytes(before)
+    assert run(recipe, byte_tokenizer, tmp_path / "out")[0] == expected
 
 
 def test_a_full_disk_for_the_firewall_list_leaves_no_build(

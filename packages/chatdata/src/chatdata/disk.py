@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def check_replaceable(out: Path) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write to a hidden name next to `path`, sync, rename. Raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         partial.write_bytes(data)
         sync(partial)

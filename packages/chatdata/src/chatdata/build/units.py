@@ -1,8 +1,10 @@
 """Work units: runs of rows of one source, each rendered into an Arrow file of the cache.
 
 They are files `units/<key>-<hash of the content>.arrow` below the cache folder. The second hash shows a damaged file
-when it is read, and makes two builds that render the same unit write the same file. Next to `units`, the folder `urls`
-holds files downloaded by URL (sources/hub.py).
+when it is read, and makes two builds that render the same unit write the same file; the key is also inside the file, so
+that a renamed one is noticed. Next to `units`, the folder `urls` holds files downloaded by URL (sources/hub.py).
+
+A unit grows as `<key>.<machine>-<random>.tmp`, locked from before its first byte until it is renamed.
 
 A unit's key is a hash of what decides its content (source bytes, rows, task, tokenizer, the code that renders), never
 of a path, a worker or an encoder. So any process on any machine can render it, and nothing is rendered twice.
@@ -11,31 +13,30 @@ Its documents are whole: a build applies its length and supervision policies whe
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chatdata.arrow import bytes_to_arrow, list_to_arrow, map_batches, strings_to_arrow, to_arrow, to_numpy
+from chatdata.arrow import map_batches, to_numpy
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError
-from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, render_batch
+from chatdata.render.batch import COUNTS, SPAN_DTYPE, RenderedBatch, arrow_schema, render_batch, to_record_batch
 from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.pieces import Pieces, pieces_of_rows
-from chatdata.sources.source import SEGMENT_BYTES, Source
+from chatdata.sources.jsonl import SEGMENT_BYTES
+from chatdata.sources.source import Source
 from chatdata.tokenizer import encoders
 from chatdata.tokenizer.bpe import Tokenizer
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # Less text than this in all missing units is encoded by tiktoken: loading and testing gigatoken takes 0.13 CPU-seconds,
 # as much as it saves on 2 MB (smoltalk, 400,000 tokens)
@@ -46,13 +47,13 @@ MAX_CHARS = 4 << 20  # encoded at a time: bounds memory where documents are long
 # anywhere else nothing. tests/chatdata/build/test_units.py holds the list to what this module imports.
 RENDERING_CODE = (
     *("arrow.py", "build/units.py", "calculator.py", "conversation.py", "document.py"),
-    *("render", "sources/source.py", "tasks", "tokenizer"),
+    *("render", "sources/jsonl.py", "sources/source.py", "tasks", "tokenizer"),
 )
-UNIT_FORMAT = 1
+UNIT_FORMAT = 2
 UNIT_SUFFIX, PARTIAL_SUFFIX = ".arrow", ".tmp"
 DAY_S = 86_400
-ABANDONED_S = DAY_S  # a temporary file this old was left by a build that was killed: no unit takes an hour
-_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans", "num_mismatches")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the running kernel; only Linux has it
+MACHINE = _BOOT_ID.read_text()[:8] if _BOOT_ID.is_file() else secrets.token_hex(4)
 
 
 @dataclass(frozen=True)
@@ -133,39 +134,45 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
 
     source, tokenizer = renderer.sources[unit.source], renderer.tokenizer
     rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, "base" if source.task.kind == "text" else "chat")
-    schema = _schema(tokenizer.dtype)
+    schema = arrow_schema(tokenizer.dtype).with_metadata({"key": unit.key})
     encoder = load_encoder(renderer.encoder_name, tokenizer)
     num_texts = num_checked = 0
-    partial = renderer.folder / f"{unit.key}.{os.uname().nodename}-{os.getpid()}{PARTIAL_SUFFIX}"
+    partial = renderer.folder / f"{unit.key}.{MACHINE}-{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
     try:
-        with partial.open("wb") as file, pa.ipc.new_file(pa.PythonFile(file), schema) as writer:
-            for rows, raw in source.read_batches(unit.first, unit.wanted):
-                done = 0
-                for pieces in pieces_of_rows(source, rows, raw).split(MAX_CHARS):
-                    part = rows[done : done + len(pieces)]
-                    try:
-                        ids, counts = encoder.encode_batch(pieces.texts)
-                        if encoder.name != "tiktoken":
-                            num_checked += encoders.check_some(
-                                encoder, tokenizer, pieces.texts, (ids, counts), source.name
+        with partial.open("xb") as file:
+            with suppress(OSError):  # a file system without locks: the file's age decides
+                fcntl.flock(file, fcntl.LOCK_EX)
+            with pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
+                for rows, raw in source.read_batches(unit.first, unit.wanted):
+                    done = 0
+                    for pieces in pieces_of_rows(source, rows, raw).split(MAX_CHARS):
+                        part = rows[done : done + len(pieces)]
+                        try:
+                            ids, counts = encoder.encode_batch(pieces.texts)
+                            if encoder.name != "tiktoken":
+                                num_checked += encoders.check_some(
+                                    encoder, tokenizer, pieces.texts, (ids, counts), source.name
+                                )
+                            batch = render_batch(
+                                pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size
                             )
-                        batch = render_batch(
-                            pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size
+                        except ChatdataError:
+                            _raise_for_row(encoder, tokenizer, source, part, pieces)
+                            raise
+                        num_texts += len(pieces.texts)
+                        done += len(pieces)
+                        offsets = np.concatenate([[0], np.cumsum(batch.num_tokens)])
+                        # counts and spans are computed from the arrays that give tokens and mask: no need to check them
+                        whole = {"truncated": np.zeros(len(pieces), dtype=bool)}
+                        raise_defect(
+                            check_documents(batch.tokens, batch.mask, offsets, whole, rules), part, source.where
                         )
-                    except ChatdataError:
-                        _raise_for_row(encoder, tokenizer, source, part, pieces)
-                        raise
-                    num_texts += len(pieces.texts)
-                    done += len(pieces)
-                    offsets = np.concatenate([[0], np.cumsum(batch.num_tokens)])
-                    # counts and spans are computed from the arrays that give tokens and mask: no need to check them
-                    whole = {"truncated": np.zeros(len(pieces), dtype=bool)}
-                    raise_defect(check_documents(batch.tokens, batch.mask, offsets, whole, rules), part, source.where)
-                    writer.write_batch(_to_arrow_batch(batch))
-                if progress:
-                    progress(len(rows))
-        path = renderer.folder / f"{unit.key}-{file_sha256(partial)[:32]}{UNIT_SUFFIX}"
-        partial.rename(path)
+                        writer.write_batch(to_record_batch(batch))
+                    if progress:
+                        progress(len(rows))
+            file.flush()
+            path = renderer.folder / f"{unit.key}-{file_sha256(partial)[:32]}{UNIT_SUFFIX}"
+            partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
     return Rendered(unit.key, path, num_texts, num_checked)
@@ -183,43 +190,13 @@ def _raise_for_row(
             raise own.at(source.where(row)) from None
 
 
-def _schema(dtype: np.dtype) -> pa.Schema:
-    """A row per document. Lists of fixed-width values: read back as views of the mapped file."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("tokens", pa.list_(pa.from_numpy_dtype(dtype))),
-            ("mask", pa.list_(pa.uint8())),
-            *((name, pa.int32()) for name in _COUNTS),
-            ("spans", pa.list_(pa.binary(SPAN_DTYPE.itemsize))),
-            ("digest", pa.binary(16)),
-            ("mismatches", pa.list_(pa.string())),
-        ]
-    )
-
-
-def _to_arrow_batch(batch: RenderedBatch) -> pa.RecordBatch:
-    import pyarrow as pa
-
-    arrays = {
-        "tokens": list_to_arrow(to_arrow(batch.tokens), batch.num_tokens),
-        "mask": list_to_arrow(to_arrow(batch.mask), batch.num_tokens),
-        **{name: to_arrow(getattr(batch, name).astype(np.int32)) for name in _COUNTS},
-        "spans": list_to_arrow(bytes_to_arrow(batch.spans), batch.num_spans),
-        "digest": bytes_to_arrow(batch.digests),
-        "mismatches": list_to_arrow(strings_to_arrow(batch.mismatches), batch.num_mismatches),
-    }
-    return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
-
-
 def read_unit(path: Path, dtype: np.dtype) -> list[RenderedBatch]:
     """A unit's documents as views of the mapped file, one RenderedBatch per record batch."""
     return [
         RenderedBatch(
             tokens=to_numpy(batch.column("tokens").values, dtype),
             mask=to_numpy(batch.column("mask").values, np.dtype(np.uint8)),
-            **{name: to_numpy(batch.column(name), np.dtype(np.int32)) for name in _COUNTS},
+            **{name: to_numpy(batch.column(name), np.dtype(np.int32)) for name in COUNTS},
             spans=to_numpy(batch.column("spans").values, SPAN_DTYPE),
             digests=to_numpy(batch.column("digest"), np.dtype("V16")),
             mismatches=batch.column("mismatches").values,
@@ -251,49 +228,57 @@ def cached_units(folder: Path) -> list[CachedUnit]:
 def find_units(folder: Path, keys: set[str]) -> tuple[dict[str, Path], int]:
     """key → path of the units with these keys that are in the cache and whole; how many were damaged.
 
-    Half-written units of this machine's ended processes are removed.
+    Abandoned half-written units are removed.
     """
     found = {}
     for unit in cached_units(folder):
-        key, _, rest = unit.path.stem.partition("-" if unit.path.suffix == UNIT_SUFFIX else ".")
         if unit.path.suffix == UNIT_SUFFIX:
-            found[key] = unit.path
-        else:  # <key>.<host>-<process id>; those of other machines are left to `prune`
-            host, _, pid = rest.rpartition("-")
-            if host == os.uname().nodename and pid.isdigit() and not _is_running(int(pid)):
-                unit.path.unlink(missing_ok=True)
+            found[unit.path.stem.partition("-")[0]] = unit.path
+        elif _is_abandoned(unit):
+            unit.path.unlink(missing_ok=True)
     there = found.keys() & keys
     paths = {key: found[key] for key in there if take_unit(found[key])}
     return paths, len(there) - len(paths)
 
 
 def take_unit(path: Path) -> bool:
-    """Whether the unit is whole. If it is, it is marked as used now; if not, it is removed."""
+    """Whether the unit is whole and the one it is called. If so, it is marked as used now; if not, it is removed."""
+    import pyarrow as pa
+
+    key, _, content = path.stem.partition("-")
     whole = False
     try:
-        whole = file_sha256(path)[:32] == path.stem.partition("-")[2]
+        if file_sha256(path)[:32] == content:
+            with pa.OSFile(str(path)) as file:
+                whole = (pa.ipc.open_file(file).schema.metadata or {}).get(b"key") == key.encode()
         os.utime(path) if whole else path.unlink()
-    except OSError:  # pruned a moment ago, in a shared cache that is read-only, or not readable for us
+    except (OSError, pa.ArrowException):  # pruned a moment ago, in a read-only cache, not readable for us, not Arrow
         return path.is_file() and whole
     return whole
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def _is_abandoned(unit: CachedUnit) -> bool:
+    """Whether nobody will finish a half-written unit: its lock is free, and it is this machine's or a day old.
+
+    All processes of a kernel see each other's locks, in whatever container; on other machines they may not.
+    """
+    is_old = time.time() - unit.last_used >= DAY_S
+    if not is_old and not (unit.num_bytes and f".{MACHINE}-" in unit.path.name):
         return False
-    except PermissionError:  # somebody else's
-        pass
+    try:
+        with unit.path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return is_old and not isinstance(error, BlockingIOError)
     return True
 
 
 def prune(folder: Path, unused_days: float) -> list[CachedUnit]:
-    """Remove units that no build has used for `unused_days`, and half-written ones a day old. Returns those removed."""
+    """Remove units that no build has used for `unused_days`, and abandoned half-written ones. Returns those removed."""
     now, removed = time.time(), []
     for unit in cached_units(folder):
-        age_s = ABANDONED_S if unit.path.suffix == PARTIAL_SUFFIX and unused_days else unused_days * DAY_S
-        if now - unit.last_used >= age_s:
+        is_partial = unit.path.suffix == PARTIAL_SUFFIX
+        if _is_abandoned(unit) if is_partial else now - unit.last_used >= unused_days * DAY_S:
             unit.path.unlink(missing_ok=True)
             removed.append(unit)
     return removed

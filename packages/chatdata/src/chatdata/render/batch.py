@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
 from chatdata.calculator import calculate, compare_outputs
 from chatdata.errors import CalculatorError, FormatError
 from chatdata.render.format import NANOCHAT, OUTPUT, PYTHON, USER
@@ -26,6 +27,7 @@ from chatdata.render.pieces import CLOSES, OPENS, Pieces
 if TYPE_CHECKING:
     import pyarrow as pa
 
+COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans", "num_mismatches")
 SPAN_DTYPE = np.dtype([("role", "u1"), ("start", "<u4"), ("length", "<u4")])  # packed: 9 bytes
 # What a call can come to. point_zero: `10.0` recorded, `10` computed; format: the same number, written differently;
 # failure: not a call the calculator takes; no_output: no output is recorded after it.
@@ -181,3 +183,33 @@ def _calculate(call: str) -> tuple[str, bool]:
         return calculate(call), False
     except CalculatorError as error:
         return str(error), True
+
+
+def arrow_schema(dtype: np.dtype) -> pa.Schema:
+    """Of batches on disk: a row per document. Lists of fixed-width values: read back as views of the mapped file."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("tokens", pa.list_(pa.from_numpy_dtype(dtype))),
+            ("mask", pa.list_(pa.uint8())),
+            *((name, pa.int32()) for name in COUNTS),
+            ("spans", pa.list_(pa.binary(SPAN_DTYPE.itemsize))),
+            ("digest", pa.binary(16)),
+            ("mismatches", pa.list_(pa.string())),
+        ]
+    )
+
+
+def to_record_batch(batch: RenderedBatch) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    arrays = {
+        "tokens": list_to_arrow(to_arrow(batch.tokens), batch.num_tokens),
+        "mask": list_to_arrow(to_arrow(batch.mask), batch.num_tokens),
+        **{name: to_arrow(getattr(batch, name).astype(np.int32)) for name in COUNTS},
+        "spans": list_to_arrow(bytes_to_arrow(batch.spans), batch.num_spans),
+        "digest": bytes_to_arrow(batch.digests),
+        "mismatches": list_to_arrow(strings_to_arrow(batch.mismatches), batch.num_mismatches),
+    }
+    return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -181,7 +182,7 @@ def fetch_url(url: str, instead: str) -> Path:
     from huggingface_hub import get_session
 
     host = address.netloc
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     with writes_to(folder, CACHE_UNUSABLE, CACHE_UNUSABLE):
         pass
     try:

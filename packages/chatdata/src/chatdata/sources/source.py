@@ -4,42 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
+from io import BufferedReader
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from chatdata.arrow import to_arrow
-from chatdata.disk import file_sha256
 from chatdata.errors import SourceError
+from chatdata.sources.jsonl import ROWS_PER_BATCH, SEGMENT_BYTES, Segment, jsonl_segments, read_jsonl, read_text
 from chatdata.tasks.task import Task, call_task
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ROWS_PER_BATCH = 1024  # rows turned into Python objects at a time: about 3 MB of smoltalk
-SEGMENT_BYTES = 4 << 20  # of text: what a worker renders in half a second
 ROWS_PER_SEGMENT = 4096  # where rows do not come from our own reading of files
 GENERATED_ROW_BYTES = 256  # the assumed size of a generated row
 # A row group can only be read from its start. A worker that continues where it stopped does not read it again; with one
 # worker for each of 16 parts a group is decoded 8.5 times, 0.04 CPU-seconds per million tokens.
 MAX_GROUP_PARTS = 16
+TICK_NS = 20_000_000  # of a file system's clock: of two writes in one tick the second leaves no trace
+CHANGED = "changed while it was read; build again"
+
+# what changes when a file is replaced or written to
+_state_of = attrgetter("st_size", "st_ino", "st_dev", "st_mtime_ns", "st_ctime_ns")
 
 Rows: TypeAlias = "list[Any] | pa.RecordBatch"
-
-
-class Segment(NamedTuple):
-    """Consecutive rows of a file."""
-
-    num_rows: int
-    num_bytes: int
-    offset: int = 0  # bytes before it in a JSONL file
-    line: int = 0  # lines before it
+Batches: TypeAlias = Iterator[tuple[np.ndarray, Rows]]
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,49 @@ class SourceFile:
 
     path: Path
     name: str  # relative to its dataset, without folders of this machine
+    state: list[tuple[int, ...]] = field(default_factory=list, compare=False)  # of the file whose content is known
 
     @cached_property
     def sha256(self) -> str:
-        return file_sha256(self.path)
+        with self.open() as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self.check(file)
+        return digest
+
+    def open(self) -> BufferedReader:
+        """Open the file. Raises SourceError if it is not the one that was opened first, or has not its content."""
+        file = self.path.open("rb")
+        status = os.fstat(file.fileno())
+        if not self.state and 0 <= time.time_ns() - status.st_ctime_ns < TICK_NS:
+            time.sleep(TICK_NS / 1e9)
+        if self.state and self.state[-1] != _state_of(status):
+            # only touched, or on another machine whose file system numbers files differently?
+            if self.__dict__.get("sha256") != hashlib.file_digest(file, "sha256").hexdigest():
+                raise SourceError(f"{self.name}: {CHANGED}")
+            file.seek(0)
+        self.state[:] = [_state_of(status)]
+        return file
+
+    def check(self, file: BufferedReader) -> None:
+        """Raise SourceError if the open `file` was replaced or written to since it was opened."""
+        if self.state != [_state_of(os.fstat(file.fileno()))]:
+            raise SourceError(f"{self.name}: {CHANGED}")
 
     @cached_property
     def segments(self) -> list[Segment]:
-        if self.path.suffix == ".parquet":
-            return _parquet_segments(self.path)
-        if self.path.suffix == ".jsonl":
-            return _jsonl_segments(self.path)
-        return [Segment(1, size)] if (size := self.path.stat().st_size) else []
+        with self.open() as file:
+            if self.path.suffix == ".jsonl":
+                segments = jsonl_segments(file)
+            elif self.path.suffix != ".parquet":
+                segments = [Segment(1, size)] if (size := self.state[0][0]) else []
+            else:
+                segments, metadata = [], _open_parquet(self.name, file).metadata
+                for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
+                    num_parts = max(1, min(MAX_GROUP_PARTS, group.total_byte_size // SEGMENT_BYTES, group.num_rows))
+                    cuts = [group.num_rows * i // num_parts for i in range(num_parts + 1)]
+                    segments += [Segment(b - a, group.total_byte_size // num_parts) for a, b in pairwise(cuts)]
+            self.check(file)
+        return segments
 
     @cached_property
     def num_rows(self) -> int:
@@ -81,11 +110,17 @@ class Source:
     split: str = ""  # split and options are a generated task's, with files in place of their names
     options: Mapping[str, Any] = field(default_factory=dict)
     option_files: Mapping[str, SourceFile] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()  # keys that are taken out of every row
 
     @cached_property
     def make_row(self) -> Callable[[int], Any] | None:
         """position → raw row of a generated task, else None."""
-        return self.task.generate(self.split, self.options) if self.task.generate else None
+        files = [(file, file.open()) for file in self.option_files.values()]
+        make_row = self.task.generate(self.split, self.options) if self.task.generate else None
+        for file, opened in files:
+            file.check(opened)
+            opened.close()
+        return make_row
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker makes its own generator if it is a closure; a partial travels, with the word list it has read
@@ -110,7 +145,7 @@ class Source:
         for rows, raw in self.read_batches(0, wanted):
             yield from zip(rows.tolist(), raw if isinstance(raw, list) else raw.to_pylist(), strict=True)
 
-    def read_batches(self, first: int, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:
+    def read_batches(self, first: int, wanted: np.ndarray) -> Batches:
         """(rows, raw rows) in source order, some at a time: the `wanted` ones (bool [n]) of the rows from `first` on.
 
         rows: int64. Raw rows: a list, or for Parquet a record batch. SourceErrors name the file and the row or line.
@@ -121,14 +156,32 @@ class Source:
             read_row = partial(call_task, self.task, make_row) if make_row else self.dataset.__getitem__
             for start in range(0, len(rows), ROWS_PER_BATCH):
                 part = rows[start : start + ROWS_PER_BATCH]
-                yield part, [read_row(row) for row in part.tolist()]
+                raw = [read_row(row) for row in part.tolist()]
+                yield part, self._without_ignored(raw) if self.ignore else raw
             return
-        readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl}
         for file, begin, run in self.files_of(first, len(wanted)):
             offset = first + run.start - begin  # of the file's rows in the source
             if wanted[run].any():
-                for rows, raw in readers.get(file.path.suffix, _read_text)(file, begin, wanted[run]):
-                    yield rows + offset, raw
+                with file.open() as opened:
+                    if file.path.suffix == ".parquet":
+                        batches = _read_parquet(file, opened, begin, wanted[run])
+                    else:
+                        read = read_jsonl if file.path.suffix == ".jsonl" else read_text
+                        batches = read(opened, file.name, file.segments, begin, wanted[run])
+                    try:
+                        for rows, raw in batches:
+                            yield rows + offset, self._without_ignored(raw) if self.ignore else raw
+                    except SourceError:
+                        file.check(opened)
+                        raise
+                    file.check(opened)
+
+    def _without_ignored(self, raw: Rows) -> Rows:
+        if not isinstance(raw, list):
+            return raw.select([name for name in raw.schema.names if name not in self.ignore])
+        return [
+            {key: row[key] for key in row if key not in self.ignore} if isinstance(row, dict) else row for row in raw
+        ]
 
     def files_of(self, first: int, num_rows: int) -> Iterator[tuple[SourceFile, int, slice]]:
         """The files that hold rows [first, first + num_rows): each file's first row among them, and which of them."""
@@ -144,11 +197,9 @@ class Source:
         options = {key: str(value) for key, value in self.options.items() if key not in self.option_files}
         described: dict[str, Any] = {"options": options, "split": self.split}
         described["option_files"] = {key: file.sha256 for key, file in self.option_files.items()}
+        described["ignore"] = sorted(self.ignore)
         if self.dataset is not None or self.task.generate is not None:
-            described |= {"first": first, "files": [file.sha256 for file in self.files]}
-            if self.dataset is not None:
-                described |= {"name": self.name, "datasets": version("datasets")}
-            return described
+            return described | {"first": first, "rows": self.rows_sha256}
         files = self.files_of(first, num_rows)
         parts = [[file.sha256, file.path.suffix, begin, run.stop - run.start] for file, begin, run in files]
         return {**described, "files": parts}
@@ -159,75 +210,78 @@ class Source:
             return f"{self.name} row {row}"
         file, row, _ = next(self.files_of(row, 1))
         if file.path.suffix == ".jsonl":
-            with file.path.open("rb") as lines:
-                filled = (number for number, line in enumerate(lines, start=1) if line.strip())
+            with file.open() as lines:
+                filled = (number for number, line in enumerate(lines, start=1) if not line.isspace())
                 return f"{file.name} line {next(number for i, number in enumerate(filled) if i == row)}"
         return f"{file.name} row {row}" if file.path.suffix == ".parquet" else file.name
 
+    @cached_property
+    def rows_sha256(self) -> str | None:
+        """SHA-256 of all rows that `datasets` reads, else None."""
+        if self.dataset is None:
+            return None
+        digest = hashlib.sha256()
+        for row in self.dataset:  # str: dates
+            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """For the manifest: name, revision, files with bytes and SHA-256; SHA-256 of a user's task, of a dataset."""
-        described: dict[str, Any] = {"name": self.name, "revision": self.revision, "files": []}
-        for file in (*self.files, *self.option_files.values()):
-            size = file.path.stat().st_size
-            described["files"].append({"name": file.name, "bytes": size, "sha256": file.sha256})
+        files = (*self.files, *self.option_files.values())
+        described: dict[str, Any] = {
+            "name": self.name,
+            "revision": self.revision,
+            "files": [{"name": file.name, "sha256": file.sha256, "bytes": file.state[0][0]} for file in files],
+        }
         if self.task.code_sha256:
             described["task_code_sha256"] = self.task.code_sha256
-        if self.dataset is not None:
-            digest = hashlib.sha256()
-            for row in self.dataset:  # str: dates
-                digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
-            described["rows_sha256"] = digest.hexdigest()
+        if self.rows_sha256:
+            described["rows_sha256"] = self.rows_sha256
         return described
 
 
-def _read_text(file: SourceFile, first: int, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:
-    try:
-        yield np.zeros(1, dtype=np.int64), [{"text": file.path.read_bytes().decode("utf-8-sig")}]
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{file.name}: not UTF-8 at byte {error.start}") from None
-
-
-def _open_parquet(path: Path) -> Any:
+def _open_parquet(name: str, file: BufferedReader) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path)
-    except pa.ArrowException as error:
-        raise SourceError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _parquet_segments(path: Path) -> list[Segment]:
-    metadata = _open_parquet(path).metadata
-    segments = []
-    for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
-        num_parts = max(1, min(MAX_GROUP_PARTS, group.total_byte_size // SEGMENT_BYTES, group.num_rows))
-        cuts = [group.num_rows * i // num_parts for i in range(num_parts + 1)]
-        segments += [Segment(b - a, group.total_byte_size // num_parts) for a, b in pairwise(cuts)]
-    return segments
+        opened = pq.ParquetFile(file)
+        names = opened.schema_arrow.names
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{name}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    if twice := {column for column in names if names.count(column) > 1}:
+        raise SourceError(f'{name}: two columns are named "{min(twice)}"; remove one of them')
+    return opened
 
 
 # file → (row, batch that starts there, batches after it): where reading a file stopped, if there is more of it
 _stopped: dict[tuple[Any, ...], tuple[int, Any, Any]] = {}
 
 
-def _read_parquet(file: SourceFile, first: int, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:
-    stop = first + len(wanted)
-    status = file.path.stat()
-    key = (file.path, status.st_ino, status.st_mtime_ns, status.st_size)
+def _read_parquet(file: SourceFile, opened: BufferedReader, first: int, wanted: np.ndarray) -> Batches:
+    import pyarrow as pa
+
+    stop, key = first + len(wanted), (file.path, *file.state)
     at, batch, batches = _stopped.pop(key, (stop, None, None))
     _stopped.clear()
     if batches is None or at > first:  # start with the row group that holds row `first`
-        opened = _open_parquet(file.path)
-        num_groups = opened.metadata.num_row_groups
-        starts = np.cumsum([0, *(opened.metadata.row_group(i).num_rows for i in range(num_groups))])
+        parquet = _open_parquet(file.name, os.fdopen(os.dup(opened.fileno()), "rb"))  # open for longer than `opened`
+        num_groups = parquet.metadata.num_row_groups
+        starts = np.cumsum([0, *(parquet.metadata.row_group(i).num_rows for i in range(num_groups))])
         group = int(np.searchsorted(starts, first, side="right")) - 1
         at, batch = int(starts[group]), None
         # one thread: the work is parallel over processes
-        batches = opened.iter_batches(ROWS_PER_BATCH, row_groups=list(range(group, num_groups)), use_threads=False)
+        batches = parquet.iter_batches(ROWS_PER_BATCH, row_groups=list(range(group, num_groups)), use_threads=False)
     while True:
+        try:
+            batch = next(batches, None) if batch is None else batch
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise SourceError(f"{file.name}: cannot be read from row {at} on: {reason}") from None
+        if at == stop:
+            break
         if batch is None:
-            batch = next(batches)
+            raise SourceError(f"{file.name}: ends after {at} rows, {stop - at} too early")
         begin, end = max(at, first), min(at + batch.num_rows, stop)
         if begin < end:
             rows = np.flatnonzero(wanted[begin - first : end - first]) + begin
@@ -238,9 +292,6 @@ def _read_parquet(file: SourceFile, first: int, wanted: np.ndarray) -> Iterator[
         if at + batch.num_rows > stop:  # its last rows are the next part's first
             break
         at, batch = at + batch.num_rows, None
-        if at == stop:
-            break
-    batch = next(batches, None) if batch is None else batch
     if batch is not None:  # not the end of the file
         _stopped[key] = at, batch, batches
 
@@ -248,53 +299,3 @@ def _read_parquet(file: SourceFile, first: int, wanted: np.ndarray) -> Iterator[
 def forget_readers() -> None:
     """Close the file whose reading stopped before its end."""
     _stopped.clear()
-
-
-def _jsonl_segments(path: Path) -> list[Segment]:
-    segments, num_rows, begin, begin_line, offset = [], 0, 0, 0, 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            offset += len(line)
-            num_rows += bool(line.strip())  # a blank line is not a row
-            if offset - begin >= SEGMENT_BYTES:
-                segments.append(Segment(num_rows, offset - begin, begin, begin_line))
-                num_rows, begin, begin_line = 0, offset, number
-    if num_rows:
-        segments.append(Segment(num_rows, offset - begin, begin, begin_line))
-    return segments
-
-
-def _read_jsonl(file: SourceFile, first: int, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:
-    row = 0
-    for segment in file.segments:  # the last one that starts at or before `first`
-        if row + segment.num_rows > first:
-            break
-        row += segment.num_rows
-    stop, rows, records = first + len(wanted), [], []
-    with file.path.open("rb") as lines:
-        lines.seek(segment.offset)
-        for number, line in enumerate(lines, start=segment.line + 1):
-            if not line.strip():
-                continue
-            if row >= first and wanted[row - first]:
-                rows.append(row)
-                records.append(_parse_line(file, number, line))
-                if len(rows) == ROWS_PER_BATCH:
-                    yield np.array(rows), records
-                    rows, records = [], []
-            row += 1
-            if row >= stop:
-                break
-    if rows:
-        yield np.array(rows), records
-
-
-def _parse_line(file: SourceFile, number: int, line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{file.name} line {number}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
-        reason = getattr(error, "msg", str(error)).removesuffix(" at")  # json's words for where it is
-        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise SourceError(f"{file.name} line {number}: not valid JSON{column}: {reason}") from None

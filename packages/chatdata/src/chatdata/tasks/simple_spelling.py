@@ -18,7 +18,7 @@ from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, shuffled_words,
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], str]:
     path = options["words"]
-    words = split_words(shuffled_words(path, path.stat().st_mtime_ns), path, split, options["holdout"])
+    words = split_words(shuffled_words(path, path.stat().st_ctime_ns), path, split, options["holdout"])
     return partial(_make_row, words, TEST_SEED_OFFSET if split == "test" else 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +54,7 @@ def export_transformers(
     if verify:
         _check_verifiable(config)
 
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")
     partial.mkdir(parents=True)
     try:
         write_tensors(transformers_weights(weights, config), partial / "model.safetensors", {"format": "pt"})

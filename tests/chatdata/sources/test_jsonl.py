@@ -1,0 +1,114 @@
+"""Lines as values: what json takes is accepted, but an object has no key twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from chatdata.errors import SourceError
+from chatdata.sources.jsonl import _parse_lines, _strings_in, _strings_in_text, jsonl_segments, read_jsonl
+
+TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from('\\\\"":{}[],\\n'), max_size=12)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+)
+
+
+@given(
+    st.lists(VALUES, min_size=1, max_size=5), st.booleans(), st.sampled_from([(",", ":"), (", ", ": "), (" ,", " :")])
+)
+@example([{"a\\\\": 1, "b": '\\\\"'}], True, (",", ":"))
+def test_lines_are_what_json_says(values: list[Any], ascii_only: bool, separators: tuple[str, str]) -> None:
+    lines = [json.dumps(value, ensure_ascii=ascii_only, separators=separators).encode() + b"\n" for value in values]
+    assert _strings_in(values) == _strings_in_text(b"".join(lines))
+    assert _parse_lines("x", list(enumerate(lines, start=2))) == values
+
+
+def spelled(value: Any, twice: list[int]) -> str:
+    """JSON in which one key in `twice[0]` objects from here comes twice: first with another value."""
+    if isinstance(value, list):
+        return f"[{','.join(spelled(item, twice) for item in value)}]"
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    items = [f"{json.dumps(key)}:{spelled(item, twice)}" for key, item in value.items()]
+    twice[0] -= bool(items)
+    if items and twice[0] == 0:
+        items.insert(0, f'{json.dumps(next(iter(value)))} : [1, "lost"]')
+    return f"{{{','.join(items)}}}"
+
+
+@given(st.lists(VALUES, min_size=1, max_size=5), st.integers(1, 4))
+def test_a_key_that_comes_twice_at_any_depth_names_the_line(values: list[Any], place: int) -> None:
+    twice, lines = [place], []
+    wrong = None
+    for number, value in enumerate(values, start=1):
+        lines.append((number, spelled(value, twice).encode() + b"\n"))
+        wrong = number if wrong is None and twice[0] <= 0 else wrong
+    if wrong is None:
+        assert _parse_lines("x.jsonl", lines) == values
+        return
+    with pytest.raises(SourceError, match=rf"^x.jsonl line {wrong}: the key .* is in one object twice; remove one of"):
+        _parse_lines("x.jsonl", lines)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"messages":[{"role":"user","content":"FIRST"}],"messages":[]}',
+        '[{"role":"assistant","content":"THE ANSWER","content":""}]',
+        '[{"role":"user","content":[{"type":"text","text":"LOST","text":"kept"}]}]',
+        '{"a" : 1, "\\u0061": 2}',
+        '{"a": 1, "a": 1}',
+        '{"a": {"":0, "":0}}',
+    ],
+)
+def test_keys_that_come_twice(line: str) -> None:
+    json.loads(line)  # keeps the last in silence
+    with pytest.raises(
+        SourceError, match=r'^x.jsonl line 7: the key "\w*" is in one object twice; remove one of them$'
+    ):
+        _parse_lines("x.jsonl", [(6, b'{"a": "\\\\"}'), (7, line.encode())])
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        (b'"\\ud800"', "\ud800"),  # refused later, where it is named as a lone surrogate
+        (b"1e999", float("inf")),
+        (b"[12345678901234567890123, -0.0]", [12345678901234567890123, -0.0]),
+        (b" [1] \r\n", [1]),
+    ],
+)
+def test_what_msgspec_refuses_and_json_takes(line: bytes, value: Any) -> None:
+    assert _parse_lines("x", [(2, line)]) == [value]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"a": 1,}', "not valid JSON at column 9: Expecting property name enclosed in double quotes"),
+        (b'"\xff"', "not UTF-8 at byte 1; save it as UTF-8"),
+        (b"[" * 100_000, "not valid JSON: maximum recursion depth exceeded"),
+        (b"1" * 5_000, "not valid JSON: Exceeds the limit"),
+    ],
+)
+def test_lines_that_are_not_json(line: bytes, problem: str) -> None:
+    with pytest.raises(SourceError) as error:
+        _parse_lines("x.jsonl", [(1, b"\xef\xbb\xbf[]"), (2, line)])
+    assert str(error.value).startswith(f"x.jsonl line 2: {problem}")
+
+
+def test_blank_lines_count_as_lines_and_not_as_rows(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\n[0]\n \t\r\n[1]\n\n[2]")
+    with (tmp_path / "x.jsonl").open("rb") as file:
+        segments = jsonl_segments(file)
+        file.seek(0)
+        ((rows, values),) = read_jsonl(file, "x.jsonl", segments, 0, np.array([True, False, True]))
+    assert (segments[0].num_rows, rows.tolist(), values) == (3, [0, 2], [[0], [2]])
