@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chatdata.conversation import parse_conversation
+from chatdata.conversation import METADATA_KEYS, REFUSED_KEYS, parse_conversation
 from chatdata.errors import ConversationError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -123,11 +123,52 @@ def test_lone_surrogates_are_refused() -> None:
 
 def test_content_is_never_left_out_in_silence() -> None:
     part = {"type": "text", "text": "Hello", "train": False}
+    media = "belongs to the messages, but only text is trained on"
+    better = "compares answers, but every answer here is trained on"
     for record, message in [
         ([HI[0], {"role": "assistant", "content": [part]}], 'part 0, key "train": not understood'),
-        ({"messages": HI, "system": "Speak French"}, 'key "system" next to "messages": would be left out'),
-        ({"messages": HI, "tools": [{}]}, 'key "tools" next to "messages"'),
-        ({"messages": HI, "conversations": HI}, 'key "conversations" next to "messages"'),
+        ({"messages": HI, "images": ["cat.png"]}, f'key "images" next to the messages: {media}'),
+        ({"messages": HI, "label": False}, f'key "label" next to the messages: {better}'),
+        ({"messages": HI, "kto_tag": 0}, f'key "kto_tag" next to the messages: {better}'),
+        ({"chosen": HI, "rejected": HI}, f'key "chosen" next to the messages: {better}'),
+        (
+            {"messages": HI, "chat_template_kwargs": {"a": 1}},
+            'key "chat_template_kwargs" next to the messages: changes',
+        ),
+        *(
+            (
+                {"messages": HI, key: value},
+                f"key {json.dumps(key)} next to the messages would be left out; {instead} "
+                f"set ignore = [{json.dumps(key)}] in the recipe",
+            )
+            for key, value, instead in [
+                ("tools", [{}], "write them into a system message, or"),
+                ("functions", "[{}]", "write them into a system message, or"),
+                ("system", "Speak French", "make it the first message, or"),
+                ("system_prompt", "Speak French", "make it the first message, or"),
+                ("history", [["Hi", "Hello"]], "make it messages, or"),
+                ("conversations", HI, "if that is right,"),
+                ("notes", "x", "if that is right,"),
+                ('a"\x1b', {"b": 1}, "if that is right,"),
+            ]
+        ),
     ]:
-        with pytest.raises(ConversationError, match=message):
+        with pytest.raises(ConversationError, match=re.escape(message)):
             parse_conversation(record)
+
+
+def test_metadata_next_to_the_messages_is_not_rendered() -> None:
+    empty = {key: value for key in (*REFUSED_KEYS, "tools", "notes") for value in (None, "", [], {})}
+    numbers = {"n": 3, "loss": 0.5, "flag": True, "none": None}
+    documented = {key: ["anything", {"at": "all"}] for key in METADATA_KEYS}
+    assert parse_conversation({"messages": HI, **empty, **numbers, **documented}) == {"messages": HI}
+    assert not METADATA_KEYS & REFUSED_KEYS.keys()
+
+
+def test_the_lists_of_keys_in_the_docs_are_the_codes() -> None:
+    page = (DOCS / "conversations.md").read_text()
+    metadata, refused = (
+        set(re.findall(r"`(\w+)`", re.search(rf"{start}:\n\n(.+?)\n\n", page, re.DOTALL)[1]))
+        for start in ("These keys are metadata", "These are refused")
+    )
+    assert (metadata, refused) == (METADATA_KEYS, set(REFUSED_KEYS))

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from chatdata.build.plan import mixture_order, permutation, select
 from chatdata.errors import RecipeError
-from chatdata.recipe import load_recipe, shipped_recipes
-from chatdata.tasks import load_tasks
+from chatdata.recipe import load_recipe, parse_recipe, shipped_recipes
+from chatdata.tasks import Option, Task, load_tasks
 
 TASKS = load_tasks()
 
@@ -68,6 +69,29 @@ BAD = [
     ("seed = 1" + ENTRY, 'no key "stage"; it must be base, mid or sft'),
     ('stage = "mid"', 'no key "train"; it must be one or more [[train]] entries'),
     ('stage = "mid"\noverflow = "cut"' + ENTRY, 'key "overflow": "cut"; valid: keep, truncate, drop, error'),
+    (
+        'stage = "mid"\nmax_tokens = 9007199254740992\noverflow = "drop"' + ENTRY,
+        'key "max_tokens": must be a number from -9,007,199,254,740,991 to 9,007,199,254,740,991',
+    ),
+    ('stage = "mid"\nseed = 0xfffffffffffffffffffffff' + ENTRY, 'key "seed": must be a number from -9,007'),
+    (
+        'stage = "sft"\n[[train]]\ntask = "conversations"\npath = "x"\nepochs = 1_000_000_000',
+        "[[train]] entry 1: more than 32,768 entries in a split; each epoch is one",
+    ),
+    ('stage = "sft"\n' + '[[train]]\ntask = "identity"\nepochs = 16385\n' * 2, "[[train]] entry 2: more than 32,768"),
+    (
+        'stage = "sft"\n[[train]]\ntask = "smoltalk"\nrows = 1_000_000_000',
+        'key "rows": must be an integer of at least 1 and',
+    ),
+    (
+        'stage = "sft"\n[[train]]\ntask = "gsm8k"\nignore = ["notes"]',
+        '[[train]] entry 1, key "ignore": does nothing with "gsm8k"',
+    ),
+    (
+        'stage = "sft"\n[[train]]\ntask = "smoltalk"\nignore = ["notes", "label"]',
+        '[[train]] entry 1, key "ignore": "label" compares answers, but every answer here is trained on',
+    ),
+    ('stage = "sft"\n[[train]]\ntask = "smoltalk"\nignore = "notes"', 'key "ignore": must be a list, not "notes"'),
     ('stage = "mid"\noverflow = "drop"' + ENTRY, 'overflow = "drop" needs max_tokens'),
     (
         'stage = "mid"\nmax_tokens = 9' + ENTRY,
@@ -171,3 +195,24 @@ def test_a_file_in_the_way_does_not_become_a_recipe(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo-mid").write_text("my notes")
     assert load_recipe("demo-mid", TASKS).stage == "mid"
+
+
+def test_numbers_of_a_users_task_fit_a_manifest() -> None:
+    task = Task("mine", "s", "MIT", lambda row: row, options={"size": Option(int), "share": Option(float)})
+    for value in (2**53, -(2**53), 10**5_000, float("inf"), float("nan")):
+        key = "size" if isinstance(value, int) else "share"
+        table = {"stage": "sft", "train": [{"task": "mine", "path": "x", key: value}]}
+        with pytest.raises(
+            RecipeError, match=rf'^r.toml, key "train\[0\].{key}": must be a number from -9,007,199,254'
+        ):
+            parse_recipe(table, "r.toml", Path("r.toml"), {"mine": task})
+    table = {"stage": "sft", "train": [{"task": "mine", "path": "x", "size": 2**53 - 1, "share": 1e300}]}
+    parse_recipe(table, "r.toml", Path("r.toml"), {"mine": task})
+
+
+def test_ignored_keys_are_in_the_manifest_if_there_are_any() -> None:
+    table: dict[str, Any] = {"stage": "sft", "train": [{"task": "conversations", "path": "x"}]}
+    plain = parse_recipe(table, "r.toml", Path("r.toml"), TASKS).resolved()["train"][0]
+    table["train"][0]["ignore"] = ["notes"]
+    ignoring = parse_recipe(table, "r.toml", Path("r.toml"), TASKS).resolved()["train"][0]
+    assert "ignore" not in plain and ignoring == plain | {"ignore": ["notes"]}

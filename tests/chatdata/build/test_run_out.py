@@ -176,10 +176,29 @@ def test_force_never_takes_more_than_a_build(tmp_path: Path, byte_tokenizer: Tok
     out = tmp_path / "out"
     assert build_of(tmp_path, byte_tokenizer, chatdata, [HI]).returncode == 0
     (out / "checkpoints").mkdir()
-    with pytest.raises(BuildError, match=r"holds more than a build \(checkpoints\); --force would delete it too"):
+    with pytest.raises(BuildError, match=r"holds more than a build: checkpoints; --force would delete it$"):
         check_out(out, force=True)
     (out / "checkpoints").rmdir()
     check_out(out, force=True)
+    for name in ("my-notes.txt", "train/my-notes.txt", "tokenizer/.hidden", "train/mine/notes.txt", "val/notes.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("precious")
+        result = build_of(tmp_path, byte_tokenizer, chatdata, [HI], "--force")
+        first = name if (out / name).parent.name not in ("mine", "val") else str(Path(name).parent)
+        more = " and 1 more" if first != name else ""
+        problem = f"holds more than a build: {first}{more}; --force would delete it"
+        assert (result.returncode, result.stderr) == (1, f"Error: {out}: {problem}\n")
+        assert (out / name).read_text() == "precious"
+        (out / name).unlink()
+        if first != name:
+            (out / first).rmdir()
+    (out / "train/elsewhere").symlink_to(tmp_path)
+    assert (
+        "holds more than a build: train/elsewhere"
+        in build_of(tmp_path, byte_tokenizer, chatdata, [HI], "--force").stderr
+    )
+    (out / "train/elsewhere").unlink()
+    assert build_of(tmp_path, byte_tokenizer, chatdata, [HI], "--force").returncode == 0
     mine = tmp_path / ".out.partial"
     mine.mkdir()
     (mine / "thesis").write_text("precious")

@@ -113,7 +113,9 @@ ROW = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         table([[{"role": "system", "content": "a"}, {"role": "assistant", "content": "a"}]]),
         table([[ROW[0], {"role": "system", "content": "a"}]]),
         table([ROW], tools=[""]),
-        table([ROW], conversations=[None]),
+        table([ROW], conversations=[ROW]),
+        table([ROW], notes=["x"]),
+        table([ROW], label=[True]),
         pa.RecordBatch.from_pydict({"messages": ["a"]}),
         pa.RecordBatch.from_pydict({"messages": [[{"role": "user", "content": "a", "weight": 1}]]}),
         pa.RecordBatch.from_pydict({"messages": [[{"role": "user", "content": ["a"]}]]}),
@@ -122,6 +124,33 @@ ROW = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 )
 def test_what_is_not_plainly_well_formed_is_left_to_the_parser(odd: pa.RecordBatch) -> None:
     assert pieces_of_table(odd) is None
+
+
+KEYS = st.sampled_from(["id", "label", "images", "notes", "system", "conversations", "score", "tools"])
+COLUMNS = [
+    st.lists(kind | st.none(), min_size=2, max_size=2)
+    for kind in (
+        st.booleans(),
+        st.integers(0, 9),
+        st.floats(0, 1),
+        st.sampled_from(["", "x"]),
+        st.just(["x"]),
+        st.just([]),
+    )
+]
+
+
+@given(st.dictionaries(KEYS, st.one_of(COLUMNS), max_size=3))
+@settings(deadline=None)
+def test_tables_and_rows_agree_on_keys_next_to_the_messages(others: dict[str, list[Any]]) -> None:
+    batch = table([ROW, ROW], **others)
+    found = pieces_of_table(batch)
+    try:
+        expected = pieces_of_conversations(batch.to_pylist())
+    except ConversationError:
+        assert found is None
+        return
+    assert found is None or (found.texts, found.codes.tolist()) == (expected.texts, expected.codes.tolist())
 
 
 @given(st.lists(st.lists(st.text(max_size=9), min_size=1, max_size=3), min_size=1, max_size=8), st.integers(1, 20))

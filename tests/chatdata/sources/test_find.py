@@ -155,3 +155,18 @@ def test_rows_of_different_keys_are_refused_for_that_reason(cloned: Path, tmp_pa
         SourceError, match="rows differ in keys or types, which `datasets` does not keep exactly; convert"
     ):
         source_of(tmp_path, CHATS.replace("chats", "own"), data_dir=cloned)
+
+
+def test_hidden_files_match_no_pattern_that_does_not_ask_for_them(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("d/a.jsonl", "d/.a.jsonl", "d/b.jsonl", ".hidden/c.jsonl"):
+        (tmp_path / name).write_text(LINE)
+    (tmp_path / "d/._a.jsonl").write_bytes(b"\0\5\26\7 Mac OS X")
+    assert names(source_of(tmp_path, conversations("d/*.jsonl"))) == ["d/a.jsonl", "d/b.jsonl"]
+    assert names(source_of(tmp_path, conversations("d/.a.jsonl"))) == ["d/.a.jsonl"]
+    assert names(source_of(tmp_path, conversations("d/.a*.jsonl"))) == ["d/.a.jsonl"]
+    assert names(source_of(tmp_path, conversations(".hidden/*.jsonl"))) == [".hidden/c.jsonl"]
+    (tmp_path / "d/a.jsonl").unlink(), (tmp_path / "d/b.jsonl").unlink()
+    with pytest.raises(MissingSource, match="no such file"):
+        names(source_of(tmp_path, conversations("d/*.jsonl")))

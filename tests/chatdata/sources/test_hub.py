@@ -375,7 +375,7 @@ def test_chat_datasets_through_datasets(hub: Any, run: Run, tmp_path: Path) -> N
     rows = [{"at": "once", **row} for row in smoltalk_rows("four five")]
     array = hub.push("me/array", {"train.json": json.dumps(rows).encode()})  # neither Parquet nor JSONL
     repos = ("me/chats", "me/sharegpt", "me/array")
-    all_three = recipe(*(f"task = 'conversations'\nrepo = '{repo}'" for repo in repos))
+    all_three = recipe(*(f"task = 'conversations'\nrepo = '{repo}'\nignore = ['at']" for repo in repos))
 
     first = run(all_three, "first", hub.url)
     assert first.code == 0, first.stderr
@@ -450,6 +450,64 @@ def test_chat_datasets_that_cannot_be_read(hub: Any, run: Run, tmp_path: Path) -
         "convert it to JSONL"
     )
     assert not (tmp_path / "out").exists()
+
+
+def write_card(folder: Path, data_files: str) -> None:
+    (folder / "README.md").write_bytes(CARD.replace(b"chats/part-*", json.dumps(data_files).encode()))
+
+
+OUTSIDE = r"is outside of the dataset's folder; nothing there is read$"
+
+
+def test_a_card_reaches_no_file_outside_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines = json.dumps(chat("secret")) + "\n"
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/s.jsonl").write_text(lines)
+    clone = tmp_path / "hub/ev/il"
+    (clone / "data").mkdir(parents=True)
+    (clone / "data/mine.jsonl").write_text(lines)
+    (clone / "data/.mine.jsonl").write_text(lines)
+    (clone / "data/link.jsonl").symlink_to(tmp_path / "private/s.jsonl")
+    (clone / "inner.jsonl").symlink_to(clone / "data/mine.jsonl")
+    reached = (
+        "../../../private/s.jsonl",
+        str(tmp_path / "private/s.jsonl"),
+        "data/link.jsonl",
+        "data/../../../*.jsonl",
+    )
+    addresses = ("https://127.0.0.1:1/s.jsonl", "hf://datasets/me/chats/s.jsonl", "file:///etc/*")
+    for name in (*reached, *addresses):
+        write_card(clone, name)
+        with pytest.raises(SourceError, match=OUTSIDE):
+            hub_module.load_split(clone, "", "train")
+    for name in ("inner.jsonl", "data/../data/m*.jsonl", "data/.mine.jsonl"):
+        write_card(clone, name)
+        files, _ = hub_module.load_split(clone, "", "train")
+        assert [file.relative_to(clone).name for file in files] == [name.rpartition("/")[2].replace("*", "ine")]
+    (clone / "data/link.jsonl").unlink()
+    write_card(clone, "data/*.jsonl")
+    assert [file.name for file in hub_module.load_split(clone, "", "train")[0]] == ["mine.jsonl"]  # no hidden one
+    (clone / ".huggingface.yaml").write_text("configs:\n- config_name: default\n  data_files: &a [*a, ../s.jsonl]\n")
+    with pytest.raises(SourceError, match=OUTSIDE):
+        hub_module.load_split(clone, "", "train")
+
+
+def test_links_into_the_hubs_own_cache_are_read(tmp_path: Path) -> None:
+    repo = tmp_path / "datasets--me--chats"
+    snapshot = repo / "snapshots/0123"
+    for folder in (snapshot, repo / "blobs", tmp_path / "blobs/ab"):
+        folder.mkdir(parents=True)
+    for blob in (repo / "blobs/one", tmp_path / "blobs/ab/two"):  # of this dataset, and shared by all
+        blob.write_text(json.dumps(chat("one")) + "\n")
+    (snapshot / "one.jsonl").symlink_to("../../blobs/one")
+    (snapshot / "two.jsonl").symlink_to("../../../blobs/ab/two")
+    write_card(snapshot, "*.jsonl")
+    assert hub_module.load_split(snapshot, "", "train") == ([snapshot / "one.jsonl", snapshot / "two.jsonl"], None)
+    (tmp_path / "three.jsonl").write_text("[]\n")
+    (snapshot / "three.jsonl").symlink_to("../../../three.jsonl")
+    with pytest.raises(SourceError, match=f"^three.jsonl {OUTSIDE}"):
+        hub_module.load_split(snapshot, "", "train")
 
 
 # --- word list by URL -----------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ The common form is plain data:
 
 from __future__ import annotations
 
+import json
+from numbers import Number
 from typing import Any, Literal, TypedDict
 
 from chatdata.errors import ConversationError, nearest
@@ -21,6 +23,31 @@ Role = Literal["system", "user", "assistant"]
 PART_TYPES = ("text", "python", "python_output")
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+# Keys next to the messages. Empty ones are nothing; numbers, booleans and these are metadata, which is not rendered.
+# docs/conversations.md shows the list.
+_METADATA = """
+    id uuid hash conversation_id conversation_hash chat_id prompt_id question_id session_id user_id source
+    dataset dataset_name data_source subset split config origin url file filename version license licence author
+    model model_name generator provider meta metadata info category categories subcategory topic full_topic
+    subject domain task task_name task_type type tags keywords language lang locale country state timestamp
+    created_at updated_at date title difficulty quality score scores rating ratings turn num_turns redacted
+    toxic toxicity moderation openai_moderation detoxify_moderation prompt
+"""
+METADATA_KEYS = frozenset(_METADATA.split())
+# refused whatever the recipe says: without them the conversation means something else
+_MEDIA = "belongs to the messages, but only text is trained on"
+_PREFERENCE = "compares answers, but every answer here is trained on"
+REFUSED_KEYS = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("chosen", "rejected", "kto_tag", "label"), _PREFERENCE),
+    "chat_template_kwargs": "changes how a template renders the messages, but there is no template here",
+}
+_INSTEAD = {
+    **dict.fromkeys(("tools", "functions"), "write them into a system message, or"),
+    **dict.fromkeys(("system", "system_prompt"), "make it the first message, or"),
+    "history": "make it messages, or",
+}
 
 
 class Part(TypedDict):
@@ -58,12 +85,17 @@ def _messages_of(record: Any) -> list[Any]:
         raise ConversationError(f"a conversation is a list of messages or an object with messages, not {_kind(record)}")
     key = "messages" if record.get("messages") is not None else "conversations"
     messages = record.get(key)
+    others = [other for other in record if other != key and record[other] not in (None, "", [], {})]
+    for other in others:
+        if other in REFUSED_KEYS:
+            raise ConversationError(f'key "{other}" next to the messages: {REFUSED_KEYS[other]}')
     if messages is None:
         raise ConversationError('no messages: expected the key "messages" (or ShareGPT\'s "conversations")')
-    # "system" and "tools" are content in some ShareGPT dumps; so is a second list of messages
-    for other in ("system", "tools", "conversations"):
-        if other != key and record.get(other) not in (None, "", []):
-            raise ConversationError(f'key "{other}" next to "{key}": would be left out; make it a message or remove it')
+    for other in others:
+        if other not in METADATA_KEYS and not isinstance(record[other], Number):
+            name, instead = json.dumps(other), _INSTEAD.get(other, "if that is right,")
+            left_out = f"key {name} next to the messages would be left out"
+            raise ConversationError(f"{left_out}; {instead} set ignore = [{name}] in the recipe")
     if not isinstance(messages, list):
         raise ConversationError(f'"{key}" must be a list of messages, not {_kind(messages)}')
     if not messages:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct, defstruct
 
-from chatdata.disk import convert, decode
+from chatdata.conversation import REFUSED_KEYS
+from chatdata.disk import MAX_COUNT, convert, decode
 from chatdata.errors import RecipeError, nearest
 from chatdata.tasks.task import Task
 
@@ -18,6 +21,7 @@ Overflow = Literal["keep", "truncate", "drop", "error"]
 ZeroSupervised = Literal["keep", "drop", "error"]
 STAGES, OVERFLOW, ZERO_SUPERVISED = get_args(Stage), get_args(Overflow), get_args(ZeroSupervised)
 MAX_ROWS = 100_000_000  # a row costs about 17 bytes of memory before it is rendered
+MAX_ENTRIES = 2**15  # of a split, epochs expanded: the index numbers them in int16
 RECIPE_FOLDERS = (Path(__file__).with_name("recipes"), Path(__file__).with_name("demo"))
 RULES = ("stage", "seed", "max_tokens", "overflow", "zero_supervised")
 
@@ -58,6 +62,7 @@ class EntryTable(EntryHead, forbid_unknown_fields=True, kw_only=True):
     path: str = ""
     repo: str = ""
     revision: str = ""
+    ignore: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Entry:
     path: str | None = None
     repo: str | None = None
     revision: str | None = None
+    ignore: tuple[str, ...] = ()  # keys of a row that are left out
     options: Mapping[str, Any] = field(default_factory=dict)
     file_options: tuple[str, ...] = ()
 
@@ -83,9 +89,10 @@ class Entry:
     def resolved(self) -> dict[str, Any]:
         """The entry as plain data for the manifest: files are named without the folders of this machine."""
         keys = ("task", "split", "subset", "start", "stop", "rows", "repo", "revision")
-        path = {"path": file_label(self.path)} if self.path else {}
+        given: dict[str, Any] = {"path": file_label(self.path)} if self.path else {}
+        given |= {"ignore": list(self.ignore)} if self.ignore else {}
         options = {key: file_label(value) if key in self.file_options else value for key, value in self.options.items()}
-        return {**{key: getattr(self, key) for key in keys}, **path, **options}
+        return {**{key: getattr(self, key) for key in keys}, **given, **options}
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
     Raises RecipeError as `load_recipe`.
     """
     read = convert(table, RecipeTable, shown, RecipeError)
+    _check_numbers(table, shown)
     if read.overflow != "keep" and read.max_tokens is None:
         raise RecipeError(f'{shown}: overflow = "{read.overflow}" needs max_tokens')
     if read.overflow == "keep" and read.max_tokens is not None:
@@ -163,7 +171,10 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
         entries: list[Entry] = []
         for number, entry in enumerate(tables, start=1):
             here = f"{shown}, [[{split}]] entry {number}"
-            entries += [_parse_entry(entry, read.stage, tasks, here)] * entry.get("epochs", 1)
+            parsed, epochs = _parse_entry(entry, read.stage, tasks, here), entry.get("epochs", 1)
+            if len(entries) + epochs > MAX_ENTRIES:
+                raise RecipeError(f"{here}: more than {MAX_ENTRIES:,} entries in a split; each epoch is one")
+            entries += [parsed] * epochs
         if entries:
             splits[split] = tuple(entries)
     return Recipe(
@@ -173,6 +184,20 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
         splits=splits,
         folder=path.parent,
     )
+
+
+def _check_numbers(table: dict[str, Any], shown: str) -> None:
+    """Raise RecipeError for a number that a manifest cannot hold, at any depth."""
+    waiting: list[tuple[str, Any]] = [("", table)]
+    for key, value in waiting:  # it grows
+        if isinstance(value, dict):
+            waiting += [(f"{key}.{name}".lstrip("."), inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{key}[{i}]", inner) for i, inner in enumerate(value)]
+        elif isinstance(value, int | float) and not abs(value) <= (
+            MAX_COUNT if isinstance(value, int) else sys.float_info.max
+        ):
+            raise RecipeError(f"{shown}, key {json.dumps(key)}: must be a number from -{MAX_COUNT:,} to {MAX_COUNT:,}")
 
 
 def _parse_entry(table: dict[str, Any], stage: str, tasks: Mapping[str, Task], here: str) -> Entry:
@@ -187,12 +212,15 @@ def _parse_entry(table: dict[str, Any], stage: str, tasks: Mapping[str, Task], h
     read = convert(table, keys, here, RecipeError)
     idle = ("path", "repo", "revision") if task.generate else ("repo", "revision", "subset", "split")
     unused = next((key for key in idle if key in table), None) if task.generate or "path" in table else None
+    refused = next((key for key in read.ignore if key in REFUSED_KEYS), "")
     rows = "is generated" if task.generate else 'reads its "path"'
     kind = "plain text" if stage == "base" else "conversations"
     for wrong, text in (
         (task.scored_only, f': "{name}" is only for scoring, never in a build'),
         ((task.kind == "text") != (stage == "base"), f': "{name}" is {task.kind}, but stage {stage} takes {kind}'),
         (unused, f', key "{unused}": does nothing, because "{name}" {rows}'),
+        (read.ignore and not task.rows_are_conversations, f', key "ignore": does nothing with "{name}"'),
+        (refused, f', key "ignore": "{refused}" {REFUSED_KEYS.get(refused)}'),
         (task.generate and min(read.start, read.stop) < 0, ": start and stop of a generated task cannot be negative"),
         (task.generate and not table.keys() & {"rows", "stop"}, f': "{name}" is generated and needs the key "rows"'),
     ):
@@ -209,6 +237,7 @@ def _parse_entry(table: dict[str, Any], stage: str, tasks: Mapping[str, Task], h
         split=read.split,
         subset=subset,
         **{key: table.get(key) for key in ("start", "stop", "rows", "path", "repo", "revision")},
+        ignore=tuple(read.ignore),
         options={key: table.get(key, option.default) for key, option in task.options.items()},
         file_options=tuple(key for key, option in task.options.items() if option.is_file),
     )

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from chatdata.errors import MissingSource, RecipeError
-from chatdata.recipe import Recipe
+from chatdata.disk import MAX_COUNT
+from chatdata.errors import MissingSource, RecipeError, UsageError
+from chatdata.recipe import MAX_ROWS, Recipe
 from chatdata.render.documents import RowMap
 from chatdata.sources.find import Locations, PlannedEntry, resolve
 from chatdata.sources.source import Source
 from chatdata.tasks.task import Task
 from chatdata.tokenizer.bpe import Tokenizer
-
-MAX_ENTRIES = 2**15  # the index numbers entries in int16
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,8 @@ def make_build_plan(
     Raises MissingSource naming all missing sources at once, SourceError for an empty one, RecipeError for rows that
     do not exist.
     """
-    if max(len(entries) for entries in recipe.splits.values()) > MAX_ENTRIES:
-        raise RecipeError(
-            f"{recipe.name}: more than {MAX_ENTRIES:,} entries in a split (epochs make many); the index has int16"
-        )
+    if limit is not None and not 0 < limit <= MAX_COUNT:
+        raise UsageError(f"limit = {limit:,}: must be from 1 to {MAX_COUNT:,}")
     found: dict[str, Source] = {}
     missing: list[str] = []
     source_of: dict[int, Source] = {}  # by the entry's id
@@ -76,6 +73,9 @@ def make_build_plan(
         except RecipeError as error:
             raise error.at(f"{entry.label} ({source.name})") from None
         splits[split].append(PlannedEntry(entry, task, source, positions))
+    for split, planned in splits.items():
+        if (total := sum(len(entry.task_positions) for entry in planned)) > MAX_ROWS:
+            raise RecipeError(f"{recipe.name}: {total:,} documents in {split}; at most {MAX_ROWS:,} fit a split")
     return BuildPlan(recipe, tokenizer, splits, tuple(found.values()), limit, tasks, locations)
 
 

@@ -34,7 +34,7 @@ from chatdata.firewall.scored import read_scored
 from chatdata.firewall.search import check
 from chatdata.progress import Progress
 from chatdata.render.documents import RenderedDocuments, check_cut
-from chatdata.shards.manifest import FORMAT, VERSION, build_id_of, read_manifest
+from chatdata.shards.manifest import FORMAT, MARK, VERSION, build_id_of, other_files, read_manifest
 from chatdata.shards.write import write_split
 from chatdata.sources.source import forget_readers
 from chatdata.tokenizer.files import save_tokenizer
@@ -42,8 +42,6 @@ from chatdata.tokenizer.files import save_tokenizer
 MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
 CACHE_FULL = f" for rendered units{CACHE_UNUSABLE}"
 NOTHING_WRITTEN = "; nothing was written there"
-MARK = ".chatdata-build"  # in every folder of ours that is not OUT: no other folder is ever cleared
-OUR_NAMES = {"manifest.json", "report.json", "tokenizer", "train", "val", MARK}
 
 
 def build(
@@ -216,12 +214,12 @@ def check_out(out: Path, force: bool) -> None:
     if not out.is_dir():
         raise BuildError(f"{out}: not a folder; --force replaces only a build")
     try:
-        read_manifest(out)
+        others = other_files(out, read_manifest(out))
     except ChatdataError:
         raise BuildError(f"{out}: not a build (no readable manifest.json); --force replaces only a build") from None
-    others = sorted(path.name for path in out.iterdir() if path.name not in OUR_NAMES)
     if others:
-        raise BuildError(f"{out}: holds more than a build ({', '.join(others[:3])}); --force would delete it too")
+        more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+        raise BuildError(f"{out}: holds more than a build: {others[0].relative_to(out)}{more}; --force would delete it")
 
 
 @contextmanager

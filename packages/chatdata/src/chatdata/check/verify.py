@@ -9,20 +9,18 @@ A manifest is data from anywhere: nothing in it is used before `contradictions` 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chatdata.build.run import MARK
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, FormatError
 from chatdata.progress import Progress, no_progress
 from chatdata.render.contract import WHOLE_DOCUMENT, Finding, Rules, check_documents
 from chatdata.shards.index import index_arrays, read_index
-from chatdata.shards.manifest import LARGE_KINDS, build_files, check_files, contradictions, parse_manifest
+from chatdata.shards.manifest import LARGE_KINDS, build_files, check_files, contradictions, other_files, parse_manifest
 from chatdata.shards.read import Build, Split
 
 SHOWN_PER_KIND = 10  # problems of one kind that are listed; the rest are counted
@@ -38,7 +36,8 @@ def verify_full(path: Path, progress: Progress = no_progress) -> list[str]:
     build, problems, sound = _quick(path)
     if build is None:
         return problems
-    problems += _unknown_files(build)
+    others = [f"{file}: not a file of the build" for file in other_files(path, build.manifest)]
+    problems += shortened(others, "not files of the build")
     if not sound:  # a link out of the build: no file was read, and none will be
         return problems
     problems += hash_problems(build, progress)
@@ -69,16 +68,6 @@ def hash_problems(build: Build, progress: Progress) -> list[str]:
         done += record["bytes"]
         progress("hash", done, total, "bytes")
     return problems
-
-
-def _unknown_files(build: Build) -> list[str]:
-    known = {*(file for _, file, _ in build_files(build.path, build.manifest)), build.path / MARK}
-    folders = {build.path, *(file.parent for file in known)}
-    unknown = []
-    for folder, subfolders, names in os.walk(build.path):
-        unknown += [path for path in (Path(folder, name) for name in names) if path not in known]
-        unknown += [path for path in (Path(folder, name) for name in subfolders) if path not in folders]
-    return shortened([f"{path}: not a file of the build" for path in sorted(unknown)], "not files of the build")
 
 
 def _tokenizer_problems(build: Build) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatdata.arrow import to_numpy
-from chatdata.conversation import Message, check_surrogates, parse_conversation
+from chatdata.conversation import METADATA_KEYS, REFUSED_KEYS, Message, check_surrogates, parse_conversation
 from chatdata.errors import ChatdataError, SourceError
 from chatdata.render.format import PART_ROLES, TEXT, USER
 from chatdata.render.specification import merged_turns
@@ -181,8 +181,14 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
     """
     import pyarrow as pa
 
-    if {"system", "tools", "conversations"} & set(table.schema.names) or table.schema.names.count("messages") != 1:
+    if "messages" not in table.schema.names:
         return None
+    for field, column in zip(table.schema, table.columns, strict=True):
+        kind, is_empty = field.type, column.null_count == len(column)
+        is_number = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        known = field.name == "messages" or field.name in METADATA_KEYS or is_number
+        if not is_empty and (field.name in REFUSED_KEYS or not known):
+            return None
     column = table.column("messages")
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):

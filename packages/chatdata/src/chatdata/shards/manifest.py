@@ -31,6 +31,7 @@ FILE_NAMES = {  # of a shard, by kind and number
 FILE_KINDS = tuple(FILE_NAMES)
 LARGE_KINDS = ("tokens", "mask")  # hashed by `verify --level full` alone: 1 GB takes 0.6 s or more
 HEADER_BYTES = 128  # of a .npy file
+MARK = ".chatdata-build"  # a file in every folder of ours that is not OUT: no other folder is ever cleared
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")]
 
@@ -166,6 +167,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for problem in contradictions(manifest):
         raise FormatError(f"{folder / 'manifest.json'}, {problem}")
     return manifest
+
+
+def other_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    """Files, folders and links in the folder of a build, at any depth, that are not the build's."""
+    known = {*(file for _, file, _ in build_files(folder, manifest)), folder / MARK}
+    folders = {file.parent for file in known}
+    found = []
+    for place, subfolders, files in os.walk(folder):
+        found += [path for path in (Path(place, name) for name in files) if path not in known]
+        inner = [Path(place, name) for name in subfolders]
+        found += [path for path in inner if path not in folders or path.is_symlink()]
+    return sorted(found)
 
 
 def contradictions(manifest: dict[str, Any]) -> Iterator[str]:

@@ -65,9 +65,9 @@ def resolve(entry: Entry, task: Task, locations: Locations) -> Source:
 
 def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
     if task.name == "identity" and locations.identity is not None:
-        return _local_source(locations.identity, locations.identity.name, task)
+        return _local_source(locations.identity, locations.identity.name, entry, task)
     if entry.path is not None:
-        return _local_source(locations.recipe_folder / home_path(entry.path), file_label(entry.path), task)
+        return _local_source(locations.recipe_folder / home_path(entry.path), file_label(entry.path), entry, task)
     repo = entry.repo or task.hub
     if repo is None:
         identity = task.name == "identity"
@@ -163,12 +163,14 @@ def _hub_source(
 ) -> Source:
     named = tuple(_source_file(path, path.relative_to(root).as_posix()) for path in files)
     name = " ".join(part for part in (repo, entry.subset, entry.split) if part)
-    return Source(name, task, named, revision, dataset)
+    return Source(name, task, named, revision, dataset, ignore=entry.ignore)
 
 
-def _local_source(path: Path, label: str, task: Task) -> Source:
-    # only * is a wildcard, and only in the name of the file
-    files = sorted(path.parent.glob(escape(path.name).replace("[*]", "*"))) if "*" in path.name else [path]
+def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
+    files = [path]
+    if "*" in path.name:  # only * is a wildcard, only in the name, and as in a shell not for a dot at its start
+        found = sorted(path.parent.glob(escape(path.name).replace("[*]", "*")))
+        files = [file for file in found if path.name[0] == "." or file.name[0] != "."]
     wrong = next((file for file in files if not file.is_file()), None if files else path)
     if wrong is not None:
         make = MAKE_IDENTITY if task.name == "identity" else ""
@@ -180,7 +182,7 @@ def _local_source(path: Path, label: str, task: Task) -> Source:
             raise SourceError(f"{file}: expected {' or '.join(suffixes)}")
     folder = label.rpartition("/")[0]
     named = tuple(_source_file(file, f"{folder}/{file.name}" if folder else file.name) for file in files)
-    return Source(label, task, named)
+    return Source(label, task, named, ignore=entry.ignore)
 
 
 def _source_file(path: Path, name: str) -> SourceFile:

@@ -140,16 +140,21 @@ def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    place = folder
+    folder = place = folder.resolve()
     try:
         with _quiet(), TemporaryDirectory() as plain:
-            if re.search(r"[][*?]", str(folder.resolve())):  # `datasets` takes these for patterns: links elsewhere
-                place = shutil.copytree(folder.resolve(), Path(plain, "dataset"), copy_function=os.symlink)
+            _check_card(folder)
+            if re.search(r"[][*?]", str(folder)):  # `datasets` takes these for patterns: links elsewhere
+                place = shutil.copytree(folder, Path(plain, "dataset"), copy_function=os.symlink).resolve()
             found = datasets.load_dataset_builder(str(place), subset or None).config.data_files or {}
-            files = [folder.resolve() / Path(file).relative_to(place.resolve()) for file in found.get(split, [])]
+            names = {key: [f if "://" in f else os.path.relpath(f, place) for f in found[key]] for key in found}
+            paths = {key: [_path_inside(folder, name) for name in names[key]] for key in names}
+            files = paths.get(split, [])
             if files and all(file.suffix in (".parquet", ".jsonl") for file in files):
                 return files, None
             dataset = datasets.load_dataset(str(place), subset or None, split=split)
+    except SourceError:
+        raise
     except Exception as error:  # whatever its builders raise, or an error around it that says nothing
         if subsets := re.search(r"(?:Available|configs): \[(.*)\]", str(error)):
             raise SourceError(f'key "subset": must be one of {subsets[1]}') from None
@@ -159,6 +164,37 @@ def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
     if re.search(r"\bJson\(", repr(dataset.features)):
         raise SourceError("rows differ in keys or types, which `datasets` does not keep exactly; convert it to JSONL")
     return [], dataset
+
+
+def _check_card(folder: Path) -> None:
+    """Raise SourceError if the card of a dataset names files outside of its folder: `datasets` would look for them."""
+    from huggingface_hub import DatasetCard
+
+    readme, standalone = folder / "README.md", folder / ".huggingface.yaml"
+    texts = [readme.read_text(encoding="utf-8-sig")] if readme.is_file() else []
+    texts += [f"---\n{standalone.read_text(encoding='utf-8-sig')}\n---\n"] if standalone.is_file() else []
+    cards: list[Any] = [DatasetCard(text).data for text in texts]
+    configs = [config for card in cards for config in card.get("configs") or []]
+    named = ("data_files", "data_dir")
+    waiting: list[Any] = [config.get(key) for config in configs if isinstance(config, dict) for key in named]
+    seen = set[int]()  # in YAML a list may be in itself
+    for value in waiting:  # it grows
+        if isinstance(value, str):
+            _path_inside(folder, value)
+        elif isinstance(value, dict | list) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def _path_inside(folder: Path, name: str) -> Path:
+    """The file `name` of a dataset. Raises SourceError if it is not below `folder`, followed through links: only those
+    of the Hub's cache may lead out, to its blobs."""
+    path = Path(os.path.normpath(folder / name))
+    blobs = [above / "blobs" for above in folder.parents[1:3]] if folder.parent.name == "snapshots" else []
+    inside = path.is_relative_to(folder) and any(path.resolve().is_relative_to(root) for root in (folder, *blobs))
+    if "://" in name or not inside:
+        raise SourceError(f"{name} is outside of the dataset's folder; nothing there is read")
+    return path
 
 
 def fetch_url(url: str, instead: str) -> Path:

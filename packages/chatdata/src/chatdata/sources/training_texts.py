@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from chatdata.conversation import parse_conversation
+from chatdata.conversation import REFUSED_KEYS, parse_conversation
 from chatdata.errors import ChatdataError, SourceError
 from chatdata.sources.source import Source, SourceFile
 from chatdata.tasks.task import load_tasks
@@ -44,6 +44,8 @@ def texts_of(record: Any) -> Iterator[str]:
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         yield record["text"]
         return
+    if isinstance(record, dict):  # what is next to the messages is not trained on here
+        record = {key: value for key, value in record.items() if key in ("messages", "conversations", *REFUSED_KEYS)}
     for message in parse_conversation(record)["messages"]:
         if isinstance(message["content"], str):
             yield message["content"]
