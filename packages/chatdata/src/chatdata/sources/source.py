@@ -33,8 +33,7 @@ MAX_GROUP_PARTS = 16
 TICK_NS = 20_000_000  # of a file system's clock: of two writes in one tick the second leaves no trace
 CHANGED = "changed while it was read; build again"
 
-# what changes when a file is replaced or written to
-_state_of = attrgetter("st_size", "st_ino", "st_dev", "st_mtime_ns", "st_ctime_ns")
+_state_of = attrgetter("st_size", "st_ino", "st_dev", "st_mtime_ns", "st_ctime_ns")  # what changes with any change
 
 Rows: TypeAlias = "list[Any] | pa.RecordBatch"
 Batches: TypeAlias = Iterator[tuple[np.ndarray, Rows]]
