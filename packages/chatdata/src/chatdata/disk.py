@@ -20,6 +20,7 @@ import os
 import re
 import secrets
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -192,7 +193,7 @@ def decode(
     try:
         value = _read_toml(data.decode("utf-8-sig")) if kind == "toml" else msgspec.json.decode(data)
         if kind == "json":  # msgspec keeps the last of two equal keys, other readers may keep the first
-            json.loads(data, object_pairs_hook=_once)
+            json.loads(data, object_pairs_hook=each_key_once)
     except (msgspec.MsgspecError, ValueError, RecursionError) as problem:  # 5,000 digits, 1,000 brackets, equal keys
         raise error(f"{where}: not valid {kind.upper()}: {str(problem).splitlines()[0]}") from None
     return convert(value, type, where, error)
@@ -218,12 +219,13 @@ def convert(value: Any, type: type[T], where: str, error: Callable[[str], Except
         raise error(f"{where}{key}: {text}") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> None:
-    seen: set[str] = set()
-    for key, _ in pairs:
-        if key in seen:
-            raise ValueError(f"key {shown(key)} twice in one object")
-        seen.add(key)
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is in it twice: `json` would keep the last in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {shown(twice)} twice in one object")
+    return value
 
 
 def shown(value: Any) -> str:

@@ -7,7 +7,6 @@ then names the line: what json takes is what is accepted.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from io import BufferedReader
 from itertools import chain
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from chatdata.disk import each_key_once
 from chatdata.errors import SourceError
 
 ROWS_PER_BATCH = 1024  # rows turned into Python objects at a time: about 3 MB of smoltalk
@@ -121,20 +121,10 @@ def _strings_in_text(text: bytes) -> int:
 def _parse_line(name: str, number: int, line: bytes) -> Any:
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=each_key_once)
     except UnicodeDecodeError as error:
         raise SourceError(f"{name} line {number}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except SourceError as error:
-        raise error.at(f"{name} line {number}") from None
     except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
         reason = getattr(error, "msg", str(error)).removesuffix(" at")  # json's words for where it is
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise SourceError(f"{name} line {number}: not valid JSON{column}: {reason}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise SourceError(f"the key {json.dumps(twice)} is in one object twice; remove one of them")
-    return value
