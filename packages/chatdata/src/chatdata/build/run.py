@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +193,16 @@ def _manifest(
 
 def _run_facts(seconds: dict[str, float], splits: dict[str, Any]) -> dict[str, Any]:
     """For report.json: what two runs of the same build may differ in."""
-    tools = ("numpy", "pyarrow", "tiktoken", "huggingface_hub")
+    versions = {"chatdata": __version__}
+    for tool in ("numpy", "pyarrow", "tiktoken", "huggingface_hub"):
+        with suppress(PackageNotFoundError):  # sources of files only need no Hub
+            versions[tool] = version(tool)
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "duration_s": {key: round(value, 3) for key, value in seconds.items()},
         "tokens_per_s": round(sum(split["tokens"] for split in splits.values()) / seconds["total"]),
         "host": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
-        "versions": {"chatdata": __version__, **{tool: version(tool) for tool in tools}},
+        "versions": versions,
     }
 
 
