@@ -24,25 +24,26 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
+from chatdata.packing.epoch import TrainingPlan
 from chatdata.recipe import load_recipe
 from chatdata.shards.read import open_build
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
-from chattrain.batches import IGNORED, Batch, read_step
-from chattrain.checkpoint import last_checkpoint, read_checkpoint
+from chattrain.batches import IGNORED, Batch, Step, read_step
+from chattrain.checkpoint import Recipe, keep_last, last_checkpoint, save_checkpoint
 from chattrain.cli import cli
 from chattrain.errors import ChattrainError, CheckpointError, NonFiniteError, ResumeError, RunError
-from chattrain.loop import backward, train
+from chattrain.loop import StepResult, backward, train, train_step
+from chattrain.loss import chunked_loss
 from chattrain.model import random_config
 from chattrain.run.settings import RunSettings
 from chattrain.run.start import Learner, Ranks, Run, StopRequest, prepare
-from chattrain.run.telemetry import RunRecord, draw_curve, flops_per_token, mfu, read_log, write_run
+from chattrain.run.telemetry import RunRecord, draw_curve, flops_per_token, lock_run, mfu, read_log, write_run
 from chattrain.run.trace import trace_step
 
 # training needs none of them: `chattrain run` is run so, and every module imported
@@ -148,7 +149,7 @@ def test_resume_refuses_what_changed(builds: dict[str, Path], tmp_path: Path) ->
         ({"data": other}, ResumeError, "build_id was "),
         ({"seq_len": 48}, ResumeError, "seq_len was 64 and is now 48"),
         ({"device_batch_size": 2}, ResumeError, "step_sequences was 4 and is now 2"),
-        ({"layout": "pad"}, ResumeError, "rows was 'pack' and is now 'pad'"),
+        ({"layout": "pad"}, ResumeError, "layout was 'pack' and is now 'pad'"),
         ({"mask": "ignore"}, ResumeError, "mask was 'apply' and is now 'ignore'"),
         ({"seed": 1}, ResumeError, "seed was 42 and is now 1"),
         ({"steps": 30}, ResumeError, "num_steps was 20 and is now 30"),
@@ -306,13 +307,13 @@ def test_ranks_may_change_on_resume(builds: dict[str, Path], tmp_path: Path) -> 
     assert [loss for *_, loss in found] == pytest.approx([loss for *_, loss in expected], rel=2e-4)
 
 
-def test_non_finite_is_named_before_the_step(builds: dict[str, Path], tmp_path: Path) -> None:
+def test_non_finite_is_named_before_the_step(
+    builds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = settings_for(builds, "sft", tmp_path / "first", steps=1)
     run(first)
-    path = last_checkpoint(first.out).path / "model.safetensors"
-    weights = load_file(path)
-    weights["transformer.wte.weight"][ord("f")] = math.nan  # every document with an f
-    save_file(weights, path)
+    weights = last_checkpoint(first.out).weights()
+    monkeypatch.setattr("chattrain.loop.chunked_loss", lambda *a, **more: chunked_loss(*a, **more) * math.nan)
     poisoned = replace(first, init=str(first.out), steps=3, out=tmp_path / "poisoned")
     with pytest.raises(
         NonFiniteError, match=r"^step 0: loss nan, gradient norm nan, from documents \d+, .* of train; "
@@ -322,7 +323,55 @@ def test_non_finite_is_named_before_the_step(builds: dict[str, Path], tmp_path: 
     log = run(replace(poisoned, out=tmp_path / "skipped", non_finite="skip"))
     assert [entry["skipped"] for entry in log] == [True] * 3
     after = last_checkpoint(tmp_path / "skipped").weights()
-    assert all(torch.equal(after[name], weights[name]) for name in weights if name != "transformer.wte.weight")
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    # the optimizer made no update: that is a whole checkpoint, too
+    assert prepared(replace(poisoned, out=tmp_path / "skipped", non_finite="skip", resume=True)).start == 3
+
+
+@pytest.mark.parametrize("non_finite", ["raise", "skip"])
+@pytest.mark.parametrize("place", ["weight", "optimizer state"])
+def test_what_is_not_finite_replaces_no_checkpoint(
+    builds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, non_finite: str
+) -> None:
+    """Loss and gradient are checked before an update, weights and optimizer before they are saved."""
+    settings = settings_for(builds, "mid", tmp_path / "run", steps=6, save_every=1, keep_last=1, non_finite=non_finite)
+    run(replace(settings, stop_at=3))
+    good, before = tensors_of(settings.out), train_step
+
+    def overflowing(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step) -> StepResult:
+        result = before(learner, recipe, plan, step)
+        with torch.no_grad():
+            head = learner.model.lm_head.weight
+            (head if place == "weight" else learner.optimizers[1].state[head]["exp_avg_sq"])[3, 5] = math.inf
+        return result
+
+    monkeypatch.setattr("chattrain.loop.train_step", overflowing)
+    name = "lm_head.weight" if place == "weight" else "lm_head.weight/exp_avg_sq"
+    with pytest.raises(NonFiniteError, match=rf"^after 4 steps {name} is not finite: no checkpoint is written, "):
+        run(replace(settings, resume=True))
+    assert os.listdir(settings.out / "checkpoints") == ["step-00000003"] and tensors_of(settings.out) == good
+    monkeypatch.undo()
+    assert len(run(replace(settings, resume=True))) == 6  # and the run goes on from the last good one
+
+
+def test_the_first_checkpoint_and_the_last_one_are_looked_at_too(builds: dict[str, Path], tmp_path: Path) -> None:
+    huge = ["--lr-scale", "1e39", "--steps", 1]
+    with pytest.raises(NonFiniteError, match=r"^after 1 steps transformer.wte.weight is not finite: no checkpoint is"):
+        chattrain(*small_run(builds, "mid", tmp_path / "run", *huge))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_that_are_not_finite_are_not_taken_for_bad_documents(builds: dict[str, Path], tmp_path: Path) -> None:
+    first = settings_for(builds, "sft", tmp_path / "first", steps=1)
+    run(first)
+    saved = last_checkpoint(first.out)
+    weights = saved.weights()
+    weights["transformer.wte.weight"][ord("f")] = math.nan
+    home = builds["sft"] / "tokenizer"
+    poisoned = save_checkpoint(tmp_path, 1, saved.config, weights, {}, {}, {}, home)
+    for non_finite in ("raise", "skip"):
+        with pytest.raises(NonFiniteError, match=r"^after 0 steps transformer.wte.weight is not finite: "):
+            run(replace(first, init=str(poisoned), out=tmp_path / non_finite, non_finite=non_finite))
 
 
 def test_bits_per_byte_is_what_one_document_at_a_time_gives(builds: dict[str, Path], tmp_path: Path) -> None:
@@ -531,6 +580,66 @@ def test_the_loss_curve(builds: dict[str, Path], tmp_path: Path, monkeypatch: py
     assert draw_curve(tmp_path) is None
 
 
+FLIPPED = {"model.safetensors": 20_000, "optimizer.safetensors": 20_000, "tokenizer/tokenizer.json": 900}
+
+
+@pytest.mark.parametrize("name", FLIPPED)
+def test_a_flipped_bit_of_a_checkpoint(builds: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """No command trains, starts or exports from it."""
+    settings = settings_for(builds, "mid", tmp_path / "run", stop_at=2)
+    run(settings)
+    file = settings.out / "checkpoints/step-00000002" / name
+    data = bytearray(file.read_bytes())
+    data[FLIPPED[name]] ^= 0x40
+    file.write_bytes(data)
+    resume = small_run(builds, "mid", settings.out, "--steps", 20, "--resume")
+    init = small_run(builds, "mid", tmp_path / "next", "--init", settings.out)
+    export = ["export", settings.out, "--out", tmp_path / "exported"]
+    for arguments in (resume, *((init, export) if name != "optimizer.safetensors" else ())):
+        with pytest.raises(CheckpointError, match=rf"step-00000002/{name}: .*SHA-256 differs from state.json's"):
+            chattrain(*arguments)
+    assert not (tmp_path / "next").exists() and not (tmp_path / "exported").exists()
+
+
+def test_a_second_run_of_one_folder_is_refused_before_any_work(builds: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(chattrain_command(*small_run(builds, "mid", out, "--steps", 5000)))
+    try:
+        wait_for(lambda: len(log_kinds(out)) >= 1, process, "one step")
+        busy = "another run is writing there; wait for it, or choose another --out"
+        for more in (["--resume"], ["--resume", "--init", "no such checkpoint"]):
+            with pytest.raises(RunError, match=rf"^{out}: {busy}$"):
+                chattrain(*small_run(builds, "mid", out, *more))
+    finally:
+        process.kill()
+        process.wait()
+    chattrain(*small_run(builds, "mid", out, "--steps", 5000, "--stop-at", 1, "--resume"))  # the dead hold no lock
+
+
+def test_the_lock(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "run"
+    with lock_run(out):
+        for resume in (False, True):
+            with pytest.raises(RunError, match="another run is writing there"), lock_run(out, resume):
+                raise AssertionError("a second run")
+    assert not out.exists()  # nothing was written
+    with pytest.raises(ZeroDivisionError), lock_run(out):
+        (out / "x").write_text("x")
+        1 / 0  # noqa: B018
+    assert sorted(os.listdir(out)) == [".lock", "x"]
+    taken = rf"^{out}: already exists; choose another --out, or --resume to continue the run$"
+    with pytest.raises(RunError, match=taken), lock_run(out):
+        raise AssertionError("over another run")
+    with lock_run(out, resume=True):
+        pass
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "notes").write_text("x")
+    with pytest.raises(RunError, match="already exists"), lock_run(ours):
+        raise AssertionError("over other files")
+    assert os.listdir(ours) == ["notes"]
+
+
 def test_kill_9_then_resume(builds: dict[str, Path], tmp_path: Path) -> None:
     """Killed at three moments while it steps and saves all the time; the losses are those of a run left alone."""
     out = tmp_path / "run"
@@ -564,29 +673,16 @@ def test_checkpoints_are_whole_or_not_there(builds: dict[str, Path], tmp_path: P
     last = folder / "step-00000005"
     assert sorted(os.listdir(last)) == ["model.safetensors", "optimizer.safetensors", "state.json", "tokenizer"]
     assert {path.stat().st_mode for path in last.glob("*.*")} == {(last / "state.json").stat().st_mode}
-    # a partial one is never read, and is removed by the next save
+    # a partial one is never read, and is removed by the next save; what else is in the folder is not ours
     shutil.copytree(last, folder / ".step-00000009.partial")
-    state = (last / "state.json").read_text()
-    assert last_checkpoint(settings.out).step == 5
-    for damage, message in [
-        (lambda: (last / "state.json").write_text("{"), r"state.json: not valid JSON: "),
-        (
-            lambda: (last / "state.json").write_text(state.replace('"step": 5', '"step": "five"')),
-            r'state.json, key "step": must be an integer, not "five"',
-        ),
-        (
-            lambda: (last / "state.json").write_text('{"format": "x", "version": 1}'),
-            r"x version 1; this chattrain reads",
-        ),
-        (lambda: (last / "state.json").unlink(), r"neither a checkpoint \(no state.json\) nor a run"),
-    ]:
-        damage()
-        with pytest.raises(CheckpointError, match=message):
-            read_checkpoint(last)
-    good = read_checkpoint(folder / "step-00000004")
-    (good.path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match=r"model.safetensors: not readable"):
-        good.weights()
+    for name in ("step-best", "step-4.bak", "step-000000099", "step-0000000x", ".step-best.partial"):
+        shutil.copytree(last, folder / name)
+    (folder / "step-zz").write_text("x")
+    (folder / "step-00000008").write_text("x")
+    others = {path.name for path in folder.iterdir()} - {".step-00000009.partial", "step-00000004", "step-00000005"}
+    assert len(others) == 7 and last_checkpoint(settings.out).step == 5
+    keep_last(settings.out, 1)
+    assert {path.name for path in folder.iterdir()} == others | {"step-00000005"}
 
 
 def test_an_error_of_the_system_without_a_text(builds: dict[str, Path], tmp_path: Path, monkeypatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from chateval.ask.questions import load_questions
 from chateval.ask.subject import load_subject
 from chateval.errors import ScoringError
 from chattrain.checkpoint import read_checkpoint
+from chattrain.errors import CheckpointError
 from chattrain.nanochat.export import export_transformers
 
 NUM_ITEMS = 500
@@ -144,3 +147,13 @@ def test_ranks_do_not_matter(shared, checkpoint, chateval, tmp_path) -> None:
         lines = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
         found.append([(line["task"], line["item"], line["extracted"], line["correct"]) for line in lines])
     assert len(found[0]) == 60 and found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer/tokenizer.json"])
+def test_a_damaged_checkpoint_is_not_scored(save_random: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    path = save_random(tmp_path)
+    data = bytearray((path / name).read_bytes())
+    data[1000] ^= 0x40
+    (path / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"^{path}/{name}: .*SHA-256 differs from state.json's"):
+        load_subject(path, torch.device("cpu"))

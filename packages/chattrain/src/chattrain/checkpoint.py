@@ -2,7 +2,7 @@
 
 step-00000120/model.safetensors        weights in fp32, nanochat's names
 step-00000120/optimizer.safetensors    "parameter name/key" → tensor
-step-00000120/state.json               step, model config, plan, recipe of the run
+step-00000120/state.json               step, model config, plan, recipe of the run, SHA-256 of all files
 step-00000120/tokenizer/               the build's
 """
 
@@ -10,30 +10,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chatdata.disk import Count, Positive, decode, sync
+from chatdata.disk import Count, Positive, decode, file_sha256, sync
 from chatdata.packing.epoch import Layout, Order, TrainingPlan
 from chatdata.packing.layouts import Long
+from chatdata.shards.manifest import Sha256
 from chatdata.shards.masks import MaskPolicy
-from chattrain.errors import CheckpointError, ResumeError, first_line
+from chattrain.errors import CheckpointError, NonFiniteError, ResumeError, first_line
 from chattrain.model import ModelConfig, parse_config
 
-FORMAT, VERSION = "chattrain-checkpoint", 1
+FORMAT, VERSION = "chattrain-checkpoint", 2  # 2: with SHA-256, and "layout" in the plan
 PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
 
 Dtype = Literal["float32", "bfloat16"]
 NonFinite = Literal["raise", "skip"]
+MAX_STEPS = 10**8 - 1  # fits the name of a checkpoint
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+NAME = r"step-[0-9]{8}"  # of a checkpoint's folder: others in checkpoints/ are not ours
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -57,7 +65,7 @@ class PlanRecord(msgspec.Struct, frozen=True):
 
     build_id: str
     split: str
-    rows: Layout  # named so until the next version of these files
+    layout: Layout
     mask: MaskPolicy
     order: Order
     seq_len: Positive
@@ -72,14 +80,15 @@ class PlanRecord(msgspec.Struct, frozen=True):
 
 def plan_record(plan: TrainingPlan) -> PlanRecord:
     names = ("mask", "order", "seq_len", "step_sequences", "seed", "long", "num_ranks", "device_batch_size")
-    settings = {name: getattr(plan, name) for name in names} | {"split": plan.split.name, "rows": plan.layout}
+    settings = {name: getattr(plan, name) for name in names} | {"split": plan.split.name}
     settings |= {"build_id": plan.split.build.manifest["build_id"], "plan_version": PLAN_VERSION}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    hashed = settings | {"rows": plan.layout}  # the key it had in version 1: the hash stays
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode())
     digest.update(np.array([plan.num_steps], "<i8").tobytes())
     if plan.packing is not None:
         for array in (plan.packing.documents, plan.packing.bounds, plan.packing.lengths):
             digest.update(array.astype("<i8").tobytes())
-    return PlanRecord(**settings, hash=digest.hexdigest())
+    return PlanRecord(**settings, layout=plan.layout, hash=digest.hexdigest())
 
 
 def require_same(saved: Mapping[str, Any], current: PlanRecord | Recipe) -> None:
@@ -99,10 +108,12 @@ class _Version(msgspec.Struct):
 
 
 class _State(_Version):
-    step: Count
+    step: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEPS)]
     config: dict[str, Any]
     plan: dict[str, Any]
     recipe: dict[str, Any]
+    files: dict[str, Sha256]  # all others of the folder
+    sha256: Sha256  # see `_state_sha256`
 
 
 @dataclass(frozen=True)
@@ -114,17 +125,47 @@ class Checkpoint:
     config: ModelConfig
     plan: dict[str, Any]  # the run's PlanRecord, {} for an import
     recipe: dict[str, Any]  # the run's Recipe, {} for an import
+    files: dict[str, str]  # name → SHA-256
 
     def weights(self) -> dict[str, Tensor]:
-        return _read_tensors(self.path / "model.safetensors")
+        """Raises CheckpointError if the file is not the one that was saved; so does `optimizer_tensors`."""
+        return self._tensors(WEIGHTS)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        return _read_tensors(self.path / "optimizer.safetensors")
+        tensors = self._tensors(OPTIMIZER)
+        # AdamW counts its updates, in float32; a skipped step has none
+        counts = {float(value) for name, value in tensors.items() if name.endswith("/step") and value.numel() == 1}
+        updates, least = counts or {0.0}, 0 if self.recipe.get("non_finite") == "skip" else min(self.step, 2**24)
+        if len(updates) > 1 or not least <= max(updates) <= self.step:
+            raise CheckpointError(f"{self.path}: step {self.step:,}, but its optimizer did {max(updates):,.0f} updates")
+        return tensors
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.path / name
+        try:
+            if file_sha256(path) != self.files.get(name):
+                raise CheckpointError(f"{path}: SHA-256 differs from state.json's: damaged, or of another checkpoint")
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: not readable: {first_line(error)}") from error
 
 
 def checkpoint_name(step: int) -> str:
     """Folder names that sort by step."""
     return f"step-{step:08d}"
+
+
+def require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Raise NonFiniteError naming the first of `tensors`, weights or optimizer state, that holds NaN or infinity.
+
+    step: how many are done. Costs a third of writing the tensors: an infinity norm keeps NaN and copies nothing.
+    """
+    for name, tensor in tensors.items():
+        if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(tensor.detach(), math.inf)):
+            raise NonFiniteError(
+                f"after {step:,} steps {name} is not finite: no checkpoint is written, earlier ones are kept "
+                "(a lower --lr-scale may help)"
+            )
 
 
 def save_checkpoint(
@@ -139,19 +180,24 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step` into `folder`; return its path. Raises CheckpointError if it cannot.
 
-    plan, recipe: the run's PlanRecord and Recipe, {} for an import. tokenizer: a folder, copied.
+    plan, recipe: the run's PlanRecord and Recipe, {} for an import. tokenizer: a folder whose files are copied. Hashing
+    what was written takes a third as long as writing it.
     """
     final = folder / checkpoint_name(step)
     partial = folder / f".{final.name}.partial"
     state = {"format": FORMAT, "version": VERSION, "step": step, "config": config, "plan": plan, "recipe": recipe}
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, tensors in (("model", weights), ("optimizer", optimizer)):
+        (partial / "tokenizer").mkdir(parents=True)
+        for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            write_tensors(contiguous, partial / f"{name}.safetensors")
-        shutil.copytree(tokenizer, partial / "tokenizer")
-        text = json.dumps(msgspec.to_builtins(state), indent=1, sort_keys=True) + "\n"
+            write_tensors(contiguous, partial / name)
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, partial / "tokenizer" / name)
+        files = {str(path.relative_to(partial)): file_sha256(path) for path in partial.rglob("*.*")}
+        state = msgspec.to_builtins(state | {"files": files})
+        text = json.dumps(state | {"sha256": _state_sha256(state)}, indent=1, sort_keys=True) + "\n"
         (partial / "state.json").write_text(text, encoding="utf-8")
         for path in partial.rglob("*"):
             sync(path)
@@ -164,6 +210,12 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{final}: cannot be written: {first_line(error)}") from error
     return final
+
+
+def _state_sha256(state: dict[str, Any]) -> str:
+    """SHA-256 of the rest of state.json, in one spelling, as a build's manifest has its build_id."""
+    rest = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -188,27 +240,34 @@ def read_checkpoint(path: Path) -> Checkpoint:
     found = decode(data, _Version, str(file), CheckpointError)
     if (found.format, found.version) != (FORMAT, VERSION):
         raise CheckpointError(
-            f"{path}: {found.format} version {found.version}; this chattrain reads {FORMAT} version {VERSION}"
+            f"{path}: {found.format} version {found.version}; this chattrain reads {FORMAT} version {VERSION}: "
+            "read it with the chattrain that wrote it"
         )
     state = decode(data, _State, str(file), CheckpointError)
-    return Checkpoint(path, state.step, parse_config(state.config, str(file)), state.plan, state.recipe)
+    if state.sha256 != _state_sha256(decode(data, dict, str(file), CheckpointError)):
+        raise CheckpointError(f"{file}: does not match its sha256: it was changed after the run")
+    if re.fullmatch(NAME, path.name) and path.name != checkpoint_name(state.step):
+        raise CheckpointError(f"{file}: step {state.step}, but the folder is {path.name}: it was renamed")
+    for name in TOKENIZER_FILES:
+        tokenizer = path / "tokenizer" / name
+        if state.files.get(f"tokenizer/{name}") != (file_sha256(tokenizer) if tokenizer.is_file() else None):
+            raise CheckpointError(f"{tokenizer}: missing, or its SHA-256 differs from state.json's")
+    config = parse_config(state.config, str(file))
+    return Checkpoint(path, state.step, config, state.plan, state.recipe, state.files)
 
 
 def last_checkpoint(run: Path) -> Checkpoint | None:
-    """The checkpoint with the most steps in a run folder. Partial ones have another name and are never read."""
-    found = sorted((run / "checkpoints").glob("step-*"))
+    """The checkpoint with the most steps in a run folder. Only names that we write count, and partial ones do not."""
+    found = _folders(run, NAME)
     return read_checkpoint(found[-1]) if found else None
 
 
 def keep_last(run: Path, number: int) -> None:
     """Remove all but the last `number` checkpoints of a run, and partial ones that a killed run left."""
-    folder = run / "checkpoints"
-    for path in [*sorted(folder.glob("step-*"))[:-number], *folder.glob(".step-*.partial")]:
+    for path in [*_folders(run, NAME)[:-number], *_folders(run, rf"\.{NAME}\.partial")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not readable: {first_line(error)}") from error
+def _folders(run: Path, name: str) -> list[Path]:
+    found = (run / "checkpoints").glob("*step-*")
+    return sorted(path for path in found if re.fullmatch(name, path.name) and path.is_dir())

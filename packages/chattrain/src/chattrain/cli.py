@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from chatdata import version_of
-from chatdata.cli.command import MaskPolicyChoice, examples, run_command
+from chatdata.cli.command import MaskPolicyChoice, examples, run_command, tokenizer_of
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 from chattrain.errors import RunError
@@ -91,7 +92,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     from chattrain.checkpoint import checkpoint_name
     from chattrain.run.settings import RunSettings
     from chattrain.run.start import StopRequest, join_ranks, memory_limited, prepare
-    from chattrain.run.telemetry import RunRecord, draw_curve, write_run
+    from chattrain.run.telemetry import RunRecord, draw_curve, lock_run, write_run
 
     build = open_build(options["data"])
     options["out"] = out = options["out"] or Path("runs") / (options["stage"] or build.manifest["stage"])
@@ -103,13 +104,10 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
             if is_first:
                 say_json(numbers) if as_json else _echo_dry_run(numbers)
             return
-        if out.exists() and any(out.iterdir()) and not settings.resume:
-            raise RunError(f"{out}: already exists; choose another --out, or --resume to continue the run")
-        with StopRequest().listening() as stop:
+        with lock_run(out, settings.resume) if is_first else nullcontext(), StopRequest().listening() as stop:
             ready = prepare(settings, build, ranks)
             num_steps = ready.recipe.num_steps
             if is_first:
-                out.mkdir(parents=True, exist_ok=True)
                 write_run(out, RunRecord(str(settings.data.resolve()), ready.plan_record, ready.recipe))
             if is_first and not as_json:
                 _echo_plan(ready.plan.counts(), num_steps, ready.recipe.stage)
@@ -201,25 +199,28 @@ def export(checkpoint: Path, out: Path, verify: bool) -> None:
 @click.option("--out", type=PATH, required=True, help="Run folder to write, for --init.")
 def import_nanochat(folder: Path, tokenizer: Path, out: Path) -> None:
     """Convert nanochat's model_<step>.pt and meta_<step>.json (December 2025) to a checkpoint."""
-    from chatdata.tokenizer.files import load_tokenizer, save_tokenizer
-    from chattrain.checkpoint import save_checkpoint
+    from chatdata.tokenizer.files import save_tokenizer
+    from chattrain.checkpoint import require_finite, save_checkpoint
     from chattrain.nanochat.checkpoints import import_nanochat as read
+    from chattrain.run.telemetry import lock_run
 
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out}: already exists; choose another --out")
     weights, config, step = read(folder)
-    loaded = load_tokenizer(tokenizer)
+    loaded = tokenizer_of(tokenizer)
     if loaded.vocab_size != config.vocab_size:
         raise UsageError(
             f"{tokenizer} has {loaded.vocab_size:,} tokens, the model {config.vocab_size:,}; "
             "give the tokenizer that the model was trained with"
         )
+    require_finite(weights, step)
     folder_of_tokenizer = out / ".tokenizer"
-    try:
-        save_tokenizer(loaded, folder_of_tokenizer)
-        path = save_checkpoint(out / "checkpoints", step, config, weights, {}, {}, {}, folder_of_tokenizer)
-    finally:
-        shutil.rmtree(folder_of_tokenizer, ignore_errors=True)
+    with lock_run(out):
+        try:
+            save_tokenizer(loaded, folder_of_tokenizer)
+            path = save_checkpoint(out / "checkpoints", step, config, weights, {}, {}, {}, folder_of_tokenizer)
+        finally:
+            shutil.rmtree(folder_of_tokenizer, ignore_errors=True)
     say(f"{path}: step {step}, {config.n_layer} layers, width {config.n_embd}")
 
 

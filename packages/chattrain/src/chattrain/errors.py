@@ -6,7 +6,8 @@ ValueError
     ├── WeightsError           unknown, missing or wrongly shaped tensors, in a model or an optimizer state
     ├── RunError               a run that cannot be done as given, or whose files are damaged
     │   └── ResumeError        a run that cannot be continued, because its plan or recipe changed
-    ├── NonFiniteError         a loss or gradient that is not finite, before the update
+    ├── RankError              another rank cannot be reached, or ended before this one
+    ├── NonFiniteError         a loss, gradient, weight or optimizer state that is not finite
     ├── CheckpointError        a checkpoint that is missing, damaged, or cannot be written
     ├── DeviceError            a device that does not exist
     ├── AttentionError         a form of attention that the device cannot run
@@ -48,6 +49,9 @@ class RunError(ChattrainError): ...
 
 
 class ResumeError(RunError): ...
+
+
+class RankError(ChattrainError): ...
 
 
 class NonFiniteError(ChattrainError): ...

@@ -21,7 +21,7 @@ from chatdata.packing.epoch import TrainingPlan
 from chatdata.progress import say, shown_progress
 from chattrain.attention import pack_sequences
 from chattrain.batches import Batch, Lengths, Step, read_step
-from chattrain.checkpoint import Recipe, keep_last, save_checkpoint
+from chattrain.checkpoint import Recipe, keep_last, require_finite, save_checkpoint
 from chattrain.errors import NonFiniteError
 from chattrain.evaluate import bits_per_byte, token_byte_counts
 from chattrain.loss import chunked_loss
@@ -101,6 +101,7 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
     """One step of the optimizer: gradients of all micro-batches, then the update.
 
     Raises NonFiniteError before the update, naming the step and its documents; non_finite="skip" skips the update.
+    Weights that are not finite raise in any case: no other document would help.
     """
     model, ranks = learner.model, learner.ranks
     total = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -113,6 +114,8 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
     digest = int(ranks.sum(torch.tensor(step.digest, dtype=torch.int64)))
     gradient_norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     finite = torch.isfinite(torch.tensor([loss, gradient_norm])).all().item()
+    if not finite:
+        require_finite(dict(model.named_parameters()), step.number)
     if not finite and recipe.non_finite == "raise":
         names = name_documents(reads_of_step(plan, step.number))
         raise NonFiniteError(
@@ -197,9 +200,10 @@ def _evaluate(run: Run, settings: RunSettings, step: int, write: Callable[[ValEn
 
 def _save(run: Run, settings: RunSettings, step: int) -> None:
     learner, model = run.learner, run.learner.model
+    weights, state = model.state_dict(), optimizer_tensors(model, learner.optimizers)
+    require_finite({**weights, **state}, step)  # on all ranks, which have the same: they end together
     if learner.ranks.is_first:
         folder, tokenizer = settings.out / "checkpoints", run.plan.split.build.path / "tokenizer"
-        weights, state = model.state_dict(), optimizer_tensors(model, learner.optimizers)
         save_checkpoint(folder, step, model.config, weights, state, run.plan_record, run.recipe, tokenizer)
         keep_last(settings.out, settings.keep_last)
     learner.ranks.wait()

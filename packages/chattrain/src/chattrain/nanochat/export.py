@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chatdata.disk import check_replaceable
-from chattrain.checkpoint import write_tensors
+from chattrain.checkpoint import TOKENIZER_FILES, write_tensors
 from chattrain.errors import ExportError, VerifyError, first_line
 from chattrain.model import NORM_EPS, ROPE_THETA, SOFTCAP, ModelConfig, check_weights, load_model
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MAX_LOGIT_DIFFERENCE = 1e-5  # fp32, sdpa on both sides; the same model measured 0 to 2e-6
 BY_VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # parameters with a row for each token
 VERIFY_ROWS, VERIFY_LENGTH = 2, 128

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, TrainingPlan, plan_epoch
 from chatdata.shards.read import Build
 from chattrain.checkpoint import (
+    MAX_STEPS,
     Checkpoint,
     PlanRecord,
     Recipe,
@@ -31,11 +32,12 @@ from chattrain.checkpoint import (
     read_checkpoint,
     require_same,
 )
-from chattrain.errors import DeviceError, RunError
+from chattrain.errors import DeviceError, RankError, ResumeError, RunError, first_line
 from chattrain.model import GPT, initial_weights, load_model, random_config
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import SCHEDULES, load_optimizer_tensors, make_optimizers
 from chattrain.run.settings import RunSettings
+from chattrain.run.watch import open_peers, watched
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def find_device(wanted: str | None) -> torch.device:
 def join_ranks(device: str | None, wait: timedelta | None = None) -> Iterator[Ranks]:
     """Join the process group of torchrun's environment, if there is one, and leave it at the end.
 
-    wait: how long a rank waits for others before it fails, by default torch's (10 minutes on nccl).
+    wait: how long a rank waits for others before it fails, by default torch's (10 minutes on nccl). Raises DeviceError,
+    and RankError if another rank cannot be reached or ends first.
     """
     found = find_device(device)
     if found.type == "cuda":
@@ -88,9 +91,16 @@ def join_ranks(device: str | None, wait: timedelta | None = None) -> Iterator[Ra
     if num_ranks == 1:
         yield Ranks(0, 1, found)
         return
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=wait)
     try:
-        yield Ranks(dist.get_rank(), num_ranks, found)
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=wait)
+        peers = open_peers(found)
+    except RuntimeError as error:
+        raise RankError(f"cannot join the other ranks: {first_line(error)}") from error
+    try:
+        with watched(peers):
+            ranks = Ranks(dist.get_rank(), num_ranks, found)
+            yield ranks
+            ranks.wait()  # nobody leaves before the last one is done
     finally:
         dist.destroy_process_group()
 
@@ -179,6 +189,8 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     num_steps = settings.steps or plan.num_steps * settings.epochs
     if plan.order == "nanochat" and num_steps > plan.num_steps:
         raise RunError(f"order nanochat has only the {plan.num_steps} steps of its first epoch, not {num_steps}")
+    if num_steps > MAX_STEPS:
+        raise RunError(f"{num_steps:,} steps: must be at most {MAX_STEPS:,}")
     recipe = Recipe(
         init=settings.init,
         stage=stage,
@@ -194,6 +206,8 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     if saved is not None:
         require_same(saved.plan, record)
         require_same(saved.recipe, recipe)
+        if saved.step > num_steps:
+            raise ResumeError(f"{saved.path}: step {saved.step:,} of a run of {num_steps:,} steps")
         config, weights = saved.config, saved.weights()
     elif kind == "random":
         config = random_config(size, build.manifest["tokenizer"]["vocab_size"], settings.seq_len)

@@ -1,8 +1,10 @@
-"""What a run writes besides its checkpoints: run.json, log.jsonl, TensorBoard files and loss.png."""
+"""What a run writes besides its checkpoints: run.json, log.jsonl, TensorBoard files, loss.png, and its lock."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from chattrain.checkpoint import FORMAT, PlanRecord, Recipe
 from chattrain.errors import RunError
 from chattrain.model import ModelConfig, parameter_shapes
 
-RUN_NAME, LOG_NAME, CURVE_NAME = "run.json", "log.jsonl", "loss.png"
+RUN_NAME, LOG_NAME, CURVE_NAME, LOCK_NAME = "run.json", "log.jsonl", "loss.png", ".lock"
 
 # Peak dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets, by a part of the device's name
 PEAK_FLOPS = {
@@ -68,6 +70,37 @@ class ValEntry(msgspec.Struct, tag_field="kind", tag="val", frozen=True):
 
 
 Entry = TrainEntry | ValEntry
+
+
+@contextmanager
+def lock_run(out: Path, resume: bool = False) -> Iterator[None]:
+    """Hold the run folder `out`, made if need be, against a second run. If this process dies, the system frees it.
+
+    Raises RunError if another run holds the folder or, without `resume`, if there is anything in it. A folder in which
+    nothing was written is removed again.
+    """
+
+    def require_empty() -> None:
+        if not resume and out.exists() and any(path.name != LOCK_NAME for path in out.iterdir()):
+            raise RunError(f"{out}: already exists; choose another --out, or --resume to continue the run")
+
+    require_empty()
+    made, lock = not out.exists(), out / LOCK_NAME
+    out.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # its run removed it, after we opened it
+                raise BlockingIOError
+        except BlockingIOError:
+            raise RunError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
+        try:
+            require_empty()  # a run may have come and gone since
+            yield
+        finally:
+            if made and [path.name for path in out.iterdir()] == [LOCK_NAME]:
+                lock.unlink()
+                out.rmdir()
 
 
 def write_run(out: Path, record: RunRecord) -> None:

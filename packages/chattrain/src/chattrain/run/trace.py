@@ -26,9 +26,9 @@ def plan_again(record: PlanRecord, data: Path) -> TrainingPlan:
             split, **chosen, num_ranks=record.num_ranks, device_batch_size=record.device_batch_size
         )
     else:
-        if record.rows != "stream":
+        if record.layout != "stream":
             chosen |= {"seed": record.seed, "long": record.long}
-        made = plan_epoch(split, layout=record.rows, step_sequences=record.step_sequences, **chosen)
+        made = plan_epoch(split, layout=record.layout, step_sequences=record.step_sequences, **chosen)
     require_same(msgspec.structs.asdict(record), plan_record(made))
     return made
 
