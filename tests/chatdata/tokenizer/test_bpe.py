@@ -127,6 +127,12 @@ def test_a_text_the_pattern_gives_up_on_names_file_and_line(
     assert "Traceback" not in result.stderr and "panicked" not in result.stderr
 
 
+def test_training_on_a_text_the_pattern_gives_up_on(capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(TokenizerError, match=r"^training failed: regex match failed: "):
+        train_tokenizer(iter(["abc " * 100, " " * 1_000_000 + "x"]), 270)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_pattern_gives_up_in_silence(byte_tokenizer: Tokenizer, capfd: pytest.CaptureFixture) -> None:
     with pytest.raises(TokenizerError, match=r"gives up on a text of 1,000,001 characters"):
         byte_tokenizer.encode_ordinary(" " * 1_000_000 + "x")

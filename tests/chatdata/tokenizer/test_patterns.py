@@ -94,18 +94,7 @@ REFUSED = [
         r"(?i:\s)",
         "(?i:[^s])",
     ),
-    *(
-        "(?i:é)",
-        "(?i:(?:s)s)",
-        "(?i:a|)",
-        "(?:a+)+",
-        "(?:a?)*",
-        "(?:(?:a{100}){100})",
-        "(a",
-        "a)",
-        "(?:" * 30,
-        "a" * 10_001,
-    ),
+    *("(?i:é)", "(?i:(?:s)s)", "(?i:a|)", "(?:a+)+", "(?:a?)*", "(?:(?:a{100}){100})", "(a", "a)", "(?:" * 30),
 ]
 
 
@@ -135,6 +124,7 @@ def test_the_alternatives_that_lose_nothing() -> None:
     assert alternatives == r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+"
     assert set(map(chr, range(256))) <= set(characters)
     assert covering(r"(?:ab)?\d|(?>x+)|(?>xy?)|(?:ab)?+z|a(?!b)|$c|(?i:d)e")[0] == r"(?:ab)?\d|(?>x+)"
+    assert covering(r"\x{0}|[^\x{0}]|\x{10ffff}|\x{d800}")[1].startswith("\0\1")
     assert {"龤", "龥", "龦"} <= set(covering("[一-龥]|a")[1]) and "\x81" in covering(r"\x{80}")[1]
 
 

@@ -19,8 +19,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Target = Literal["tokenizers", "tiktoken", "as it is"]
-MAX_DEPTH, MAX_LENGTH = 20, 10_000
+Target = Literal["tokenizers", "tiktoken"]
+MAX_DEPTH = 20
 MAX_TIMES = 1_000  # that an item may be repeated, by nested counts together; what has no bound counts as more
 
 _ESCAPED = r"\\[nrtfv]|\\x[0-7][0-9A-Fa-f]|\\x\{[0-9A-Fa-f]{1,6}\}|\\u[0-9A-Fa-f]{4}|\\[ !-/:;=?@\[-`{-~]"
@@ -34,7 +34,7 @@ _TOKEN = re.compile(
     r"|(?P<open>\((?:\?[:>=!])?(?!\?))|(?P<bar>\|)|(?P<anchor>[\^$]|\\[Az])"
 )
 _LIGATURE = re.compile("ss|st|ff|fi|fl", re.IGNORECASE)  # spelled by one character, too
-_ANCHORS = {"tokenizers": {"$": r"\z", "^": r"\A"}, "tiktoken": {"$": r"(?=\n|\z)"}, "as it is": {}}
+_ANCHORS = {"tokenizers": {"$": r"\z", "^": r"\A"}, "tiktoken": {"$": r"(?=\n|\z)"}}
 
 # white space, and one or two characters of every general category, beyond Latin-1
 _SAMPLES = "ĀāǅʰאΑ汉か\u0301ः\u20dd٣𝟘ⅷ㆒‿—„”‹›…∑₿˅☃🤖\u0600\ue000\u0378\U0010ffff\u180e\u200b\ufeff"
@@ -70,20 +70,20 @@ def to_tiktoken(pattern: str) -> str:
 def covering(pattern: str) -> tuple[str, str]:
     """(the alternatives that take a character whatever is around it, characters of every kind that `pattern` knows).
 
+    The alternatives are written for tokenizers, which tiktoken reads the same way.
+
     If every such character alone is matched by those alternatives, tiktoken loses no text.
     """
-    codes = [
-        ord(char) if char else int(x or u, 16) for char, x, u in _CODE_POINT.findall(pattern)
-    ]  # and their neighbours: where a range ends, the other side may be lost
-    near = {code + i for code in codes for i in (-1, 0, 1) if not 0xD800 <= code + i < 0xE000 and code + i < 0x110000}
-    alternatives = [part.text for part in _read(pattern, "as it is") if part.simple]
-    return "|".join(alternatives), "".join(map(chr, [*range(256), *sorted(near)])) + _SAMPLES
+    codes = [ord(char) if char else int(x or u, 16) for char, x, u in _CODE_POINT.findall(pattern)]
+    near = {code + i for code in codes for i in (-1, 0, 1)}  # where a range ends, the other side may be lost
+    near = {code for code in near | set(range(256)) if 0 <= code < 0xD800 or 0xE000 <= code < 0x110000}
+    return "|".join(part.text for part in _read(pattern, "tokenizers") if part.simple), "".join(
+        map(chr, sorted(near))
+    ) + _SAMPLES
 
 
 def _read(pattern: str, target: Target) -> list[_Part]:
     """The alternatives of a pattern."""
-    if len(pattern) > MAX_LENGTH:
-        raise ValueError(f"the split pattern has {len(pattern):,} characters; at most {MAX_LENGTH:,} are read")
     tokens, at = [], 0
     while at < len(pattern):
         token = _TOKEN.match(pattern, at)
@@ -159,7 +159,7 @@ def _quantified(part: _Part, token: re.Match[str], target: Target) -> _Part:
     ):
         _refuse(token.string, token.start("count"))
     text = part.text + count + kind
-    if is_possessive_count and target != "as it is":
+    if is_possessive_count:
         text = f"(?:{part.text}{count})+" if is_again else f"(?>{part.text}{count})"
     times = MAX_TIMES + 1 if is_again else part.times * most
     # a possessive group gives nothing back
