@@ -278,12 +278,13 @@ def main() -> int:
                 f"{number}{' corrected' * corrected}: {shown}: {', '.join(f'{n} {ends[n]}' for n in odd)}", flush=True
             )
     for hashes, table in tables.items():
-        print(f"\n{hashes:22}{'noticed':>9}{'missed':>9}{'traceback':>11}")
-        for name in VERIFY:
-            print(f"verify {name:15}" + "".join(f"{table[name][k]:>{w}}" for k, w in (("noticed", 9), ("missed", 9), ("traceback", 11))))  # fmt: skip
-        print(f"{'':22}{'refused':>9}{'same':>9}{'other':>9}{'traceback':>11}")
-        for name in OTHERS:
-            print(f"{name:22}" + "".join(f"{table[name][k]:>{w}}" for k, w in (("refused", 9), ("same", 9), ("other", 9), ("traceback", 11))))  # fmt: skip
+        for names, endings in (
+            (VERIFY, ("noticed", "missed", "traceback")),
+            (OTHERS, ("refused", "same", "other", "traceback")),
+        ):
+            print(f"\n{hashes:20}" + "".join(f"{ending:>11}" for ending in endings))
+            for name in names:
+                print(f"{name:20}" + "".join(f"{table[name][ending]:>11}" for ending in endings), flush=True)
     if arguments.work is None:
         shutil.rmtree(work, ignore_errors=True)
     return int(any(counts["traceback"] for table in tables.values() for counts in table.values()))

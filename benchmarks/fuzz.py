@@ -878,12 +878,12 @@ def main() -> int:
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="fuzz-"))
     os.environ |= {"HF_HOME": str(work / "hf")}
-    started = time.monotonic()
     import_everything()
     fuzzer = Fuzzer(work.resolve(), arguments.seed)
     try:
         fuzzer.prepare()
         tries: list[Try] = []
+        started = time.monotonic()
         for number in [arguments.only] if arguments.only is not None else range(arguments.tries):
             if time.monotonic() - started > arguments.seconds:
                 break

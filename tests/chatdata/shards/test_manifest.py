@@ -60,6 +60,8 @@ def changed(demo_mid: Path, folder: Path, place: list[Any], value: object) -> Pa
         (["recipe", "val"], ..., ', key "splits": ["train", "val"], but expected ["train"]'),
         (["splits", "val", "entries", 1, "entry"], 0, ', key "splits.val.entries[1].entry": 0, but expected 1'),
         (["splits", "val", "entries"], [], ', key "splits.val.entries": must be a list of one or more entries, not []'),
+        (["splits", "val", "entries", 0, "source"], "x", ', key "splits.val.entries[0].source": "x", but expected ["'),
+        (["splits", "val", "entries", 0, "split"], "x", ', key "splits.val.entries[0].split": "x", but expected "'),
         (["splits", "val", "shards"], [], ', key "splits.val.shards": must be a list of one or more shards, not []'),
         (["recipe", "train", 0, "task"], ["x"], ', key "recipe.train[0].task": must be a string, not ["x"]'),
         (["recipe", "train"], [1], ', key "recipe.train[0]": must be a table, not 1'),

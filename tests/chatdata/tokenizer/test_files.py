@@ -121,6 +121,9 @@ def test_tiktoken_file_gets_its_specials_appended(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"put the pattern in vocab.pattern next to it"):
         load_tokenizer(path)
     assert read_tiktoken(path, SPLIT_PATTERN).special_ids["<|bos|>"] == 257
+    (tmp_path / "vocab.pattern").write_bytes(b"a|\xff")
+    with pytest.raises(TokenizerError, match=r"vocab\.pattern: not UTF-8 at byte 2$"):
+        load_tokenizer(tmp_path / "vocab.tiktoken")
     (tmp_path / "vocab.pattern").write_text(SPLIT_PATTERN + "\n")
     tokenizer = load_tokenizer(path)
     assert tokenizer.encode_ordinary("abc") == [256, 99]

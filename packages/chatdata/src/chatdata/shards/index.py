@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,14 +56,23 @@ def open_index(path: Path) -> Iterator[pq.ParquetFile]:
         raise FormatError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def read_index(path: Path, columns: list[str] | None = None, num_documents: int | None = None) -> pa.Table:
+def read_index(path: Path, columns: list[str] | None = None, shard: Mapping[str, Any] | None = None) -> pa.Table:
     """The index of one shard as a table, typed and without nulls. Raises FormatError naming the file if it is not.
 
-    num_documents: compared with the number of rows before any of them is read.
+    shard: of the manifest. Its documents and tokens bound what the file may hold before any of it is read: equal rows
+    and spans hardly take space on disk.
     """
     with open_index(path) as file:
-        if num_documents not in (None, file.metadata.num_rows):
-            raise FormatError(f"{path}: {file.metadata.num_rows:,} rows for {num_documents:,} documents")
+        if shard is not None:
+            metadata, documents, tokens = file.metadata, shard["documents"], shard["tokens"]
+            if metadata.num_rows != documents:
+                raise FormatError(f"{path}: {metadata.num_rows:,} rows for {documents:,} documents")
+            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+            chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+            spans = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.startswith("spans."))
+            num_bytes = sum(chunk.total_uncompressed_size for chunk in chunks)
+            if spans > 3 * (tokens + documents) or num_bytes > 2**20 + 256 * documents + 32 * tokens:
+                raise FormatError(f"{path}: {num_bytes:,} bytes unpacked, more than {tokens:,} tokens can have")
         table = file.read(columns)
         table.validate(full=True)
     for name in table.column_names:

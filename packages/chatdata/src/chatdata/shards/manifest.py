@@ -191,6 +191,14 @@ def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
     ]
     for name in {"train", "val"} & set(splits):
         split, at = splits[name], f"splits.{name}"
+        found += [
+            (f"{at}.entries[{i}].{key}", entry[key], wanted.get(key))
+            for i, (entry, wanted) in enumerate(zip(split["entries"], recipe.get(name, []), strict=False))
+            for key in ("task", "subset", "split")
+        ]
+        sources = [source["name"] for source in manifest["sources"]]
+        strange = {i: entry["source"] for i, entry in enumerate(split["entries"]) if entry["source"] not in sources}
+        found += [(f"{at}.entries[{i}].source", name, sources) for i, name in strange.items()]
         found.append((f"{at}.entries", len(split["entries"]), len(recipe.get(name, []))))
         found += [(f"{at}.entries[{i}].entry", entry["entry"], i) for i, entry in enumerate(split["entries"])]
         for key in ("documents", "tokens", "supervised"):
@@ -283,7 +291,7 @@ def _check_shard(files: dict[str, Path], shard: dict[str, Any], dtype: str) -> t
     if offsets[0] != 0 or offsets[-1] != num_tokens or not (offsets[1:] > offsets[:-1]).all():
         return [f"{files['offsets']}: offsets do not rise from 0 to {num_tokens:,}"], False
     try:
-        index = read_index(files["index"], ["num_tokens", "num_supervised"], shard["documents"])
+        index = read_index(files["index"], ["num_tokens", "num_supervised"], shard)
     except FormatError as error:
         return [str(error)], False
     lengths, supervised = (np.from_dlpack(column.combine_chunks()) for column in index.columns)

@@ -209,7 +209,10 @@ def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
                 f"{path}: a .tiktoken file does not hold its split pattern; put the pattern in {pattern_file.name} "
                 "next to it or use `chatdata tokenizer import --pattern`"
             )
-        pattern = pattern_file.read_text(encoding="utf-8").rstrip("\r\n")
+        try:
+            pattern = pattern_file.read_text(encoding="utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{pattern_file}: not UTF-8 at byte {error.start}") from None
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
