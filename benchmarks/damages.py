@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--damages", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first damage")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop planting after this many")
     parser.add_argument("--only", type=int, help="plant this damage of the seed alone, and print what commands say")
     parser.add_argument("--work", type=Path, help="folder for the world, kept if given")
     arguments = parser.parse_args()
@@ -234,11 +237,14 @@ def main() -> int:
         fuzzer.fresh()
         whole[name] = run(command, place)
         assert whole[name].code == 0, (command, whole[name])
-    before = contents_of(fuzzer.world / "p")
+    before, started = contents_of(fuzzer.world / "p"), time.monotonic()
     tables: dict[str, dict[str, Counter[str]]] = {
         hashes: {name: Counter() for name in commands} for hashes in ("hashes as they were", "hashes corrected")
     }
-    for number in [arguments.only] if arguments.only is not None else range(arguments.damages):
+    for number in [arguments.only] if arguments.only is not None else range(arguments.first, arguments.damages):
+        if time.monotonic() - started > arguments.seconds:
+            print(f"stopped before damage {number}")
+            break
         draw, kind = random.Random(f"{arguments.seed}/{number}"), KINDS[number // 2 % len(KINDS)]
         corrected = number % 2 == 1
         while True:  # until something has changed
