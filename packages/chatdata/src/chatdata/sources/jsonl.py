@@ -7,9 +7,9 @@ then names the line: what json takes is what is accepted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader
-from itertools import chain
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,9 +19,11 @@ from chatdata.disk import each_key_once
 from chatdata.errors import SourceError
 
 ROWS_PER_BATCH = 1024  # rows turned into Python objects at a time: about 3 MB of smoltalk
+LINES_PER_CHECK = 64  # about 100 kB of smoltalk, which the processor's cache holds
 SEGMENT_BYTES = 4 << 20  # of text: what a worker renders in half a second
 _QUOTE, _BACKSLASH = b'"\\'
-_decode = msgspec.json.Decoder().decode
+_Messages = list[dict[str, str]]
+_Chat = _Messages | dict[str, _Messages | str | float | int | bool | None]
 
 
 class Segment(NamedTuple):
@@ -65,57 +67,85 @@ def read_jsonl(
         if row + segment.num_rows > first:
             break
         row += segment.num_rows
-    stop, rows, numbered = first + len(wanted), [], []
+    stop, rows, numbers, kept = first + len(wanted), [], [], []
+    is_wanted = wanted.tolist()
     lines.seek(segment.offset)
     for number, line in enumerate(lines, start=segment.line + 1):
         if line.isspace():
             continue
-        if row >= first and wanted[row - first]:
+        if row >= first and is_wanted[row - first]:
             rows.append(row)
-            numbered.append((number, line))
+            numbers.append(number)
+            kept.append(line)
             if len(rows) == ROWS_PER_BATCH:
-                yield np.array(rows), _parse_lines(name, numbered)
-                rows, numbered = [], []
+                yield np.array(rows), _parse_lines(name, numbers, kept)
+                rows, numbers, kept = [], [], []
         row += 1
         if row >= stop:
             break
     if rows:
-        yield np.array(rows), _parse_lines(name, numbered)
+        yield np.array(rows), _parse_lines(name, numbers, kept)
 
 
-def _parse_lines(name: str, numbered: list[tuple[int, bytes]]) -> list[Any]:
-    """The values of (number, line)s. Raises SourceError for the first that is not JSON or holds a key twice."""
-    lines = [line for _, line in numbered]
-    try:
-        records = [_decode(line) for line in lines]
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        records = []
-    # a key that comes twice leaves fewer strings in the value than there are in the text
-    if records and _strings_in(records) == _strings_in_text(b"".join(lines)):
-        return records
-    return [_parse_line(name, number, line) for number, line in numbered]
+def _parse_lines(name: str, numbers: list[int], kept: list[bytes]) -> list[Any]:
+    """The values of lines. Raises SourceError for the first that is not JSON or holds a key twice."""
+    values: list[Any] = []
+    for start in range(0, len(kept), LINES_PER_CHECK):
+        lines = kept[start : start + LINES_PER_CHECK]
+        for decode, count in _DECODERS:
+            try:
+                parsed = [decode(line) for line in lines]
+                # a key that comes twice leaves fewer strings in the value than there are in the text
+                if count(parsed) == _strings_in_text(b"".join(lines)):
+                    break
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                continue
+        else:
+            parsed = list(map(_parse_line, repeat(name), numbers[start:], lines))
+        values += parsed
+    return values
 
 
-def _strings_in(values: list[Any]) -> int:
-    """Strings at any depth, keys included."""
+def _strings_in_chats(values: list[Any]) -> int:
     count = 0
-    while values:
-        kinds = list(map(type, values))
-        objects = [value for value, kind in zip(values, kinds, strict=True) if kind is dict]
-        lists = [value for value, kind in zip(values, kinds, strict=True) if kind is list]
-        count += kinds.count(str) + sum(map(len, objects))
-        values = list(chain.from_iterable((*lists, *map(dict.values, objects))))
+    for value in values:
+        if type(value) is list:
+            count += 2 * sum(map(len, value))
+            continue
+        count += len(value)
+        for inner in value.values():
+            count += 2 * sum(map(len, inner)) if type(inner) is list else type(inner) is str
     return count
+
+
+def _strings_in(value: Any) -> int:
+    """Strings in a list or object, at any depth, keys included."""
+    count = 0
+    if type(value) is dict:
+        count, value = len(value), value.values()
+    for inner in value:
+        kind = type(inner)
+        if kind is str:
+            count += 1
+        elif kind is dict or kind is list:
+            count += _strings_in(inner)
+    return count
+
+
+_DECODERS: list[tuple[Callable[[bytes], Any], Callable[[list[Any]], int]]] = [
+    (msgspec.json.Decoder(_Chat).decode, _strings_in_chats),  # what most files hold: types need not be looked at
+    (msgspec.json.Decoder().decode, _strings_in),
+]
 
 
 def _strings_in_text(text: bytes) -> int:
     """Strings in valid JSON: half of the quotes that no backslash escapes."""
     data = np.frombuffer(text, dtype=np.uint8)
-    quotes = data == _QUOTE
-    escaped = np.flatnonzero(quotes[1:] & (data[:-1] == _BACKSLASH))  # where the backslash is
-    if (data[escaped - 1] == _BACKSLASH).any():  # it may itself be escaped
+    quotes = np.flatnonzero(data == _QUOTE)
+    escaped = quotes[data[quotes - 1] == _BACKSLASH]
+    if (data[escaped - 2] == _BACKSLASH).any():  # the backslash may itself be escaped
         return _strings_in_text(text.replace(rb"\\", b""))
-    return int(np.count_nonzero(quotes) - len(escaped)) // 2
+    return (len(quotes) - len(escaped)) // 2
 
 
 def _parse_line(name: str, number: int, line: bytes) -> Any:
