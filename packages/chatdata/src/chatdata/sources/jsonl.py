@@ -109,21 +109,16 @@ def _parse_lines(name: str, numbers: list[int], kept: list[bytes]) -> list[Any]:
 def _strings_in_chats(values: list[Any]) -> int:
     count = 0
     for value in values:
-        if type(value) is list:
-            count += 2 * sum(map(len, value))
-            continue
-        count += len(value)
-        for inner in value.values():
+        inners, count = ([value], count) if type(value) is list else (value.values(), count + len(value))
+        for inner in inners:
             count += 2 * sum(map(len, inner)) if type(inner) is list else type(inner) is str
     return count
 
 
 def _strings_in(value: Any) -> int:
     """Strings in a list or object, at any depth, keys included."""
-    count = 0
-    if type(value) is dict:
-        count, value = len(value), value.values()
-    for inner in value:
+    count, inners = (len(value), value.values()) if type(value) is dict else (0, value)
+    for inner in inners:
         kind = type(inner)
         if kind is str:
             count += 1
