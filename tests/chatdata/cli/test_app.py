@@ -158,7 +158,7 @@ BAD_INPUTS = [
         'stage = "mid"\n[[train]]\ntask = "mmlu"\npath = "m.parquet"\n',
         [],
         1,
-        "mmlu train: {tmp}/m.parquet: not a readable Parquet file: Parquet magic bytes not found in footer. "
+        "mmlu train: m.parquet: not a readable Parquet file: Parquet magic bytes not found in footer. "
         "Either the file is corrupted or this is not a parquet file.",
     ),
     (
@@ -200,7 +200,7 @@ BAD_INPUTS = [
         CONVERSATIONS,
         ["--tokenizer", "{tmp}/wide.tiktoken"],
         1,
-        "{tmp}/wide.tiktoken: id 4294967304 does not fit uint32 shards; ids must be in 0 … 4294967295",
+        "{tmp}/wide.tiktoken: id 4294967304 does not fit; ids must be integers in 0 … 1,048,575",
     ),
     (
         "a tokenizer that is not there",

@@ -231,7 +231,9 @@ def test_what_cannot_be_written_is_named(arguments, chateval, tmp_path) -> None:
         result = chateval(*arguments, "--out", out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, f"Error: {out}/items.jsonl: file too large")
+    limit = "raise the limit on the size of files (ulimit -f)"
+    last = result.stderr.splitlines()[-1]
+    assert (result.returncode, last) == (1, f"Error: {out}/items.jsonl: file too large; {limit}")
     assert (out / "items.jsonl").stat().st_size == 20_000
     assert chateval(*arguments, "--out", out).returncode == 0
     for path, said in [

@@ -32,7 +32,7 @@ _METADATA = """
     model model_name generator provider meta metadata info category categories subcategory topic full_topic
     subject domain task task_name task_type type tags keywords language lang locale country state timestamp
     created_at updated_at date title difficulty quality score scores rating ratings turn num_turns redacted
-    toxic toxicity moderation openai_moderation detoxify_moderation prompt
+    toxic toxicity moderation openai_moderation detoxify_moderation prompt letters
 """
 METADATA_KEYS = frozenset(_METADATA.split())
 # refused whatever the recipe says: without them the conversation means something else

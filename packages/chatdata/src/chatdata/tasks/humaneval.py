@@ -66,7 +66,10 @@ def answer_code(text: str, name: str) -> str:
             (python if not words or words[0].startswith("py") else other).append(code.strip())
             # a fence with something after it may open the next block
             at = len(text) if not end else end.start() if text[end.end() :].partition("\n")[0].strip() else end.end()
-    candidates = [code for code in (*python, *_OF_NANOCHAT.findall(text)[:1], *other, text) if code.strip()] or [""]
+    blocks = (*python, *_OF_NANOCHAT.findall(text)[:1], *other, text)
+    candidates = [code for code in blocks if code.strip()] or [""]
+    # a fence that is left in the code, outside of its strings, is no Python
+    candidates.sort(key=lambda code: any(token["fence"] for token in _CODE.finditer(code)))
     word = re.escape(name)
     defines = re.compile(
         rf"^\s*(?:async\s+)?(?:def|class)\s+{word}\b|^{word}\s*(?::.*)?=(?!=)|\bimport\b.*\b{word}\b", re.MULTILINE
