@@ -172,9 +172,11 @@ def main() -> None:
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--neighbour", action="store_true", help="another build uses the cache at the same time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--patience", type=float, default=10, help="seconds a worker may outlive it (default: 10)")
+    # two agents of Ray, which do no work, end a minute after their driver was killed
+    parser.add_argument("--patience", type=float, help="seconds a process may outlive it (default: 10, with ray 90)")
     parser.add_argument("--work", type=Path, help="folder for cache and builds (default: a temporary one)")
     arguments = parser.parse_args()
+    arguments.patience = arguments.patience or (90 if arguments.engine == "ray" else 10)
     if arguments.work:
         arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="chatdata-kill-", dir=arguments.work) as folder:
