@@ -28,9 +28,8 @@ RECIPES = Path(__file__).parent / "chatdata" / "recipes"
 # One thread for each process, before any imports torch: the workers of `pytest -n` have a core each, and a sum has one
 # order everywhere, so that files can be compared to the byte.
 os.environ["OMP_NUM_THREADS"] = "1"
-try:
-    Path.home()
-except RuntimeError:  # no HOME, no entry in passwd: Altair, Jupyter and uv need one; tests of its absence take it away
+# Altair, Jupyter, `datasets` and uv need a home folder; tests of its absence take it away
+if not Path(os.environ.get("HOME", "/nonexistent")).is_dir():
     os.environ["HOME"] = tempfile.mkdtemp()
 if sys.dont_write_bytecode:  # then each process started here would compile its libraries again: torch's take 3 s
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / ".pytest_cache" / "bytecode")
