@@ -66,9 +66,9 @@ def test_an_interruption_says_what_holds_for_the_command(say) -> None:
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--out=~/x", "--out=/home/me/x"),
-        ("--data-dir=~", "--data-dir=/home/me"),
-        ("--init=~/runs/~x=~/y", "--init=/home/me/runs/~x=~/y"),
+        ("--out=~/x", "--out=/of/me/x"),
+        ("--data-dir=~", "--data-dir=/of/me"),
+        ("--init=~/runs/~x=~/y", "--init=/of/me/runs/~x=~/y"),
         ("~/x", "~/x"),  # a shell would have expanded it: it was quoted
         ("--say=a ~/x", "--say=a ~/x"),
         ("x=~/y", "x=~/y"),
@@ -80,7 +80,7 @@ def test_home_after_an_equals_sign(argument: str, expected: str, monkeypatch: py
     monkeypatch.setattr(cli, "main", lambda arguments, **_: seen.extend(arguments))
     monkeypatch.setattr(sys, "argv", ["tool", "run", argument])
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/of/me")
     with pytest.raises(SystemExit):
         run_command(cli, "tool", "interrupted")
     assert seen == ["run", expected]
