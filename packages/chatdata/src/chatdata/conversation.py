@@ -14,8 +14,9 @@ The common form is plain data:
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from numbers import Number
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from chatdata.errors import ConversationError, nearest
 
@@ -50,21 +51,47 @@ _INSTEAD = {
 }
 
 
+Reasoning = Literal["keep", "drop", "error"]
+Consecutive = Literal["error", "merge"]
+Invalid = Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a recipe entry wants its rows read (docs/recipes.md has the keys)."""
+
+    ignore: tuple[str, ...] = ()  # keys of a row that are left out
+    columns: tuple[tuple[str, str], ...] = ()  # (our name, the row's)
+    reasoning: Reasoning = "keep"
+    consecutive: Consecutive = "error"  # neighbouring messages of one role
+    invalid: Invalid = "error"  # rows that cannot be used
+
+
+AS_WRITTEN = Reading()
+
+
 class Part(TypedDict):
-    type: Literal["text", "python", "python_output"]
+    type: Literal["text", "reasoning", "python", "python_output"]
     text: str
+    trained: NotRequired[Literal[False]]
 
 
 class Message(TypedDict):
+    """`trained` is for assistant_end and for string content; parts have their own."""
+
     role: Role
     content: str | list[Part]
+    trained: NotRequired[Literal[False]]
 
 
 class Conversation(TypedDict):
+    """`counts`: what reading changed, by name; only if it changed anything."""
+
     messages: list[Message]
+    counts: NotRequired[dict[str, int]]
 
 
-def parse_conversation(record: Any) -> Conversation:
+def parse_conversation(record: Any, reading: Reading = AS_WRITTEN) -> Conversation:
     """The common form of `record`: a list of messages, an object with `messages`, or ShareGPT's `conversations`.
 
     `record` is not modified; the result shares strings with it but no containers. User and system content given as a

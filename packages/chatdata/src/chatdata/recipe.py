@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct, defstruct
 
-from chatdata.conversation import REFUSED_KEYS
+from chatdata.conversation import AS_WRITTEN, REFUSED_KEYS, Consecutive, Invalid, Reading, Reasoning
 from chatdata.disk import MAX_COUNT, convert, decode
 from chatdata.errors import RecipeError, nearest
 from chatdata.tasks.task import Task
@@ -23,7 +23,7 @@ STAGES, OVERFLOW, ZERO_SUPERVISED = get_args(Stage), get_args(Overflow), get_arg
 MAX_ROWS = 100_000_000  # a row costs about 17 bytes of memory before it is rendered
 MAX_ENTRIES = 2**15  # of a split, epochs expanded: the index numbers them in int16
 RECIPE_FOLDERS = (Path(__file__).with_name("recipes"), Path(__file__).with_name("demo"))
-RULES = ("stage", "seed", "max_tokens", "overflow", "zero_supervised")
+RULES = ("stage", "seed", "max_tokens", "overflow", "zero_supervised", "reasoning", "consecutive", "invalid")
 
 Place = Annotated[int, Meta(ge=-MAX_ROWS, le=MAX_ROWS)]
 
@@ -43,6 +43,9 @@ class RecipeTable(Struct, forbid_unknown_fields=True):
     max_tokens: Annotated[int, Meta(ge=2)] | None = None  # bos and one more
     overflow: Overflow = "keep"
     zero_supervised: ZeroSupervised = "keep"
+    reasoning: Reasoning = "keep"
+    consecutive: Consecutive = "error"
+    invalid: Invalid = "error"
     shuffle: Shuffle = Shuffle()
 
 
@@ -78,7 +81,7 @@ class Entry:
     path: str | None = None
     repo: str | None = None
     revision: str | None = None
-    ignore: tuple[str, ...] = ()  # keys of a row that are left out
+    reading: Reading = AS_WRITTEN
     options: Mapping[str, Any] = field(default_factory=dict)
     file_options: tuple[str, ...] = ()
 
@@ -90,7 +93,7 @@ class Entry:
         """The entry as plain data for the manifest: files are named without the folders of this machine."""
         keys = ("task", "split", "subset", "start", "stop", "rows", "repo", "revision")
         given: dict[str, Any] = {"path": file_label(self.path)} if self.path else {}
-        given |= {"ignore": list(self.ignore)} if self.ignore else {}
+        given |= {"ignore": list(self.reading.ignore)} if self.reading.ignore else {}
         options = {key: file_label(value) if key in self.file_options else value for key, value in self.options.items()}
         return {**{key: getattr(self, key) for key in keys}, **given, **options}
 
@@ -105,6 +108,9 @@ class Recipe:
     max_tokens: int | None
     overflow: str
     zero_supervised: str
+    reasoning: str
+    consecutive: str
+    invalid: str
     shuffle: Mapping[str, bool]
     splits: Mapping[str, tuple[Entry, ...]]  # "train", and "val" if the recipe has one
     folder: Path  # relative paths start here
@@ -171,7 +177,7 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
         entries: list[Entry] = []
         for number, entry in enumerate(tables, start=1):
             here = f"{shown}, [[{split}]] entry {number}"
-            parsed, epochs = _parse_entry(entry, read.stage, tasks, here), entry.get("epochs", 1)
+            parsed, epochs = _parse_entry(entry, read, tasks, here), entry.get("epochs", 1)
             if len(entries) + epochs > MAX_ENTRIES:
                 raise RecipeError(f"{here}: more than {MAX_ENTRIES:,} entries in a split; each epoch is one")
             entries += [parsed] * epochs
@@ -200,11 +206,11 @@ def _check_numbers(table: dict[str, Any], shown: str) -> None:
             raise RecipeError(f"{shown}, key {json.dumps(key)}: must be a number from -{MAX_COUNT:,} to {MAX_COUNT:,}")
 
 
-def _parse_entry(table: dict[str, Any], stage: str, tasks: Mapping[str, Task], here: str) -> Entry:
+def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str, Task], here: str) -> Entry:
     name = convert(table, EntryHead, here, RecipeError).task
     if name not in tasks:
         raise RecipeError(f'{here}, key "task": unknown task "{name}"{nearest(name, list(tasks))}')
-    task = tasks[name]
+    task, stage = tasks[name], recipe.stage
     options: list[Any] = [
         (key, option.type) if option.required else (key, option.type, None) for key, option in task.options.items()
     ]
@@ -237,7 +243,12 @@ def _parse_entry(table: dict[str, Any], stage: str, tasks: Mapping[str, Task], h
         split=read.split,
         subset=subset,
         **{key: table.get(key) for key in ("start", "stop", "rows", "path", "repo", "revision")},
-        ignore=tuple(read.ignore),
+        reading=Reading(
+            ignore=tuple(sorted(set(read.ignore))),
+            reasoning=recipe.reasoning,
+            consecutive=recipe.consecutive,
+            invalid=recipe.invalid,
+        ),
         options={key: table.get(key, option.default) for key, option in task.options.items()},
         file_options=tuple(key for key, option in task.options.items() if option.is_file),
     )

@@ -163,7 +163,7 @@ def _hub_source(
 ) -> Source:
     named = tuple(_source_file(path, path.relative_to(root).as_posix()) for path in files)
     name = " ".join(part for part in (repo, entry.subset, entry.split) if part)
-    return Source(name, task, named, revision, dataset, ignore=entry.ignore)
+    return Source(name, task, named, revision, dataset, reading=entry.reading)
 
 
 def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
@@ -182,7 +182,7 @@ def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
             raise SourceError(f"{file}: expected {' or '.join(suffixes)}")
     folder = label.rpartition("/")[0]
     named = tuple(_source_file(file, f"{folder}/{file.name}" if folder else file.name) for file in files)
-    return Source(label, task, named, ignore=entry.ignore)
+    return Source(label, task, named, reading=entry.reading)
 
 
 def _source_file(path: Path, name: str) -> SourceFile:

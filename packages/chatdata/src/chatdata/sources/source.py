@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from io import BufferedReader
 from itertools import pairwise
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from chatdata.arrow import to_arrow
+from chatdata.conversation import AS_WRITTEN, Reading
 from chatdata.errors import SourceError
 from chatdata.sources.jsonl import ROWS_PER_BATCH, SEGMENT_BYTES, Segment, jsonl_segments, read_jsonl, read_text
 from chatdata.tasks.task import Task, call_task
@@ -109,7 +110,7 @@ class Source:
     split: str = ""  # split and options are a generated task's, with files in place of their names
     options: Mapping[str, Any] = field(default_factory=dict)
     option_files: Mapping[str, SourceFile] = field(default_factory=dict)
-    ignore: tuple[str, ...] = ()  # keys that are taken out of every row
+    reading: Reading = AS_WRITTEN
 
     @cached_property
     def make_row(self) -> Callable[[int], Any] | None:
@@ -156,7 +157,7 @@ class Source:
             for start in range(0, len(rows), ROWS_PER_BATCH):
                 part = rows[start : start + ROWS_PER_BATCH]
                 raw = [read_row(row) for row in part.tolist()]
-                yield part, self._without_ignored(raw) if self.ignore else raw
+                yield part, self._without_ignored(raw) if self.reading.ignore else raw
             return
         for file, begin, run in self.files_of(first, len(wanted)):
             offset = first + run.start - begin  # of the file's rows in the source
@@ -169,7 +170,7 @@ class Source:
                         batches = read(opened, file.name, file.segments, begin, wanted[run])
                     try:
                         for rows, raw in batches:
-                            yield rows + offset, self._without_ignored(raw) if self.ignore else raw
+                            yield rows + offset, self._without_ignored(raw) if self.reading.ignore else raw
                     except SourceError:
                         file.check(opened)
                         raise
@@ -177,10 +178,9 @@ class Source:
 
     def _without_ignored(self, raw: Rows) -> Rows:
         if not isinstance(raw, list):
-            return raw.select([name for name in raw.schema.names if name not in self.ignore])
-        return [
-            {key: row[key] for key in row if key not in self.ignore} if isinstance(row, dict) else row for row in raw
-        ]
+            return raw.select([name for name in raw.schema.names if name not in self.reading.ignore])
+        ignored = self.reading.ignore
+        return [{key: row[key] for key in row if key not in ignored} if isinstance(row, dict) else row for row in raw]
 
     def files_of(self, first: int, num_rows: int) -> Iterator[tuple[SourceFile, int, slice]]:
         """The files that hold rows [first, first + num_rows): each file's first row among them, and which of them."""
@@ -196,7 +196,7 @@ class Source:
         options = {key: str(value) for key, value in self.options.items() if key not in self.option_files}
         described: dict[str, Any] = {"options": options, "split": self.split}
         described["option_files"] = {key: file.sha256 for key, file in self.option_files.items()}
-        described["ignore"] = sorted(self.ignore)
+        described["reading"] = asdict(self.reading)
         if self.dataset is not None or self.task.generate is not None:
             return described | {"first": first, "rows": self.rows_sha256}
         files = self.files_of(first, num_rows)
