@@ -173,7 +173,8 @@ def test_ignored_keys_are_taken_out_of_rows(tmp_path: Path) -> None:
         write_rows(tmp_path / name, rows)
         file = SourceFile(tmp_path / name, name)
         plain, ignoring = (
-            Source(name, load_tasks()["conversations"], (file,), reading=Reading(ignore=keys)) for keys in ((), ("notes", "absent"))
+            Source(name, load_tasks()["conversations"], (file,), reading=Reading(ignore=keys))
+            for keys in ((), ("notes", "absent"))
         )
         assert list(plain.read(np.ones(1, dtype=bool))) == [(0, rows[0])]
         assert list(ignoring.read(np.ones(1, dtype=bool))) == [(0, {"messages": rows[0]["messages"], "id": 1})]
