@@ -163,7 +163,7 @@ def test_no_pickle_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert read_pickle(path).encode_ordinary("hi") == [104, 105]
     path.write_bytes(pickled_encoding({**good, "special_tokens": {"<|bos|>": 256}}))
     with pytest.raises(TokenizerError, match=r"special tokens missing: <\|user_start\|>, "):
-        read_pickle(path)
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize(
@@ -283,13 +283,25 @@ def test_foreign_tokenizer_json_is_refused_where_ids_could_differ(tmp_path: Path
     ]
     for changes, message in cases:
         with pytest.raises(TokenizerError, match=message):
-            read_json(edited(tmp_path, out, **changes))
+            load_tokenizer(edited(tmp_path, out, **changes))
     # the layout GPT-2's own file has: one ByteLevel step that splits by its own pattern, merges as strings
     merges = [" ".join(merge) for merge in model["merges"]]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     gpt2 = read_json(edited(tmp_path, out, pre_tokenizer=byte_level, model={**model, "merges": merges}))
     assert gpt2.pattern.startswith("'(?:[sdmt]|ll|ve|re)| ?")
     assert gpt2.ranks == DEMO.ranks
+
+
+def test_a_tokenizer_without_the_nine_special_tokens(tmp_path: Path) -> None:
+    other = Tokenizer({**BYTES, b"ab": 256}, SPLIT_PATTERN, {"<|im_end|>": 300}, "other")
+    save_tokenizer(other, tmp_path / "t")
+    assert sorted(os.listdir(tmp_path / "t")) == ["tokenizer.json", "tokenizer_config.json"]
+    assert "os_token" not in (tmp_path / "t" / "tokenizer_config.json").read_text()
+    again = load_tokenizer(tmp_path / "t", native=False)
+    assert again.is_as_saved and again.special_ids == {"<|im_end|>": 300} and again.vocab_size == 301
+    assert again.missing_special_tokens == list(SPECIAL_TOKENS)
+    assert (again.sha256, again.canary_sha256) == (other.sha256, other.canary_sha256)
+    assert Tokenizer(BYTES, SPLIT_PATTERN, {}, "none").vocab_size == 256
 
 
 def test_tokenizer_json_that_means_something_else(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:

@@ -58,11 +58,12 @@ EncodeBatch = Callable[[list[str]], Ids]
 class Tokenizer:
     """Byte-level BPE: `ranks` (token bytes → id), a split pattern, and special tokens (name → id).
 
+    missing_special_tokens: which of nanochat's nine it lacks; nanochat's chat format needs them all.
     dtype: of shards, little-endian uint16, or uint32 if the vocabulary size (special tokens included) exceeds 65,536.
     canary_sha256: over the ids of CANARY_TEXTS: per text its count, then its ids, all `<u4`.
 
-    Raises TokenizerError if one of the nine special tokens or of the 256 single bytes is missing, an id is used twice
-    or not below 1,048,576, or the pattern loses text or is not read the same way by tokenizers (patterns.py).
+    Raises TokenizerError if one of the 256 single bytes is missing, an id is used twice or not below 1,048,576, or the
+    pattern loses text or is not read the same way by tokenizers (patterns.py).
     """
 
     def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_ids: Mapping[str, int], name: str) -> None:
@@ -74,7 +75,8 @@ class Tokenizer:
         self.ranks = dict(ranks)
         self.pattern = pattern
         self.special_ids = dict(special_ids)
-        self.vocab_size = max(max(ranks.values()), max(special_ids.values())) + 1
+        self.missing_special_tokens = [token for token in SPECIAL_TOKENS if token not in special_ids]
+        self.vocab_size = max(*ranks.values(), *special_ids.values()) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= MAX_UINT16_VOCAB else "<u4")
         try:
             self.pattern_of_tokenizers = to_tokenizers(pattern)
@@ -204,12 +206,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, pattern: str = SPLIT_
 
 
 def _check_vocabulary(ranks: Mapping[bytes, int], special_ids: Mapping[str, int], name: str) -> None:
-    missing = [token for token in SPECIAL_TOKENS if token not in special_ids]
-    if missing:
-        raise TokenizerError(
-            f"{name}: special tokens missing: {', '.join(missing)}; all nine must be in the tokenizer "
-            "(import a .tiktoken file, or train one, to have them appended)"
-        )
     ids = [*ranks.values(), *special_ids.values()]
     unfit = [token_id for token_id in ids if type(token_id) is not int or not 0 <= token_id < MAX_VOCAB]
     if unfit:

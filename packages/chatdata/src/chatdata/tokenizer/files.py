@@ -19,9 +19,10 @@ from chatdata.tokenizer.pickled import read_pickle
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, native: bool = True) -> Tokenizer:
     """Load a tokenizer from a build, a tokenizer folder, or a tokenizer.json, tokenizer.pkl or .tiktoken file.
 
+    native: it is for nanochat's chat format, so all nine special tokens must be there.
     Raises TokenizerError if there is none or it cannot be used.
     """
     path = Path(path)
@@ -36,29 +37,37 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     readers = {".json": read_json, ".pkl": read_pickle, ".tiktoken": read_tiktoken}
     if path.suffix not in readers:
         raise TokenizerError(f"{path}: not a tokenizer; expected tokenizer.json, tokenizer.pkl or a .tiktoken file")
-    return readers[path.suffix](path)
+    tokenizer = readers[path.suffix](path)
+    if native and (missing := tokenizer.missing_special_tokens):
+        raise TokenizerError(
+            f"{path}: special tokens missing: {', '.join(missing)}; all nine must be in the tokenizer "
+            "(import a .tiktoken file, or train one, to have them appended)"
+        )
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: the same bytes for the same tokenizer.
 
+    A tokenizer without nanochat's special tokens gets no chat template, and no bos and eos token in its configuration.
     Raises TokenizerError if `tokenizers` is installed and gives other ids for some canary text.
     """
     contents = json.dumps(_contents(tokenizer), ensure_ascii=False, separators=(",", ":"))
     if not tokenizer.is_as_saved:
         _compare_with_tokenizers(tokenizer, contents)
     folder.mkdir(parents=True, exist_ok=True)
+    is_native = not tokenizer.missing_special_tokens
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>",
-        "eos_token": "<|assistant_end|>",
+        **({"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>"} if is_native else {}),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     for name, text in (
         ("tokenizer.json", contents),
         ("tokenizer_config.json", json.dumps(config, indent=1) + "\n"),
-        ("chat_template.jinja", Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")),
+        *([("chat_template.jinja", template)] if is_native else []),
     ):
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
