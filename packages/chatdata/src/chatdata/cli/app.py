@@ -1,28 +1,22 @@
-"""The `chatdata` command: build, tasks and cache. Heavy imports are inside functions so that `--help` is fast."""
+"""The `chatdata` command: its commands together, tasks and cache. Heavy imports are inside functions so that `--help` is fast."""
 
 from __future__ import annotations
 
-import gc
-import json
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from chatdata import __version__
+from chatdata.cli.build import build
 from chatdata.cli.check import diff, verify
-from chatdata.cli.command import FILE, examples, json_option, run_command, task_files_option, tokenizer_of
+from chatdata.cli.command import examples, json_option, run_command, task_files_option
 from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
 from chatdata.cli.tokenizer import tokenizer
-from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
-
-if TYPE_CHECKING:
-    from chatdata.tokenizer.bpe import Tokenizer
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -32,144 +26,8 @@ def cli(debug: bool) -> None:
     """Render chat conversations once, offline, to token shards with a parallel loss mask."""
 
 
-for command in (inspect, stats, verify, report, plan, diff, tokenizer, identity_command):
+for command in (build, inspect, stats, verify, report, plan, diff, tokenizer, identity_command):
     cli.add_command(command)
-
-
-@cli.command(
-    epilog=examples(
-        "chatdata build --stage mid --demo --out out/demo-mid",
-        "chatdata build --stage mid --data-dir hub --tokenizer tokenizer.pkl --identity me.jsonl --out out/mid",
-        "chatdata build --stage sft --recipe my.toml --tokenizer out/mid --out out/sft",
-    )
-)
-@click.option("--stage", type=click.Choice(["mid", "sft", "base"]), help="Stage to build (default: the recipe's).")
-@click.option("--recipe", metavar="NAME|FILE", help="Name of a recipe, or a TOML file (default: the stage's).")
-@click.option("--demo", is_flag=True, help="Build shipped and generated data with a small tokenizer; no downloads.")
-@click.option("--data-dir", type=FILE, help="Folder of Hub clones: DIR/<owner>/<name>/….")
-@click.option("--tokenizer", type=FILE, help="tokenizer.json, tokenizer.pkl, .tiktoken, a tokenizer folder or a build.")
-@click.option("--identity", type=FILE, help="Conversations for the recipe's identity entries (JSONL).")
-@click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
-@task_files_option
-@click.option("--out", type=FILE, help="Folder to write (default: out/<recipe>).")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes that render (default: one per core).")
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Where to render.")
-@click.option(
-    "--encoder",
-    type=click.Choice(["auto", "tiktoken", "fastokens", "gigatoken"]),
-    default="auto",
-    help="Library that encodes text; the ids are always tiktoken's. auto takes the fastest.",
-)
-@click.option("--limit", type=click.IntRange(min=1), help="Read at most this many rows per entry.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Longest document (default: the recipe's).")
-@click.option(
-    "--overflow", type=click.Choice(["keep", "truncate", "drop", "error"]), help="What happens to longer ones."
-)
-@click.option(
-    "--decontaminate",
-    type=click.Choice(["report", "drop", "off"]),
-    default="report",
-    help="Training rows that hold items chateval scores: list them next to OUT, also drop them, or do not search.",
-)
-@click.option("--dry-run", is_flag=True, help="Only print the plan.")
-@click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
-@json_option
-def build(
-    stage: str | None,
-    recipe: str | None,
-    demo: bool,
-    data_dir: Path | None,
-    tokenizer: Path | None,
-    identity: Path | None,
-    words: str | None,
-    task_files: tuple[Path, ...],
-    out: Path | None,
-    workers: int | None,
-    engine: str,
-    limit: int | None,
-    max_tokens: int | None,
-    overflow: str | None,
-    dry_run: bool,
-    force: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Render a recipe to token and mask shards."""
-    from chatdata.build.engines import available_cpus, start_early
-    from chatdata.build.plan import make_build_plan
-    from chatdata.build.run import build as run_build
-    from chatdata.build.run import check_out
-    from chatdata.look.build import show_plan, show_result
-    from chatdata.progress import shown_progress
-    from chatdata.recipe import load_recipe
-    from chatdata.sources.find import Locations
-    from chatdata.tasks.task import load_tasks
-
-    recipe_name = _recipe_name(stage, recipe, demo)
-    tasks = load_tasks(task_files)
-    loaded = load_recipe(recipe_name, tasks, max_tokens=max_tokens, overflow=overflow)
-    if stage and loaded.stage != stage:
-        raise UsageError(f'--stage {stage}, but the recipe "{loaded.name}" is for stage {loaded.stage}')
-    entries = [entry for split in loaded.splits.values() for entry in split]
-    identity_paths = {entry.path for entry in entries if entry.task == "identity"}
-    if identity and not identity_paths:
-        raise UsageError(f'--identity is given, but the recipe "{loaded.name}" has no identity entry')
-    if identity and len(identity_paths) > 1:
-        raise UsageError(f"--identity is given, but the identity entries have {len(identity_paths)} different paths")
-    if words and not any("words" in tasks[entry.task].options for entry in entries):
-        raise UsageError(f'--words is given, but the recipe "{loaded.name}" has no task with a word list')
-    if data_dir and demo and not recipe:
-        raise UsageError("--data-dir is given, but --demo reads no data")
-    if data_dir and not data_dir.is_dir():
-        raise UsageError(f"--data-dir {data_dir}: no such folder")
-    out = out or Path("out") / loaded.name
-    if not dry_run:
-        check_out(out, force)
-    workers = workers or available_cpus()
-    if workers > 1 and engine == "local" and not (dry_run or demo or limit):
-        start_early()
-    locations = Locations(loaded.folder, data_dir, identity, words)
-    used_tokenizer = tokenizer_of(tokenizer) if tokenizer else _demo_tokenizer(demo)
-    plan = make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
-    if not as_json:
-        show_plan(plan, out)
-    elif dry_run:
-        splits = {
-            split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.task_positions)} for e in entries]
-            for split, entries in plan.splits.items()
-        }
-        say_json({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "splits": splits})
-    if dry_run:
-        return
-    gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all
-    with nullcontext() if as_json else shown_progress() as progress:
-        manifest = run_build(plan, out, force=force, workers=workers, engine=engine, progress=progress, **options)
-    if as_json:
-        say_json({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]})
-    else:
-        show_result(manifest, json.loads((out / "report.json").read_text()), out)
-
-
-def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
-    if recipe:
-        return recipe
-    if stage is None:
-        raise UsageError("give --stage mid|sft|base, or --recipe NAME|FILE")
-    if demo and stage == "base":
-        raise UsageError("--demo has the stages mid and sft, not base")
-    return f"demo-{stage}" if demo else stage
-
-
-def _demo_tokenizer(demo: bool) -> Tokenizer:
-    """The demo's own tokenizer, trained now. Raises UsageError if there is no `--demo`."""
-    if demo:
-        from chatdata.demo.tokenizer import demo_tokenizer
-
-        return demo_tokenizer()
-    raise UsageError(
-        "no tokenizer given: pass --tokenizer with a tokenizer.json, nanochat's tokenizer.pkl, a .tiktoken "
-        "file or a build; make one with `chatdata tokenizer train`; or use --demo, which trains its own"
-    )
 
 
 @cli.command(name="tasks", epilog=examples("chatdata tasks", "chatdata tasks --task-file my_task.py"))
