@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from chatdata.build.plan import mixture_order, permutation, select
+from chatdata.build.plan import mixture_order, permutation, select, share_rows
 from chatdata.errors import RecipeError
-from chatdata.recipe import load_recipe, parse_recipe, shipped_recipes
+from chatdata.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from chatdata.tasks import Option, Task, load_tasks
 
 TASKS = load_tasks()
@@ -110,7 +113,23 @@ BAD = [
         'entry 1, key "rows": must be an integer of at least 1 and at most 100,000,000, not "5"',
     ),
     ('stage = "mid"' + ENTRY + "rows = 0", 'entry 1, key "rows": must be an integer of at least 1 and'),
-    ('stage = "mid"' + ENTRY + "epochs = 0", 'entry 1, key "epochs": must be an integer of at least 1, not 0'),
+    ('stage = "mid"' + ENTRY + "epochs = 0", 'entry 1, key "epochs": must be a number above 0, not 0'),
+    ('stage = "mid"' + ENTRY + "val_share = 1", 'entry 1, key "val_share": must be a number between 0 and 1, not 1'),
+    ('stage = "mid"' + ENTRY + 'name = ""', 'entry 1, key "name": must be a text that is not empty, not ""'),
+    (
+        'stage = "mid"' + ENTRY + "share = 1\nrows = 5",
+        'entry 1, key "share": decides the rows, in place of rows and epochs',
+    ),
+    (
+        'stage = "mid"' + ENTRY + "share = 1" + ENTRY,
+        'r.toml: "share" is missing in 1 of 2 entries of train; give all of them one, or none',
+    ),
+    (
+        'stage = "mid"' + ENTRY + ENTRY.replace("train", "val") + "val_share = 0.1",
+        '[[val]] entry 1, key "val_share": is for [[train]] entries; val gets its rows by itself',
+    ),
+    ('stage = "mid"' + ENTRY + 'columns = { text = "t" }', 'entry 1, key "columns": does nothing with "gsm8k"'),
+    ('stage = "mid"' + MATH + "rows = 9\nval_share = 0.1", 'key "val_share": does nothing, because "demo_math" is'),
     ('stage = "mid"' + ENTRY + "holdout = true", 'entry 1: unknown key "holdout"; valid: task, split'),
     ('stage = "mid"' + ENTRY + 'split = "tests"', 'key "split": "tests"; did you mean "test"?'),
     ('stage = "mid"' + ENTRY + 'subset = "mian"', 'key "subset": "mian"; did you mean "main"?'),
@@ -181,6 +200,8 @@ def test_select() -> None:
     assert select(10, -4, None, None, 2) == range(6, 8)
     assert select(10, 2, 8, 3, None) == range(2, 5)
     assert select(10, None, None, 5, 99) == range(5)
+    assert select(10, 2, None, None, None, 0.3) == range(2, 4)
+    assert select(0, None, None, None, None) == range(0)
     for arguments, message in [
         ((10, None, 11, None, None), "stop = 11 is outside the source's 10 rows"),
         ((10, -11, None, None, None), "start = -11 is outside the source's 10 rows"),
@@ -198,16 +219,57 @@ def test_a_file_in_the_way_does_not_become_a_recipe(tmp_path: Path, monkeypatch:
 
 
 def test_numbers_of_a_users_task_fit_a_manifest() -> None:
-    task = Task("mine", "s", "MIT", lambda row: row, options={"size": Option(int), "share": Option(float)})
+    task = Task("mine", "s", "MIT", lambda row: row, options={"size": Option(int), "ratio": Option(float)})
     for value in (2**53, -(2**53), 10**5_000, float("inf"), float("nan")):
-        key = "size" if isinstance(value, int) else "share"
+        key = "size" if isinstance(value, int) else "ratio"
         table = {"stage": "sft", "train": [{"task": "mine", "path": "x", key: value}]}
         with pytest.raises(
             RecipeError, match=rf'^r.toml, key "train\[0\].{key}": must be a number from -9,007,199,254'
         ):
             parse_recipe(table, "r.toml", Path("r.toml"), {"mine": task})
-    table = {"stage": "sft", "train": [{"task": "mine", "path": "x", "size": 2**53 - 1, "share": 1e300}]}
+    table = {"stage": "sft", "train": [{"task": "mine", "path": "x", "size": 2**53 - 1, "ratio": 1e300}]}
     parse_recipe(table, "r.toml", Path("r.toml"), {"mine": task})
+
+
+def parsed(**entry: Any) -> Recipe:
+    table = {"stage": "sft", "train": [{"task": "conversations", "path": "x", **entry}]}
+    return parse_recipe(table, "r.toml", Path("r.toml"), TASKS)
+
+
+def test_a_part_of_an_epoch_is_an_entry_of_its_own() -> None:
+    assert [entry.epochs for entry in parsed(epochs=2.3).splits["train"]] == [1, 1, 0.3]
+    assert [entry.get("epochs") for entry in parsed(epochs=1.5).resolved()["train"]] == [None, 0.5]
+    assert [entry.epochs for entry in parsed(epochs=3.0).splits["train"]] == [1, 1, 1]
+
+
+def test_val_share_makes_an_entry_of_val() -> None:
+    recipe = parsed(val_share=0.1, rows=20, epochs=2, name="mine")
+    assert [entry.in_val for entry in recipe.splits["train"]] == [False, False]
+    assert [(e.in_val, e.rows, e.name) for e in recipe.splits["val"]] == [(True, None, "mine")]
+    assert recipe.splits["val"][0].resolved()["val_share"] == 0.1
+
+
+def test_columns_and_names_are_resolved() -> None:
+    entry = parsed(columns={"prompt": "q", "completion": "a"}, name="mine").splits["train"][0]
+    assert entry.reading.columns == (("completion", "a"), ("prompt", "q"))
+    assert entry.resolved()["columns"] == {"completion": "a", "prompt": "q"}
+    assert (entry.label, entry.resolved()["name"]) == ("mine", "mine")
+    assert parsed().resolved()["train"][0]["name"] == "conversations"
+
+
+def test_share_rows() -> None:
+    assert share_rows([10, 10], [1, 1]) == [10, 10]
+    assert share_rows([10, 100], [1, 3]) == [10, 32]  # N = 43: 44 would take 11 of the first
+    assert share_rows([10, 5], [0.7, 0.3]) == [10, 4]
+    assert share_rows([3], [0.1]) == [3]
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=4))
+def test_share_rows_are_the_most_that_repeat_none(entries: list[tuple[int, int]]) -> None:
+    rows, shares = [list(values) for values in zip(*entries, strict=True)]
+    wanted = ([number * share // sum(shares) for share in shares] for number in itertools.count())
+    fitting = itertools.takewhile(lambda counts: all(map(int.__le__, counts, rows)), wanted)
+    assert share_rows(rows, shares) == list(fitting)[-1]
 
 
 def test_ignored_keys_are_in_the_manifest_if_there_are_any() -> None:

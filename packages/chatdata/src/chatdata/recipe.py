@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -25,6 +26,7 @@ MAX_ENTRIES = 2**15  # of a split, epochs expanded: the index numbers them in in
 RECIPE_FOLDERS = (Path(__file__).with_name("recipes"), Path(__file__).with_name("demo"))
 RULES = ("stage", "seed", "max_tokens", "overflow", "zero_supervised", "reasoning", "consecutive", "invalid")
 
+Above0 = Annotated[float, Meta(gt=0, description="a number above 0")]
 Place = Annotated[int, Meta(ge=-MAX_ROWS, le=MAX_ROWS)]
 
 
@@ -61,16 +63,24 @@ class EntryTable(EntryHead, forbid_unknown_fields=True, kw_only=True):
     rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)] = 1
     start: Place = 0
     stop: Place = 0
-    epochs: Annotated[int, Meta(ge=1)] = 1
+    epochs: Above0 = 1
+    share: Above0 | None = None
+    val_share: Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")] | None = None
+    name: Annotated[str, Meta(min_length=1, description="a text that is not empty")] = ""
     path: str = ""
     repo: str = ""
     revision: str = ""
     ignore: list[str] = []
+    columns: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the expanded recipe: a task, a split, and the positions taken from it."""
+    """One line of the expanded recipe: a task, a split, and the positions taken from it.
+
+    epochs: 1, or below 1 for the first part of the positions. val_share: the rows are divided by a hash of their
+    content (build/divide.py); in_val tells which side these are.
+    """
 
     task: str
     split: str
@@ -84,16 +94,26 @@ class Entry:
     reading: Reading = AS_WRITTEN
     options: Mapping[str, Any] = field(default_factory=dict)
     file_options: tuple[str, ...] = ()
+    name: str = ""  # the task's if the recipe gives none
+    epochs: float = 1
+    share: float | None = None
+    val_share: float | None = None
+    in_val: bool = False
 
     @property
     def label(self) -> str:
+        if self.name not in ("", self.task):
+            return self.name
         return " ".join(part for part in (self.task, self.subset, self.split) if part)
 
     def resolved(self) -> dict[str, Any]:
         """The entry as plain data for the manifest: files are named without the folders of this machine."""
-        keys = ("task", "split", "subset", "start", "stop", "rows", "repo", "revision")
+        keys = ("task", "name", "split", "subset", "start", "stop", "rows", "repo", "revision")
         given: dict[str, Any] = {"path": file_label(self.path)} if self.path else {}
         given |= {"ignore": list(self.reading.ignore)} if self.reading.ignore else {}
+        given |= {"columns": dict(self.reading.columns)} if self.reading.columns else {}
+        given |= {key: getattr(self, key) for key in ("share", "val_share") if getattr(self, key) is not None}
+        given |= {"epochs": self.epochs} if self.epochs != 1 else {}
         options = {key: file_label(value) if key in self.file_options else value for key, value in self.options.items()}
         return {**{key: getattr(self, key) for key in keys}, **given, **options}
 
@@ -170,19 +190,33 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
             f'{shown}: max_tokens = {read.max_tokens} does nothing with overflow = "keep"; '
             "choose truncate, drop or error"
         )
-    if "val" in table.get("shuffle", {}) and not read.val:
-        raise RecipeError(f'{shown}, key "shuffle.val": does nothing without a [[val]] entry')
     splits: dict[str, tuple[Entry, ...]] = {}
+    held_out: list[Entry] = []  # the other sides of entries with val_share
     for split, tables in (("train", read.train), ("val", read.val)):
         entries: list[Entry] = []
         for number, entry in enumerate(tables, start=1):
             here = f"{shown}, [[{split}]] entry {number}"
-            parsed, epochs = _parse_entry(entry, read, tasks, here), entry.get("epochs", 1)
-            if len(entries) + epochs > MAX_ENTRIES:
+            parsed = _parse_entry(entry, read, tasks, here)
+            if len(entries) + parsed.epochs > MAX_ENTRIES:
                 raise RecipeError(f"{here}: more than {MAX_ENTRIES:,} entries in a split; each epoch is one")
-            entries += [parsed] * epochs
+            if parsed.val_share and split == "val":
+                raise RecipeError(f'{here}, key "val_share": is for [[train]] entries; val gets its rows by itself')
+            other = replace(parsed, start=None, stop=None, rows=None, epochs=1, share=None, in_val=True)
+            if parsed.val_share and other not in held_out:
+                held_out.append(other)
+            whole, rest = divmod(Fraction(str(parsed.epochs)), 1)  # as it is written: 2.3 is 2 and 0.3
+            entries += [replace(parsed, epochs=1)] * whole + [replace(parsed, epochs=float(rest))] * (rest > 0)
+        entries += held_out if split == "val" else []
+        without = sum(entry.share is None for entry in entries)
+        if 0 < without < len(entries):
+            raise RecipeError(
+                f'{shown}: "share" is missing in {without} of {len(entries)} entries of {split}; '
+                "give all of them one, or none"
+            )
         if entries:
             splits[split] = tuple(entries)
+    if "val" in table.get("shuffle", {}) and "val" not in splits:
+        raise RecipeError(f'{shown}, key "shuffle.val": does nothing without a [[val]] entry')
     return Recipe(
         name=path.stem,
         **{key: getattr(read, key) for key in RULES},
@@ -216,7 +250,7 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
     ]
     keys: type[EntryTable] = defstruct("Entry", options, bases=(EntryTable,), kw_only=True)  # type: ignore[assignment]
     read = convert(table, keys, here, RecipeError)
-    idle = ("path", "repo", "revision") if task.generate else ("repo", "revision", "subset", "split")
+    idle = ("path", "repo", "revision", "val_share") if task.generate else ("repo", "revision", "subset", "split")
     unused = next((key for key in idle if key in table), None) if task.generate or "path" in table else None
     refused = next((key for key in read.ignore if key in REFUSED_KEYS), "")
     rows = "is generated" if task.generate else 'reads its "path"'
@@ -225,7 +259,14 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
         (task.scored_only, f': "{name}" is only for scoring, never in a build'),
         ((task.kind == "text") != (stage == "base"), f': "{name}" is {task.kind}, but stage {stage} takes {kind}'),
         (unused, f', key "{unused}": does nothing, because "{name}" {rows}'),
-        (read.ignore and not task.rows_are_conversations, f', key "ignore": does nothing with "{name}"'),
+        *(
+            (key in table and not task.rows_are_conversations, f', key "{key}": does nothing with "{name}"')
+            for key in ("ignore", "columns")
+        ),
+        (
+            read.share and table.keys() & {"rows", "epochs"},
+            ', key "share": decides the rows, in place of rows and epochs',
+        ),
         (refused, f', key "ignore": "{refused}" {REFUSED_KEYS.get(refused)}'),
         (task.generate and min(read.start, read.stop) < 0, ": start and stop of a generated task cannot be negative"),
         (task.generate and not table.keys() & {"rows", "stop"}, f': "{name}" is generated and needs the key "rows"'),
@@ -238,13 +279,19 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
         raise RecipeError(f'{here}, key "subset": "{subset}"{nearest(subset, list(splits))}')
     if splits and read.split not in splits[subset]:
         raise RecipeError(f'{here}, key "split": "{read.split}"{nearest(read.split, list(splits[subset]))}')
+    given: dict[str, Any] = {key: table.get(key) for key in ("start", "stop", "rows", "path", "repo", "revision")}
     return Entry(
         task=name,
         split=read.split,
         subset=subset,
-        **{key: table.get(key) for key in ("start", "stop", "rows", "path", "repo", "revision")},
+        **given,
+        name=read.name or name,
+        epochs=read.epochs,
+        share=read.share,
+        val_share=read.val_share,
         reading=Reading(
             ignore=tuple(sorted(set(read.ignore))),
+            columns=tuple(sorted(read.columns.items())),
             reasoning=recipe.reasoning,
             consecutive=recipe.consecutive,
             invalid=recipe.invalid,

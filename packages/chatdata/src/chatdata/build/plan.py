@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from chatdata.build.divide import in_val_rows
 from chatdata.disk import MAX_COUNT
 from chatdata.errors import MissingSource, RecipeError, UsageError
 from chatdata.recipe import MAX_ROWS, Recipe
@@ -48,7 +53,9 @@ def make_build_plan(
     source_of: dict[int, Source] = {}  # by the entry's id
     for entry in (entry for entries in recipe.splits.values() for entry in entries):
         # entries that differ only in which positions they take share a source
-        key = repr((replace(entry, start=None, stop=None, rows=None, options={}), sorted(entry.options.items())))
+        alike: dict[str, Any] = dict.fromkeys(("start", "stop", "rows", "share", "val_share"))
+        same = replace(entry, **alike, epochs=1, name="", in_val=False, options={})
+        key = repr((same, sorted(entry.options.items())))
         try:
             if key not in found:
                 found[key] = resolve(entry, tasks[entry.task], locations)
@@ -61,26 +68,48 @@ def make_build_plan(
         raise MissingSource(f"{len(missing)} sources are missing: {listed}")
     if missing:
         raise MissingSource(missing[0])
+    divided = cache(sides)
     splits: dict[str, list[PlannedEntry]] = {split: [] for split in recipe.splits}
     for split, entry in ((split, entry) for split, entries in recipe.splits.items() for entry in entries):
         task, source = tasks[entry.task], source_of[id(entry)]
+        side = None
         if task.generate is not None:
             num_rows = entry.stop if entry.stop is not None else (entry.start or 0) + (entry.rows or 0)
+        elif entry.val_share is not None:
+            side = divided(source, entry.val_share)[entry.in_val]
+            num_rows = len(side)
         else:
             num_rows = source.num_rows
         try:
-            positions = select(num_rows, entry.start, entry.stop, entry.rows, limit)
+            taken = select(num_rows, entry.start, entry.stop, entry.rows, limit, entry.epochs)
         except RecipeError as error:
             raise error.at(f"{entry.label} ({source.name})") from None
-        splits[split].append(PlannedEntry(entry, task, source, positions))
+        splits[split].append(PlannedEntry(entry, task, source, taken, side))
     for split, planned in splits.items():
-        if (total := sum(len(entry.task_positions) for entry in planned)) > MAX_ROWS:
+        if any(entry.entry.share for entry in planned):
+            counts = share_rows([len(p.taken) for p in planned], [p.entry.share or 0 for p in planned])
+            planned[:] = [replace(p, taken=p.taken[:count]) for p, count in zip(planned, counts, strict=True)]
+            none = next((p for p in planned if not p.taken), None)
+            if none:
+                raise RecipeError(f"{none.entry.label} ({none.source.name}): its share of {sum(counts):,} rows is none")
+        total = sum(len(entry.taken) for entry in planned)
+        if total > MAX_ROWS:
             raise RecipeError(f"{recipe.name}: {total:,} documents in {split}; at most {MAX_ROWS:,} fit a split")
+        if total == 0:  # only val_share leaves a side empty
+            num_rows = sum({p.source: p.source.num_rows for p in planned}.values())
+            other = "a larger" if split == "val" else "a smaller"
+            raise RecipeError(
+                f"{split} is empty: val_share = {planned[0].entry.val_share:g} gives it none of {num_rows:,} rows; "
+                f"choose {other} share, or give val files of its own in a recipe"
+            )
     return BuildPlan(recipe, tokenizer, splits, tuple(found.values()), limit, tasks, locations)
 
 
-def select(num_rows: int, start: int | None, stop: int | None, rows: int | None, limit: int | None) -> range:
-    """Task positions an entry takes: [start, stop) (negative counts from the end), the first `rows`, then `limit`.
+def select(
+    num_rows: int, start: int | None, stop: int | None, rows: int | None, limit: int | None, epochs: float = 1
+) -> range:
+    """Task positions an entry takes: [start, stop) (negative counts from the end), the first `rows`, then `limit`;
+    of n that are left the first floor(n * epochs), if epochs is below 1.
 
     Raises RecipeError for rows that do not exist: a mixture is never silently smaller than its recipe.
     """
@@ -89,7 +118,7 @@ def select(num_rows: int, start: int | None, stop: int | None, rows: int | None,
     for key, bound, value in (("start", low, start), ("stop", high, stop)):
         if not 0 <= bound <= num_rows:
             raise RecipeError(f"{key} = {value} is outside the source's {num_rows:,} rows")
-    if high <= low:
+    if high <= low and num_rows:  # a divided source may have an empty side
         raise RecipeError(f"start = {start}, stop = {stop} selects no rows of {num_rows:,}")
     if rows is not None:
         if rows > high - low:
@@ -97,12 +126,30 @@ def select(num_rows: int, start: int | None, stop: int | None, rows: int | None,
         high = low + rows
     if limit is not None:
         high = min(high, low + limit)
-    return range(low, high)
+    part = math.floor(Fraction(str(epochs)) * (high - low))
+    if part == 0 and high > low:
+        raise RecipeError(f"epochs: {epochs:g} of {high - low:,} rows is less than one row")
+    return range(low, low + part)
+
+
+def share_rows(available: list[int], shares: list[float]) -> list[int]:
+    """floor(N * share / sum of shares) for each entry, N being the largest number that repeats no row of any."""
+    exact = [Fraction(str(share)) / sum(Fraction(str(share)) for share in shares) for share in shares]
+    largest = min(math.ceil((rows + 1) / part) for rows, part in zip(available, exact, strict=True)) - 1
+    return [math.floor(largest * part) for part in exact]
 
 
 def permutation(num_rows: int) -> np.ndarray:
     """Task position → raw row (int64), as `datasets` shuffles with seed 42 (karpathy/nanochat@790f3be:tasks/*.py)."""
     return np.random.default_rng(42).permutation(num_rows)
+
+
+def sides(source: Source, val_share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The task positions (int32, ascending) of a source's rows for training, and of those for validation."""
+    in_val = in_val_rows(source, val_share)
+    if source.task.permuted:
+        in_val = in_val[permutation(len(in_val))]
+    return np.flatnonzero(~in_val).astype(np.int32), np.flatnonzero(in_val).astype(np.int32)
 
 
 def mixture_order(lengths: list[int], seed: int, shuffle: bool) -> np.ndarray:
@@ -122,12 +169,12 @@ def number_documents(plan: BuildPlan) -> dict[Source, RowMap]:
     row_maps: dict[Source, RowMap] = {}
     num_documents = 0
     for source in plan.sources:
-        taken = [p.task_positions for entries in plan.splits.values() for p in entries if p.source is source]
-        num_rows = source.num_rows if source.task.generate is None else max(positions.stop for positions in taken)
+        takers = [p for entries in plan.splits.values() for p in entries if p.source is source]
+        num_rows = source.num_rows if source.task.generate is None else max(p.taken.stop for p in takers)
         row_at = (permutation(num_rows) if source.task.permuted else np.arange(num_rows)).astype(np.int32)
         document_of = np.full(num_rows, -1, dtype=np.int32)
-        for positions in taken:
-            document_of[row_at[positions.start : positions.stop]] = 0
+        for planned in takers:
+            document_of[row_at[planned.task_positions]] = 0
         wanted = document_of == 0
         last = num_documents + int(wanted.sum())
         document_of[wanted] = np.arange(num_documents, last)
@@ -151,11 +198,11 @@ def rows_in_order(plan: BuildPlan, split: str, row_maps: Mapping[Source, RowMap]
     taken = [planned.task_positions for planned in entries]
     order = mixture_order([len(positions) for positions in taken], plan.recipe.seed, plan.recipe.shuffle[split])
     maps = [row_maps[planned.source] for planned in entries]
-    rows = [row_map.row_at[p.start : p.stop] for row_map, p in zip(maps, taken, strict=True)]
+    rows = [row_map.row_at[positions] for row_map, positions in zip(maps, taken, strict=True)]
     # a column at a time: together they are what a large build needs most memory for
     return {
         "document": np.concatenate([row_map.document_of[r] for row_map, r in zip(maps, rows, strict=True)])[order],
         "row": np.concatenate(rows)[order],
-        "position": np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) for p in taken])[order],
+        "position": np.concatenate(taken)[order],
         "entry": np.concatenate([np.full(len(p), i, dtype=np.int16) for i, p in enumerate(taken)])[order],
     }

@@ -21,7 +21,7 @@ from chatdata.check.verify import shortened, verify_full
 from chatdata.document import SPAN_ROLES, Document, Span
 from chatdata.errors import ChatdataError, RecipeError
 from chatdata.progress import Progress, no_progress
-from chatdata.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from chatdata.recipe import RULES, Recipe, load_recipe, parse_recipe, shipped_recipes
 from chatdata.render import specification as render
 from chatdata.render.format import NANOCHAT
 from chatdata.shards.read import Split, open_build
@@ -94,9 +94,13 @@ def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task]) -> Reci
         except RecipeError:
             continue
     wanted = manifest["recipe"]
-    keys = ("stage", "seed", "max_tokens", "overflow", "zero_supervised")
-    table: dict[str, Any] = {key: wanted[key] for key in keys if wanted[key] is not None}
-    table |= {split: [_entry_table(entry, tasks) for entry in wanted[split]] for split in manifest["splits"]}
+    table: dict[str, Any] = {key: wanted[key] for key in RULES if wanted.get(key) is not None}
+    entries = {
+        # the rows that val_share gives to val are no entry of a recipe
+        split: [_entry_table(entry, tasks) for entry in wanted[split] if split == "train" or "val_share" not in entry]
+        for split in manifest["splits"]
+    }
+    table |= {split: tables for split, tables in entries.items() if tables}
     table["shuffle"] = {split: wanted["shuffle"][split] for split in manifest["splits"] if split in wanted["shuffle"]}
     return _same_recipe(manifest, parse_recipe(table, "the build's recipe", Path("recipe.toml"), tasks))
 
@@ -168,15 +172,16 @@ def _check_order(
     """
     folder = split.build.path / split.name
     index = {name: split.index[name].to_numpy().astype(np.int64) for name in ("row", "position", "entry")}
-    counts = [len(planned.task_positions) for planned in entries]
+    counts = [len(planned.taken) for planned in entries]
     rows = np.concatenate([_rows_of(planned) for planned in entries])
     entry = np.repeat(np.arange(len(entries)), counts)
     order = mixture_order(counts, recipe.seed, recipe.shuffle[split.name])
-    within = index["position"] - np.array([planned.task_positions.start for planned in entries])[index["entry"]]
-    strange = (within < 0) | (within >= np.array(counts)[index["entry"]])
+    keys = np.concatenate([planned.task_positions for planned in entries]) + (entry << 32)  # ascending
+    sought = index["position"] + (index["entry"] << 32)
+    places = np.searchsorted(keys, sought)
+    strange = keys[np.minimum(places, len(keys) - 1)] != sought
     if strange.any():
         return [], [f"{folder}: document {np.argmax(strange)} has a position that its entry does not take"]
-    places = np.cumsum([0, *counts])[index["entry"]] + within
     mixed = np.empty(len(order), dtype=np.int64)  # place → its number in the mixture
     mixed[order] = np.arange(len(order))
     problems = []
@@ -208,7 +213,7 @@ def _check_order(
 
 def _rows_of(planned: PlannedEntry) -> np.ndarray:
     """The row at each of an entry's positions."""
-    positions = np.arange(planned.task_positions.start, planned.task_positions.stop)
+    positions = planned.task_positions
     return permutation(planned.source.num_rows)[positions] if planned.task.permuted else positions
 
 
@@ -233,7 +238,7 @@ def _check_rendering(plan: BuildPlan, chosen: list[_Chosen], progress: Progress)
         for document in chosen:
             if document.planned.source is source:
                 of_row.setdefault(document.row, []).append(document)
-        ranges = [e.task_positions for entries in plan.splits.values() for e in entries if e.source is source]
+        ranges = [e.taken for entries in plan.splits.values() for e in entries if e.source is source]
         wanted = np.zeros(max(r.stop for r in ranges) if source.make_row else source.num_rows, dtype=bool)
         wanted[list(of_row)] = True
         for done, (row, raw) in enumerate(source.read(wanted), start=1):

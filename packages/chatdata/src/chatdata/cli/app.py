@@ -1,4 +1,4 @@
-"""The `chatdata` command: its commands together, tasks and cache. Heavy imports are inside functions so that `--help` is fast."""
+"""The `chatdata` command, with tasks and cache. Heavy imports are inside functions so that `--help` is fast."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def build(
         show_plan(plan, out)
     elif dry_run:
         splits = {
-            split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.task_positions)} for e in entries]
+            split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken)} for e in entries]
             for split, entries in plan.splits.items()
         }
         say_json({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "splits": splits})

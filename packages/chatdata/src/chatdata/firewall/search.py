@@ -77,7 +77,7 @@ def check(
     about_words = np.zeros(len(store.num_tokens), dtype=bool)
     for planned in train:
         row_map = row_maps[planned.source]
-        documents = row_map.document_of[row_map.row_at[planned.task_positions.start : planned.task_positions.stop]]
+        documents = row_map.document_of[row_map.row_at[planned.task_positions]]
         in_train[documents] = True
         about_words[documents] = word_of(planned.task) is not None
     in_train &= store.drop_reason == 0

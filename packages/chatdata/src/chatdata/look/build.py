@@ -26,7 +26,7 @@ def show_plan(plan: BuildPlan, out: Path) -> None:
         for planned in entries:
             source = planned.source
             revision = f"@{source.revision[:12]}" if source.revision else ""
-            counts[split, planned.entry.label, len(planned.task_positions), source.name + revision] += 1
+            counts[split, planned.entry.label, len(planned.taken), source.name + revision] += 1
     lines = grid("split", "entry", "rows", "source")
     lines.columns[2].justify = "right"
     for (split, label, num_rows, name), times in counts.items():

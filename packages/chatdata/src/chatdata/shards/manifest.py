@@ -83,6 +83,7 @@ class Counts(Struct):
 
 class Entry(Counts):
     task: str
+    name: str
     subset: str
     split: str
     source: str
@@ -194,7 +195,7 @@ def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
         found += [
             (f"{at}.entries[{i}].{key}", entry[key], wanted.get(key))
             for i, (entry, wanted) in enumerate(zip(split["entries"], recipe.get(name, []), strict=False))
-            for key in ("task", "subset", "split")
+            for key in ("task", "name", "subset", "split")
         ]
         sources = [source["name"] for source in manifest["sources"]]
         strange = {i: entry["source"] for i, entry in enumerate(split["entries"]) if entry["source"] not in sources}

@@ -119,6 +119,7 @@ def _ledger(
             {
                 "entry": number,
                 "task": planned.entry.task,
+                "name": planned.entry.name,
                 "subset": planned.entry.subset,
                 "split": planned.entry.split,
                 "source": planned.source.name,

@@ -12,6 +12,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chatdata.disk import home_path
 from chatdata.errors import MissingSource, SourceError
 from chatdata.recipe import Entry, file_label
@@ -36,12 +38,24 @@ class Locations:
 
 @dataclass(frozen=True)
 class PlannedEntry:
-    """An entry with its task, the source of its rows, and the task positions it takes from it."""
+    """An entry with its task, the source of its rows, and which of the source's task positions it takes.
+
+    side: int32, ascending, the task positions on its side of a source that is divided by val_share. taken: of these,
+    or else of all task positions.
+    """
 
     entry: Entry
     task: Task
     source: Source
-    task_positions: range
+    taken: range
+    side: np.ndarray | None = None
+
+    @property
+    def task_positions(self) -> np.ndarray:
+        """int32 [len(taken)], ascending."""
+        if self.side is not None:
+            return self.side[self.taken.start : self.taken.stop]
+        return np.arange(self.taken.start, self.taken.stop, dtype=np.int32)
 
 
 def resolve(entry: Entry, task: Task, locations: Locations) -> Source:
