@@ -100,7 +100,7 @@ OF_RESULTS = [
     "chateval compare t s --json",
     "chateval compare s t --markdown x.md",
     f"{SCORE} --checkpoint r --out s",
-    f"{SCORE} --checkpoint r --out s --firewall q-firewall.json --json",
+    f"{SCORE} --checkpoint r --out s --firewall q/firewall.json --json",
 ]
 OF_SOURCES = [f"{OWN} --tokenizer o", f"{OWN} --tokenizer o --json", f"{OWN} --tokenizer o --dry-run", SEMANTIC]
 
@@ -143,7 +143,7 @@ TARGETS: dict[str, list[str]] = {
     "e/*": [f"{SCORE} --checkpoint e --out x", "chateval chat --checkpoint e --say Hi! --max-new-tokens 4"],
     "nanochat/*": ["chattrain import-nanochat nanochat --tokenizer tokenizer.pkl --out x"],
     "s/*.json*": OF_RESULTS,
-    "q-firewall.json": [OF_RESULTS[-1]],
+    "q/firewall.json": [OF_RESULTS[-1]],
 }
 
 RECIPE = """stage = "sft"

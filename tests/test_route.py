@@ -291,6 +291,7 @@ def test_hop_6_documents_become_a_build(build: Build) -> None:
     files = sorted(path.relative_to(build.path).as_posix() for path in build.path.rglob("*") if path.is_file())
     kinds = ("index-00000.parquet", "mask-00000.npy", "offsets-00000.npy", "tokens-00000.npy")
     assert files == [
+        "firewall.json",
         "manifest.json",
         "report.json",
         *("tokenizer/chat_template.jinja", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),

@@ -188,6 +188,9 @@ RUN_ON = {
 def work(demo_work: Path, tmp_path: Path, command_line: Callable, offline: None) -> Path:
     """Small demo builds, a run and scores of each, under the names that the pages use."""
     folder = shutil.copytree(demo_work, tmp_path / "work")
+    (folder / "exam.jsonl").write_text(
+        re.findall(r'^ +({"question": .*})$', (ROOT / "docs" / "building.md").read_text(), re.M)[0]
+    )
     scored = "chateval run --checkpoint runs/mid --tasks demo_choice --limit 2 --device cpu --out scores/mid"
     assert command_line(scored, folder).returncode == 0
     for name in ("runs", "scores"):
@@ -201,6 +204,7 @@ def can_run(context: click.Context, folder: Path) -> bool:
     reads = [value for key, value in given.items() if isinstance(value, Path) and key not in ("out", "markdown")]
     reads += [*given.get("task_files", ()), *([given["words"]] if given.get("words") else [])]
     reads += [init for init in [given.get("init")] if init and not init.startswith("random:")]
+    reads += [file.partition(":")[0] for file in given.get("against") or ()]
     reads += [recipe for recipe in [given.get("recipe")] if recipe and recipe.endswith(".toml")]
     return given.get("engine") != "ray" and all((folder / path).exists() for path in reads)
 

@@ -79,6 +79,7 @@ def test_same_bytes_anywhere(tmp_path: Path, chatdata: Callable) -> None:
     assert builds[0] == builds[1]
     assert sorted(builds[0]) == sorted(
         [
+            "firewall.json",
             "manifest.json",
             "tokenizer/tokenizer.json",
             "tokenizer/tokenizer_config.json",

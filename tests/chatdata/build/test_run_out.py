@@ -33,7 +33,7 @@ def test_output_folder_exists(tmp_path: Path, chatdata: Callable) -> None:
     assert result.stderr == f"Error: {out}: already exists; choose another --out, or --force to replace a build\n"
     assert chatdata("build", "--stage", "sft", "--demo", "--limit", 20, "--out", out, "--force").returncode == 0
     assert (out / "manifest.json").read_bytes() != before
-    assert sorted(os.listdir(tmp_path)) == ["out", "out-firewall.json"]
+    assert sorted(os.listdir(tmp_path)) == ["out"]
     mine = tmp_path / "thesis"
     mine.mkdir()
     (mine / "chapter1.tex").write_text("precious")
@@ -141,7 +141,7 @@ def test_killed_then_built_again(tmp_path: Path, chatdata: Callable) -> None:
     assert os.listdir(tmp_path) == [".out.partial"]
     result = chatdata(*DEMO, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert sorted(os.listdir(tmp_path)) == ["out", "out-firewall.json"]
+    assert sorted(os.listdir(tmp_path)) == ["out"]
     assert len(open_build(tmp_path / "out")["train"]) > 0
 
 
@@ -283,7 +283,7 @@ def test_links_are_followed_and_kept(tmp_path: Path, byte_tokenizer: Tokenizer, 
     (tmp_path / "out").symlink_to(tmp_path / "big" / "a")
     assert build_of(tmp_path, byte_tokenizer, chatdata, [HI]).returncode == 0
     assert build_of(tmp_path, byte_tokenizer, chatdata, [HI], "--force").returncode == 0
-    assert (tmp_path / "out").is_symlink() and sorted(os.listdir(tmp_path / "big")) == ["a", "a-firewall.json"]
+    assert (tmp_path / "out").is_symlink() and sorted(os.listdir(tmp_path / "big")) == ["a"]
     (tmp_path / "out").unlink()
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     assert "a link to nowhere" in build_of(tmp_path, byte_tokenizer, chatdata, [HI]).stderr

@@ -578,7 +578,7 @@ def test_a_full_disk_for_the_firewall_list_leaves_no_build(
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr("chatdata.build.run.write_json", write_json)
     run(recipe, byte_tokenizer, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out", "out-firewall.json"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
 
 
 def test_a_unit_that_may_not_be_read_is_rendered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_the_command(tmp_path: Path, chatdata: Callable, korvo: Persona, byte_to
     forced = chatdata("identity", "me.toml", "--out", "me.jsonl", "--rows", 3, "--force", "--json", cwd=tmp_path)
     assert json.loads(forced.stdout) == {"out": "me.jsonl", **identity_facts(korvo, identity_conversations(korvo, 3))}
     assert len((tmp_path / "me.jsonl").read_text().splitlines()) == 3
-    built_files = ["out", "out-firewall.json", "r.toml", "t"]
+    built_files = ["out", "r.toml", "t"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["me.jsonl", "me.toml", *built_files]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from chatdata import open_build
 from chatdata.build.plan import make_build_plan
-from chatdata.build.run import build, firewall_path
+from chatdata.build.run import build
 from chatdata.check.rerender import verify_semantic
 from chatdata.check.verify import verify_full
 from chatdata.firewall.ngrams import normalise
@@ -26,6 +26,7 @@ from chatdata.tasks.multiple_choice import multiple_choice
 from chatdata.tasks.words import is_test_word
 from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
 
+TOLD = ("report.json", "firewall.json")  # of a build: what changes no byte of the rest
 CHOICES = ["a copper wire", "a wool scarf", "the glass bulb", "dry sand"]
 MMLU = [
     ("Which part of the lamp on the desk lets the current through most easily?", CHOICES),
@@ -60,7 +61,7 @@ def run(tmp_path: Path, data_dir: Path, byte_tokenizer: Tokenizer, monkeypatch: 
         tasks = load_tasks()
         plan = make_build_plan(load_recipe(str(recipe), tasks), tasks, byte_tokenizer, Locations(tmp_path, data_dir))
         build(plan, tmp_path / name, decontaminate=decontaminate)
-        path = firewall_path(tmp_path / name)
+        path = tmp_path / name / "firewall.json"
         return tmp_path / name, json.loads(path.read_text()) if path.exists() else None
 
     return run
@@ -123,7 +124,7 @@ def test_report_changes_no_byte_and_drop_counts_what_it_removes(run) -> None:
     chats = [chat for chat, _ in PLANTED.values()]
     (off, nothing), (report, listed), (drop, _) = (run(chats, mode, mode) for mode in ("off", "report", "drop"))
     assert nothing is None and listed["build_id"] == open_build(report).manifest["build_id"]
-    files = [path.relative_to(off) for path in sorted(off.rglob("*")) if path.is_file() and path.name != "report.json"]
+    files = [path.relative_to(off) for path in sorted(off.rglob("*")) if path.is_file() and path.name not in TOLD]
     assert all((off / name).read_bytes() == (report / name).read_bytes() for name in files)
     manifest = open_build(drop).manifest
     assert manifest["recipe"]["decontaminate"] == "drop" and "decontaminate" not in open_build(off).manifest["recipe"]
@@ -168,7 +169,7 @@ def test_documents_count_as_they_are_cut(run, tmp_path, byte_tokenizer) -> None:
         make_build_plan(load_recipe(str(recipe), tasks), tasks, tokenizer, Locations(tmp_path, tmp_path / "hub")),
         tmp_path / "cut",
     )
-    assert json.loads(firewall_path(tmp_path / "cut").read_text())["items"] == []
+    assert json.loads((tmp_path / "cut" / "firewall.json").read_text())["items"] == []
 
 
 def test_share_of_a_question() -> None:
@@ -243,6 +244,6 @@ def test_a_task_of_ones_own_is_checked_too(tmp_path: Path, byte_tokenizer: Token
     tasks = load_tasks((path,))
     plan = make_build_plan(load_recipe(str(tmp_path / "own.toml"), tasks), tasks, byte_tokenizer, Locations(tmp_path))
     build(plan, tmp_path / "own")
-    found = json.loads(firewall_path(tmp_path / "own").read_text())
+    found = json.loads((tmp_path / "own" / "firewall.json").read_text())
     rows = {item["item"]: [row["row"] for row in item["rows"]] for item in found["items"]}
     assert rows == {"mine test row 0": [0, 4], "mine test row 1": [1]}

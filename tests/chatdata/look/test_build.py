@@ -78,12 +78,17 @@ def test_firewall(capsys: pytest.CaptureFixture[str]) -> None:
     }
     shown = lines(capsys, firewall=firewall)
     start = shown.index("firewall: 4 training rows hold scored items (kept; --decontaminate drop leaves them out)")
-    assert shown[start + 1 : start + 6] == [
+    assert shown[start + 1 : start + 7] == [
         "rows of            gsm8k",
         "a" + " " * 22 + "4",
         "scored items  2 of 1,319",
-        "every row is listed in out-firewall.json",
+        "every row is listed in firewall.json, in the build",
+        "no match: mmlu (10)",
         "not checked (no file): arc_easy, humaneval",
     ]
     firewall["checked"]["gsm8k"]["flagged"] = 0
     assert "firewall: no training row holds any of 1,329 scored items" in lines(capsys, firewall=firewall)
+    firewall["checked"] = {}
+    shown = lines(capsys, firewall=firewall)
+    start = shown.index("firewall: no scored set was found to search for; --against FILE adds your own test items")
+    assert shown[start + 1] == "not checked (no file): arc_easy, humaneval"

@@ -59,7 +59,7 @@ def sampling_options(command: Any) -> Any:
 @click.option("--draws", type=POSITIVE, default=1, show_default=True, help="Answers per generated question.")
 @sampling_options
 @click.option("--allow-code", is_flag=True, help="Run programs that the model writes, in a sandbox.")
-@click.option("--firewall", type=PATH, help="A build's OUT-firewall.json: score items it was trained on separately.")
+@click.option("--firewall", type=PATH, help="A build's firewall.json: score items it was trained on separately.")
 @click.option("--out", type=PATH, help="Results folder, one per set of tasks (default: scores/<hash of the weights>).")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def run(**options: Any) -> None:

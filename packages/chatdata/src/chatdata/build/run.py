@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -53,21 +53,24 @@ def build(
     engine: str = "local",
     encoder: str = "auto",
     decontaminate: str = "report",
+    against: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build `plan` into the folder `out` and return its manifest: the same bytes for any workers, engine and encoder.
 
     `out` is untouched until the end, also by an error or an interruption; rendered units stay in the cache.
-    decontaminate: "report" lists training documents that hold scored items in OUT-firewall.json, "drop" leaves them
-    out as well, "off" does not look for them.
-    Raises UsageError for an unknown engine, encoder or `decontaminate`; BuildError if `out` exists (with `force`: if it
-    is not a build), if another build writes there, if a policy of the recipe is "error" or leaves nothing, or if the
-    disk is full; EncoderError, and the named error of the first row that cannot be rendered. With `workers` over 1 a
-    script needs `if __name__ == "__main__":` around the call.
+    decontaminate: "report" lists training documents that hold scored items in OUT/firewall.json, "drop" leaves them
+    out as well, "off" does not look for them. against: files of your own scored items, FILE[:QUESTION[,CHOICES...]].
+    Raises UsageError for an unknown engine, encoder or `decontaminate`, and for `against` with "off"; BuildError if
+    `out` exists (with `force`: if it is not a build), if another build writes there, if a policy of the recipe is
+    "error" or leaves nothing, or if the disk is full; EncoderError, and the named error of the first row that cannot be
+    rendered or searched for. With `workers` over 1 a script needs `if __name__ == "__main__":` around the call.
     """
     for value, known in ((engine, ENGINES), (decontaminate, CHOICES)):
         if value not in known:
             raise UsageError(f"{value!r}: give one of {', '.join(known)}")
+    if against and decontaminate == "off":
+        raise UsageError("--against is given, but --decontaminate off searches for nothing")
     out = out.resolve()  # through links: the folder they lead to is written, not the link
     row_maps = number_documents(plan)
     rows = {split: rows_in_order(plan, split, row_maps) for split in plan.splits}
@@ -99,7 +102,7 @@ def build(
                 save_tokenizer(plan.tokenizer, growing / "tokenizer")
             scored = None
             if decontaminate != "off":
-                scored = read_scored(plan.splits["train"], plan.tasks, plan.locations, plan.tokenizer)
+                scored = read_scored(plan.splits["train"], plan.tasks, plan.locations, plan.tokenizer, against)
             rendered = render(on_rows)
         if rendered:
             used = load_encoder(encoder, plan.tokenizer)
@@ -115,13 +118,14 @@ def build(
         seconds["render"] = time.perf_counter() - started
 
         # look for scored items
-        findings, dropped = None, np.zeros(0, dtype=np.int64)
+        findings, dropped, dropping = None, np.zeros(0, dtype=np.int64), {}
         if scored:
             findings = check(plan.splits["train"], plan.tokenizer, scored, documents, row_maps, workers)
             report["firewall"] = {"decontaminate": decontaminate, **summary(findings)}
             seconds["firewall"] = time.perf_counter() - started - seconds["render"]
             if decontaminate == "drop":
                 dropped = findings.documents
+                dropping = {"decontaminate": "drop"} | ({"against": scored.against} if scored.against else {})
 
         # write splits
         splits: dict[str, Any] = {}
@@ -137,13 +141,15 @@ def build(
         forget_readers()  # no row is read from here on
         seconds["total"] = time.perf_counter() - started
         report |= _run_facts(seconds, splits)
-        manifest = _manifest(plan, sources, splits, growing / "tokenizer", decontaminate)
+        manifest = _manifest(plan, sources, splits, growing / "tokenizer", dropping)
+        if findings:
+            write_json(growing / "firewall.json", listing(findings, manifest["build_id"]))
         write_json(growing / "report.json", report | {"build_id": manifest["build_id"]})
         write_json(growing / "manifest.json", manifest)
 
         # publish
         check_out(out, force)
-        publish(growing, out, listing(findings, manifest["build_id"]) if findings else None)
+        publish(growing, out)
     return manifest
 
 
@@ -167,10 +173,10 @@ def _show_rows(plan: BuildPlan, units: list[Unit], missing: list[Unit], progress
 
 
 def _manifest(
-    plan: BuildPlan, sources: list[Any], splits: dict[str, Any], tokenizer_folder: Path, decontaminate: str
+    plan: BuildPlan, sources: list[Any], splits: dict[str, Any], tokenizer_folder: Path, dropping: dict[str, Any]
 ) -> dict[str, Any]:
+    """dropping: what decided which documents the firewall dropped. A report of them changes no byte."""
     tokenizer = plan.tokenizer
-    dropping = {"decontaminate": "drop"} if decontaminate == "drop" else {}  # a report changes no byte
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     manifest = {
         "format": FORMAT,
@@ -262,19 +268,16 @@ def partial_folder(out: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def publish(partial: Path, out: Path, scored_items: dict[str, Any] | None = None) -> None:
+def publish(partial: Path, out: Path) -> None:
     """Rename the finished `partial` to `out`. An old build is moved aside first, and comes back if anything fails.
 
-    scored_items: the list written next to `out`; without one, an old build's list is removed.
     If the process is killed at any moment, MARK tells what the folders are: it is in a partial folder until that is
     `out`, and in an old build that was moved aside. Raises BuildError if the name to move it to is taken.
     """
     sync(partial)
-    old, listed = out.with_name(f".{out.name}.old"), out.with_name(f".{out.name}-firewall.partial")
+    old = out.with_name(f".{out.name}.old")
     replacing = out.exists() and any(out.iterdir())
     try:
-        if scored_items:  # written first: a full disk leaves no build without its list
-            write_json(listed, scored_items)
         if replacing:
             if old.exists():
                 raise BuildError(f"{old}: in the way and not a build's; move it or choose another --out")
@@ -282,15 +285,10 @@ def publish(partial: Path, out: Path, scored_items: dict[str, Any] | None = None
             out.rename(old)
         partial.rename(out)
     except BaseException:
-        listed.unlink(missing_ok=True)
         _settle(out)
         raise
     sync(out.parent)
     _settle(out)
-    if scored_items:
-        listed.replace(firewall_path(out))
-    else:
-        firewall_path(out).unlink(missing_ok=True)
 
 
 def _settle(out: Path) -> None:
@@ -310,8 +308,3 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     with suppress(OSError):  # a file could not be deleted: the next build tries again
         folder.rmdir()
-
-
-def firewall_path(out: Path) -> Path:
-    """Where the scored items found in the build `out` are listed: next to it, because a build holds only itself."""
-    return out.with_name(f"{out.name}-firewall.json")

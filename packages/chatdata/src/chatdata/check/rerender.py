@@ -125,7 +125,7 @@ def _entry_table(entry: dict[str, Any], tasks: Mapping[str, Task]) -> dict[str, 
 
 def _same_recipe(manifest: dict[str, Any], recipe: Recipe) -> Recipe:
     """`recipe` with the build's length rule. Raises RecipeError naming the first other difference."""
-    wanted = {key: value for key, value in manifest["recipe"].items() if key not in ("limit", "decontaminate")}
+    wanted = {k: v for k, v in manifest["recipe"].items() if k not in ("limit", "decontaminate", "against")}
     recipe = replace(recipe, max_tokens=wanted["max_tokens"], overflow=wanted["overflow"])
     for key, there, here in differences(wanted, recipe.resolved()):
         raise RecipeError(f"{recipe.name} is not the recipe of this build: {key} is {there} in the build, {here} here")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         "chatdata build --stage mid --demo --out out/demo-mid",
         "chatdata build --stage mid --data-dir hub --tokenizer tokenizer.pkl --identity me.jsonl --out out/mid",
         "chatdata build --stage sft --recipe my.toml --tokenizer out/mid --out out/sft",
+        "chatdata build --stage mid --demo --against exam.jsonl:question,options --decontaminate drop",
     )
 )
 @click.option("--stage", type=click.Choice(["mid", "sft", "base"]), help="Stage to build (default: the recipe's).")
@@ -51,7 +52,14 @@ if TYPE_CHECKING:
     "--decontaminate",
     type=click.Choice(["report", "drop", "off"]),
     default="report",
-    help="Training rows that hold items chateval scores: list them next to OUT, also drop them, or do not search.",
+    help="Training rows that hold scored items: list them in OUT/firewall.json, also drop them, or do not search.",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="FILE[:QUESTION[,CHOICES...]]",
+    help="Your own test items (JSONL, Parquet), to be searched for like those that chateval scores. Keys of their "
+    "question (default: question, problem or prompt) and choices (default: choices, if there).",
 )
 @click.option("--dry-run", is_flag=True, help="Only print the plan.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a build.")

@@ -26,7 +26,7 @@ def summary(findings: Findings) -> dict[str, Any]:
 
 
 def listing(findings: Findings, build_id: str) -> dict[str, Any]:
-    """For `<OUT>-firewall.json`: every flagged item with its training rows, and which sets were checked."""
+    """For OUT/firewall.json: every flagged item with its training rows, and which sets were checked."""
     items: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for hit in findings.hits:
         rows = items.setdefault((hit.item.set, hit.item.item), [])

@@ -1,19 +1,21 @@
-"""The items that chateval scores, as the firewall searches for them."""
+"""The items that chateval scores, and those of a user's own files, as the firewall searches for them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from chatdata.conversation import parse_conversation
-from chatdata.errors import ChatdataError, MissingSource
-from chatdata.firewall.ngrams import NUM_WORDS, Index, WordTable, index_texts, word_table
-from chatdata.recipe import scored_entry
+from chatdata.disk import shown
+from chatdata.errors import ChatdataError, MissingSource, SourceError, UsageError
+from chatdata.firewall.ngrams import NUM_WORDS, Index, WordTable, index_texts, normalise, word_table
+from chatdata.recipe import Entry, scored_entry
 from chatdata.sources import hub
 from chatdata.sources.find import Locations, PlannedEntry, resolve
 from chatdata.sources.source import Source
@@ -21,12 +23,14 @@ from chatdata.tasks.multiple_choice import question_and_choices
 from chatdata.tasks.task import Scoring, Task, call_task
 from chatdata.tokenizer.bpe import Tokenizer
 
+QUESTION_KEYS, CHOICES_KEY = ("question", "problem", "prompt"), "choices"  # of a user's own file, if none are named
+
 
 class ScoredItem(NamedTuple):
     """A scored row: `parts` are its question, then its choices if it has any; `word` what a spelling row is about."""
 
     set: str
-    item: str  # as chateval names it: "mmlu all test row 812"
+    item: str  # as chateval names it: "mmlu all test row 812"; of a user's own file: "exam.jsonl line 3"
     parts: tuple[str, ...]
     word: str | None
 
@@ -43,7 +47,8 @@ class ScoredItem(NamedTuple):
 class Scored:
     """All items, an index over their `key_text`, and the words of the tokenizer's tokens.
 
-    checked: scored set → its source; not_checked: scored set → why; cpu_s: what reading and indexing took.
+    checked: scored set or file → its source; not_checked: scored set → why; cpu_s: what reading and indexing took.
+    against: name, keys (as given) and SHA-256 of each of the user's own files.
     """
 
     items: list[ScoredItem]
@@ -51,21 +56,35 @@ class Scored:
     table: WordTable
     checked: Mapping[str, Source]
     not_checked: Mapping[str, str]
+    against: list[dict[str, str]]
     cpu_s: float
 
 
 def read_scored(
-    train: Sequence[PlannedEntry], tasks: Mapping[str, Task], locations: Locations, tokenizer: Tokenizer
+    train: Sequence[PlannedEntry],
+    tasks: Mapping[str, Task],
+    locations: Locations,
+    tokenizer: Tokenizer,
+    own_files: Sequence[str] = (),
 ) -> Scored:
-    """The scored items that are found locally: nothing is downloaded.
+    """The scored items that are found locally (nothing is downloaded), and those of the user's own files.
 
     Takes a second, whatever the build, and depends on nothing rendered, so it can be read at the same time.
     """
     started = time.thread_time()
     items, checked, not_checked = _scored_items(train, tasks, locations)
+    against = []
+    for given in own_files:
+        path, _, keys = (given, "", "") if Path(given).is_file() else given.partition(":")
+        source = resolve(Entry("--against", "", "", path=path), tasks["conversations"], Locations(Path()))
+        if checked.get(source.name, source).files != source.files:
+            raise UsageError(f"--against: two files are named {source.name}; rename one")
+        items += _own_items(source, [key.strip() for key in keys.split(",") if key.strip()])
+        checked[source.name] = source
+        against += [{"name": file.name, "keys": keys, "sha256": file.sha256} for file in source.files]
     index = index_texts([item.key_text for item in items])
     table = word_table(tokenizer)
-    return Scored(items, index, table, checked, not_checked, time.thread_time() - started)
+    return Scored(items, index, table, checked, not_checked, against, time.thread_time() - started)
 
 
 def _scored_items(
@@ -116,6 +135,39 @@ def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
         word = call_task(task, scoring.word, row) if scoring.word else None
         items.append(ScoredItem(name, f"{entry.label} row {number}", question_and_choices(question, letters), word))
     return items
+
+
+def _own_items(source: Source, keys: list[str]) -> list[ScoredItem]:
+    """The items of a user's own file. keys: of the question and of the choices, or []."""
+    items = []
+    places = chain.from_iterable(file.places() for file in source.files)
+    for (_, row), place in zip(source.read(np.ones(source.num_rows, dtype=bool)), places, strict=True):
+        try:
+            items.append(ScoredItem(source.name, place, _question_and_choices(row, keys), None))
+        except SourceError as error:
+            raise error.at(f"--against: {place}") from None
+    return items
+
+
+def _question_and_choices(row: Any, keys: list[str]) -> tuple[str, ...]:
+    """(question, *choices) of a row. Choices are texts or numbers, in a list, in ARC's table or each with its key."""
+    if not isinstance(row, dict):
+        raise SourceError(f"must be an object with a question, not {shown(row)}")
+    asked = keys[0] if keys else next((key for key in QUESTION_KEYS if key in row), QUESTION_KEYS[0])
+    if missing := [key for key in (asked, *keys[1:]) if key not in row]:
+        remedy = "name the keys: --against FILE:QUESTION,CHOICES"
+        raise SourceError(f'no key "{missing[0]}"; the row has {", ".join(map(shown, row))}; {remedy}')
+    question, parts = row[asked], list[str]()
+    if not isinstance(question, str) or not normalise(question):
+        raise SourceError(f'key "{asked}": must be a question with a word in it, not {shown(question)}')
+    for key in keys[1:] or [CHOICES_KEY]:
+        value = row.get(key)
+        texts = value.get("text", list(value.values())) if isinstance(value, dict) else value
+        texts = [] if texts is None else texts if isinstance(texts, list) else [texts]
+        if not all(isinstance(text, str | int | float) for text in texts):
+            raise SourceError(f'key "{key}": must be texts to choose from, not {shown(value)}')
+        parts += map(str, texts)
+    return question, *parts
 
 
 def word_of(task: Task) -> Any:

@@ -44,7 +44,7 @@ def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> 
         table(f"\n{split}", columns, rows, _ledger_row("all", contents["entries"]))
         _show_tool_calls(report["tool_calls"][split])
     if "firewall" in report:
-        _show_firewall(report["firewall"], out)
+        _show_firewall(report["firewall"])
     units, encoder = report["units"], report.get("encoder")
     num_units = units["rendered"] + units["cached"]
     how = f"{report['duration_s']['total']:.1f} s, {units['rendered']:,} of {num_units:,} work units rendered"
@@ -84,7 +84,7 @@ def _show_tool_calls(replayed: dict[str, Any]) -> None:
         table("\ntool calls whose recorded output does not match the calculator", ("task", "calls", *kinds), rows)
 
 
-def _show_firewall(report: dict[str, Any], out: Path) -> None:
+def _show_firewall(report: dict[str, Any]) -> None:
     """Training rows that hold scored items (a row per task, a column per scored set), and what was not checked."""
     checked = report["checked"]
     columns = [name for name, counts in checked.items() if counts["flagged"]]
@@ -94,10 +94,14 @@ def _show_firewall(report: dict[str, Any], out: Path) -> None:
         done = "dropped" if report["decontaminate"] == "drop" else "kept; --decontaminate drop leaves them out"
         title = f"\nfirewall: {report['flagged_rows']:,} training rows hold scored items ({done})"
         table(title, ("rows of", *columns), rows, ("scored items", *items))
-        lines = [f"every row is listed in {out.name}-firewall.json"]
-    else:
+        lines = ["every row is listed in firewall.json, in the build"]
+    elif checked:
         num_items = sum(counts["items"] for counts in checked.values())
         lines = [f"\nfirewall: no training row holds any of {num_items:,} scored items"]
+    else:
+        lines = ["\nfirewall: no scored set was found to search for; --against FILE adds your own test items"]
+    clean = [f"{name} ({counts['items']:,})" for name, counts in checked.items() if not counts["flagged"]]
+    lines += [f"no match: {', '.join(clean)}"] if clean else []
     for reason in dict.fromkeys(report["not_checked"].values()):
         names = ", ".join(name for name, why in report["not_checked"].items() if why == reason)
         lines.append(f"not checked ({reason}): {names}")

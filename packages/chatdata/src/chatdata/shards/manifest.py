@@ -229,7 +229,7 @@ def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
 
 def build_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """Every file that a build may have: kind, path, and what the manifest says of it (sha256, bytes or nothing)."""
-    yield from (("other", folder / name, {}) for name in ("manifest.json", "report.json"))
+    yield from (("other", folder / name, {}) for name in ("manifest.json", "report.json", "firewall.json"))
     for name, sha256 in manifest["tokenizer"]["files"].items():
         yield "tokenizer", folder / "tokenizer" / name, {"sha256": sha256}
     for name, split in manifest["splits"].items():

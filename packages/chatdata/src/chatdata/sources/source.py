@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from io import BufferedReader
-from itertools import pairwise
+from itertools import islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -93,6 +93,16 @@ class SourceFile:
     @cached_property
     def num_rows(self) -> int:
         return sum(segment.num_rows for segment in self.segments)
+
+    def places(self) -> Iterator[str]:
+        """Every row's place: `identity.jsonl line 3` (blank lines count), `train.parquet row 17`."""
+        if self.path.suffix == ".jsonl":
+            with self.open() as lines:
+                yield from (f"{self.name} line {i}" for i, line in enumerate(lines, start=1) if not line.isspace())
+        elif self.path.suffix == ".parquet":
+            yield from (f"{self.name} row {row}" for row in range(self.num_rows))
+        else:
+            yield self.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,15 +214,11 @@ class Source:
         return {**described, "files": parts}
 
     def where(self, row: int) -> str:
-        """A row's place for error messages: `identity.jsonl line 3` (blank lines count), `train.parquet row 17`."""
+        """A row's place for error messages."""
         if not self.files:
             return f"{self.name} row {row}"
         file, row, _ = next(self.files_of(row, 1))
-        if file.path.suffix == ".jsonl":
-            with file.open() as lines:
-                filled = (number for number, line in enumerate(lines, start=1) if not line.isspace())
-                return f"{file.name} line {next(number for i, number in enumerate(filled) if i == row)}"
-        return f"{file.name} row {row}" if file.path.suffix == ".parquet" else file.name
+        return next(islice(file.places(), row, None))
 
     @cached_property
     def rows_sha256(self) -> str | None:

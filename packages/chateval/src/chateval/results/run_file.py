@@ -65,7 +65,7 @@ class FlaggedItem(Struct):
 
 
 class FirewallFile(Struct):
-    """What is read of the file that `chatdata build` writes next to a build (chatdata/firewall/listing.py)."""
+    """What is read of the file that `chatdata build` writes into a build (chatdata/firewall/listing.py)."""
 
     format: Literal["chatdata-firewall"]
     version: Literal[1]
