@@ -23,9 +23,11 @@ def test_accepted_forms_are_one() -> None:
         assert parse_conversation(record) == common
 
 
+NO_MESSAGES = 'no messages: expected the key "messages" (or ShareGPT\'s "conversations"), or "prompt" and "completion"'
+ALTERNATE = "after an optional system message roles alternate user, assistant, starting with user"
 REFUSED: list[tuple[Any, str]] = [
     ("Hi", "a conversation is a list of messages or an object with messages, not a string"),
-    ({}, 'no messages: expected the key "messages" (or ShareGPT\'s "conversations")'),
+    ({}, NO_MESSAGES),
     ({"messages": []}, '"messages" is empty: a conversation needs at least one user message'),
     ({"messages": "Hi"}, '"messages" must be a list of messages, not a string'),
     (["Hi"], "message 0: must be an object with role and content, not a string"),
@@ -33,22 +35,23 @@ REFUSED: list[tuple[Any, str]] = [
     ([{"content": "Hi"}], 'message 0: no key "role"'),
     ([{"from": "human"}], 'message 0: no key "value"'),
     (
-        [{"role": "tool", "content": "x"}],
-        "message 0, key \"role\": unknown role 'tool'; valid: system, user, assistant",
+        [{"role": "robot", "content": "x"}],
+        "message 0, key \"role\": unknown role 'robot'; valid: system, developer, user, assistant, tool, function",
     ),
     (
         [{"from": "bot", "value": "x"}],
-        "message 0, key \"from\": unknown role 'bot'; valid: system, human, user, gpt, assistant",
+        "message 0, key \"from\": unknown role 'bot'; valid: system, human, user, gpt, assistant, function_call, "
+        "observation, tool",
     ),
     ([{"role": "user", "content": 5}], 'message 0, key "content": must be a string or a list of parts, not a number'),
     ([{"role": "user", "content": None}], 'message 0, key "content": must be a string or a list of parts, not null'),
     (
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}}]}],
-        "message 0, key \"content\", part 0: unknown part type 'image_url'; valid: text, python, python_output",
+        "message 0, key \"content\", part 0: part type 'image_url': only text is trained on",
     ),
     (
         [HI[0], {"role": "assistant", "content": [{"type": "image", "text": "x"}]}],
-        "message 1, key \"content\", part 0: unknown part type 'image'; valid: text, python, python_output",
+        "message 1, key \"content\", part 0: part type 'image': only text is trained on",
     ),
     (
         [HI[0], {"role": "assistant", "content": [{"type": "pyton", "text": "x"}]}],
@@ -68,23 +71,19 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (
         [HI[0], {**HI[1], "tool_calls": [{"id": 1}]}],
-        'message 1, key "tool_calls": not understood; a message has only role and content',
+        'message 1, key "tool_calls": must be an object with the name of a function',
+    ),
+    (
+        [{**HI[0], "tool_calls": [{"id": 1}]}],
+        'message 0, key "tool_calls": not understood; a message has only role and content',
     ),
     (
         [HI[0], HI[0]],
-        'message 1, key "role": user where assistant must come; after an optional system message roles alternate '
-        "user, assistant, starting with user",
+        f'message 1, key "role": user where assistant must come; {ALTERNATE}; consecutive = "merge" in the recipe joins '
+        "them",
     ),
-    (
-        [HI[1]],
-        'message 0, key "role": assistant where user must come; after an optional system message roles alternate '
-        "user, assistant, starting with user",
-    ),
-    (
-        [*HI, {"role": "system", "content": "x"}],
-        'message 2, key "role": system where user must come; after an optional system message roles alternate '
-        "user, assistant, starting with user",
-    ),
+    ([HI[1]], f'message 0, key "role": assistant where user must come; {ALTERNATE}'),
+    ([*HI, {"role": "system", "content": "x"}], f'message 2, key "role": system where user must come; {ALTERNATE}'),
     ([{"role": "system", "content": "x"}], "message 0: a system message must be followed by a user message"),
     (
         json.loads('[{"role": "user", "content": "a\\ud800"}]'),
@@ -138,18 +137,14 @@ def test_content_is_never_left_out_in_silence() -> None:
         *(
             (
                 {"messages": HI, key: value},
-                f"key {json.dumps(key)} next to the messages would be left out; {instead} "
+                f"key {json.dumps(key)} next to the messages would be left out; if that is right, "
                 f"set ignore = [{json.dumps(key)}] in the recipe",
             )
-            for key, value, instead in [
-                ("tools", [{}], "write them into a system message, or"),
-                ("functions", "[{}]", "write them into a system message, or"),
-                ("system", "Speak French", "make it the first message, or"),
-                ("system_prompt", "Speak French", "make it the first message, or"),
-                ("history", [["Hi", "Hello"]], "make it messages, or"),
-                ("conversations", HI, "if that is right,"),
-                ("notes", "x", "if that is right,"),
-                ('a"\x1b', {"b": 1}, "if that is right,"),
+            for key, value in [
+                ("history", [["Hi", "Hello"]]),
+                ("conversations", HI),
+                ("notes", "x"),
+                ('a"\x1b', {"b": 1}),
             ]
         ),
     ]:

@@ -101,7 +101,8 @@ BAD_INPUTS = [
         CONVERSATIONS,
         [],
         1,
-        f'c.jsonl line 2: message 1, key "role": user where assistant must come; {ALTERNATE}',
+        f'c.jsonl line 2: message 1, key "role": user where assistant must come; {ALTERNATE}; consecutive = "merge" in '
+        "the recipe joins them",
     ),
     (
         "unknown role",
@@ -109,7 +110,8 @@ BAD_INPUTS = [
         CONVERSATIONS,
         [],
         1,
-        "c.jsonl line 1: message 1, key \"role\": unknown role 'robot'; valid: system, user, assistant",
+        "c.jsonl line 1: message 1, key \"role\": unknown role 'robot'; valid: system, developer, user, "
+        "assistant, tool, function",
     ),
     (
         "unknown part type",
@@ -117,8 +119,7 @@ BAD_INPUTS = [
         CONVERSATIONS,
         [],
         1,
-        "c.jsonl line 1: message 1, key \"content\", part 0: unknown part type 'image'; "
-        "valid: text, python, python_output",
+        "c.jsonl line 1: message 1, key \"content\", part 0: part type 'image': only text is trained on",
     ),
     (
         "non-string content",
@@ -134,7 +135,8 @@ BAD_INPUTS = [
         CONVERSATIONS,
         [],
         1,
-        'c.jsonl line 1: no messages: expected the key "messages" (or ShareGPT\'s "conversations")',
+        'c.jsonl line 1: no messages: expected the key "messages" (or ShareGPT\'s "conversations"), or "prompt" and '
+        '"completion"',
     ),
     (
         "MMLU answer outside its choices",

@@ -4,54 +4,29 @@ The common form is plain data:
 
     {"messages": [{"role": "system",    "content": "Be brief."},          # optional, first only
                   {"role": "user",      "content": "How much is 2+3?"},
-                  {"role": "assistant", "content": [{"type": "text", "text": "It is "},
+                  {"role": "assistant", "content": [{"type": "reasoning", "text": "Add them."},
+                                                    {"type": "text", "text": "It is "},
                                                     {"type": "python", "text": "2+3"},
-                                                    {"type": "python_output", "text": "5"}]}]}
+                                                    {"type": "python_output", "text": "5"}]}],
+     "counts": {"merged": 1}}                                             # what reading changed, if anything
 
-`parse_conversation` turns every accepted form into it and refuses all others (table in docs/conversations.md).
+With `"trained": False` a part is not trained, nor is the end of an assistant message, and its text if that is a string.
+`parse_conversation` turns every accepted form into this one and refuses all others (table in docs/conversations.md).
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from numbers import Number
 from typing import Any, Literal, NotRequired, TypedDict
 
-from chatdata.errors import ConversationError, nearest
+from chatdata.errors import ConversationError
+from chatdata.messages import Part, Reasoning, as_parts, check_surrogates, read_message
+from chatdata.records import METADATA_KEYS, REFUSED_KEYS, messages_of
+from chatdata.tool_calls import Call
 
+__all__ = ["METADATA_KEYS", "REFUSED_KEYS", "Part", "Reasoning", "check_surrogates", "parse_conversation"]
 Role = Literal["system", "user", "assistant"]
-PART_TYPES = ("text", "python", "python_output")
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
-# Keys next to the messages. Empty ones are nothing; numbers, booleans and these are metadata, which is not rendered.
-# docs/conversations.md shows the list.
-_METADATA = """
-    id uuid hash conversation_id conversation_hash chat_id prompt_id question_id session_id user_id source
-    dataset dataset_name data_source subset split config origin url file filename version license licence author
-    model model_name generator provider meta metadata info category categories subcategory topic full_topic
-    subject domain task task_name task_type type tags keywords language lang locale country state timestamp
-    created_at updated_at date title difficulty quality score scores rating ratings turn num_turns redacted
-    toxic toxicity moderation openai_moderation detoxify_moderation prompt letters
-"""
-METADATA_KEYS = frozenset(_METADATA.split())
-# refused whatever the recipe says: without them the conversation means something else
-_MEDIA = "belongs to the messages, but only text is trained on"
-_PREFERENCE = "compares answers, but every answer here is trained on"
-REFUSED_KEYS = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
-    **dict.fromkeys(("chosen", "rejected", "kto_tag", "label"), _PREFERENCE),
-    "chat_template_kwargs": "changes how a template renders the messages, but there is no template here",
-}
-_INSTEAD = {
-    **dict.fromkeys(("tools", "functions"), "write them into a system message, or"),
-    **dict.fromkeys(("system", "system_prompt"), "make it the first message, or"),
-    "history": "make it messages, or",
-}
-
-
-Reasoning = Literal["keep", "drop", "error"]
 Consecutive = Literal["error", "merge"]
 Invalid = Literal["error", "drop"]
 
@@ -70,12 +45,6 @@ class Reading:
 AS_WRITTEN = Reading()
 
 
-class Part(TypedDict):
-    type: Literal["text", "reasoning", "python", "python_output"]
-    text: str
-    trained: NotRequired[Literal[False]]
-
-
 class Message(TypedDict):
     """`trained` is for assistant_end and for string content; parts have their own."""
 
@@ -92,128 +61,126 @@ class Conversation(TypedDict):
 
 
 def parse_conversation(record: Any, reading: Reading = AS_WRITTEN) -> Conversation:
-    """The common form of `record`: a list of messages, an object with `messages`, or ShareGPT's `conversations`.
+    """The common form of `record`, a list of messages or an object in one of the forms of docs/conversations.md.
 
     `record` is not modified; the result shares strings with it but no containers. User and system content given as a
     list of text parts is joined with "".
 
     Raises ConversationError naming the message (counted from 0) and the key.
     """
-    raw = _messages_of(record)
-    messages = [_parse_message(message, turn) for turn, message in enumerate(raw)]
-    _check_order(messages)
-    return {"messages": messages}
-
-
-def _messages_of(record: Any) -> list[Any]:
-    if isinstance(record, list):
-        record = {"messages": record}
-    if not isinstance(record, dict):
-        raise ConversationError(f"a conversation is a list of messages or an object with messages, not {_kind(record)}")
-    key = "messages" if record.get("messages") is not None else "conversations"
-    messages = record.get(key)
-    others = [other for other in record if other != key and record[other] not in (None, "", [], {})]
-    for other in others:
-        if other in REFUSED_KEYS:
-            raise ConversationError(f'key "{other}" next to the messages: {REFUSED_KEYS[other]}')
-    if messages is None:
-        raise ConversationError('no messages: expected the key "messages" (or ShareGPT\'s "conversations")')
-    for other in others:
-        if other not in METADATA_KEYS and not isinstance(record[other], Number):
-            name, instead = json.dumps(other), _INSTEAD.get(other, "if that is right,")
-            left_out = f"key {name} next to the messages would be left out"
-            raise ConversationError(f"{left_out}; {instead} set ignore = [{name}] in the recipe")
-    if not isinstance(messages, list):
-        raise ConversationError(f'"{key}" must be a list of messages, not {_kind(messages)}')
-    if not messages:
-        raise ConversationError(f'"{key}" is empty: a conversation needs at least one user message')
-    return messages
-
-
-def _parse_message(message: Any, turn: int) -> Message:
-    if not isinstance(message, dict):
-        raise ConversationError(f"message {turn}: must be an object with role and content, not {_kind(message)}")
-    role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
-    for key in (role_key, content_key):
-        if key not in message:
-            raise ConversationError(f'message {turn}: no key "{key}"')
-    # columnar files have null extras; anything else (tool_calls, weight, …) would change what is trained on
-    others = [key for key in message if key not in (role_key, content_key)] if len(message) > 2 else []
-    if extra := [key for key in others if message[key] not in (None, [])]:
-        raise ConversationError(
-            f'message {turn}, key "{extra[0]}": not understood; a message has only {role_key} and {content_key}'
-        )
-    roles: dict[str, Any] = _SHAREGPT_ROLES if role_key == "from" else _ROLES
-    role = message[role_key]
-    if not isinstance(role, str) or role not in roles:
-        raise ConversationError(f'message {turn}, key "{role_key}": unknown role {role!r}; valid: {", ".join(roles)}')
-    role = roles[role]
-    return {"role": role, "content": _parse_content(message[content_key], role, turn, content_key)}
-
-
-def _parse_content(content: Any, role: Role, turn: int, key: str) -> str | list[Part]:
-    if isinstance(content, str):
-        # `isascii` first: the place is only worded if something is wrong, and this runs for every message of a build
-        return content if content.isascii() else check_surrogates(content, f'message {turn}, key "{key}"')
-    if not isinstance(content, list):
-        raise ConversationError(
-            f'message {turn}, key "{key}": must be a string or a list of parts, not {_kind(content)}'
-        )
-    parts = [_parse_part(part, turn, key, i) for i, part in enumerate(content)]
-    if role == "assistant":
-        return parts
-    for i, part in enumerate(parts):
-        if part["type"] != "text":
-            raise ConversationError(
-                f'message {turn}, key "{key}", part {i}: only the assistant has {part["type"]} parts, not the {role}'
-            )
-    return "".join(part["text"] for part in parts)
-
-
-def _parse_part(part: Any, turn: int, key: str, i: int) -> Part:
-    # fast path: this runs for every part of a build
-    if type(part) is dict and len(part) == 2 and part.get("type") in PART_TYPES:
-        text = part.get("text")
-        if type(text) is str and text.isascii():
-            return {"type": part["type"], "text": text}
-    where = f'message {turn}, key "{key}", part {i}'
-    if isinstance(part, dict) and part.get("type", "text") not in PART_TYPES:
-        raise ConversationError(f"{where}: unknown part type {part['type']!r}{nearest(str(part['type']), PART_TYPES)}")
-    if not isinstance(part, dict) or "type" not in part or "text" not in part:
-        raise ConversationError(f'{where}: must be an object with "type" and "text"')
-    if not isinstance(part["text"], str):
-        raise ConversationError(f'{where}: "text" must be a string, not {_kind(part["text"])}')
-    extra = [key for key, value in part.items() if key not in ("type", "text") and value not in (None, [])]
-    if extra:
-        raise ConversationError(f'{where}, key "{extra[0]}": not understood; a part has only type and text')
-    return {"type": part["type"], "text": check_surrogates(part["text"], where)}
-
-
-def check_surrogates(text: str, where: str) -> str:
-    """Refuse lone surrogates (JSON's \\ud800): they are not text, and tiktoken would silently replace them."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConversationError(
-            f"{where}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; not valid Unicode text"
-        ) from None
-    return text
+        return _parse(record, reading)
+    except RecursionError:
+        raise ConversationError("nested too deeply to be read") from None
 
 
-def _check_order(messages: list[Message]) -> None:
-    first = 1 if messages[0]["role"] == "system" else 0
-    if first == len(messages):
-        raise ConversationError("message 0: a system message must be followed by a user message")
-    for turn, message in enumerate(messages[first:], start=first):
-        want = ("user", "assistant")[(turn - first) % 2]
-        if message["role"] != want:
+def _parse(record: Any, reading: Reading) -> Conversation:
+    raw, system, tools = messages_of(record, reading.columns)
+    leading = [system] if system else []
+    messages: list[Message] = []
+    counts: dict[str, int] = {}
+    calls: list[Call] = []  # of the last assistant message, not yet among its parts
+    before = ""  # role of the message before, if it is not the system's
+    for turn, message in enumerate(raw):
+        role, content, trained, new_calls = read_message(message, turn, reading.reasoning, counts)
+        if role == "system" and not before and not system:
+            leading.append(content)
+            continue
+        is_neighbour = role == before and role != "tool"
+        if (
+            role == "system"
+            or (not before and role != "user")
+            or (role == "tool" and before == "user")
+            or (is_neighbour and reading.consecutive == "error")
+        ):
+            raise _misplaced(turn, role, before, system if role == "system" else "")
+        if not before and (leading or tools):
+            messages.append({"role": "system", "content": "\n\n".join([*leading, tools] if tools else leading)})
+        if is_neighbour:
+            counts["merged"] = counts.get("merged", 0) + 1
+        if role == "user":
+            if before == "user":
+                messages[-1]["content"] = f"{messages[-1]['content']}\n\n{content}"
+            else:
+                _place(calls, messages, turn)
+                messages.append({"role": "user", "content": content})
+        elif role == "tool":
+            if calls:
+                _answer(calls, content, message, turn)
+            else:
+                counts["results_after_text"] = counts.get("results_after_text", 0) + 1
+                _parts_of(messages[-1]).append({"type": "python_output", "text": content})
+            messages[-1]["trained"] = False
+        else:
+            if before == "user":
+                messages.append({"role": "assistant", "content": content})
+            else:
+                if content or before == "tool":  # else more calls at once
+                    _place(calls, messages, turn)
+                parts, more = _parts_of(messages[-1]), as_parts(content, trained)
+                if role == before and parts and more and parts[-1]["type"] == more[0]["type"] == "text":
+                    text = "\n\n" + more[0]["text"]
+                    if parts[-1].get("trained") == more[0].get("trained"):
+                        parts[-1]["text"] += text
+                        del more[0]
+                    else:
+                        more[0]["text"] = text
+                parts += more
+            messages[-1].pop("trained", None)
+            if not trained:
+                messages[-1]["trained"] = False
+            calls += new_calls
+        before = "assistant" if role == "call" else role
+    if not before:
+        raise ConversationError(f"message {len(raw) - 1}: a system message must be followed by a user message")
+    _place(calls, messages, None)
+    return {"messages": messages, "counts": counts} if counts else {"messages": messages}
+
+
+def _misplaced(turn: int, role: str, before: str, system: str = "") -> ConversationError:
+    want = "assistant" if before == "user" else "user"
+    why = f"{role} where {want} must come; after an optional system message roles alternate user, assistant, "
+    why += "starting with user"
+    if role == before:
+        why += '; consecutive = "merge" in the recipe joins them'
+    if role == "tool":
+        why = "the result of a tool must come after an assistant message"
+    if system:
+        why = "a second system text, after the one next to the messages"
+    return ConversationError(f'message {turn}, key "role": {why}')
+
+
+def _parts_of(message: Message) -> list[Part]:
+    """The parts of an assistant message; a text becomes its only part."""
+    message["content"] = parts = as_parts(message["content"], message.get("trained", True))
+    return parts
+
+
+def _place(calls: list[Call], messages: list[Message], turn: int | None) -> None:
+    """Put calls, each with its result, at the end of the last message. `turn`: of the message after it, if any."""
+    missing = None
+    for call in calls:
+        missing = missing or (call if call.output is None else None)
+        if missing and (turn is not None or call.output is not None):
             raise ConversationError(
-                f'message {turn}, key "role": {message["role"]} where {want} must come; after an optional system '
-                "message roles alternate user, assistant, starting with user"
+                f'message {call.turn}: the call of "{missing.name}" has no result; only the last calls may lack theirs'
             )
+        part: Part = {"type": "python", "text": call.code}
+        _parts_of(messages[-1]).append(part if call.trained else {**part, "trained": False})
+        if call.output is not None:
+            _parts_of(messages[-1]).append({"type": "python_output", "text": call.output})
+    calls.clear()
 
 
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
-    names |= {str: "a string", dict: "an object", list: "a list"}
-    return names.get(type(value), type(value).__name__)
+def _answer(calls: list[Call], output: str, message: dict[str, Any], turn: int) -> None:
+    """Give the result in `message` to its call: the one with its id, without ids the first that has none yet."""
+    name, wanted = message.get("name"), message.get("tool_call_id")
+    by_id = wanted and any(call.id for call in calls)
+    call = next((call for call in calls if call.output is None and (not by_id or call.id == wanted)), None)
+    if call is None:
+        raise ConversationError(
+            f"message {turn}: {f'no call before it has the id {wanted!r}' if by_id else 'a result without a call'}"
+        )
+    if name and name != call.name:
+        raise ConversationError(f'message {turn}, key "name": {name!r}, but the call is of {call.name!r}')
+    call.output = output

@@ -95,6 +95,13 @@ def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:
     return f'; did you mean "{close[0]}"?' if close else f"; valid: {', '.join(valid)}"
 
 
+def kind_of(value: object) -> str:
+    """What a JSON value is, for messages: `a string`, `null`."""
+    names: dict[type, str] = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
+    names |= {str: "a string", dict: "an object", list: "a list"}
+    return names.get(type(value), type(value).__name__)
+
+
 def printable(text: str, keep: str = "\n\t") -> str:
     """Control characters and marks of direction, but those in `keep`, as visible escapes: data controls no terminal."""
     if text.isprintable():

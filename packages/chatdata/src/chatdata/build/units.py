@@ -47,6 +47,7 @@ MAX_CHARS = 4 << 20  # encoded at a time: bounds memory where documents are long
 # anywhere else nothing. tests/chatdata/build/test_units.py holds the list to what this module imports.
 RENDERING_CODE = (
     *("arrow.py", "build/units.py", "calculator.py", "conversation.py", "document.py"),
+    *("messages.py", "records.py", "tool_calls.py"),
     *("render", "sources/jsonl.py", "sources/source.py", "tasks", "tokenizer"),
 )
 UNIT_FORMAT = 2

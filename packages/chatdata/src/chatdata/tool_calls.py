@@ -1,0 +1,173 @@
+"""Tools as Python text: a call is `get_weather(city='Paris', days=2)`, a tool its signature."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from keyword import iskeyword
+from math import isfinite
+from typing import Any
+
+from chatdata.disk import each_key_once
+from chatdata.errors import ConversationError, kind_of
+
+# a call of these with one string argument is that string
+_RUN_TEXT = frozenset(("python", "code_interpreter", "calculator"))
+_CALL_KEYS = frozenset(("id", "type", "index", "function", "name", "arguments"))
+_TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
+_TYPES |= {"array": "list", "object": "dict", "null": "None"}
+_decode = json.JSONDecoder(object_pairs_hook=each_key_once).decode
+
+
+@dataclass(slots=True)
+class Call:
+    id: str | None
+    name: str
+    code: str
+    trained: bool = True
+    turn: int = 0  # of its message
+    output: str | None = None
+
+
+def calls_of(value: Any, where: str) -> list[Call]:
+    """The calls of `tool_calls`, `function_call` or a ShareGPT value: an object, a list of them, or JSON of either."""
+    value = parsed(value, where)
+    return [_call(call, where) for call in (value if isinstance(value, list) and value else [value])]
+
+
+def _call(call: Any, where: str) -> Call:
+    function, name = _named(call, where)
+    if not (function.keys() <= _CALL_KEYS and call.keys() <= _CALL_KEYS):
+        key = next((key for key in (*call, *function) if key not in _CALL_KEYS and {**call, **function}[key]), None)
+        if key is not None:
+            raise ConversationError(f'{where}: key "{key}" not understood; a call has a name and arguments')
+    arguments = function.get("arguments")
+    arguments = parsed(arguments, f"{where}, arguments of {name}") if arguments not in (None, "") else {}
+    if not isinstance(arguments, dict):
+        raise ConversationError(f"{where}, arguments of {name}: must be a JSON object, not {kind_of(arguments)}")
+    if name in _RUN_TEXT and len(arguments) == 1 and isinstance(text := next(iter(arguments.values())), str):
+        return Call(call.get("id"), name, text)
+    written = [
+        f"{key}={literal(value, where)}" if _is_name(key) else f"**{{{key!r}: {literal(value, where)}}}"
+        for key, value in arguments.items()
+    ]
+    return Call(call.get("id"), name, _written(name, written))
+
+
+def _named(value: Any, where: str) -> tuple[dict[str, Any], str]:
+    """The function of a call or a tool, which may be all of it, and its name."""
+    function = value.get("function") or value if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        raise ConversationError(f"{where}: must be an object with the name of a function")
+    return function, name
+
+
+def _written(name: str, arguments: list[str]) -> str:
+    """A call or a signature; a name that Python does not have becomes the first argument of `call`."""
+    if not _is_name(name):
+        name, arguments = "call", [repr(name), *arguments]
+    return f"{name}({', '.join(arguments)})"
+
+
+@lru_cache(4096)
+def _is_name(name: str) -> bool:
+    """Whether it is an ASCII identifier, or several with dots between."""
+    return name.isascii() and all(part.isidentifier() and not iskeyword(part) for part in name.split("."))
+
+
+def literal(value: Any, where: str) -> str:
+    """JSON as a Python literal. Raises ConversationError for numbers that are not finite and what is not JSON."""
+    if isinstance(value, list):
+        return f"[{', '.join([literal(item, where) for item in value])}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join([f'{key!r}: {literal(item, where)}' for key, item in value.items()])}}}"
+    if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not isfinite(value)):
+        raise ConversationError(f"{where}: an argument must be JSON with finite numbers, not {value!r}")
+    return repr(value)
+
+
+def parsed(value: Any, where: str) -> Any:
+    """A string as the JSON it holds; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return _decode(value)
+    except ValueError as error:
+        raise ConversationError(f"{where}: not valid JSON: {error}") from None
+
+
+def output_of(content: Any, where: str) -> str:
+    """The text of a tool's result: a string, text parts joined, any other JSON written as such."""
+    if isinstance(content, str):
+        return content
+    kinds = [item.get("type") for item in content if isinstance(item, dict)] if isinstance(content, list) else []
+    if media := next((kind for kind in kinds if is_media(kind)), None):
+        raise ConversationError(f"{where}: {media} in a tool's result, but only text is trained on")
+    if kinds and set(kinds) == {"text"}:
+        return "".join([str(item["text"]) for item in content])
+    try:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConversationError(f"{where}: a tool's result must be text or JSON: {error}") from None
+
+
+def is_media(kind: Any) -> bool:
+    return isinstance(kind, str) and re.search("image|video|audio|file", kind) is not None
+
+
+def signatures(tools: Any) -> str:
+    """`tools` next to the messages as Python signatures: a list, or JSON of one. Raises ConversationError."""
+    where = 'key "tools"'
+    tools = parsed(tools, where)
+    if not isinstance(tools, list):
+        raise ConversationError(f"{where}: must be a list of tools or JSON of one")
+    return "\n\n".join([_signature(parsed(tool, where), f"{where}, tool {i}") for i, tool in enumerate(tools)])
+
+
+def _signature(tool: Any, where: str) -> str:
+    function, name = _named(tool, where)
+    schema = parsed(function.get("parameters") or {}, where)
+    if not isinstance(schema, dict):
+        raise ConversationError(f'{where}, key "parameters": must be an object, not {kind_of(schema)}')
+    # xLAM's parameters are the properties, and what has no default is required
+    properties = schema.get("properties") or ({} if schema.get("type") == "object" else schema)
+    needed = schema.get("required") or ()
+    required, optional, described = [], [], []
+    for key, value in properties.items():
+        field = value if isinstance(value, dict) else {}
+        kind = _annotation(field, where)
+        typed = f"{key}: {kind}" if kind else key
+        if not _is_name(key):
+            typed = f"**{{{key!r}: {kind or 'object'}}}"
+            optional.append(typed)
+        elif _is_required(field) if properties is schema else key in needed:
+            required.append(typed)
+        else:
+            optional.append(f"{typed}{' = ' if kind else '='}{literal(field.get('default'), where)}")
+        if field.get("description"):
+            described.append(f"{key}: {' '.join(str(field['description']).split())}")
+    description = " ".join(str(function.get("description") or "").split())
+    comment = ". ".join(
+        filter(None, [description.removesuffix(".") if described else description, "; ".join(described)])
+    )
+    return f"{f'# {comment}' + chr(10) if comment else ''}{_written(name, required + optional)}"
+
+
+def _is_required(field: dict[str, Any]) -> bool:
+    return "default" not in field and "optional" not in str(field.get("type"))
+
+
+def _annotation(schema: Any, where: str) -> str:
+    if not isinstance(schema, dict):
+        return ""
+    if isinstance(schema.get("enum"), list):
+        return f"Literal[{', '.join([literal(value, where) for value in schema['enum']])}]"
+    if isinstance(schema.get("anyOf"), list):
+        return " | ".join(filter(None, [_annotation(one, where) for one in schema["anyOf"]]))
+    kinds, item = schema.get("type"), _annotation(schema.get("items"), where)
+    names = [str(kind).split(",")[0] for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind]
+    names = [_TYPES.get(name, name) for name in names]
+    return " | ".join([f"list[{item}]" if name == "list" and item else name for name in names])
