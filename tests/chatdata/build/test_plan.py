@@ -87,8 +87,7 @@ def test_an_empty_side_is_an_error(tmp_path: Path, byte_tokenizer: Tokenizer) ->
     chats(tmp_path / "c.jsonl", range(3))
     for share, side, other in ((0.01, "val", "larger"), (0.99, "train", "smaller")):
         with pytest.raises(
-            RecipeError,
-            match=rf"^{side} is empty: val_share = {share} gives it none of 3 rows; choose a {other} share",
+            RecipeError, match=rf"^{side} is empty: val_share = {share} gives it none of 3 rows; choose a {other} share"
         ):
             planned(tmp_path, byte_tokenizer, {"val_share": share})
 

@@ -237,7 +237,7 @@ BAD_INPUTS = [
         '{tmp}/r.toml: max_tokens = 9 does nothing with overflow = "keep"; choose truncate, drop or error',
     ),
     ("demo of base", {}, None, ["--stage", "base", "--demo"], 2, "--demo has the stages mid and sft, not base"),
-    ("no stage", {}, None, [], 2, "give --stage mid|sft|base, or --recipe NAME|FILE"),
+    ("no stage", {}, None, [], 2, "give FILEs, --stage mid|sft|base, or --recipe NAME|FILE"),
     (
         "no tokenizer given",
         {"c.jsonl": lines(HI)},

@@ -15,6 +15,7 @@ def entry(number: int, task: str, documents: int, tokens: int, supervised: int, 
     return {
         "entry": number,
         "task": task,
+        "name": task,
         "subset": "",
         "split": "train",
         "source": f"{task}.jsonl",

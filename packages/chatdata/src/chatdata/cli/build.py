@@ -11,22 +11,37 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chatdata.cli.command import FILE, examples, json_option, task_files_option, tokenizer_of
+from chatdata.disk import write_whole
 from chatdata.errors import UsageError
-from chatdata.progress import say_json
+from chatdata.progress import say, say_json
 
 if TYPE_CHECKING:
+    from chatdata.recipe import Recipe
+    from chatdata.tasks.task import Task
     from chatdata.tokenizer.bpe import Tokenizer
 
 
 @click.command(
     epilog=examples(
         "chatdata build --stage mid --demo --out out/demo-mid",
+        "chatdata build chats.jsonl more.parquet --tokenizer tokenizer.json --val 0.05 --out out/mine",
         "chatdata build --stage mid --data-dir hub --tokenizer tokenizer.pkl --identity me.jsonl --out out/mid",
         "chatdata build --stage sft --recipe my.toml --tokenizer out/mid --out out/sft",
         "chatdata build --stage mid --demo --against exam.jsonl:question,options --decontaminate drop",
     )
 )
-@click.option("--stage", type=click.Choice(["mid", "sft", "base"]), help="Stage to build (default: the recipe's).")
+@click.argument("files", nargs=-1, type=FILE, metavar="[FILE]...")
+@click.option(
+    "--stage", type=click.Choice(["mid", "sft", "base"]), help="Stage to build (default: the recipe's; of FILEs sft)."
+)
+@click.option(
+    "--val",
+    "val_share",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of the FILEs' rows to keep for validation, chosen by a hash of their content.",
+)
+@click.option("--write-recipe", type=FILE, help="Write the recipe that the FILEs stand for.")
 @click.option("--recipe", metavar="NAME|FILE", help="Name of a recipe, or a TOML file (default: the stage's).")
 @click.option("--demo", is_flag=True, help="Build shipped and generated data with a small tokenizer; no downloads.")
 @click.option("--data-dir", type=FILE, help="Folder of Hub clones: DIR/<owner>/<name>/….")
@@ -65,7 +80,10 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
 @json_option
 def build(
+    files: tuple[Path, ...],
     stage: str | None,
+    val_share: float | None,
+    write_recipe: Path | None,
     recipe: str | None,
     demo: bool,
     data_dir: Path | None,
@@ -84,8 +102,9 @@ def build(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Render a recipe to token and mask shards."""
+    """Render a recipe, or your own FILEs, to token and mask shards."""
     from chatdata.build.engines import available_cpus, start_early
+    from chatdata.build.own_files import form_of
     from chatdata.build.plan import make_build_plan
     from chatdata.build.run import build as run_build
     from chatdata.build.run import check_out
@@ -95,9 +114,17 @@ def build(
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks
 
-    recipe_name = _recipe_name(stage, recipe, demo)
     tasks = load_tasks(task_files)
-    loaded = load_recipe(recipe_name, tasks, max_tokens=max_tokens, overflow=overflow)
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "overflow": overflow}
+    for flag, given in (("--val", val_share), ("--write-recipe", write_recipe)):
+        if given is not None and not files:
+            raise UsageError(f"{flag} is for FILEs: chatdata build chats.jsonl … {flag} {given}")
+    if files and (recipe or demo):
+        raise UsageError(f"give FILEs or {'--recipe' if recipe else '--demo'}, not both")
+    if files:
+        loaded, text = _recipe_of_files(files, stage or "sft", val_share, write_recipe, limits, tasks)
+    else:
+        loaded, text = load_recipe(_recipe_name(stage, recipe, demo), tasks, **limits), ""
     if stage and loaded.stage != stage:
         raise UsageError(f'--stage {stage}, but the recipe "{loaded.name}" is for stage {loaded.stage}')
     entries = [entry for split in loaded.splits.values() for entry in split]
@@ -121,8 +148,13 @@ def build(
     locations = Locations(loaded.folder, data_dir, identity, words)
     used_tokenizer = tokenizer_of(tokenizer) if tokenizer else _demo_tokenizer(demo)
     plan = make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
+    if write_recipe:
+        write_whole(write_recipe, text.encode())
+    forms = {source: form_of(source) for source in plan.sources} if files else {}
     if not as_json:
-        show_plan(plan, out)
+        for line in text.splitlines():
+            say(line)
+        show_plan(plan, out, forms)
     elif dry_run:
         splits = {
             split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken)} for e in entries]
@@ -140,11 +172,33 @@ def build(
         show_result(manifest, json.loads((out / "report.json").read_text()), out)
 
 
+def _recipe_of_files(
+    files: tuple[Path, ...],
+    stage: str,
+    val_share: float | None,
+    write_recipe: Path | None,
+    limits: dict[str, Any],
+    tasks: dict[str, Task],
+) -> tuple[Recipe, str]:
+    """The recipe that FILEs stand for, parsed and as TOML. Raises UsageError if `write_recipe` exists."""
+    from chatdata.build.own_files import recipe_of_files, toml_of
+    from chatdata.recipe import parse_recipe
+
+    if write_recipe and write_recipe.exists():
+        raise UsageError(f"--write-recipe {write_recipe}: already exists; choose another name")
+    if write_recipe and not write_recipe.parent.is_dir():
+        raise UsageError(f"--write-recipe {write_recipe}: there is no folder {write_recipe.parent}")
+    path = write_recipe or Path(f"{files[0].stem if len(files) == 1 else 'own'}.toml")
+    table = {key: value for key, value in limits.items() if value is not None}
+    table = recipe_of_files(files, path.parent, stage, val_share) | table
+    return parse_recipe(table, "the command line", path, tasks), toml_of(table)
+
+
 def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
     if recipe:
         return recipe
     if stage is None:
-        raise UsageError("give --stage mid|sft|base, or --recipe NAME|FILE")
+        raise UsageError("give FILEs, --stage mid|sft|base, or --recipe NAME|FILE")
     if demo and stage == "base":
         raise UsageError("--demo has the stages mid and sft, not base")
     return f"demo-{stage}" if demo else stage

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.markup import escape
@@ -11,9 +13,11 @@ from rich.markup import escape
 from chatdata.build.plan import BuildPlan
 from chatdata.look.console import console, grid, shard_dtype, share, table
 from chatdata.render.batch import OUTCOMES
+from chatdata.sources.source import Source
 
 
-def show_plan(plan: BuildPlan, out: Path) -> None:
+def show_plan(plan: BuildPlan, out: Path, forms: Mapping[Source, str] = MappingProxyType({})) -> None:
+    """forms: of the rows of sources whose form was looked at."""
     recipe, tokenizer = plan.recipe, plan.tokenizer
     length = "whole documents" if recipe.max_tokens is None else f"{recipe.overflow} at {recipe.max_tokens:,} tokens"
     console().print(
@@ -21,16 +25,23 @@ def show_plan(plan: BuildPlan, out: Path) -> None:
         f"vocabulary: {tokenizer.vocab_size:,} tokens, shards {shard_dtype(tokenizer)} · length: {length} · "
         f"without supervision: {recipe.zero_supervised} · seed {recipe.seed}"
     )
-    counts: Counter[tuple[str, str, int, str]] = Counter()
+    counts: Counter[tuple[str, ...]] = Counter()
     for split, entries in plan.splits.items():
+        num_rows, shares = sum(len(planned.taken) for planned in entries), sum(p.entry.share or 0 for p in entries)
         for planned in entries:
-            source = planned.source
+            source, requested = planned.source, planned.entry.share
+            mixed = (share(requested, shares), share(len(planned.taken), num_rows)) if requested else ("", "")
             revision = f"@{source.revision[:12]}" if source.revision else ""
-            counts[split, planned.entry.label, len(planned.taken), source.name + revision] += 1
-    lines = grid("split", "entry", "rows", "source")
-    lines.columns[2].justify = "right"
-    for (split, label, num_rows, name), times in counts.items():
-        lines.add_row(split, escape(label), f"{num_rows:,}" + (f" ×{times}" if times > 1 else ""), escape(name))
+            cells = (planned.entry.label, forms.get(source, ""), f"{len(planned.taken):,}", *mixed)
+            counts[split, *cells, source.name + revision] += 1
+    rows = [(*cells[:3], cells[3] + (f" ×{n}" if n > 1 else ""), *cells[4:]) for cells, n in counts.items()]
+    titles = ("split", "entry", "form", "rows", "share", "actual", "source")
+    columns = {title: cells for title, cells in zip(titles, zip(*rows, strict=True), strict=True) if any(cells)}
+    lines = grid(*columns)
+    for title, column in zip(columns, lines.columns, strict=True):
+        column.justify = "right" if title in ("rows", "share", "actual") else "left"
+    for line in zip(*columns.values(), strict=True):
+        lines.add_row(*map(escape, line))
     console().print(lines)
 
 
@@ -38,10 +49,11 @@ def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> 
     for split, contents in manifest["splits"].items():
         copies: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # entries that differ only in their number (epochs)
         for entry in contents["entries"]:
-            copies.setdefault(tuple(entry[key] for key in ("task", "subset", "split", "source")), []).append(entry)
+            key = tuple(entry[key] for key in ("name", "task", "subset", "split", "source"))
+            copies.setdefault(key, []).append(entry)
         columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
-        rows = [_ledger_row(_name(entries), entries) for entries in copies.values()]
-        table(f"\n{split}", columns, rows, _ledger_row("all", contents["entries"]))
+        lines = [_ledger_row(_name(entries), entries) for entries in copies.values()]
+        table(f"\n{split}", columns, lines, _ledger_row("all", contents["entries"]))
         _show_tool_calls(report["tool_calls"][split])
     if "firewall" in report:
         _show_firewall(report["firewall"])
@@ -59,7 +71,7 @@ def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> 
 
 def _name(entries: list[dict[str, Any]]) -> str:
     times = f"×{len(entries)}" if len(entries) > 1 else ""
-    return " ".join(part for part in (entries[0]["task"], entries[0]["subset"], times) if part)
+    return " ".join(part for part in (entries[0]["name"], entries[0]["subset"], times) if part)
 
 
 def _ledger_row(name: str, entries: list[dict[str, Any]]) -> tuple[Any, ...]:

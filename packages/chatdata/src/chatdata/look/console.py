@@ -58,7 +58,7 @@ def shard_dtype(tokenizer: Tokenizer) -> str:
     return tokenizer.dtype.name if tokenizer.dtype.itemsize == 2 else f"{tokenizer.dtype.name} (over 65,536 tokens)"
 
 
-def share(part: int, whole: int) -> str:
+def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f}%" if whole else "–"
 
 

@@ -193,7 +193,8 @@ def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
     suffixes = (".jsonl", ".parquet", ".txt") if task.kind == "text" else (".jsonl", ".parquet")
     for file in files:
         if file.suffix not in suffixes:
-            raise SourceError(f"{file}: expected {' or '.join(suffixes)}")
+            hint = "; plain text is for stage base" if file.suffix == ".txt" else ""
+            raise SourceError(f"{file}: expected {' or '.join(suffixes)}{hint}")
     folder = label.rpartition("/")[0]
     named = tuple(_source_file(file, f"{folder}/{file.name}" if folder else file.name) for file in files)
     return Source(label, task, named, reading=entry.reading)
