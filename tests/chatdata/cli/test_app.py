@@ -186,7 +186,7 @@ BAD_INPUTS = [
         ["--tokenizer", "{tmp}/missing.json"],
         1,
         "{tmp}/missing.json: special tokens missing: <|output_start|>, <|output_end|>; all nine must be in the "
-        "tokenizer (import a .tiktoken file, or train one, to have them appended)",
+        "tokenizer: `chatdata tokenizer import --add-specials` appends them",
     ),
     (
         "pickle naming another class",

@@ -44,12 +44,13 @@ class MaskPolicyChoice(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-def tokenizer_of(path: Path) -> Tokenizer:
+def tokenizer_of(path: Path, *, native: bool = True) -> Tokenizer:
     """The tokenizer at `path` (see `load_tokenizer`); that of a build only if `open_build` accepts the build."""
     from chatdata.shards.read import open_build
     from chatdata.tokenizer.files import load_tokenizer
 
-    return open_build(path).tokenizer if (path / "manifest.json").is_file() else load_tokenizer(path)
+    is_build = (path / "manifest.json").is_file()
+    return open_build(path).tokenizer if is_build else load_tokenizer(path, native=native)
 
 
 def run_command(cli: click.Group, name: str, interrupted: str, only: str | None = None) -> None:

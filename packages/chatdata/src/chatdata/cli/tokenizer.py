@@ -41,18 +41,27 @@ def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Pa
     epilog=examples(
         "chatdata tokenizer import tokenizer.pkl --out tokenizer",
         "chatdata tokenizer import vocab.tiktoken --pattern '\\S+|\\s+' --out tokenizer",
+        "chatdata tokenizer import Qwen3-0.6B --add-specials --out tokenizer",
     ),
 )
 @click.argument("file", type=FILE)
 @click.option("--pattern", help="Split pattern of a .tiktoken file.")
+@click.option("--add-specials", is_flag=True, help="Append nanochat's special tokens after the highest id.")
 @click.option("--out", type=FILE, required=True, help="Folder to write.")
-def import_(file: Path, pattern: str | None, out: Path) -> None:
-    """Check a tokenizer.pkl, tokenizer.json or .tiktoken file and convert it to a tokenizer folder."""
+def import_(file: Path, pattern: str | None, add_specials: bool, out: Path) -> None:
+    """Check a tokenizer.pkl, tokenizer.json, .tiktoken file or folder and convert it to a tokenizer folder."""
+    from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
     from chatdata.tokenizer.files import read_tiktoken
 
     if pattern is not None and file.suffix != ".tiktoken":
         raise UsageError("--pattern goes with a .tiktoken file; others hold their own")
-    _save(tokenizer_of(file) if pattern is None else read_tiktoken(file, pattern), out)
+    loaded = tokenizer_of(file, native=not add_specials) if pattern is None else read_tiktoken(file, pattern)
+    if count := loaded.num_bytes_appended:
+        say(f"{file} has no token for {count} of the 256 single bytes; appended after its highest id")
+    if add_specials and loaded.missing_special_tokens:
+        special_ids = append_special_tokens(loaded.ranks, loaded.special_ids)
+        loaded = Tokenizer(loaded.ranks, loaded.pattern, special_ids, loaded.name, loaded.nfc)
+    _save(loaded, out)
 
 
 @tokenizer.command(epilog=examples("chatdata tokenizer show tokenizer", "chatdata tokenizer show out/mid --text 'Hi!'"))
@@ -63,9 +72,9 @@ def show(path: Path, text: str | None, as_json: bool) -> None:
     """Print vocabulary size, special tokens, split pattern and shard dtype; with --text, the tokens of a text."""
     from chatdata.look.console import shard_dtype
 
-    loaded = tokenizer_of(path)
+    loaded = tokenizer_of(path, native=False)
     facts: dict[str, Any] = {"vocab_size": loaded.vocab_size, "shards": shard_dtype(loaded)}
-    facts |= {key: getattr(loaded, key) for key in ("pattern", "special_ids", "canary_sha256")}
+    facts |= {key: getattr(loaded, key) for key in ("pattern", "nfc", "special_ids", "canary_sha256")}
     if text is not None:
         facts["tokens"] = [[i, loaded.decode_token(i)] for i in loaded.encode_ordinary(text)]
     if as_json:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ CANARY_TEXTS = (
 MAX_UINT16_VOCAB = 65_536
 MAX_VOCAB = 2**20  # readers make arrays of this length; the largest vocabularies in use have 262,144 tokens
 MAX_SQUARES = 2**26  # sum over the squared lengths of tokens: what their merges cost; 200,000 tokens have a quarter
+_COMPOSES = re.compile("[\u0300-\U0010ffff]")  # texts of characters below are in NFC
 LONG = 10_000  # characters from which a text may be too much for the pattern
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
@@ -58,6 +60,7 @@ EncodeBatch = Callable[[list[str]], Ids]
 class Tokenizer:
     """Byte-level BPE: `ranks` (token bytes → id), a split pattern, and special tokens (name → id).
 
+    nfc: texts are brought to Unicode's normalization form C before they are split, as Qwen's tokenizers do.
     missing_special_tokens: which of nanochat's nine it lacks; nanochat's chat format needs them all.
     dtype: of shards, little-endian uint16, or uint32 if the vocabulary size (special tokens included) exceeds 65,536.
     canary_sha256: over the ids of CANARY_TEXTS: per text its count, then its ids, all `<u4`.
@@ -66,12 +69,16 @@ class Tokenizer:
     pattern loses text or is not read the same way by tokenizers (patterns.py).
     """
 
-    def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_ids: Mapping[str, int], name: str) -> None:
+    def __init__(
+        self, ranks: Mapping[bytes, int], pattern: str, special_ids: Mapping[str, int], name: str, nfc: bool = False
+    ) -> None:
         import tiktoken
 
         _check_vocabulary(ranks, special_ids, name)
         self.name = name
+        self.nfc = nfc
         self.is_as_saved = False  # read from a tokenizer.json that save_tokenizer wrote, so compared with tokenizers
+        self.num_bytes_appended = 0  # single bytes that the tokenizer.json had no token for
         self.ranks = dict(ranks)
         self.pattern = pattern
         self.special_ids = dict(special_ids)
@@ -103,8 +110,18 @@ class Tokenizer:
             digest.update(np.array([len(ids), *ids], dtype="<u4").tobytes())
         self.canary_sha256 = digest.hexdigest()
 
+    def normalized(self, text: str) -> str:
+        """The text that is split: `text`, or its NFC by the tables of `tokenizers` (those of Python are newer)."""
+        if not self.nfc or text.isascii() or not _COMPOSES.search(text):
+            return text
+        from tokenizers.normalizers import NFC  # 0.02 s the first time
+
+        # a lone surrogate becomes U+FFFD, as in tiktoken
+        return NFC().normalize_str(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text`; a special token spelled in it stays text. Raises TokenizerError if the pattern gives up."""
+        text = self.normalized(text)
         try:
             if len(text) < LONG:
                 return self.encoding.encode_ordinary(text)
@@ -146,12 +163,12 @@ class Tokenizer:
         return vocab, all_merges(vocab)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self.ranks, self.pattern, self.special_ids, self.name)
+        return Tokenizer, (self.ranks, self.pattern, self.special_ids, self.name, self.nfc)
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 over everything that decides the ids of a text: merges, pattern, special tokens."""
-        digest = hashlib.sha256(repr((self.pattern, sorted(self.special_ids.items()))).encode())
+        """SHA-256 over everything that decides the ids of a text: merges, pattern, special tokens, normalization."""
+        digest = hashlib.sha256(repr((self.pattern, sorted(self.special_ids.items()))).encode() + b"NFC" * self.nfc)
         for token, rank in sorted(self.ranks.items(), key=itemgetter(1)):
             digest.update(b"%d %d " % (rank, len(token)) + token)
         return digest.hexdigest()
@@ -170,10 +187,11 @@ def quiet_rust() -> Iterator[None]:
         os.close(standard_error)
 
 
-def append_special_tokens(ranks: Mapping[bytes, int]) -> dict[str, int]:
-    """The nine special tokens' ids, directly after the highest rank."""
-    first = max(ranks.values(), default=-1) + 1
-    return {name: first + i for i, name in enumerate(SPECIAL_TOKENS)}
+def append_special_tokens(ranks: Mapping[bytes, int], special_ids: Mapping[str, int] | None = None) -> dict[str, int]:
+    """`special_ids`, and those of the nine that are not in it with the ids directly after the highest one."""
+    found = dict(special_ids or {})
+    first = max([*ranks.values(), *found.values()], default=-1) + 1
+    return found | {name: first + i for i, name in enumerate(name for name in SPECIAL_TOKENS if name not in found)}
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> Tokenizer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -98,8 +98,12 @@ def _load(name: str, tokenizer: Tokenizer) -> Encoder:
     if name != "tiktoken" and tokenizer.pattern != SPLIT_PATTERN:
         raise EncoderError(f"{name} cannot do the split pattern of {tokenizer.name}, only nanochat's; use tiktoken")
     try:
-        encoder = Encoder(name, version(name), ROUTES[name](tokenizer))
+        encode = ROUTES[name](tokenizer)
+        encoder = Encoder(name, version(name), encode)
         if name != "tiktoken":
+            if tokenizer.nfc:
+                normalize = tokenizer.normalized
+                encoder = replace(encoder, encode_batch=lambda texts: encode(list(map(normalize, texts))))
             texts = canary_texts()
             for size in (len(texts), 17):  # all in one batch, then in small ones: 0.02 to 0.05 s
                 for start in range(0, len(texts), size):

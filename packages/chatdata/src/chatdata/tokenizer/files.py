@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from typing import Any
 from chatdata.errors import TokenizerError
 from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
 from chatdata.tokenizer.encoders import canary_texts
-from chatdata.tokenizer.merges import TO_BYTE, ranks_of_merges
+from chatdata.tokenizer.merges import TO_BYTE, TO_CHAR, ranks_of_merges
 from chatdata.tokenizer.patterns import to_tiktoken
 from chatdata.tokenizer.pickled import read_pickle
 
 # OpenAI's GPT-2 pattern: what tokenizers' ByteLevel pre-tokenizer uses if it has to split, too
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# the same behind a Digits step: no piece goes on past a numeral, and white space in front of one is at its piece's end
+_BETWEEN_NUMERALS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+_DELIMITER = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # how added tokens look that ordinary text does not spell
 
 
 def load_tokenizer(path: str | Path, *, native: bool = True) -> Tokenizer:
@@ -30,7 +35,11 @@ def load_tokenizer(path: str | Path, *, native: bool = True) -> Tokenizer:
         candidates = [path / "tokenizer.json", path / "tokenizer" / "tokenizer.json", path / "tokenizer.pkl"]
         found = [candidate for candidate in candidates if candidate.is_file()]
         if not found:
-            raise TokenizerError(f"{path}: no tokenizer.json, tokenizer/tokenizer.json or tokenizer.pkl in this folder")
+            hint = "; vocab.json and merges.txt do not say how to split text: save it with transformers' AutoTokenizer"
+            raise TokenizerError(
+                f"{path}: no tokenizer.json, tokenizer/tokenizer.json or tokenizer.pkl in this folder"
+                + hint * (path / "merges.txt").is_file()
+            )
         path = found[0]
     if not path.is_file():
         raise TokenizerError(f"{path}: no such tokenizer file or folder")
@@ -40,8 +49,8 @@ def load_tokenizer(path: str | Path, *, native: bool = True) -> Tokenizer:
     tokenizer = readers[path.suffix](path)
     if native and (missing := tokenizer.missing_special_tokens):
         raise TokenizerError(
-            f"{path}: special tokens missing: {', '.join(missing)}; all nine must be in the tokenizer "
-            "(import a .tiktoken file, or train one, to have them appended)"
+            f"{path}: special tokens missing: {', '.join(missing)}; all nine must be in the tokenizer: "
+            "`chatdata tokenizer import --add-specials` appends them"
         )
     return tokenizer
 
@@ -50,7 +59,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: the same bytes for the same tokenizer.
 
     A tokenizer without nanochat's special tokens gets no chat template, and no bos and eos token in its configuration.
-    Raises TokenizerError if `tokenizers` is installed and gives other ids for some canary text.
+    Raises TokenizerError if `tokenizers` gives other ids for some canary text.
     """
     contents = json.dumps(_contents(tokenizer), ensure_ascii=False, separators=(",", ":"))
     if not tokenizer.is_as_saved:
@@ -97,7 +106,7 @@ def _contents(tokenizer: Tokenizer) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
@@ -106,11 +115,9 @@ def _contents(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _compare_with_tokenizers(tokenizer: Tokenizer, contents: str) -> None:
-    """Encode the canary texts with `tokenizers`, where it is installed, too. contents: of a tokenizer.json."""
-    try:
-        import tokenizers
-    except ImportError:
-        return
+    """Encode the canary texts with `tokenizers`, too. contents: of a tokenizer.json."""
+    import tokenizers
+
     try:
         theirs = tokenizers.Tokenizer.from_str(contents)
     except Exception as error:  # it raises no other kind
@@ -128,81 +135,90 @@ def _compare_with_tokenizers(tokenizer: Tokenizer, contents: str) -> None:
 
 
 def read_json(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json` (byte-level BPE with one split pattern and the nine special tokens).
+    """Read a `tokenizer.json`: byte-level BPE whose ids tiktoken gives for every text that spells no added token and
+    has none of the bytes that the vocabulary lacks, if any.
 
-    Raises TokenizerError for anything whose ids tiktoken could not reproduce: merges.py has the condition for
-    vocabularies, patterns.py the one for split patterns.
+    Raises TokenizerError for anything else: merges.py has the condition for vocabularies, patterns.py the one for split
+    patterns, `_split_pattern` the pre-tokenizers. What comes after the model (a bos token, say) is ignored.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        contents = json.loads(text)
+        contents = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
         raise TokenizerError(f"{path}: not valid JSON: {error}") from None
     try:
         model = contents["model"]
-        if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("unk_token"):
-            raise TokenizerError(f"{path}: only byte-level BPE can be used, this is {model.get('type')!r}")
-        unlike = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-        if unlike:
-            raise TokenizerError(
-                f"{path}: its model has {unlike[0]} = {model[unlike[0]]!r}; tiktoken has no such setting"
-            )
-        if contents.get("normalizer") is not None:
-            kind = contents["normalizer"].get("type")
-            raise TokenizerError(f"{path}: its normalizer {kind!r} changes the text before encoding; tiktoken cannot")
-        pattern = to_tiktoken(_split_pattern(contents.get("pre_tokenizer"), path))
+        if model.get("type") != "BPE" or model.get("byte_fallback"):
+            raise ValueError(f"its model is {model.get('type')!r}, and not byte-level BPE")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise ValueError(f"its model has {key} = {model[key]!r}")
+        normalizer = contents.get("normalizer")
+        if normalizer not in (None, {"type": "NFC"}):
+            raise ValueError(f"its normalizer {normalizer.get('type')!r} changes the text; only NFC can be done")
+        pattern = to_tiktoken(_split_pattern(contents.get("pre_tokenizer")))
         added = contents.get("added_tokens", [])
-        matched = [token["content"] for token in added if not token.get("special")]
-        if matched:
-            raise TokenizerError(f"{path}: {matched[0]!r} is added but not special, so it is matched inside text")
+        for token in added:
+            if not (token.get("special") or _DELIMITER.fullmatch(token["content"])):
+                raise ValueError(f"{token['content']!r} is added but not special, so it is matched inside text")
+            token["special"] = True
         special_ids = {token["content"]: token["id"] for token in added}
+        # SmolLM2 lacks 21: tokenizers drops them in silence, tiktoken fails. Here they get ids behind all others.
+        lacking = [char for char in map(TO_CHAR.__getitem__, range(256)) if char not in model["vocab"]]
+        first = max(*model["vocab"].values(), *special_ids.values()) + 1 if lacking else 0
+        model["vocab"] |= {char: first + i for i, char in enumerate(lacking)}
         vocab = {token: rank for token, rank in model["vocab"].items() if token not in special_ids}
-        tokenizer = _of_vocabulary(vocab, pattern, special_ids, path)
+        tokenizer = _of_vocabulary(vocab, pattern, special_ids, path, nfc=normalizer is not None)
         model["merges"] = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
         if contents == _contents(tokenizer):
             tokenizer.is_as_saved = True
             return tokenizer
         kept = ranks_of_merges(vocab, model["merges"], bool(model.get("ignore_merges")))
         if len(kept) < len(vocab):
-            tokenizer = _of_vocabulary(kept, pattern, special_ids, path)
+            tokenizer = _of_vocabulary(kept, pattern, special_ids, path, nfc=normalizer is not None)
+        tokenizer.num_bytes_appended = len(lacking)
     except (KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(f"{path}: not a tokenizer.json: {type(error).__name__} {error}") from None
     except TokenizerError:
         raise
     except ValueError as error:
-        raise TokenizerError(f"{path}: {error}") from None
-    _compare_with_tokenizers(tokenizer, text)
+        way_out = "tiktoken cannot give its ids, but `chatdata build --chat-format` can use it"
+        raise TokenizerError(f"{path}: {error}; {way_out}") from None
+    _compare_with_tokenizers(tokenizer, json.dumps(contents))
     return tokenizer
 
 
-def _of_vocabulary(vocab: dict[str, int], pattern: str, special_ids: dict[str, int], path: Path) -> Tokenizer:
+def _of_vocabulary(
+    vocab: dict[str, int], pattern: str, special_ids: dict[str, int], path: Path, nfc: bool
+) -> Tokenizer:
     try:
         ranks = {bytes(map(TO_BYTE.__getitem__, token)): rank for token, rank in vocab.items()}
     except KeyError:
         odd = next(token for token in vocab if not TO_BYTE.keys() >= set(token))
         raise TokenizerError(f"{path}: token {odd!r} is not in the byte-level alphabet") from None
-    return Tokenizer(ranks, pattern, special_ids, str(path))
+    return Tokenizer(ranks, pattern, special_ids, str(path), nfc)
 
 
-def _split_pattern(pre_tokenizer: Any, path: Path) -> str:
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    splits = [step for step in steps if step and step["type"] == "Split"]
-    for step in splits:
-        if step.get("behavior") != "Isolated" or step.get("invert") or "Regex" not in step["pattern"]:
-            raise TokenizerError(
-                f"{path}: its Split must be Isolated, not inverted, with a Regex; tiktoken cannot do "
-                f"{step.get('behavior')}"
-            )
-    patterns = [step["pattern"]["Regex"] for step in splits]
-    byte_level = [step for step in steps if step and step["type"] == "ByteLevel"]
-    is_plain = len(patterns) + len(byte_level) == len(steps) and len(byte_level) == 1 and steps[-1] is byte_level[0]
-    if not is_plain or byte_level[0]["add_prefix_space"]:
-        raise TokenizerError(f"{path}: its pre-tokenizer is not one Split, then ByteLevel; tiktoken cannot do the same")
-    if byte_level[0].get("use_regex", True):
-        patterns.append(_GPT2_PATTERN)
-    if len(patterns) != 1:
-        raise TokenizerError(f"{path}: its pre-tokenizer has {len(patterns)} split patterns; tiktoken takes one")
-    return patterns[0]
+def _split_pattern(pre_tokenizer: Any) -> str:
+    """The pattern that cuts as a pre-tokenizer of this table does. Raises ValueError for any other."""
+    pre_tokenizer = pre_tokenizer or {"type": "none"}
+    steps = [{"use_regex": True, **step} for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
+    match steps:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return _GPT2_PATTERN
+        case [
+            {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            return regex
+        case [
+            {"type": "Digits", "individual_digits": bool(individual)},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]:
+            return (r"\p{N}|" if individual else r"\p{N}+|") + _BETWEEN_NUMERALS
+    raise ValueError(
+        f"its pre-tokenizer ({', '.join(step['type'] for step in steps)}) is not ByteLevel, Digits then ByteLevel, or "
+        "Split (by a Regex, Isolated) then ByteLevel, without add_prefix_space"
+    )
 
 
 def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
