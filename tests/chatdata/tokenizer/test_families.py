@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
@@ -111,6 +111,7 @@ _TEXTS = st.lists(st.sampled_from(_ATOMS), max_size=16).map("".join) | st.text(m
 @given(text=_TEXTS)
 def test_ids_equal(pairs: dict, family: str, text: str) -> None:
     ours, theirs = pairs[family]
+    assume(not any(token in text for token in ours.special_ids))
     assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
