@@ -60,7 +60,7 @@ def test_items_of_jsonl_and_parquet_are_found_and_listed(run: Callable, tmp_path
     assert "firewall: 1 training rows hold scored items (kept; --decontaminate drop leaves" in result.stdout
     assert "no match: quiz.parquet (4)" in result.stdout
     listed = json.loads((tmp_path / "out" / "firewall.json").read_text())
-    place = {"task": "conversations", "source": "c.jsonl", "file": "c.jsonl", "row": 1}
+    place = {"task": "conversations", "source": "c.jsonl", "file": "c.jsonl", "row": 1, "source_row": 1}
     assert listed["items"] == [
         {"set": "exam.jsonl", "item": "exam.jsonl line 2", "rows": [{**place, "method": "exact", "share": 1.0}]}
     ]

@@ -111,6 +111,7 @@ def test_what_is_found_and_what_is_not(run) -> None:
         "source": "chats.jsonl",
         "file": "chats.jsonl",
         "row": 6,
+        "source_row": 6,
         "method": "exact",
         "share": 1.0,
     }

@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta, Struct
+
+from chatdata.disk import Count, decode
+from chatdata.errors import FormatError
 from chatdata.firewall.search import Findings
+from chatdata.shards.manifest import Source
 
 CHOICES = ("report", "drop", "off")  # of --decontaminate
 FIREWALL_FORMAT, VERSION = "chatdata-firewall", 1
+
+
+class FlaggedRow(Struct):
+    source: str
+    file: str | None
+    row: Count  # of the file
+    source_row: Count  # as in the index: a source may have several files
+    method: str
+    share: float
+
+
+class FlaggedItem(Struct):
+    set: str
+    item: str
+    rows: Annotated[list[FlaggedRow], Meta(min_length=1)]
+
+
+class CheckedSet(Struct):
+    source: Source
+    items: Count
+
+
+class Listing(Struct):
+    """What is read of OUT/firewall.json, here and by chateval."""
+
+    format: Literal["chatdata-firewall"]
+    version: Literal[1]
+    build_id: str
+    checked: dict[str, CheckedSet]
+    not_checked: dict[str, str]
+    items: list[FlaggedItem]
+
+
+def read_listing(build: Path, build_id: str) -> Listing | None:
+    """OUT/firewall.json of a build, if it has one. Raises FormatError if it is damaged or of another build."""
+    path = build / "firewall.json"
+    if not path.is_file():
+        return None
+    read = decode(path.read_bytes(), Listing, str(path), FormatError)
+    if read.build_id != build_id:
+        raise FormatError(f"{path}: of another build; remove it, or build again")
+    return read
 
 
 def summary(findings: Findings) -> dict[str, Any]:
@@ -31,6 +79,7 @@ def listing(findings: Findings, build_id: str) -> dict[str, Any]:
     for hit in findings.hits:
         rows = items.setdefault((hit.item.set, hit.item.item), [])
         rows.append({**findings.places[hit.document], "method": hit.method, "share": hit.share})
+    in_order = sorted(items.items(), key=lambda found: (found[0][0], len(found[0][1]), found[0][1]))  # row 9, row 10
     return {
         "format": FIREWALL_FORMAT,
         "version": VERSION,
@@ -40,5 +89,5 @@ def listing(findings: Findings, build_id: str) -> dict[str, Any]:
             for name, source in findings.checked.items()
         },
         "not_checked": dict(findings.not_checked),
-        "items": [{"set": name, "item": item, "rows": rows} for (name, item), rows in sorted(items.items())],
+        "items": [{"set": name, "item": item, "rows": rows} for (name, item), rows in in_order],
     }

@@ -47,7 +47,8 @@ class Hit:
 class Findings:
     """checked: scored set → its source; not_checked: scored set → why; num_items: checked set → its items.
 
-    places: flagged document → its task, source, file (None: generated, or a dataset) and row in that file, from 0.
+    places: flagged document → its task, source, file (None: generated, or a dataset), row in that file
+    and row in the source, both from 0.
     """
 
     hits: tuple[Hit, ...]
@@ -183,5 +184,5 @@ def _places(documents: set[int], row_maps: Mapping[Source, RowMap]) -> dict[int,
         for row in np.flatnonzero(np.isin(row_map.document_of, list(documents))).tolist():
             name, row_in_file = next(((file.name, begin) for file, begin, _ in source.files_of(row, 1)), (None, row))
             place = {"task": source.task.name, "source": source.name, "file": name, "row": row_in_file}
-            places[int(row_map.document_of[row])] = place
+            places[int(row_map.document_of[row])] = place | {"source_row": row}
     return places

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct, to_builtins
 
 from chatdata.check.diff import ABSENT, differences
 from chatdata.disk import Count, Positive, convert, decode, naming, write_whole
+from chatdata.firewall.listing import Listing
 from chatdata.shards.manifest import Source
 from chateval.errors import ResultsError, ScoringError
 
@@ -53,25 +54,6 @@ class Run(Struct, omit_defaults=True):
     settings: dict[str, Any]
     tasks: dict[str, RunTask]
     firewall: Firewall | None = None
-
-
-class CheckedSet(Struct):
-    source: Source
-
-
-class FlaggedItem(Struct):
-    set: str
-    item: str
-
-
-class FirewallFile(Struct):
-    """What is read of the file that `chatdata build` writes into a build (chatdata/firewall/listing.py)."""
-
-    format: Literal["chatdata-firewall"]
-    version: Literal[1]
-    build_id: str
-    checked: dict[str, CheckedSet]
-    items: list[FlaggedItem]
 
 
 def write_run(out: Path, run: Run) -> None:
@@ -126,7 +108,7 @@ def read_firewall(path: Path, tasks: Mapping[str, RunTask]) -> Firewall:
     """
     with naming(path):
         data = path.read_bytes()
-    listed = decode(data, FirewallFile, str(path), ScoringError)
+    listed = decode(data, Listing, str(path), ScoringError)
     common = [name for name in tasks if name in listed.checked]
     if not common:
         raise ScoringError(f"{path}: checked {', '.join(listed.checked) or 'nothing'}, but none of {', '.join(tasks)}")

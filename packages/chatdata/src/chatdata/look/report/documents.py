@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,7 @@ EXTREMES = {"truncated": 4, "longest": 2, "shortest": 2}  # of PER_TASK; the res
 # 400 documents of 6,000 bytes are 2.4 MB of text, at most 12 MB of page: below 15 MB for any build
 MAX_SHOWN = 400
 MAX_BYTES = 6_000
+MAX_EXCERPT = 200  # characters
 COLUMNS = ["doc", "row", "task", "num_tokens", "num_supervised", "original_tokens", "truncated", "digest"]
 # control characters other than tab and newline, which a page would drop or obey, shown as their pictures
 _CONTROLS = {c: chr(0x2400 + c) for c in range(32) if c not in b"\t\n"} | {127: "␡"}
@@ -41,22 +43,32 @@ class ShownDocument:
     lines: list[list[Segment]]
     tokens_left: int
 
+    @property
+    def excerpt(self) -> str:
+        """Its first words, without special tokens."""
+        text = " ".join(segment.text for line in self.lines for segment in line if "chip" not in segment.kind)
+        return textwrap.shorten(text[:MAX_EXCERPT], MAX_EXCERPT - 2, placeholder=" …")
 
-def shown_documents(build: Build) -> list[ShownDocument]:
-    """Documents of every split and task, at most MAX_SHOWN, the task with most tokens first. Deterministic."""
+
+def shown_documents(build: Build, flagged: Sequence[int] = ()) -> list[ShownDocument]:
+    """The `flagged` documents of train, then documents of every split and task, at most MAX_SHOWN, the task with most
+    tokens first. Deterministic."""
     groups = []
     for name, split in build.splits.items():
         frame = split.index.select(COLUMNS).with_columns(task=split.index["task"].cast(str))
         parts = frame.partition_by("task", maintain_order=True)
         groups += [(name, part) for part in sorted(parts, key=lambda part: -part["num_tokens"].sum())]
     per_task = min(PER_TASK, max(1, MAX_SHOWN // len(groups)))
-    shown = []
-    for name, part in groups[:MAX_SHOWN]:
-        for row, why in choose(part, per_task):
-            document = build[name][row["doc"]]
-            lines, left = lines_of(document.tokens, document.mask, build.tokenizer)
-            shown.append(ShownDocument(name, row, why, lines, left))
-    return shown
+    chosen = [(name, row, why) for name, part in groups[:MAX_SHOWN] for row, why in choose(part, per_task)]
+    if flagged:
+        train = pl.concat(part for name, part in groups if name == "train").filter(pl.col("doc").is_in(flagged))
+        chosen = [("train", row, "holds a scored item") for row in train.sort("doc").iter_rows(named=True)] + chosen
+    shown: dict[tuple[str, int], ShownDocument] = {}
+    for name, row, why in chosen:
+        document = build[name][row["doc"]]
+        lines, left = lines_of(document.tokens, document.mask, build.tokenizer)
+        shown.setdefault((name, row["doc"]), ShownDocument(name, row, why, lines, left))
+    return list(shown.values())
 
 
 def choose(frame: pl.DataFrame, number: int) -> list[tuple[dict[str, Any], str]]:

@@ -21,6 +21,7 @@ from chatdata.errors import UsageError
 from chatdata.look.console import share
 from chatdata.look.report.collect import ROLES, report_numbers
 from chatdata.look.report.documents import ShownDocument, shown_documents, spelled
+from chatdata.look.report.findings import firewall_findings
 from chatdata.shards.read import Build, open_build
 
 MISSING = "a report needs Altair, its JavaScript and Jinja: `uv sync --extra report` installs them"
@@ -35,9 +36,9 @@ def default_out(build: Path) -> Path:
 def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
     """Write the report of the build at `path` to `out` (see `default_out`), complete or not at all.
 
-    Returns its numbers (see `report_numbers`) with `out`, `bytes` and `documents_shown`. Raises UsageError if the extra
-    `report` is not installed, or if `out` is a folder, inside the build, or in a folder that does not exist;
-    FormatError if the build is damaged.
+    Returns its numbers (see `report_numbers`; `firewall`: see `firewall_findings`) with `out`, `bytes` and
+    `documents_shown`. Raises UsageError if the extra `report` is not installed, or if `out` is a folder, inside the
+    build, or in a folder that does not exist; FormatError if the build is damaged.
     """
     try:
         import altair  # noqa: F401
@@ -50,7 +51,9 @@ def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
         raise UsageError(f"--out {out} is inside the build, where every file is accounted for; choose another folder")
     check_file(out)
     build = open_build(path)
-    numbers, documents = report_numbers(build), shown_documents(build)
+    numbers = report_numbers(build) | {"firewall": firewall_findings(build)}
+    flagged = [found["doc"] for found in numbers["firewall"].get("first", []) if found["doc"] is not None]
+    documents = shown_documents(build, flagged)
     page = render(build, numbers, documents).encode("utf-8")
     with naming(out):
         write_whole(out, page)
@@ -58,7 +61,7 @@ def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocument]) -> str:
-    """The page as HTML. numbers: see `report_numbers`."""
+    """The page as HTML. numbers: see `write_report`."""
     import jinja2
 
     from chatdata.look.report.charts import MEASURES, chart_specs
@@ -81,6 +84,7 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
         measures=MEASURES.values(),
         roles=ROLES,
         documents=documents,
+        excerpts={document.index["doc"]: document.excerpt for document in documents if document.split == "train"},
         unused=[(i, spelled(build.tokenizer, i)) for i in vocabulary["unused_ids"]],
         tokenizer_sha256=build.tokenizer.sha256,
         charts=chart_specs(numbers, build.tokenizer),
