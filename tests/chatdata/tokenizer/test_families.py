@@ -141,6 +141,14 @@ def test_the_special_tokens_that_were_there(pairs: dict) -> None:
     assert len(ours.encode_ordinary("<think>")) > 1 and ours.decode([405]) == "<think>"
 
 
+def test_the_page_has_the_patterns(pairs: dict) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "format.md").read_text(encoding="utf-8")
+    assert f"    ByteLevel            {pairs['gpt2'][0].pattern}\n" in page
+    assert f"    Digits, ByteLevel    {pairs['smollm2'][0].pattern}\n" in page
+    assert pairs["runs of digits"][0].pattern == pairs["smollm2"][0].pattern.replace(r"\p{N}|", r"\p{N}+|", 1)
+    assert (pairs["llama3"][0].pattern, pairs["qwen"][0].pattern) == (LLAMA3, QWEN)
+
+
 def sweep(pre_tokenizer: pre_tokenizers.PreTokenizer, tmp_path: Path) -> list[int]:
     """Code points that tiktoken splits in other places."""
     # all pairs of bytes are tokens, so that another cut gives other ids
