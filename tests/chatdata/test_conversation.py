@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common_form import conversations
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from chatdata.conversation import METADATA_KEYS, REFUSED_KEYS, parse_conversation
+from chatdata.conversation import METADATA_KEYS, REFUSED_KEYS, Reading, parse_conversation
 from chatdata.errors import ConversationError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -167,3 +170,62 @@ def test_the_lists_of_keys_in_the_docs_are_the_codes() -> None:
         for start in ("These keys are metadata", "These are refused")
     )
     assert (metadata, refused) == (METADATA_KEYS, set(REFUSED_KEYS))
+
+
+@given(conversations())
+@settings(max_examples=300, deadline=None)
+def test_the_common_form_is_accepted_as_it_is(conversation: dict[str, Any]) -> None:
+    found = parse_conversation(conversation)
+    assert parse_conversation(found) == found
+    if "<think>" not in json.dumps(conversation):
+        assert found == conversation
+
+
+ROLES = ["system", "developer", "user", "assistant", "tool", "function", "human", "gpt", "function_call", "observation"]
+WORDS = [
+    "",
+    "a",
+    "f",
+    "<think>a</think>b",
+    '{"name": "f"}',
+    '[{"name": "f", "arguments": {"a": 1e999}}]',
+    "[[",
+    "\ud800",
+]
+KEYS = ["role", "content", "from", "value", "tool_calls", "tool_call_id", "name", "weight", "train", "thinking", "text"]
+KEYS += [
+    "messages",
+    "conversations",
+    "tools",
+    "history",
+    "prompt",
+    "completion",
+    "query",
+    "answers",
+    "instruction",
+    "id",
+]
+KEYS += ["function", "arguments", "parameters", "properties", "type", "items", "required", "output", "input", "trained"]
+ODD = st.recursive(
+    st.sampled_from([None, True, False, 0, 1, 0.5, float("nan"), b"a", *WORDS, *ROLES]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": ODD}, optional=dict.fromkeys(KEYS[2:], ODD))
+    )
+    | st.dictionaries(st.sampled_from(KEYS), ODD, max_size=5)
+)
+@settings(max_examples=400, deadline=None)
+def test_what_is_refused_is_refused_in_one_line(record: Any) -> None:
+    try:
+        found = parse_conversation(record, Reading(consecutive="merge"))
+    except ConversationError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    again = parse_conversation({"messages": found["messages"]})
+    assert again == {"messages": found["messages"]}
+    json.dumps(found, ensure_ascii=False).encode()

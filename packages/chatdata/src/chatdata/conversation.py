@@ -95,7 +95,8 @@ def _parse(record: Any, reading: Reading) -> Conversation:
         ):
             raise _misplaced(turn, role, before, system if role == "system" else "")
         if not before and (leading or tools):
-            messages.append({"role": "system", "content": "\n\n".join([*leading, tools] if tools else leading)})
+            text = "\n\n".join([*leading, tools] if tools else leading)
+            messages.append({"role": "system", "content": check_surrogates(text, "system text")})
         if is_neighbour:
             counts["merged"] = counts.get("merged", 0) + 1
         if role == "user":
@@ -119,12 +120,9 @@ def _parse(record: Any, reading: Reading) -> Conversation:
                     _place(calls, messages, turn)
                 parts, more = _parts_of(messages[-1]), as_parts(content, trained)
                 if role == before and parts and more and parts[-1]["type"] == more[0]["type"] == "text":
-                    text = "\n\n" + more[0]["text"]
+                    more[0]["text"] = "\n\n" + more[0]["text"]
                     if parts[-1].get("trained") == more[0].get("trained"):
-                        parts[-1]["text"] += text
-                        del more[0]
-                    else:
-                        more[0]["text"] = text
+                        parts[-1]["text"] += more.pop(0)["text"]
                 parts += more
             messages[-1].pop("trained", None)
             if not trained:

@@ -75,7 +75,7 @@ def read_message(
         names = [name for name in ("tool_calls", "function_call") if name in extras]
         calls = [call for name in names for call in calls_of(message[name], f'message {turn}, key "{name}"')]
     for call in calls:
-        call.turn, call.trained = turn, trained
+        call.turn, call.trained, call.code = turn, trained, check_surrogates(call.code, where)
     if role == "assistant" and content in EMPTY and (calls or any(name in extras for name in _REASONING)):
         content = ""
     elif key not in message:

@@ -110,9 +110,10 @@ def _from_texts(record: dict[str, Any], given: list[str]) -> tuple[list[Any], se
         ways = '"messages" (or ShareGPT\'s "conversations"), or "prompt" and "completion"'
         raise ConversationError(f"no messages: expected the key {ways}")
     keys, messages = {asked, answer, "history"}, []
-    for i, pair in enumerate(record.get("history") or []):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ConversationError(f'key "history", pair {i}: must be a list of a question and its answer')
+    history = record.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ConversationError('key "history": must be a list of pairs of a question and its answer')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     if asked == "prompt" and isinstance(record[asked], list):
         messages += record[asked]

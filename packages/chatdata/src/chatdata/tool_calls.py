@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from keyword import iskeyword
-from math import isfinite
 from typing import Any
 
 from chatdata.disk import each_key_once
@@ -18,6 +17,7 @@ _RUN_TEXT = frozenset(("python", "code_interpreter", "calculator"))
 _CALL_KEYS = frozenset(("id", "type", "index", "function", "name", "arguments"))
 _TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
 _TYPES |= {"array": "list", "object": "dict", "null": "None"}
+MAX_NUMBER = 10**308
 _decode = json.JSONDecoder(object_pairs_hook=each_key_once).decode
 
 
@@ -84,9 +84,9 @@ def literal(value: Any, where: str) -> str:
         return f"[{', '.join([literal(item, where) for item in value])}]"
     if isinstance(value, dict):
         return f"{{{', '.join([f'{key!r}: {literal(item, where)}' for key, item in value.items()])}}}"
-    if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not isfinite(value)):
-        raise ConversationError(f"{where}: an argument must be JSON with finite numbers, not {value!r}")
-    return repr(value)
+    if value is None or isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) < MAX_NUMBER):
+        return repr(value)
+    raise ConversationError(f"{where}: an argument must be JSON, with numbers of at most 308 digits")
 
 
 def parsed(value: Any, where: str) -> Any:
@@ -106,8 +106,8 @@ def output_of(content: Any, where: str) -> str:
     kinds = [item.get("type") for item in content if isinstance(item, dict)] if isinstance(content, list) else []
     if media := next((kind for kind in kinds if is_media(kind)), None):
         raise ConversationError(f"{where}: {media} in a tool's result, but only text is trained on")
-    if kinds and set(kinds) == {"text"}:
-        return "".join([str(item["text"]) for item in content])
+    if kinds and all(kind == "text" for kind in kinds):
+        return "".join([str(item.get("text")) for item in content if isinstance(item, dict)])
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
