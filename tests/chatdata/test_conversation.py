@@ -82,8 +82,8 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (
         [HI[0], HI[0]],
-        f'message 1, key "role": user where assistant must come; {ALTERNATE}; consecutive = "merge" in the recipe joins '
-        "them",
+        f'message 1, key "role": user where assistant must come; {ALTERNATE}; '
+        'consecutive = "merge" in the recipe joins them',
     ),
     ([HI[1]], f'message 0, key "role": assistant where user must come; {ALTERNATE}'),
     ([*HI, {"role": "system", "content": "x"}], f'message 2, key "role": system where user must come; {ALTERNATE}'),

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from chatdata.conversation import Reading
+from chatdata.conversation import Reading, parse_conversation
 from chatdata.errors import SourceError
+from chatdata.render.pieces import pieces_of_rows
 from chatdata.sources.source import Source, SourceFile, forget_readers
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
@@ -179,3 +180,49 @@ def test_ignored_keys_are_taken_out_of_rows(tmp_path: Path) -> None:
         assert list(plain.read(np.ones(1, dtype=bool))) == [(0, rows[0])]
         assert list(ignoring.read(np.ones(1, dtype=bool))) == [(0, {"messages": rows[0]["messages"], "id": 1})]
         assert plain.content(0, 1) != ignoring.content(0, 1)
+
+
+def _arguments(kind: str) -> pa.DataType:
+    one = pa.struct({"city": pa.string(), "days": pa.int64()})
+    return {"struct": one, "map": pa.map_(pa.string(), pa.string()), "json": pa.large_string()}[kind]
+
+
+@pytest.mark.parametrize(
+    ("text", "list_of", "arguments"),
+    [
+        (pa.string(), pa.list_, "struct"),
+        (pa.large_string(), pa.large_list, "map"),
+        (pa.string_view(), lambda item: pa.list_(item, 2), "json"),
+        (pa.dictionary(pa.int32(), pa.string()), pa.list_, "struct"),
+        (pa.string(), pa.list_view, "map"),
+    ],
+)
+def test_arrow_types_make_no_difference(tmp_path: Path, text: Any, list_of: Callable, arguments: str) -> None:
+    """And keys that are null in a struct, because other rows have them, are no arguments."""
+    function = pa.struct({"name": text, "arguments": _arguments(arguments)})
+    calls = pa.list_(pa.struct({"id": text, "function": function}))
+    message = pa.struct({"role": text, "content": text, "tool_calls": calls})
+    given: Any = {"city": "Oslo"}
+    given = json.dumps(given) if arguments == "json" else given
+    row = [
+        {"role": "user", "content": "Sky?"},
+        {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "sky", "arguments": given}}]},
+    ]
+    table = pa.table({"messages": pa.array([row], list_of(message)), "source": pa.array(["x"], text)})
+    pq.write_table(table, tmp_path / "chats.parquet")
+    source = source_of(tmp_path / "chats.parquet")
+    ((rows, raw),) = source.read_batches(0, np.ones(1, dtype=bool))
+    pieces = pieces_of_rows(source, rows, raw)
+    assert pieces.texts == ["Sky?", "sky(city='Oslo')"]
+    assert [record["messages"][0] for _, record in source.read(np.ones(1, dtype=bool))] == [row[0]]
+
+
+def test_a_null_in_json_is_an_argument(tmp_path: Path) -> None:
+    call = {"function": {"name": "sky", "arguments": {"city": None}}}
+    row = {"messages": [{"role": "user", "content": "Sky?"}, {"role": "assistant", "tool_calls": [call]}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(row) + "\n")
+    source = source_of(tmp_path / "chats.jsonl")
+    assert parse_conversation(*(record for _, record in source.read(np.ones(1, dtype=bool))))["messages"][1] == {
+        "role": "assistant",
+        "content": [{"type": "python", "text": "sky(city=None)"}],
+    }

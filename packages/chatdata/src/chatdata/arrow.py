@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,3 +67,10 @@ def map_batches(path: Path) -> list[pa.RecordBatch]:
         buffer = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     reader = pa.ipc.open_file(buffer)
     return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def without_nulls(value: Any) -> Any:
+    """Arrow's Python objects without the keys that are null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

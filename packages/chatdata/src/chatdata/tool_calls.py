@@ -44,7 +44,7 @@ def _call(call: Any, where: str) -> Call:
         if key is not None:
             raise ConversationError(f'{where}: key "{key}" not understood; a call has a name and arguments')
     arguments = function.get("arguments")
-    arguments = parsed(arguments, f"{where}, arguments of {name}") if arguments not in (None, "") else {}
+    arguments = parsed(arguments, f"{where}, arguments of {name}") if arguments not in (None, "", []) else {}
     if not isinstance(arguments, dict):
         raise ConversationError(f"{where}, arguments of {name}: must be a JSON object, not {kind_of(arguments)}")
     if name in _RUN_TEXT and len(arguments) == 1 and isinstance(text := next(iter(arguments.values())), str):
@@ -90,11 +90,11 @@ def literal(value: Any, where: str) -> str:
 
 
 def parsed(value: Any, where: str) -> Any:
-    """A string as the JSON it holds; anything else as it is."""
-    if not isinstance(value, str):
-        return value
+    """A string as the JSON it holds, an Arrow map as an object; anything else as it is."""
     try:
-        return _decode(value)
+        if isinstance(value, list) and value and all(isinstance(pair, tuple) for pair in value):
+            return each_key_once(value)
+        return _decode(value) if isinstance(value, str) else value
     except ValueError as error:
         raise ConversationError(f"{where}: not valid JSON: {error}") from None
 

@@ -146,7 +146,7 @@ def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
             pieces = pieces_of_table(raw)
             if pieces is not None:
                 return pieces
-        records = raw if isinstance(raw, list) else raw.to_pylist()
+        records = source.rows_of(raw)
     except UnicodeDecodeError:
         raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
     converted: list[Any] = []

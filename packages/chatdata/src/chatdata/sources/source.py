@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from chatdata.arrow import to_arrow
+from chatdata.arrow import to_arrow, without_nulls
 from chatdata.conversation import AS_WRITTEN, Reading
 from chatdata.errors import SourceError
 from chatdata.sources.jsonl import ROWS_PER_BATCH, SEGMENT_BYTES, Segment, jsonl_segments, read_jsonl, read_text
@@ -153,7 +153,13 @@ class Source:
     def read(self, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
         """(row, raw row) for every row where `wanted` (bool [num_rows]) holds, in source order."""
         for rows, raw in self.read_batches(0, wanted):
-            yield from zip(rows.tolist(), raw if isinstance(raw, list) else raw.to_pylist(), strict=True)
+            yield from zip(rows.tolist(), self.rows_of(raw), strict=True)
+
+    def rows_of(self, raw: Rows) -> list[Any]:
+        """Raw rows as Python objects. In conversations from Arrow a null is no key: it fills structs with nulls."""
+        rows = raw if isinstance(raw, list) else raw.to_pylist()
+        from_arrow = self.dataset is not None or not isinstance(raw, list)
+        return without_nulls(rows) if from_arrow and self.task.rows_are_conversations else rows
 
     def read_batches(self, first: int, wanted: np.ndarray) -> Batches:
         """(rows, raw rows) in source order, some at a time: the `wanted` ones (bool [n]) of the rows from `first` on.

@@ -10,6 +10,7 @@ import numpy as np
 
 from chatdata.conversation import REFUSED_KEYS, parse_conversation
 from chatdata.errors import ChatdataError, SourceError
+from chatdata.records import MESSAGE_KEYS
 from chatdata.sources.source import Source, SourceFile
 from chatdata.tasks.task import load_tasks
 
@@ -45,7 +46,8 @@ def texts_of(record: Any) -> Iterator[str]:
         yield record["text"]
         return
     if isinstance(record, dict):  # what is next to the messages is not trained on here
-        record = {key: value for key, value in record.items() if key in ("messages", "conversations", *REFUSED_KEYS)}
+        keys = MESSAGE_KEYS if any(record.get(key) for key in MESSAGE_KEYS) else record
+        record = {key: value for key, value in record.items() if key in keys or key in REFUSED_KEYS}
     for message in parse_conversation(record)["messages"]:
         if isinstance(message["content"], str):
             yield message["content"]
