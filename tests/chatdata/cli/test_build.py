@@ -64,8 +64,8 @@ def test_plain_text(folder: Path, chatdata: Run) -> None:
     [
         (["data/none.jsonl"], 1, "none: data/none.jsonl: no such file"),
         (["data"], 1, "data: data: a folder; name a file, or data/*.jsonl"),
-        (["a.csv"], 1, "a: a.csv: expected .jsonl or .parquet"),
-        (["story.txt"], 1, "story: story.txt: expected .jsonl or .parquet; plain text is for stage base"),
+        (["a.csv"], 1, "a: a.csv: expected .jsonl, .json or .parquet"),
+        (["story.txt"], 1, "story: story.txt: expected .jsonl, .json or .parquet; plain text is for stage base"),
         (["data/chats.jsonl", "./data/chats.jsonl"], 2, "data/chats.jsonl: the same file twice; for two epochs set "),
         (["data/chats.jsonl", "--val", "1"], 2, "Invalid value for '--val': 1.0 is not in the range 0<x<1."),
         (["data/chats.jsonl", "--val", "0.0001"], 1, "val is empty: val_share = 0.0001 gives it none of 60"),

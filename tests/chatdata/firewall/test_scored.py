@@ -134,7 +134,7 @@ def test_files_that_cannot_be_read(run: Callable, tmp_path: Path) -> None:
     two = ("one/exam.jsonl", "--against", "two/exam.jsonl")
     for arguments, code, message in (
         (("no.jsonl:q",), 1, "--against: no.jsonl: no such file"),
-        (("exam.csv",), 1, "--against: exam.csv: expected .jsonl or .parquet"),
+        (("exam.csv",), 1, "--against: exam.csv: expected .jsonl, .json or .parquet"),
         (("bad.parquet",), 1, "--against: bad.parquet: not a readable Parquet file"),
         (("bad.jsonl",), 1, "bad.jsonl line 2: not valid JSON"),
         ((tmp_path / two[0], two[1], tmp_path / two[2]), 2, "--against: two files are named exam.jsonl; rename one"),

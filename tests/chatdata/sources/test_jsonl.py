@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chatdata.errors import SourceError
-from chatdata.sources.jsonl import _parse_lines, _strings_in, _strings_in_text, jsonl_segments, read_jsonl
+from chatdata.sources import jsonl
+from chatdata.sources.jsonl import (
+    _parse_lines,
+    _strings_in,
+    _strings_in_text,
+    array_segments,
+    jsonl_segments,
+    read_array,
+    read_jsonl,
+)
 
 TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from('\\\\"":{}[],\\n'), max_size=12)
 MESSAGES = st.lists(st.dictionaries(TEXT, TEXT, max_size=2), max_size=3)
@@ -30,7 +40,7 @@ VALUES = CHATS | st.recursive(
 def test_lines_are_what_json_says(values: list[Any], ascii_only: bool, separators: tuple[str, str]) -> None:
     lines = [json.dumps(value, ensure_ascii=ascii_only, separators=separators).encode() + b"\n" for value in values]
     assert _strings_in(values) == _strings_in_text(b"".join(lines))
-    assert repr(_parse_lines("x", list(range(2, 2 + len(lines))), lines)) == repr(values)  # 1 is not 1.0
+    assert repr(_parse_lines("x line", list(range(2, 2 + len(lines))), lines)) == repr(values)  # 1 is not 1.0
 
 
 def spelled(value: Any, twice: list[int]) -> str:
@@ -54,10 +64,10 @@ def test_a_key_that_comes_twice_at_any_depth_names_the_line(values: list[Any], p
         lines.append(spelled(value, twice).encode() + b"\n")
         wrong = number if wrong is None and twice[0] <= 0 else wrong
     if wrong is None:
-        assert _parse_lines("x.jsonl", list(range(1, 1 + len(lines))), lines) == values
+        assert _parse_lines("x.jsonl line", list(range(1, 1 + len(lines))), lines) == values
         return
     with pytest.raises(SourceError, match=rf"^x.jsonl line {wrong}: not valid JSON: key .* twice in one object$"):
-        _parse_lines("x.jsonl", list(range(1, 1 + len(lines))), lines)
+        _parse_lines("x.jsonl line", list(range(1, 1 + len(lines))), lines)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,7 @@ def test_a_key_that_comes_twice_at_any_depth_names_the_line(values: list[Any], p
 def test_keys_that_come_twice(line: str) -> None:
     json.loads(line)  # keeps the last in silence
     with pytest.raises(SourceError, match=r'^x.jsonl line 7: not valid JSON: key "\w*" twice in one object$'):
-        _parse_lines("x.jsonl", [6, 7], [b'{"a": "\\\\"}', line.encode()])
+        _parse_lines("x.jsonl line", [6, 7], [b'{"a": "\\\\"}', line.encode()])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,7 @@ def test_keys_that_come_twice(line: str) -> None:
     ],
 )
 def test_what_msgspec_refuses_and_json_takes(line: bytes, value: Any) -> None:
-    assert _parse_lines("x", [2], [line]) == [value]
+    assert _parse_lines("x line", [2], [line]) == [value]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +111,7 @@ def test_what_msgspec_refuses_and_json_takes(line: bytes, value: Any) -> None:
 )
 def test_lines_that_are_not_json(line: bytes, problem: str) -> None:
     with pytest.raises(SourceError) as error:
-        _parse_lines("x.jsonl", [1, 2], [b"\xef\xbb\xbf[]", line])
+        _parse_lines("x.jsonl line", [1, 2], [b"\xef\xbb\xbf[]", line])
     assert str(error.value).startswith(f"x.jsonl line 2: {problem}")
 
 
@@ -112,3 +122,53 @@ def test_blank_lines_count_as_lines_and_not_as_rows(tmp_path: Path) -> None:
         file.seek(0)
         ((rows, values),) = read_jsonl(file, "x.jsonl", segments, 0, np.array([True, False, True]))
     assert (segments[0].num_rows, rows.tolist(), values) == (3, [0, 2], [[0], [2]])
+
+
+@given(
+    st.lists(VALUES, min_size=1, max_size=9),
+    st.sampled_from([None, 0, 2]),
+    st.booleans(),
+    st.integers(1, 60),
+    st.data(),
+)
+def test_rows_of_an_array_are_what_json_says(
+    values: list[Any], indent: int | None, mark: bool, segment_bytes: int, data: st.DataObject
+) -> None:
+    file: Any = io.BytesIO(b"\xef\xbb\xbf" * mark + json.dumps(values, indent=indent, ensure_ascii=False).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonl, "SEGMENT_BYTES", segment_bytes)
+        patch.setattr(jsonl, "ROWS_PER_BATCH", 2)
+        segments = array_segments(file, "a.json")
+        assert segments is not None and sum(segment.num_rows for segment in segments) == len(values)
+        first = data.draw(st.integers(0, len(values) - 1))
+        wanted = np.array(data.draw(st.lists(st.booleans(), min_size=1, max_size=len(values) - first)))
+        read = list(read_array(file, "a.json", segments, first, wanted))
+    rows = [row for part, _ in read for row in part.tolist()]
+    assert rows == (np.flatnonzero(wanted) + first).tolist()
+    assert repr([value for _, part in read for value in part]) == repr([values[row] for row in rows])
+
+
+@pytest.mark.parametrize("text", [b'{"a": 1}\n{"a": 2}\n', b'\n[{"role": "user"}]\n[]\n', b"[]\n[1\n", b'{"a": NaN}'])
+def test_json_lines_may_be_in_a_json_file(text: bytes) -> None:
+    assert array_segments(io.BytesIO(text), "a.json") is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'{\n "data": []}', "Expected `array`, got `object`"),
+        (b'[{"a": 1},\n{"a": 2}', "Input data was truncated"),
+        (b'[\n{"a": NaN}]', "JSON is malformed: invalid character (byte 8)"),
+        (b"", "Input data was truncated"),
+    ],
+)
+def test_a_json_file_that_is_neither_is_refused(text: bytes, reason: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        array_segments(io.BytesIO(text), "a.json")  # type: ignore[arg-type]
+    assert str(caught.value) == f"a.json: neither an array of rows nor JSON lines: {reason}"
+
+
+def test_a_row_of_an_array_is_named() -> None:
+    file: Any = io.BytesIO(b'[{"a": 1}, {"a": 1, "a": 2}]')
+    with pytest.raises(SourceError, match=r"^a.json row 1: not valid JSON: key \"a\" twice in one object$"):
+        list(read_array(file, "a.json", array_segments(file, "a.json") or [], 0, np.ones(2, dtype=bool)))

@@ -226,3 +226,13 @@ def test_a_null_in_json_is_an_argument(tmp_path: Path) -> None:
         "role": "assistant",
         "content": [{"type": "python", "text": "sky(city=None)"}],
     }
+
+
+def test_a_json_file_is_an_array_or_lines(tmp_path: Path) -> None:
+    rows = chats("x", 3)
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "l.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, place in (("a.json", "a.json row 1"), ("l.json", "l.json line 2")):
+        source = source_of(tmp_path / name)
+        assert source.num_rows == 3 and source.where(1) == place
+        assert [row for _, row in source.read(np.ones(3, dtype=bool))] == rows

@@ -190,11 +190,11 @@ def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
         make = MAKE_IDENTITY if task.name == "identity" else ""
         instead = f"{path} takes files only" if wrong != path else f"name a file, or {path}/*.jsonl"
         raise MissingSource(f"{wrong}: a folder; {instead}{make}" if wrong.is_dir() else f"{wrong}: no such file{make}")
-    suffixes = (".jsonl", ".parquet", ".txt") if task.kind == "text" else (".jsonl", ".parquet")
+    suffixes = (".jsonl", ".json", ".parquet", *((".txt",) if task.kind == "text" else ()))
     for file in files:
         if file.suffix not in suffixes:
             hint = "; plain text is for stage base" if file.suffix == ".txt" else ""
-            raise SourceError(f"{file}: expected {' or '.join(suffixes)}{hint}")
+            raise SourceError(f"{file}: expected {', '.join(suffixes[:-1])} or {suffixes[-1]}{hint}")
     folder = label.rpartition("/")[0]
     named = tuple(_source_file(file, f"{folder}/{file.name}" if folder else file.name) for file in files)
     return Source(label, task, named, reading=entry.reading)

@@ -1,4 +1,4 @@
-"""JSONL and text files: where they can be cut, and their rows.
+"""JSONL, JSON and text files: where they can be cut, and their rows.
 
 msgspec parses a line in half of json's time. What it refuses, and what may hold a key twice, is parsed by json, which
 then names the line: what json takes is what is accepted.
@@ -7,6 +7,7 @@ then names the line: what json takes is what is accepted.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from itertools import repeat
@@ -21,6 +22,7 @@ from chatdata.errors import SourceError
 ROWS_PER_BATCH = 1024  # rows turned into Python objects at a time: about 3 MB of smoltalk
 LINES_PER_CHECK = 64  # about 100 kB of smoltalk, which the processor's cache holds
 SEGMENT_BYTES = 4 << 20  # of text: what a worker renders in half a second
+_BETWEEN = re.compile(rb"[\s,]*")  # rows of an array
 _QUOTE, _BACKSLASH = b'"\\'
 _Messages = list[dict[str, str]]
 _Chat = _Messages | dict[str, _Messages | str | float | int | bool | None]
@@ -46,6 +48,52 @@ def jsonl_segments(lines: BufferedReader) -> list[Segment]:
     if num_rows:
         segments.append(Segment(num_rows, offset - begin, begin, begin_line))
     return segments
+
+
+def array_segments(file: BufferedReader, name: str) -> list[Segment] | None:
+    """Segments of a .json file that is one array of rows; None if it is JSON lines. `name` is the file's in errors.
+
+    Takes memory for the file and 100 bytes per row: the array is read at once, because rows cannot be told apart from
+    what they hold without parsing. Raises SourceError if the file is neither.
+    """
+    data, segments, num_rows = file.read(), [], 0
+    start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+    try:
+        rows = msgspec.json.decode(memoryview(data)[start:], type=list[msgspec.Raw])
+    except msgspec.MsgspecError as error:
+        file.seek(0)
+        try:
+            json.loads(next((line for line in file if line.strip()), b""))
+        except (ValueError, RecursionError):
+            raise SourceError(f"{name}: neither an array of rows nor JSON lines: {error}") from None
+        return None
+    begin = end = data.find(b"[") + 1
+    for row in rows:
+        start = _BETWEEN.match(data, end).end()  # type: ignore[union-attr]
+        begin, end = start if num_rows == 0 else begin, start + len(memoryview(row))
+        num_rows += 1
+        if end - begin >= SEGMENT_BYTES:
+            segments.append(Segment(num_rows, end - begin, begin))
+            num_rows = 0
+    return [*segments, Segment(num_rows, end - begin, begin)] if num_rows else segments
+
+
+def read_array(
+    file: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray
+) -> Iterator[tuple[np.ndarray, list[Any]]]:
+    """As `read_jsonl`, from a .json file with one array."""
+    row = 0
+    for segment in segments:
+        low, high = max(row, first), min(row + segment.num_rows, first + len(wanted))
+        rows = np.flatnonzero(wanted[low - first : high - first]) + low if low < high else np.zeros(0, np.int64)
+        if len(rows):
+            file.seek(segment.offset)
+            texts = msgspec.json.decode(b"[" + file.read(segment.num_bytes) + b"]", type=list[msgspec.Raw])
+            for start in range(0, len(rows), ROWS_PER_BATCH):
+                part = rows[start : start + ROWS_PER_BATCH]
+                numbers = part.tolist()
+                yield part, _parse_lines(f"{name} row", numbers, [bytes(texts[number - row]) for number in numbers])
+        row += segment.num_rows
 
 
 def read_text(
@@ -78,17 +126,20 @@ def read_jsonl(
             numbers.append(number)
             kept.append(line)
             if len(rows) == ROWS_PER_BATCH:
-                yield np.array(rows), _parse_lines(name, numbers, kept)
+                yield np.array(rows), _parse_lines(f"{name} line", numbers, kept)
                 rows, numbers, kept = [], [], []
         row += 1
         if row >= stop:
             break
     if rows:
-        yield np.array(rows), _parse_lines(name, numbers, kept)
+        yield np.array(rows), _parse_lines(f"{name} line", numbers, kept)
 
 
-def _parse_lines(name: str, numbers: list[int], kept: list[bytes]) -> list[Any]:
-    """The values of lines. Raises SourceError for the first that is not JSON or holds a key twice."""
+def _parse_lines(place: str, numbers: list[int], kept: list[bytes]) -> list[Any]:
+    """The values of lines, or of rows of an array. place: goes before a number in errors, "a.jsonl line".
+
+    Raises SourceError for the first that is not JSON or holds a key twice.
+    """
     values: list[Any] = []
     for start in range(0, len(kept), LINES_PER_CHECK):
         lines = kept[start : start + LINES_PER_CHECK]
@@ -101,7 +152,7 @@ def _parse_lines(name: str, numbers: list[int], kept: list[bytes]) -> list[Any]:
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 continue
         else:
-            parsed = list(map(_parse_line, repeat(name), numbers[start:], lines))
+            parsed = list(map(_parse_line, repeat(place), numbers[start:], lines))
         values += parsed
     return values
 
@@ -143,13 +194,13 @@ def _strings_in_text(text: bytes) -> int:
     return (len(quotes) - len(escaped)) // 2
 
 
-def _parse_line(name: str, number: int, line: bytes) -> Any:
+def _parse_line(place: str, number: int, line: bytes) -> Any:
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         return json.loads(text, object_pairs_hook=each_key_once)
     except UnicodeDecodeError as error:
-        raise SourceError(f"{name} line {number}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise SourceError(f"{place} {number}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
         reason = getattr(error, "msg", str(error)).removesuffix(" at")  # json's words for where it is
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise SourceError(f"{name} line {number}: not valid JSON{column}: {reason}") from None
+        raise SourceError(f"{place} {number}: not valid JSON{column}: {reason}") from None

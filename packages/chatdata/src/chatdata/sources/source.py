@@ -20,7 +20,16 @@ import numpy as np
 from chatdata.arrow import to_arrow, without_nulls
 from chatdata.conversation import AS_WRITTEN, Reading
 from chatdata.errors import SourceError
-from chatdata.sources.jsonl import ROWS_PER_BATCH, SEGMENT_BYTES, Segment, jsonl_segments, read_jsonl, read_text
+from chatdata.sources.jsonl import (
+    ROWS_PER_BATCH,
+    SEGMENT_BYTES,
+    Segment,
+    array_segments,
+    jsonl_segments,
+    read_array,
+    read_jsonl,
+    read_text,
+)
 from chatdata.tasks.task import Task, call_task
 
 if TYPE_CHECKING:
@@ -42,7 +51,7 @@ Batches: TypeAlias = Iterator[tuple[np.ndarray, Rows]]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of rows: .parquet, .jsonl, or text, which is one row."""
+    """A file of rows: .parquet, .jsonl, .json, or text, which is one row."""
 
     path: Path
     name: str  # relative to its dataset, without folders of this machine
@@ -75,11 +84,28 @@ class SourceFile:
             raise SourceError(f"{self.name}: {CHANGED}")
 
     @cached_property
-    def segments(self) -> list[Segment]:
+    def _array(self) -> list[Segment] | None:
+        """Segments of a .json file, unless it is JSON lines."""
+        if self.path.suffix != ".json":
+            return None
         with self.open() as file:
-            if self.path.suffix == ".jsonl":
+            segments = array_segments(file, self.name)
+            self.check(file)
+        return segments
+
+    @property
+    def suffix(self) -> str:
+        """That of the path, but .jsonl for a .json file of JSON lines."""
+        return ".jsonl" if self.path.suffix == ".json" and self._array is None else self.path.suffix
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        if self._array is not None:
+            return self._array
+        with self.open() as file:
+            if self.suffix == ".jsonl":
                 segments = jsonl_segments(file)
-            elif self.path.suffix != ".parquet":
+            elif self.suffix != ".parquet":
                 segments = [Segment(1, size)] if (size := self.state[0][0]) else []
             else:
                 segments, metadata = [], _open_parquet(self.name, file).metadata
@@ -96,10 +122,10 @@ class SourceFile:
 
     def places(self) -> Iterator[str]:
         """Every row's place: `identity.jsonl line 3` (blank lines count), `train.parquet row 17`."""
-        if self.path.suffix == ".jsonl":
+        if self.suffix == ".jsonl":
             with self.open() as lines:
                 yield from (f"{self.name} line {i}" for i, line in enumerate(lines, start=1) if not line.isspace())
-        elif self.path.suffix == ".parquet":
+        elif self.suffix in (".parquet", ".json"):
             yield from (f"{self.name} row {row}" for row in range(self.num_rows))
         else:
             yield self.name
@@ -182,7 +208,7 @@ class Source:
                     if file.path.suffix == ".parquet":
                         batches = _read_parquet(file, opened, begin, wanted[run])
                     else:
-                        read = read_jsonl if file.path.suffix == ".jsonl" else read_text
+                        read = {".jsonl": read_jsonl, ".json": read_array}.get(file.suffix, read_text)
                         batches = read(opened, file.name, file.segments, begin, wanted[run])
                     try:
                         for rows, raw in batches:

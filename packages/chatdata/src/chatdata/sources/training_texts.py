@@ -16,7 +16,7 @@ from chatdata.tasks.task import load_tasks
 
 
 def read_texts(files: tuple[Path, ...]) -> Iterator[str]:
-    """Every text of .txt (by line), .jsonl and .parquet files: a `text` column, or all texts of conversations.
+    """Every text of .txt (by line), .jsonl, .json and .parquet files: a `text` column, or all texts of conversations.
 
     Raises SourceError or ConversationError naming file and row.
     """
@@ -29,7 +29,7 @@ def read_texts(files: tuple[Path, ...]) -> Iterator[str]:
                     yield from lines
             except UnicodeDecodeError:
                 raise SourceError(f"{path}: not UTF-8; save it as UTF-8") from None
-        elif path.suffix in (".jsonl", ".parquet"):
+        elif path.suffix in (".jsonl", ".json", ".parquet"):
             source = Source(path.name, load_tasks()["conversations"], (SourceFile(path, path.name),))
             for row, record in source.read(np.ones(source.num_rows, dtype=bool)):
                 try:
@@ -37,7 +37,7 @@ def read_texts(files: tuple[Path, ...]) -> Iterator[str]:
                 except ChatdataError as error:
                     raise error.at(source.where(row)) from None
         else:
-            raise SourceError(f"{path}: expected .txt, .jsonl or .parquet")
+            raise SourceError(f"{path}: expected .txt, .jsonl, .json or .parquet")
 
 
 def texts_of(record: Any) -> Iterator[str]:
