@@ -17,6 +17,7 @@ SMALL = ChatFormat(
     text=SpanFormat("", "", supervised=True, label="text"),
     python=SpanFormat("{", "}", supervised=True, label="call"),
     output=SpanFormat("(", ")", supervised=False, label="result"),
+    reasoning=SpanFormat("", "", supervised=True, label="reasoning"),
     assistant_end="]",
     padding="]",
 )

@@ -13,13 +13,17 @@ from chatdata.errors import FormatError
 from chatdata.shards.index import index_schema, read_index
 
 ROW: dict[str, Any] = {
-    **dict.fromkeys(("doc", "row", "position", "entry", "num_supervised", "num_turns", "num_tool_calls"), 0),
+    **dict.fromkeys(("doc", "row", "task_position", "entry", "num_supervised", "num_turns", "num_tool_calls"), 0),
+    "untrained_turns": 0,
     "num_tokens": 5,
     "original_tokens": 5,
     "truncated": False,
     "task": "t",
     "digest": bytes(16),
-    "spans": [{"role": 0, "start": 1, "length": 2}, {"role": 1, "start": 3, "length": 2}],
+    "spans": [
+        {"role": 0, "start": 1, "length": 2, "trained": False},
+        {"role": 1, "start": 3, "length": 2, "trained": True},
+    ],
 }
 
 

@@ -12,17 +12,21 @@ import numpy as np
 
 IGNORED = -100  # a label without loss, in torch and transformers
 # what a span's role number means, in the index and in Document.spans
-SPAN_ROLES = ("user", "text", "python", "output")
+SPAN_ROLES = ("user", "text", "python", "output", "reasoning")
 # tokens that end a line of `conversation_markup`; tests/chatdata/render/test_format.py holds them to the chat format
 LINE_ENDS = ("<|bos|>", "<|user_end|>", "<|assistant_end|>")
 
 
 class Span(NamedTuple):
-    """A run of tokens of one role: user, python and output with their delimiters, text without any."""
+    """A run of tokens of one role: user, python and output with their delimiters, text and reasoning without any.
+
+    trained: whether its tokens have mask 1.
+    """
 
     role: int
     start: int
     length: int
+    trained: bool
 
 
 @dataclass(frozen=True, eq=False)

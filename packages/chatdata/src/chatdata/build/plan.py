@@ -192,7 +192,7 @@ def place_of(row_maps: Mapping[Source, RowMap], document: int) -> str:
 
 
 def rows_in_order(plan: BuildPlan, split: str, row_maps: Mapping[Source, RowMap]) -> dict[str, np.ndarray]:
-    """The mixture of a split as columns [n]: `document` of the build, `row` of its source, `position` in its task
+    """The mixture of a split as columns [n]: `document` of the build, `row` of its source, `task_position`
     (int32 each), and `entry` of the split (int16)."""
     entries = plan.splits[split]
     taken = [planned.task_positions for planned in entries]
@@ -203,6 +203,6 @@ def rows_in_order(plan: BuildPlan, split: str, row_maps: Mapping[Source, RowMap]
     return {
         "document": np.concatenate([row_map.document_of[r] for row_map, r in zip(maps, rows, strict=True)])[order],
         "row": np.concatenate(rows)[order],
-        "position": np.concatenate(taken)[order],
+        "task_position": np.concatenate(taken)[order],
         "entry": np.concatenate([np.full(len(p), i, dtype=np.int16) for i, p in enumerate(taken)])[order],
     }

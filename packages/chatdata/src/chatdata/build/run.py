@@ -182,6 +182,7 @@ def _manifest(
         "format": FORMAT,
         "version": VERSION,
         "stage": plan.recipe.stage,
+        "chat_format": "nanochat",
         "recipe": plan.recipe.resolved() | {"limit": plan.limit} | dropping,
         "sources": sources,
         "tokenizer": {

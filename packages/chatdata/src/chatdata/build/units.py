@@ -30,9 +30,17 @@ import numpy as np
 from chatdata.arrow import map_batches, to_numpy
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError
-from chatdata.render.batch import COUNTS, SPAN_DTYPE, RenderedBatch, arrow_schema, render_batch, to_record_batch
-from chatdata.render.contract import Rules, check_documents, raise_defect
-from chatdata.render.pieces import Pieces, pieces_of_rows
+from chatdata.render.batch import (
+    COUNTS,
+    SPAN_DTYPE,
+    TALLY_DTYPE,
+    RenderedBatch,
+    arrow_schema,
+    render_batch,
+    to_record_batch,
+)
+from chatdata.render.contract import Rules, check_documents, raise_defect, untrained_index
+from chatdata.render.pieces import UNTRAINED, Pieces, pieces_of_rows
 from chatdata.sources.jsonl import SEGMENT_BYTES
 from chatdata.sources.source import Source
 from chatdata.tokenizer import encoders
@@ -50,7 +58,7 @@ RENDERING_CODE = (
     *("messages.py", "records.py", "tool_calls.py"),
     *("render", "sources/jsonl.py", "sources/source.py", "tasks", "tokenizer"),
 )
-UNIT_FORMAT = 2
+UNIT_FORMAT = 3
 UNIT_SUFFIX, PARTIAL_SUFFIX = ".arrow", ".tmp"
 DAY_S = 86_400
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the running kernel; only Linux has it
@@ -165,6 +173,8 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
                         offsets = np.concatenate([[0], np.cumsum(batch.num_tokens)])
                         # counts and spans are computed from the arrays that give tokens and mask: no need to check them
                         whole = {"truncated": np.zeros(len(pieces), dtype=bool)}
+                        if batch.untrained_turns.any() or (pieces.codes & UNTRAINED).any():
+                            whole |= untrained_index(batch.spans, batch.num_spans, batch.untrained_turns)
                         raise_defect(
                             check_documents(batch.tokens, batch.mask, offsets, whole, rules), part, source.where
                         )
@@ -200,7 +210,8 @@ def read_unit(path: Path, dtype: np.dtype) -> list[RenderedBatch]:
             **{name: to_numpy(batch.column(name), np.dtype(np.int32)) for name in COUNTS},
             spans=to_numpy(batch.column("spans").values, SPAN_DTYPE),
             digests=to_numpy(batch.column("digest"), np.dtype("V16")),
-            mismatches=batch.column("mismatches").values,
+            notes=batch.column("notes").values,
+            tallies=to_numpy(batch.column("tallies").values, TALLY_DTYPE),
         )
         for batch in map_batches(path)
     ]

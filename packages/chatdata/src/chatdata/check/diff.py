@@ -27,7 +27,18 @@ ABSENT = "absent"
 MAX_ALIGNED = 500  # items of a list; aligning takes quadratic time, and `epochs = 30_000` makes that many
 TOTALS = ("documents", "tokens", "supervised")
 _KEY = ["task", "row", "entry"]
-_COMPARED = ("task", "row", "entry", "position", "num_turns", "num_tool_calls", "original_tokens", "truncated", "spans")
+_COMPARED = (
+    "task",
+    "row",
+    "entry",
+    "task_position",
+    "num_turns",
+    "num_tool_calls",
+    "untrained_turns",
+    "original_tokens",
+    "truncated",
+    "spans",
+)
 
 
 def diff_builds(a: Build, b: Build) -> dict[str, Any]:

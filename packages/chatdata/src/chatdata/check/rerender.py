@@ -18,7 +18,7 @@ import numpy as np
 from chatdata.build.plan import BuildPlan, make_build_plan, mixture_order, permutation
 from chatdata.check.diff import differences
 from chatdata.check.verify import shortened, verify_full
-from chatdata.document import SPAN_ROLES, Document, Span
+from chatdata.document import SPAN_ROLES, Document
 from chatdata.errors import ChatdataError, RecipeError
 from chatdata.progress import Progress, no_progress
 from chatdata.recipe import RULES, Recipe, load_recipe, parse_recipe, shipped_recipes
@@ -30,7 +30,13 @@ from chatdata.sources.hub import fetch_url, nothing_fetched
 from chatdata.sources.source import Source
 from chatdata.tasks.task import Task, call_task
 
-RECORDED = ("original_tokens", "num_turns", "num_tool_calls", "spans")  # of the index, compared with a rendering
+RECORDED = (
+    "original_tokens",
+    "num_turns",
+    "num_tool_calls",
+    "untrained_turns",
+    "spans",
+)  # of the index, compared with a rendering
 LEAST_DOCUMENTS = 100  # rendered again per split, however small the share
 
 
@@ -171,17 +177,17 @@ def _check_order(
     A place is a number in the concatenation of all entries' positions: `rows` and `entry` are by place.
     """
     folder = split.build.path / split.name
-    index = {name: split.index[name].to_numpy().astype(np.int64) for name in ("row", "position", "entry")}
+    index = {name: split.index[name].to_numpy().astype(np.int64) for name in ("row", "task_position", "entry")}
     counts = [len(planned.taken) for planned in entries]
     rows = np.concatenate([_rows_of(planned) for planned in entries])
     entry = np.repeat(np.arange(len(entries)), counts)
     order = mixture_order(counts, recipe.seed, recipe.shuffle[split.name])
     keys = np.concatenate([planned.task_positions for planned in entries]) + (entry << 32)  # ascending
-    sought = index["position"] + (index["entry"] << 32)
+    sought = index["task_position"] + (index["entry"] << 32)
     places = np.searchsorted(keys, sought)
     strange = keys[np.minimum(places, len(keys) - 1)] != sought
     if strange.any():
-        return [], [f"{folder}: document {np.argmax(strange)} has a position that its entry does not take"]
+        return [], [f"{folder}: document {np.argmax(strange)} has a task position that its entry does not take"]
     mixed = np.empty(len(order), dtype=np.int64)  # place → its number in the mixture
     mixed[order] = np.arange(len(order))
     problems = []
@@ -192,8 +198,8 @@ def _check_order(
     if wrong.any():
         first = int(np.argmax(wrong))
         problems.append(
-            f"{folder}: document {first} has row {index['row'][first]:,}, but position {index['position'][first]:,} of "
-            f"its entry is row {rows[places][first]:,}"
+            f"{folder}: document {first} has row {index['row'][first]:,}, but task position "
+            f"{index['task_position'][first]:,} of its entry is row {rows[places][first]:,}"
         )
     dropped = order[~np.isin(order, places)]
     ledger = split.build.manifest["splits"][split.name]["entries"]
@@ -242,11 +248,13 @@ def _check_rendering(plan: BuildPlan, chosen: list[_Chosen], progress: Progress)
         wanted = np.zeros(max(r.stop for r in ranges) if source.make_row else source.num_rows, dtype=bool)
         wanted[list(of_row)] = True
         for done, (row, raw) in enumerate(source.read(wanted), start=1):
+            rendered = None
             try:
                 rendered = _render_row(source, raw, plan)
             except ChatdataError as error:
-                yield f"{source.where(row)}: cannot be rendered: {error}"
-                continue
+                if source.reading.invalid == "error":
+                    yield f"{source.where(row)}: cannot be rendered: {error}"
+                    continue
             for document in of_row[row]:
                 yield from _compare(document, rendered, plan.recipe, source.where(row))
             progress(source.name, done, len(of_row), "rows", part=True)
@@ -256,7 +264,7 @@ def _render_row(source: Source, raw: Any, plan: BuildPlan) -> Document:
     converted = call_task(source.task, source.task.to_conversation, raw)
     if source.task.kind == "text":
         return render.render_text(plan.tokenizer, converted)
-    return render.render_conversation(plan.tokenizer, converted)
+    return render.render_conversation(plan.tokenizer, converted, source.reading)
 
 
 def _after_policies(document: Document, recipe: Recipe) -> Document | None:
@@ -265,13 +273,13 @@ def _after_policies(document: Document, recipe: Recipe) -> Document | None:
     if limit is not None and len(document) > limit and recipe.overflow != "keep":
         if recipe.overflow != "truncate":
             return None
-        spans = (Span(s.role, s.start, min(s.length, limit - s.start)) for s in document.spans if s.start < limit)
+        spans = (s._replace(length=min(s.length, limit - s.start)) for s in document.spans if s.start < limit)
         document = Document(document.tokens[:limit], document.mask[:limit], tuple(spans))
     return None if document.num_supervised == 0 and recipe.zero_supervised != "keep" else document
 
 
-def _compare(chosen: _Chosen, original: Document, recipe: Recipe, where: str) -> Iterator[str]:
-    expected = _after_policies(original, recipe)
+def _compare(chosen: _Chosen, original: Document | None, recipe: Recipe, where: str) -> Iterator[str]:
+    expected = _after_policies(original, recipe) if original is not None else None
     folder = chosen.split.build.path / chosen.split.name
     if chosen.doc is None:
         # what the firewall dropped depends on the scored sets it found then: only its number is checked
@@ -279,7 +287,7 @@ def _compare(chosen: _Chosen, original: Document, recipe: Recipe, where: str) ->
             yield f"{folder}: {where} was dropped, but the recipe's policies keep it"
         return
     here = f"{folder}: document {chosen.doc} ({where})"
-    if expected is None:
+    if original is None or expected is None:
         yield f"{here}: the recipe's policies drop it"
         return
     found = chosen.split[chosen.doc]
@@ -297,6 +305,7 @@ def _compare(chosen: _Chosen, original: Document, recipe: Recipe, where: str) ->
         "original_tokens": len(original),
         "num_turns": int(np.isin(original.tokens, starts).sum()),
         "num_tool_calls": sum(SPAN_ROLES[span.role] == "python" for span in original.spans),
+        "untrained_turns": int(np.sum(original.mask[original.tokens == special_ids[NANOCHAT.assistant_end]] == 0)),
         "spans": [span._asdict() for span in expected.spans],
     }
     for name in RECORDED:

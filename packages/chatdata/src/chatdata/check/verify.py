@@ -132,7 +132,7 @@ def _check_numbering(index: dict[str, np.ndarray], first: int, entries: list[dic
         "doc does not count up": index["doc"] != first + np.arange(len(entry)),
         f"entry is not one of 0 … {len(entries) - 1}": ~known,
         "task differs from the entry's": known & (tasks[np.where(known, entry, 0)] != index["task"]),
-        "negative row or position": (index["row"] < 0) | (index["position"] < 0),
+        "negative row or task position": (index["row"] < 0) | (index["task_position"] < 0),
     }
     found = ((kind, np.flatnonzero(wrong)) for kind, wrong in checks.items())
     return [Finding("index", kind, docs, np.full(len(docs), WHOLE_DOCUMENT)) for kind, docs in found if len(docs)]

@@ -36,7 +36,7 @@ class MaskPolicyChoice(click.Choice[str]):
     """A mask policy. The names are repeated here because importing them would load numpy for `--help`."""
 
     def __init__(self) -> None:
-        super().__init__(["ignore", "apply", "last-turn", "tools-only", "no-tools"])
+        super().__init__(["ignore", "apply", "last-turn", "tools-only", "no-tools", "no-reasoning"])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value in RENAMED_POLICIES:

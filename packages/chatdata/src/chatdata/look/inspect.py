@@ -118,7 +118,7 @@ def coloured(document: Document) -> Text:
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    keys = ("task", "entry", "row", "position", "num_tokens", "num_supervised", "num_turns", "num_tool_calls")
+    keys = ("task", "entry", "row", "task_position", "num_tokens", "num_supervised", "num_turns", "num_tool_calls")
     facts = {key: row[key] for key in keys}
     return facts | ({"cut_from": row["original_tokens"]} if row["truncated"] else {})
 

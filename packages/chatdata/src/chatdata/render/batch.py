@@ -9,11 +9,12 @@ where the calculator says something else, the model learns one thing and meets a
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,16 +23,20 @@ from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_a
 from chatdata.calculator import calculate, compare_outputs
 from chatdata.errors import CalculatorError, FormatError
 from chatdata.render.format import NANOCHAT, OUTPUT, PYTHON, USER
-from chatdata.render.pieces import CLOSES, OPENS, Pieces
+from chatdata.render.pieces import CLOSES, END_UNTRAINED, OPENS, ROLE, TALLIES, UNTRAINED, Pieces
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "num_spans", "num_mismatches")
-SPAN_DTYPE = np.dtype([("role", "u1"), ("start", "<u4"), ("length", "<u4")])  # packed: 9 bytes
-# What a call can come to. point_zero: `10.0` recorded, `10` computed; format: the same number, written differently;
-# failure: not a call the calculator takes; no_output: no output is recorded after it.
-OUTCOMES = ("equal", "point_zero", "format", "rounding", "different", "failure", "no_output")
+COUNTS = (
+    *("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "untrained_turns"),
+    *("num_spans", "num_notes", "num_tallies"),
+)
+SPAN_DTYPE = np.dtype([("role", "u1"), ("start", "<u4"), ("length", "<u4"), ("trained", "u1")])  # packed: 10 bytes
+TALLY_DTYPE = np.dtype([("kind", "u1"), ("number", "<u4")])  # kind: place in TALLIES
+# What a calculation can come to. point_zero: `10.0` recorded, `10` computed; format: the same number, written
+# differently; no_output: no output is recorded after it. What the calculator does not take is a call of another tool.
+OUTCOMES = ("equal", "point_zero", "format", "rounding", "different", "no_output")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class RenderedBatch:
     """Rendered documents back to back.
 
     `tokens` and `mask` are [num_tokens]. `spans` (SPAN_DTYPE) has `num_spans` rows per document, starts counted within
-    the document; `mismatches` has `num_mismatches`. All others have a row per document.
+    the document; `notes` has `num_notes`, `tallies` (TALLY_DTYPE) `num_tallies`. All others have a row per document.
     """
 
     tokens: np.ndarray
@@ -48,11 +53,14 @@ class RenderedBatch:
     num_supervised: np.ndarray
     num_turns: np.ndarray
     num_tool_calls: np.ndarray
+    untrained_turns: np.ndarray  # assistant messages whose end has mask 0
     num_spans: np.ndarray
     spans: np.ndarray
     digests: np.ndarray  # "V16"
-    num_mismatches: np.ndarray  # tool calls whose recorded output is not what the calculator gives
-    mismatches: Sequence[str] | pa.StringArray  # a Mismatch as JSON each: a list as rendered, an array as read
+    num_notes: np.ndarray
+    notes: Sequence[str] | pa.StringArray  # JSON lists, a Mismatch or why a row is invalid: a list, an array as read
+    num_tallies: np.ndarray
+    tallies: np.ndarray
 
 
 def render_batch(
@@ -70,9 +78,11 @@ def render_batch(
     """
     check_ids(ids, vocab_size)
     forms = NANOCHAT.spans
-    role, opens, closes = pieces.codes & 3, (pieces.codes & OPENS) > 0, (pieces.codes & CLOSES) > 0
+    role, opens, closes = pieces.codes & ROLE, (pieces.codes & OPENS) > 0, (pieces.codes & CLOSES) > 0
     delimited = np.array([form.opening != "" for form in forms])[role]
     supervised = np.array([form.supervised for form in forms], dtype=np.uint8)[role]
+    supervised[(pieces.codes & UNTRAINED) > 0] = 0
+    end_untrained = (pieces.codes & END_UNTRAINED) > 0
     opening, closing = np.array([[special_ids.get(t, 0) for t in (form.opening, form.closing)] for form in forms]).T
     first_piece = np.cumsum(pieces.counts) - pieces.counts
     starts_document = np.zeros(len(role), dtype=bool)
@@ -102,15 +112,23 @@ def render_batch(
     mask[bos] = NANOCHAT.delimiters[NANOCHAT.bos]
     mask[assistant_start] = NANOCHAT.delimiters[NANOCHAT.assistant_start]
     mask[assistant_end] = NANOCHAT.delimiters[NANOCHAT.assistant_end]
+    mask[body_end[end_untrained]] = 0
 
     has_span = body > 0
     of_pieces = {"num_turns": (role == USER) | opens, "num_tool_calls": role == PYTHON, "num_spans": has_span}
+    of_pieces["untrained_turns"] = end_untrained
     spans = np.empty(int(has_span.sum()), dtype=SPAN_DTYPE)
     spans["role"] = role[has_span]
     spans["start"] = (body_begin - np.repeat(bos, pieces.counts))[has_span]
     spans["length"] = body[has_span]
-    mismatches, mismatched = replay_calls(pieces.texts, role)
-    conversation = np.searchsorted(np.cumsum(pieces.counts), mismatched, side="right")
+    spans["trained"] = supervised[has_span]
+    replayed, other_tools = replay_calls(pieces.texts, role, np.repeat(np.arange(len(pieces)), pieces.counts))
+    notes = sorted([*replayed, *pieces.notes], key=itemgetter(0))
+    tallies = sorted([*((i, TALLIES.index("other_tools"), n) for i, n in other_tools.items()), *pieces.tallies])
+    num_notes, num_tallies = (
+        np.bincount(np.array([found[0] for found in facts], dtype=np.int64), minlength=len(pieces))
+        for facts in (notes, tallies)
+    )
     return RenderedBatch(
         tokens=tokens,
         mask=mask,
@@ -119,8 +137,10 @@ def render_batch(
         **{name: np.add.reduceat(counts, first_piece, dtype=np.int64) for name, counts in of_pieces.items()},
         spans=spans,
         digests=digests_of(tokens, mask, num_tokens),
-        num_mismatches=np.bincount(conversation, minlength=len(pieces)),
-        mismatches=mismatches,
+        num_notes=num_notes,
+        notes=[note for _, note in notes],
+        num_tallies=num_tallies,
+        tallies=np.array([tally[1:] for tally in tallies], dtype=TALLY_DTYPE),
     )
 
 
@@ -132,12 +152,13 @@ def check_ids(ids: np.ndarray, limit: int) -> None:
 
 
 def digests_of(tokens: np.ndarray, mask: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
-    """BLAKE2b (16 bytes) per document: its ids as `<u4` bytes, then its mask bytes; "V16" [num_documents]."""
-    ids, mask_bytes = tokens.astype("<u4").data.cast("B"), mask.data
-    digests, begin, empty = [], 0, hashlib.blake2b(digest_size=16)
+    """XXH3 (128 bits) per document: its ids as they are in the shard, then its mask bytes; "V16" [num_documents]."""
+    from xxhash import xxh3_128
+
+    ids, mask_bytes, size = tokens.data.cast("B"), mask.data, tokens.itemsize
+    digests, begin = [], 0
     for end in np.cumsum(num_tokens).tolist():
-        digest = empty.copy()  # a quarter faster than a new one
-        digest.update(ids[4 * begin : 4 * end])
+        digest = xxh3_128(ids[size * begin : size * end])
         digest.update(mask_bytes[begin:end])
         digests.append(digest.digest())
         begin = end
@@ -145,7 +166,7 @@ def digests_of(tokens: np.ndarray, mask: np.ndarray, num_tokens: np.ndarray) -> 
 
 
 class Mismatch(NamedTuple):
-    """A call that is not `equal`. `computed` is the calculator's reason where it refuses the call."""
+    """A calculation that is not `equal`."""
 
     kind: str
     call: str
@@ -153,36 +174,42 @@ class Mismatch(NamedTuple):
     computed: str
 
 
-def replay_calls(texts: list[str], roles: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Mismatches among the pieces that are tool calls (roles: uint8 per piece): as JSON, and at which (int64)."""
-    found, places = [], []
+def replay_calls(
+    texts: list[str], roles: np.ndarray, conversation: np.ndarray
+) -> tuple[list[tuple[int, str]], Counter[int]]:
+    """Replay the pieces that are tool calls (roles: uint8, conversation: int64 [pieces], ascending).
+
+    Returns (conversation, Mismatch as JSON) of those that are not equal, and how many calls of other tools each
+    conversation has.
+    """
+    found, other_tools = [], Counter[int]()
     for i in np.flatnonzero(roles == PYTHON).tolist():
         # an output in another message or conversation comes after a user's piece, never directly after a call
         recorded = texts[i + 1] if i + 1 < len(roles) and roles[i + 1] == OUTPUT else None
-        if recorded is not None and _calculate(texts[i]) == (recorded, False):
-            continue
-        found.append(json.dumps(replay_call(texts[i], recorded), ensure_ascii=False))
-        places.append(i)
-    return found, np.array(places, dtype=np.int64)
+        computed = _calculate(texts[i])
+        if computed is None:
+            other_tools[int(conversation[i])] += 1
+        elif computed != recorded:
+            mismatch = replay_call(texts[i], recorded, computed)
+            found.append((int(conversation[i]), json.dumps(mismatch, ensure_ascii=False)))
+    return found, other_tools
 
 
-def replay_call(call: str, recorded: str | None) -> Mismatch:
-    """One call against its recorded output (None: there is none)."""
+def replay_call(call: str, recorded: str | None, computed: str) -> Mismatch:
+    """One call, its recorded output (None: there is none) and the calculator's."""
     if recorded is None:
         return Mismatch("no_output", call, "", "")
-    computed, refused = _calculate(call)
-    if refused:
-        return Mismatch("failure", call, recorded, computed)
     kind = compare_outputs(recorded, computed)
     return Mismatch("point_zero" if recorded == f"{computed}.0" else kind, call, recorded, computed)
 
 
 @lru_cache(maxsize=1 << 14)  # 23,716 calls of GSM8K train are 14,000 different ones
-def _calculate(call: str) -> tuple[str, bool]:
+def _calculate(call: str) -> str | None:
+    """None for what the calculator does not take."""
     try:
-        return calculate(call), False
-    except CalculatorError as error:
-        return str(error), True
+        return calculate(call)
+    except CalculatorError:
+        return None
 
 
 def arrow_schema(dtype: np.dtype) -> pa.Schema:
@@ -196,7 +223,8 @@ def arrow_schema(dtype: np.dtype) -> pa.Schema:
             *((name, pa.int32()) for name in COUNTS),
             ("spans", pa.list_(pa.binary(SPAN_DTYPE.itemsize))),
             ("digest", pa.binary(16)),
-            ("mismatches", pa.list_(pa.string())),
+            ("notes", pa.list_(pa.string())),
+            ("tallies", pa.list_(pa.binary(TALLY_DTYPE.itemsize))),
         ]
     )
 
@@ -210,6 +238,7 @@ def to_record_batch(batch: RenderedBatch) -> pa.RecordBatch:
         **{name: to_arrow(getattr(batch, name).astype(np.int32)) for name in COUNTS},
         "spans": list_to_arrow(bytes_to_arrow(batch.spans), batch.num_spans),
         "digest": bytes_to_arrow(batch.digests),
-        "mismatches": list_to_arrow(strings_to_arrow(batch.mismatches), batch.num_mismatches),
+        "notes": list_to_arrow(strings_to_arrow(batch.notes), batch.num_notes),
+        "tallies": list_to_arrow(bytes_to_arrow(batch.tallies), batch.num_tallies),
     }
     return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))

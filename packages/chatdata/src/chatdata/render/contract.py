@@ -17,11 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chatdata.document import Span
 from chatdata.errors import BuildError
 from chatdata.render.batch import digests_of
-from chatdata.render.format import END, EVENTS, NAMES, NANOCHAT, OTHER, START, TEXT, Grammar, grammar_of
+from chatdata.render.format import END, EVENTS, NAMES, NANOCHAT, OTHER, REASONING, START, TEXT, Grammar, grammar_of
 from chatdata.render.pieces import blocks_of
 
+_SUPERVISED_ROLES = [role for role, form in enumerate(NANOCHAT.spans) if form.supervised]
 BLOCK_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the size of the shard
 WHOLE_DOCUMENT = -1  # a finding's position if it is about no single token
 # file, kind, documents (int64 [n]), positions (int64 [n]); a document may come several times
@@ -63,8 +65,8 @@ def check_documents(
 
     tokens: unsigned integers [num_tokens]. mask: uint8 [num_tokens]. offsets: int64 [documents + 1], rising from 0 to
     num_tokens. index: truncated [documents]; and, where they are to be checked, num_tokens, num_supervised, num_turns,
-    num_tool_calls and original_tokens, each [documents]; num_spans [documents] with span_role, span_start and
-    span_length, each [sum of num_spans]; digest, uint8 [documents, 16].
+    num_tool_calls, untrained_turns and original_tokens, each [documents]; num_spans [documents] with span_role,
+    span_start, span_length and span_trained, each [sum of num_spans]; digest, uint8 [documents, 16].
     progress is called with the tokens done. Of several faults of one kind in one document, the first is reported.
     """
     found: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -211,6 +213,7 @@ def _check_mask(block: _Block, grammar: Grammar, broken: np.ndarray) -> Iterator
     lengths = np.stack([block.gap, block.event != END], axis=1).ravel()
     values = np.stack([grammar.text_mask[block.previous], grammar.delimiter_mask[block.event]], axis=1).ravel()
     expected = np.repeat(values, lengths)
+    _allow_untrained(expected, block)
     if np.array_equal(block.mask, expected):
         return
     wrong = np.flatnonzero((block.mask != expected) & (block.mask <= 1))
@@ -231,6 +234,35 @@ def _check_mask(block: _Block, grammar: Grammar, broken: np.ndarray) -> Iterator
         yield "mask", kind, documents[found], (wrong - block.offsets[documents])[found]
 
 
+def _allow_untrained(expected: np.ndarray, block: _Block) -> None:
+    """Set `expected` to 0 in the untrained spans of the index, and to the mask itself at each assistant_end of
+    documents that have untrained turns: _check_counts counts these."""
+    index, stops = block.index, block.offsets[1:]
+    if "span_trained" in index:
+        untrained = np.flatnonzero((index["span_trained"] == 0) & np.isin(index["span_role"], _SUPERVISED_ROLES))
+        document = np.repeat(np.arange(len(stops)), index["num_spans"])[untrained]
+        starts = block.offsets[document] + index["span_start"][untrained]
+        edges = np.zeros(len(expected) + 1, dtype=np.int64)
+        np.add.at(edges, np.minimum(starts, stops[document]), 1)
+        np.add.at(edges, np.minimum(starts + index["span_length"][untrained], stops[document]), -1)
+        expected[np.cumsum(edges[:-1]) > 0] = 0
+    if "untrained_turns" in index:
+        ends = _ends_of_turns(block)
+        expected[ends] = block.mask[ends] & 1
+
+
+def _ends_of_turns(block: _Block) -> np.ndarray:
+    """Positions in the block of the assistant_end of all documents that have untrained turns."""
+    is_end = (block.event == EVENTS[NANOCHAT.assistant_end]) & (block.index["untrained_turns"][block.document] > 0)
+    return block.offsets[block.document[is_end]] + block.at[is_end]
+
+
+def untrained_index(spans: np.ndarray, num_spans: np.ndarray, untrained_turns: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of an index that say which tokens are not trained. spans: SPAN_DTYPE [sum of num_spans]."""
+    columns = {f"span_{name}": spans[name] for name in Span._fields}
+    return {"num_spans": num_spans, "untrained_turns": untrained_turns, **columns}
+
+
 def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
     index, truncated = block.index, block.truncated
     num_documents, lengths = len(truncated), np.diff(block.offsets)
@@ -246,6 +278,11 @@ def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
         # both are counted before any cut: a truncated document may show fewer
         wrong = (index[column] != counted) & ~(truncated & (index[column] > counted))
         yield _whole("index", f"{column} differs from the delimiters", wrong)
+    ends = _ends_of_turns(block)
+    documents = np.searchsorted(block.offsets, ends, side="right") - 1
+    counted = np.bincount(documents, weights=block.mask[ends] == 0, minlength=num_documents)
+    wrong = (index["untrained_turns"] != counted) & ~(truncated & (index["untrained_turns"] > counted))
+    yield _whole("index", "untrained_turns differs from the mask", wrong)
     original = index["original_tokens"].astype(np.int64)
     wrong = np.where(truncated, original <= lengths, original != lengths)
     yield _whole("index", "original_tokens does not agree with num_tokens and truncated", wrong)
@@ -270,11 +307,13 @@ def _wrong_spans(block: _Block, grammar: Grammar, broken: np.ndarray) -> np.ndar
     role, opened = grammar.role_after[block.previous], grammar.opens[block.previous]
     length = block.gap + opened * (1 + (block.event != END))
     expected = np.stack([block.document, role, block.at - block.gap - opened, length])[:, (role >= 0) & (length > 0)]
-    # as the index has them; neighbouring text parts cannot be told apart in the tokens, so their spans count as one
+    # as the index has them; text and reasoning cannot be told apart in the tokens, so neighbouring spans count as one
     index, num_documents = block.index, len(block.truncated)
     document = np.repeat(np.arange(num_documents), index["num_spans"])
     found = np.stack([document, *(index[f"span_{key}"].astype(np.int64) for key in ("role", "start", "length"))])
-    wrong = np.bincount(document[found[3] == 0], minlength=num_documents) > 0
+    found[1][found[1] == REASONING] = TEXT
+    strange = (found[3] == 0) | ((index["span_trained"] != 0) & ~np.isin(found[1], _SUPERVISED_ROLES))
+    wrong = np.bincount(document[strange], minlength=num_documents) > 0
     before, after = found[:, :-1], found[:, 1:]
     continues = (after[0] == before[0]) & (after[1] == TEXT) & (before[1] == TEXT) & (after[2] == before[2] + before[3])
     firsts = np.flatnonzero(np.concatenate([[True], ~continues])[: len(document)])

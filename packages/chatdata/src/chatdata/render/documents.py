@@ -13,18 +13,18 @@ from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_a
 from chatdata.document import Span
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
-from chatdata.render.batch import SPAN_DTYPE, Mismatch, RenderedBatch, digests_of
-from chatdata.render.contract import Rules, check_documents, raise_defect
-from chatdata.render.pieces import blocks_of
+from chatdata.render.batch import SPAN_DTYPE, TALLY_DTYPE, Mismatch, RenderedBatch, digests_of
+from chatdata.render.contract import Rules, check_documents, raise_defect, untrained_index
+from chatdata.render.pieces import INVALID, TALLIES, blocks_of
 from chatdata.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 GATHER_TOKENS = 1 << 22  # copied out of the units at a time: 8 MB of tokens, 4 MB of mask
-INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "original_tokens")
+INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "untrained_turns", "original_tokens")
 # drop_reason counts in this tuple; 0: kept
-DROP_REASONS = ("", "overflow", "zero_supervised", "contaminated")
+DROP_REASONS = ("", "overflow", "zero_supervised", "invalid", "contaminated")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,9 @@ class RenderedDocuments:
     """Columns over all documents, [num_documents] each.
 
     num_tokens, num_supervised and digests are those after any cut; original_tokens is the length before.
-    A document takes 46 bytes of memory, 50 if any is cut, and 8 in its RowMap; tokens, mask and spans stay on disk.
+    A document takes 50 bytes of memory, 54 if any is cut, and 8 in its RowMap; tokens, mask and spans stay on disk.
+    mismatches, invalid: by document; few have any. tally_document (int32), tally_kind (uint8, place in TALLIES) and
+    tally_number (uint32) are columns over all tallies.
     """
 
     def __init__(self, blocks: Sequence[RenderedBatch], recipe: Recipe, where: Callable[[int], str]) -> None:
@@ -56,7 +58,13 @@ class RenderedDocuments:
         self.num_supervised = np.concatenate([block.num_supervised for block in blocks])
         self.num_turns = np.concatenate([block.num_turns for block in blocks])
         self.num_tool_calls = np.concatenate([block.num_tool_calls for block in blocks])
+        self.untrained_turns = np.concatenate([block.untrained_turns for block in blocks])
         self.digests = np.concatenate([block.digests for block in blocks])
+        num_tallies = np.concatenate([block.num_tallies for block in blocks])
+        self.tally_document = np.repeat(np.arange(len(num_tallies), dtype=np.int32), num_tallies)
+        self.tally_kind, self.tally_number = (
+            np.concatenate([block.tallies[name] for block in blocks]) for name in TALLY_DTYPE.names or ()
+        )
         self._num_spans = np.concatenate([block.num_spans for block in blocks])
         self._token_starts = np.concatenate([_starts(block.num_tokens) for block in blocks])  # within the block
         self._span_starts = np.concatenate([_starts(block.num_spans) for block in blocks])
@@ -64,15 +72,21 @@ class RenderedDocuments:
         self.drop_reason = np.zeros(len(self.num_tokens), dtype=np.uint8)
         self.truncated = np.zeros(len(self.num_tokens), dtype=bool)
         self.where = where
-        self.mismatches: dict[int, list[Mismatch]] = {}  # by document: few have any
+        self.mismatches: dict[int, list[Mismatch]] = {}
+        self.invalid: dict[int, str] = {}  # why the row cannot be used
         for block, first in zip(blocks, self._first.tolist(), strict=False):
-            starts = _starts(block.num_mismatches)
-            for i in np.flatnonzero(block.num_mismatches).tolist():
-                texts = block.mismatches[int(starts[i]) : int(starts[i] + block.num_mismatches[i])]
-                self.mismatches[first + i] = [Mismatch(*json.loads(str(text))) for text in texts]
+            starts = _starts(block.num_notes)
+            for i in np.flatnonzero(block.num_notes).tolist():
+                texts = block.notes[int(starts[i]) : int(starts[i] + block.num_notes[i])]
+                for kind, *note in (json.loads(str(text)) for text in texts):
+                    if kind == INVALID:
+                        self.invalid[first + i] = note[0]
+                    else:
+                        self.mismatches.setdefault(first + i, []).append(Mismatch(kind, *note))
         self._apply_policies(recipe)
 
     def _apply_policies(self, recipe: Recipe) -> None:
+        self.drop_reason[list(self.invalid)] = DROP_REASONS.index("invalid")
         limit = recipe.max_tokens
         if limit is not None and recipe.overflow != "keep":
             over = np.flatnonzero(self.original_tokens > limit)
@@ -102,6 +116,12 @@ class RenderedDocuments:
             self.num_supervised[document] = np.count_nonzero(mask)
             self.digests[document] = digests_of(tokens, mask, np.array([num_tokens]))[0]
 
+    def tallied(self, documents: np.ndarray) -> dict[str, int]:
+        """Sums of the tallies of these documents, which may repeat: those that are not 0, by name."""
+        times = np.bincount(documents, minlength=len(self.num_tokens))[self.tally_document]
+        sums = np.bincount(self.tally_kind, weights=self.tally_number * times, minlength=len(TALLIES))
+        return {name: int(total) for name, total in zip(TALLIES, sums, strict=True) if total}
+
     def blocks(self) -> Iterator[tuple[int, RenderedBatch]]:
         """(number of the first document, documents) of every record batch, before any cut."""
         return zip(self._first.tolist(), self._blocks, strict=False)
@@ -130,7 +150,7 @@ class RenderedDocuments:
     ) -> Iterator[pa.Table]:
         """The index of the `chosen` documents, `num_rows` at a time, numbered from `first` on within their split.
 
-        columns: `row`, `position` and `entry` of each. task_names: the task of each entry.
+        columns: `row`, `task_position` and `entry` of each. task_names: the task of each entry.
         """
         import pyarrow as pa
 
@@ -140,13 +160,14 @@ class RenderedDocuments:
             part = slice(start, start + num_rows)
             documents, entries = chosen[part], columns["entry"][part]
             spans, num_spans = self.spans(documents)
-            structs = pa.StructArray.from_arrays([to_arrow(spans[name]) for name in Span._fields], Span._fields)
+            fields = [to_arrow(spans[name]) for name in Span._fields]
+            structs = pa.StructArray.from_arrays([*fields[:-1], fields[-1].cast(pa.bool_())], Span._fields)
             tasks = pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[entries]), strings_to_arrow(names))
             yield pa.table(
                 {
                     "doc": to_arrow(np.arange(first + start, first + start + len(documents))),
                     "row": to_arrow(columns["row"][part]),
-                    "position": to_arrow(columns["position"][part]),
+                    "task_position": to_arrow(columns["task_position"][part]),
                     "task": tasks,
                     "entry": to_arrow(entries.astype(np.int16)),
                     **{name: to_arrow(getattr(self, name)[documents].astype(np.int32)) for name in INDEX_COUNTS},
@@ -159,7 +180,9 @@ class RenderedDocuments:
     def spans(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Spans of the chosen documents (SPAN_DTYPE), clipped where a document is cut, and how many each has."""
         places = self._places(chosen, self._span_starts, self._num_spans)
-        parts = [block.spans.view("V9") for block in self._blocks]  # structured ones are joined field by field, slowly
+        parts = [
+            block.spans.view(f"V{SPAN_DTYPE.itemsize}") for block in self._blocks
+        ]  # structured ones are joined field by field, slowly
         spans = np.concatenate([parts[block][start:stop] for block, start, stop in places]).view(SPAN_DTYPE)
         document = np.repeat(np.arange(len(chosen)), self._num_spans[chosen])
         left = self.num_tokens[chosen][document] - spans["start"].astype(np.int64)  # tokens from the span's start on
@@ -175,7 +198,9 @@ def check_cut(documents: RenderedDocuments, recipe: Recipe, tokenizer: Tokenizer
     for first, last in blocks_of(documents.num_tokens[cut], GATHER_TOKENS):
         part = cut[first:last]
         offsets = np.concatenate([[0], np.cumsum(documents.num_tokens[part], dtype=np.int64)])
-        findings = check_documents(*documents.gather(part), offsets, {"truncated": documents.truncated[part]}, rules)
+        untrained = untrained_index(*documents.spans(part), documents.untrained_turns[part])
+        index = {"truncated": documents.truncated[part], **untrained}
+        findings = check_documents(*documents.gather(part), offsets, index, rules)
         raise_defect(findings, part, documents.where)
 
 

@@ -15,10 +15,12 @@ from functools import cache, cached_property
 
 import numpy as np
 
+from chatdata.conversation import Part
 from chatdata.document import SPAN_ROLES
 
-USER, TEXT, PYTHON, OUTPUT = (SPAN_ROLES.index(role) for role in ("user", "text", "python", "output"))
-PART_ROLES = {"text": TEXT, "python": PYTHON, "python_output": OUTPUT}  # part type of a message → span role
+USER, TEXT, PYTHON, OUTPUT, REASONING = range(len(SPAN_ROLES))
+# part type of a message → span role
+PART_ROLES = {"text": TEXT, "python": PYTHON, "python_output": OUTPUT, "reasoning": REASONING}
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,14 @@ class ChatFormat:
     text: SpanFormat  # part of an assistant message
     python: SpanFormat  # a tool call
     output: SpanFormat  # its result
+    reasoning: SpanFormat  # ordinary text, in front of the text of its message
     assistant_end: str  # mask 1: the model learns to end its answer
     padding: str  # input of positions that no document fills; never a target
 
     @cached_property
     def spans(self) -> tuple[SpanFormat, ...]:
         """By role, as in SPAN_ROLES."""
-        return self.user, self.text, self.python, self.output
+        return self.user, self.text, self.python, self.output, self.reasoning
 
     @cached_property
     def delimiters(self) -> dict[str, bool]:
@@ -93,9 +96,16 @@ NANOCHAT = ChatFormat(
     text=SpanFormat("", "", supervised=True, label="assistant text"),
     python=SpanFormat("<|python_start|>", "<|python_end|>", supervised=True, label="a python part"),
     output=SpanFormat("<|output_start|>", "<|output_end|>", supervised=False, label="tool output"),
+    reasoning=SpanFormat("", "", supervised=True, label="reasoning"),
     assistant_end="<|assistant_end|>",
     padding="<|assistant_end|>",
 )
+
+
+def written(part: Part) -> str:
+    """The text of a part as it is encoded."""
+    return f"<think>\n{part['text']}\n</think>\n\n" if part["type"] == "reasoning" else part["text"]
+
 
 # An event is the number of a delimiter. START is the state before a document's first token, END comes after its last
 EVENTS = {token: number for number, token in enumerate(NANOCHAT.delimiters, start=1)}

@@ -1,21 +1,31 @@
 """Conversations as pieces: one text each with its role, ready to be encoded in one call.
 
 A conversation is a run of pieces. A piece is one text with its role (user, text, python or output, as in a span) and
-whether an assistant message opens before it or closes after it.
+whether an assistant message opens before it or closes after it. A row that cannot be used is an empty message with a
+note that says why: build() drops it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chatdata.arrow import to_numpy
-from chatdata.conversation import METADATA_KEYS, REFUSED_KEYS, Message, check_surrogates, parse_conversation
+from chatdata.conversation import (
+    AS_WRITTEN,
+    METADATA_KEYS,
+    REFUSED_KEYS,
+    Message,
+    Reading,
+    check_surrogates,
+    parse_conversation,
+)
 from chatdata.errors import ChatdataError, SourceError
-from chatdata.render.format import PART_ROLES, TEXT, USER
+from chatdata.render.format import PART_ROLES, TEXT, USER, written
 from chatdata.render.specification import merged_turns
 from chatdata.sources.source import Rows, Source
 from chatdata.tasks.task import call_task
@@ -23,18 +33,30 @@ from chatdata.tasks.task import call_task
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OPENS, CLOSES = 4, 8  # added to a piece's role: assistant_start comes before it, assistant_end after it
+# Added to a piece's role: assistant_start comes before it, assistant_end after it; it is not trained, nor that end
+OPENS, CLOSES, UNTRAINED, END_UNTRAINED = 8, 16, 32, 64
+ROLE = 7  # the bits of the role
+# What reading a row may change or find, counted per document
+TALLIES = ("other_tools", "merged", "results_after_text", "reasoning_dropped")
+INVALID = "invalid"  # the first word of a note, the reason comes after it
+_PLAIN_PARTS = ("text", "python", "python_output")
 _MESSAGE_ROLES = {"user": 0, "assistant": 1, "system": 2}
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Conversations as pieces: `texts` and `codes` (uint8: role, plus OPENS and CLOSES) per piece, in order;
-    `counts` (int64) has the number of pieces of each conversation, at least 1."""
+    """Conversations as pieces: `texts` and `codes` (uint8: role, plus OPENS …) per piece, in order; `counts` (int64)
+    has the number of pieces of each conversation, at least 1.
+
+    notes: (conversation, JSON list) of rows that cannot be used. tallies: (conversation, place in TALLIES, number).
+    Both are in the order of conversations, and few have any.
+    """
 
     texts: list[str]
     codes: np.ndarray
     counts: np.ndarray
+    notes: list[tuple[int, str]] = field(default_factory=list)
+    tallies: list[tuple[int, int, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -49,7 +71,9 @@ class Pieces:
     def part(self, first: int, last: int) -> Pieces:
         """Conversations [first, last)."""
         start, stop = int(self.counts[:first].sum()), int(self.counts[:last].sum())
-        return Pieces(self.texts[start:stop], self.codes[start:stop], self.counts[first:last])
+        notes = [(i - first, note) for i, note in self.notes if first <= i < last]
+        tallies = [(i - first, kind, n) for i, kind, n in self.tallies if first <= i < last]
+        return Pieces(self.texts[start:stop], self.codes[start:stop], self.counts[first:last], notes, tallies)
 
 
 def blocks_of(sizes: np.ndarray, max_size: int) -> list[tuple[int, int]]:
@@ -67,34 +91,39 @@ def blocks_of(sizes: np.ndarray, max_size: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def pieces_of_conversations(conversations: Iterable[Any]) -> Pieces:
+def pieces_of_conversations(conversations: Iterable[Any], reading: Reading = AS_WRITTEN) -> Pieces:
     """Pieces of conversations in any accepted form. Raises ConversationError for the first that is not."""
     texts: list[str] = []
     codes = bytearray()
-    counts = []
+    counts: list[int] = []
+    tallies = []
     for conversation in conversations:
         before = len(texts)
         if not _take_plain(conversation, texts, codes):
             del texts[before:], codes[before:]
-            _take_messages(parse_conversation(conversation)["messages"], texts, codes)
+            parsed = parse_conversation(conversation, reading)
+            _take_messages(parsed["messages"], texts, codes)
+            tallies += [(len(counts), TALLIES.index(name), n) for name, n in parsed.get("counts", {}).items()]
         counts.append(len(texts) - before)
-    return Pieces(texts, np.frombuffer(bytes(codes), dtype=np.uint8), np.array(counts, dtype=np.int64))
+    codes_array, counts_array = np.frombuffer(bytes(codes), dtype=np.uint8), np.array(counts, dtype=np.int64)
+    return Pieces(texts, codes_array, counts_array, tallies=tallies)
 
 
 def _take_messages(messages: list[Message], texts: list[str], codes: bytearray) -> None:
-    for role, content in merged_turns(messages):
-        if role == "user":
+    for content, trained in merged_turns(messages):
+        first = len(codes)
+        if isinstance(content, str):
             texts.append(content)
-            codes.append(USER)
-        elif isinstance(content, str):
-            texts.append(content)
-            codes.append(TEXT | OPENS | CLOSES)
+            codes.append(USER if trained is None else TEXT if trained else TEXT | UNTRAINED)
         else:
-            first = len(codes)
-            texts.extend([part["text"] for part in content] or [""])
-            codes.extend([PART_ROLES[part["type"]] for part in content] or [TEXT])
+            texts.extend([written(part) for part in content] or [""])
+            codes.extend(
+                [PART_ROLES[part["type"]] | (0 if part.get("trained", True) else UNTRAINED) for part in content]
+                or [TEXT]
+            )
+        if trained is not None:
             codes[first] |= OPENS
-            codes[-1] |= CLOSES
+            codes[-1] |= CLOSES if trained else CLOSES | END_UNTRAINED
 
 
 def _take_plain(conversation: Any, texts: list[str], codes: bytearray) -> bool:
@@ -115,6 +144,8 @@ def _take_plain(conversation: Any, texts: list[str], codes: bytearray) -> bool:
         if role != ("assistant" if turn % 2 else "user"):
             return False
         if type(content) is str:
+            if turn % 2 and "<think>" in content:
+                return False
             texts.append(content)
             codes.append(TEXT | OPENS | CLOSES if turn % 2 else USER)
             continue
@@ -125,7 +156,7 @@ def _take_plain(conversation: Any, texts: list[str], codes: bytearray) -> bool:
             if type(part) is not dict or len(part) != 2:
                 return False
             kind, text = part.get("type"), part.get("text")
-            if type(kind) is not str or kind not in PART_ROLES or type(text) is not str:
+            if type(kind) is not str or kind not in _PLAIN_PARTS or type(text) is not str or "<think>" in text:
                 return False
             texts.append(text)
             codes.append(PART_ROLES[kind])
@@ -142,35 +173,49 @@ def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
     """Raw rows as pieces: a table of well-formed conversations column by column, anything else row by row."""
     task = source.task
     try:
-        if task.rows_are_conversations and not isinstance(raw, list):
+        if task.rows_are_conversations and not isinstance(raw, list) and not source.reading.columns:
             pieces = pieces_of_table(raw)
             if pieces is not None:
                 return pieces
         records = source.rows_of(raw)
     except UnicodeDecodeError:
         raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
-    converted: list[Any] = []
-    make_pieces = _checked_texts if task.kind == "text" else pieces_of_conversations
     try:
-        for record in records:
-            converted.append(call_task(task, task.to_conversation, record))
-        return make_pieces(converted)
-    except ChatdataError as error:
-        for row, conversation in zip(rows.tolist(), converted, strict=False):  # name the first row that is wrong
+        return _pieces_of_records(source, records)
+    except ChatdataError:
+        parts = []
+        for row, record in zip(rows.tolist(), records, strict=True):
             try:
-                make_pieces([conversation])
-            except ChatdataError as own:
-                raise own.at(source.where(row)) from None
-        raise error.at(source.where(int(rows[len(converted)]))) from None
+                parts.append(_pieces_of_records(source, [record]))
+            except ChatdataError as error:
+                if source.reading.invalid == "error":
+                    raise error.at(source.where(row)) from None
+                note = json.dumps([INVALID, str(error)])
+                role = TEXT if source.task.kind == "text" else USER
+                parts.append(replace(pieces_of_texts([""], role), notes=[(0, note)]))
+        return _joined(parts)
 
 
-def _checked_texts(texts: list[str]) -> Pieces:
-    return pieces_of_texts([check_surrogates(text, 'key "text"') for text in texts])
+def _pieces_of_records(source: Source, records: list[Any]) -> Pieces:
+    task = source.task
+    converted = [call_task(task, task.to_conversation, record) for record in records]
+    if task.kind == "text":
+        return pieces_of_texts([check_surrogates(text, 'key "text"') for text in converted])
+    return pieces_of_conversations(converted, source.reading)
 
 
-def pieces_of_texts(texts: list[str]) -> Pieces:
-    """Pieces of plain texts (stage base)."""
-    return Pieces(texts, np.full(len(texts), TEXT, dtype=np.uint8), np.ones(len(texts), dtype=np.int64))
+def _joined(parts: list[Pieces]) -> Pieces:
+    firsts = np.cumsum([0, *map(len, parts)]).tolist()
+    texts = [text for part in parts for text in part.texts]
+    codes, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "counts"))
+    notes = [(first + i, note) for first, part in zip(firsts, parts, strict=False) for i, note in part.notes]
+    tallies = [(first + i, kind, n) for first, part in zip(firsts, parts, strict=False) for i, kind, n in part.tallies]
+    return Pieces(texts, codes, counts, notes, tallies)
+
+
+def pieces_of_texts(texts: list[str], role: int = TEXT) -> Pieces:
+    """Pieces of plain texts (stage base), a conversation each."""
+    return Pieces(texts, np.full(len(texts), role, dtype=np.uint8), np.ones(len(texts), dtype=np.int64))
 
 
 def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
@@ -180,14 +225,15 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
     `parse_conversation` then tells them apart.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if "messages" not in table.schema.names:
         return None
-    for field, column in zip(table.schema, table.columns, strict=True):
-        kind, is_empty = field.type, column.null_count == len(column)
+    for named, column in zip(table.schema, table.columns, strict=True):
+        kind, is_empty = named.type, column.null_count == len(column)
         is_number = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        known = field.name == "messages" or field.name in METADATA_KEYS or is_number
-        if not is_empty and (field.name in REFUSED_KEYS or not known):
+        known = named.name == "messages" or named.name in METADATA_KEYS or is_number
+        if not is_empty and (named.name in REFUSED_KEYS or not known):
             return None
     column = table.column("messages")
     kind = column.type
@@ -201,6 +247,8 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
     messages = column.flatten()
     role, content = messages.field("role"), messages.field("content")
     if any(array.null_count for array in (column, messages, role, content)):
+        return None
+    if pc.any(pc.match_substring(content, "<think>")).as_py():
         return None
     offsets = to_numpy(column.offsets, np.dtype("i8" if pa.types.is_large_list(kind) else "i4"))
     lengths = np.diff(offsets).astype(np.int64)

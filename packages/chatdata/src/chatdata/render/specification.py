@@ -5,9 +5,11 @@
     user message                  user_start · text · user_end          0 · 0 · 0
     assistant message             assistant_start · parts · assistant_end   0 · … · 1
     string content, part `text`   text                                  1
+    part `reasoning`              <think> text </think> (see `written`)  1
     part `python`                 python_start · text · python_end      1 · 1 · 1
     part `python_output`          output_start · text · output_end      0 · 0 · 0
 
+A part that is not trained has mask 0, and so has the assistant_end of a message that is not trained.
 The tokens and mask values are those of NANOCHAT in format.py. Each part is encoded separately with ordinary encoding: a
 special token spelled inside a message stays text.
 Semantics: karpathy/nanochat@790f3be:nanochat/tokenizer.py (render_conversation), except that nothing is cut here.
@@ -20,20 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from chatdata.conversation import Message, Part, check_surrogates, parse_conversation
+from chatdata.conversation import AS_WRITTEN, Message, Part, Reading, check_surrogates, parse_conversation
 from chatdata.document import Document, Span
 from chatdata.errors import ConversationError
-from chatdata.render.format import NANOCHAT, PART_ROLES, TEXT, USER
+from chatdata.render.format import NANOCHAT, PART_ROLES, TEXT, USER, written
 from chatdata.tokenizer.bpe import Tokenizer
 
 
-def render_conversation(tokenizer: Tokenizer, conversation: Any) -> Document:
+def render_conversation(tokenizer: Tokenizer, conversation: Any, reading: Reading = AS_WRITTEN) -> Document:
     """Render one conversation in any accepted form: tokens [n] (`tokenizer.dtype`), mask [n] (uint8, 1 = supervised).
 
     Never cuts. Raises ConversationError if the conversation is not in an accepted form, TokenizerError if the split
     pattern gives up on a text.
     """
-    ids, mask, spans = _render_messages(tokenizer, parse_conversation(conversation)["messages"])
+    ids, mask, spans = _render_messages(tokenizer, parse_conversation(conversation, reading)["messages"])
     return Document(np.array(ids, dtype=tokenizer.dtype), np.array(mask, dtype=np.uint8), tuple(spans), tokenizer)
 
 
@@ -61,7 +63,7 @@ def render_text(tokenizer: Tokenizer, text: str) -> Document:
     tokens = np.array([tokenizer.special_ids[NANOCHAT.bos], *ids], dtype=tokenizer.dtype)
     mask = np.full(len(tokens), NANOCHAT.text.supervised, dtype=np.uint8)
     mask[0] = NANOCHAT.delimiters[NANOCHAT.bos]
-    spans = (Span(TEXT, 1, len(ids)),) if ids else ()
+    spans = (Span(TEXT, 1, len(ids), trained=True),) if ids else ()
     return Document(tokens, mask, spans, tokenizer)
 
 
@@ -75,42 +77,49 @@ def _render_messages(tokenizer: Tokenizer, messages: list[Message]) -> tuple[lis
         ids.extend(tokens)
         mask.extend([int(supervised)] * len(tokens))
 
-    def add_delimiter(token: str) -> None:
-        add([special[token]], NANOCHAT.delimiters[token])
+    def add_delimiter(token: str, trained: bool = True) -> None:
+        add([special[token]], NANOCHAT.delimiters[token] and trained)
 
-    def add_span(role: int, text: str) -> None:
+    def add_span(role: int, text: str, trained: bool = True) -> None:
         form = NANOCHAT.spans[role]
+        trained = trained and form.supervised
         tokens = tokenizer.encode_ordinary(text)
         if form.opening:
             tokens = [special[form.opening], *tokens, special[form.closing]]
         if tokens:
-            spans.append(Span(role, len(ids), len(tokens)))
-        add(tokens, form.supervised)
+            spans.append(Span(role, len(ids), len(tokens), trained))
+        add(tokens, trained)
 
     add_delimiter(NANOCHAT.bos)
-    for role, content in merged_turns(messages):
-        if role == "user":
+    for content, trained in merged_turns(messages):
+        if trained is None:
+            assert isinstance(content, str)
             add_span(USER, content)
             continue
         add_delimiter(NANOCHAT.assistant_start)
-        parts: list[Part] = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
-            add_span(PART_ROLES[part["type"]], part["text"])
-        add_delimiter(NANOCHAT.assistant_end)
+        if isinstance(content, str):
+            add_span(TEXT, content, trained)
+        else:
+            for part in content:
+                add_span(PART_ROLES[part["type"]], written(part), part.get("trained", True))
+        add_delimiter(NANOCHAT.assistant_end, trained)
     return ids, mask, spans
 
 
-def merged_turns(messages: list[Message]) -> Iterator[tuple[str, Any]]:
-    """(role, content) per user and assistant message; a leading system text is put in front of the first user text."""
+def merged_turns(messages: list[Message]) -> Iterator[tuple[str | list[Part], bool | None]]:
+    """(content, trained) per message; trained is None for a user's.
+
+    A leading system text is put in front of the first user text.
+    """
     system = ""
     for message in messages:
         content = message["content"]
         if message["role"] == "assistant":
-            yield "assistant", content
+            yield content, message.get("trained", True)
             continue
         assert isinstance(content, str)  # parse_conversation joins the parts of user and system messages
         if message["role"] == "system":
             system = content + "\n\n"
         else:
-            yield "user", system + content
+            yield system + content, None
             system = ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatdata.arrow import values_of
+from chatdata.document import Span
 from chatdata.errors import FormatError
 
 if TYPE_CHECKING:
@@ -21,18 +22,19 @@ def index_schema() -> pa.Schema:
     """Columns of the index, one row per document (docs/format.md)."""
     import pyarrow as pa
 
-    span = pa.struct([("role", pa.uint8()), ("start", pa.uint32()), ("length", pa.uint32())])
+    span = pa.struct([("role", pa.uint8()), ("start", pa.uint32()), ("length", pa.uint32()), ("trained", pa.bool_())])
     return pa.schema(
         [
             ("doc", pa.int64()),
             ("row", pa.int64()),
-            ("position", pa.int64()),
+            ("task_position", pa.int64()),
             ("task", pa.dictionary(pa.int32(), pa.string())),
             ("entry", pa.int16()),
             ("num_tokens", pa.int32()),
             ("num_supervised", pa.int32()),
             ("num_turns", pa.int32()),
             ("num_tool_calls", pa.int32()),
+            ("untrained_turns", pa.int32()),
             ("original_tokens", pa.int32()),
             ("truncated", pa.bool_()),
             ("digest", pa.binary(16)),
@@ -86,7 +88,8 @@ def read_index(path: Path, columns: list[str] | None = None, shard: Mapping[str,
 def index_arrays(table: pa.Table) -> dict[str, np.ndarray]:
     """The columns of an index as arrays, [documents] each (digest: uint8 [documents, 16]), spans taken apart.
 
-    num_spans is [documents]; span_role, span_start and span_length are [sum of num_spans]. `task` is an array of str.
+    num_spans is [documents]; span_role, span_start, span_length and span_trained are [sum of num_spans]. `task` is an
+    array of str.
     """
     plain = [name for name in table.column_names if name not in ("task", "digest", "spans")]
     columns = {name: values_of(table[name]) for name in plain}
@@ -96,6 +99,6 @@ def index_arrays(table: pa.Table) -> dict[str, np.ndarray]:
     columns["digest"] = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)
     spans = table["spans"].combine_chunks()
     columns["num_spans"] = np.diff(values_of(spans.offsets)).astype(np.int64)
-    for key, values in zip(("role", "start", "length"), spans.flatten().flatten(), strict=True):
+    for key, values in zip(Span._fields, spans.flatten().flatten(), strict=True):
         columns[f"span_{key}"] = values_of(values)
     return columns

@@ -1,4 +1,4 @@
-"""The manifest of a build: its shape in format version 1 (docs/format.md), its build_id, and what it says of the files.
+"""The manifest of a build: its shape in format version 2 (docs/format.md), its build_id, and what it says of the files.
 
 A manifest may come from anywhere. In one that `read_manifest` returns, every number fits int64, every file name is the
 one the format gives it, so that no path leaves the build, no list or table is missing, and totals are sums.
@@ -23,7 +23,7 @@ from chatdata.recipe import EntryHead, Overflow, Stage, ZeroSupervised
 from chatdata.shards.index import read_index
 from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, MAX_VOCAB, SPECIAL_TOKENS
 
-FORMAT, VERSION = "chatdata", 1
+FORMAT, VERSION = "chatdata", 2
 FILE_NAMES = {  # of a shard, by kind and number
     **{kind: f"{kind}-{{:05d}}.npy" for kind in ("tokens", "mask", "offsets")},
     "index": "index-{:05d}.parquet",
@@ -52,8 +52,8 @@ class Recipe(Struct):
     zero_supervised: ZeroSupervised
     shuffle: dict[str, bool]
     train: list[EntryHead]
+    limit: Positive | None
     val: list[EntryHead] = []
-    limit: Positive | None = None  # early manifests of version 1 have no such key
 
 
 class SourceFile(Struct):
@@ -92,6 +92,7 @@ class Entry(Counts):
     truncated: Count
     tokens_lost: Count
     dropped: dict[str, Count]
+    merged: Count
 
 
 class ShardFile(Struct):
@@ -122,6 +123,7 @@ class Manifest(Head):
     """Other keys are allowed everywhere."""
 
     stage: Stage
+    chat_format: str
     recipe: Recipe
     sources: list[Source]
     tokenizer: Tokenizer

@@ -6,21 +6,23 @@
     0   0  0 0  0  0 0  0 0  0  0 0  0 0  0  0 0  0  1 1      last-turn   as stored in the last assistant message
     0   0  0 0  0  0 1  1 1  0  0 0  0 0  0  0 0  0  0 0      tools-only  python parts with their delimiters
     0   0  0 0  0  1 0  0 0  0  0 0  1 1  0  0 0  0  1 1      no-tools    as stored, without them
+                                                              no-reasoning  as stored, without reasoning
 
 assistant_end belongs to its message and to no part: last-turn keeps that of the last message, no-tools keeps all,
 tools-only none. So tools-only and no-tools share no token and add up to apply. Policies apply to documents as stored:
 in a document cut by the build, the last assistant message is the last one left, even if its end was cut off; cuts by
 the trainer come later. Plain text (stage base) has no messages or parts: last-turn and tools-only leave nothing of it.
 
-The last three are computed from the index's spans: 16 bytes of memory per document (last-turn) or python part, read
-with pyarrow a piece of the index at a time. The delimiters' ids would do, too, but every batch would have to scan its
-documents for them, and a sequence that starts inside a document would also have to scan the rest of it.
+The last four are computed from the index's spans: 16 bytes of memory per document (last-turn), python or reasoning
+part, read with pyarrow a piece of the index at a time. The delimiters' ids would do, too, for all but reasoning, but
+every batch would have to scan its documents for them, and a sequence that starts inside a document the rest of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -28,11 +30,11 @@ import numpy as np
 from chatdata.document import SPAN_ROLES
 from chatdata.errors import PlanError, nearest
 
-MaskPolicy = Literal["ignore", "apply", "last-turn", "tools-only", "no-tools"]
+MaskPolicy = Literal["ignore", "apply", "last-turn", "tools-only", "no-tools", "no-reasoning"]
 # bounds int64 [documents + 1], where the documents are in the split · document int64 [n], of each span, counted from
 # the first of these documents · spans int64 [3, n]: role, start in the document, length
 DocumentSpans = tuple[np.ndarray, np.ndarray, np.ndarray]
-_USER, _PYTHON = SPAN_ROLES.index("user"), SPAN_ROLES.index("python")
+_USER, _PYTHON, _REASONING = (SPAN_ROLES.index(role) for role in ("user", "python", "reasoning"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +53,18 @@ def check_policy(name: str) -> MaskPolicy:
 
 
 def ranges_of(policy: MaskPolicy, spans: Iterable[DocumentSpans]) -> Ranges:
-    """The ranges of a split that a policy selects by: for last-turn the last assistant messages, for tools-only and
-    no-tools the python parts. spans: those of all documents, some documents at a time."""
-    find = last_messages if policy == "last-turn" else python_parts
+    """The ranges of a split that a policy selects by: for last-turn the last assistant messages, for no-reasoning the
+    reasoning, else the python parts. spans: those of all documents, some documents at a time."""
+    role = _REASONING if policy == "no-reasoning" else _PYTHON
+    find = last_messages if policy == "last-turn" else partial(parts_of, role)
     parts = [find(*piece) for piece in spans]
     starts, stops = (np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*parts, strict=True))
     return Ranges(starts, stops)
 
 
 def select(policy: MaskPolicy, stored: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """The stored mask inside the policy's ranges, or for no-tools outside of them: uint8, a new array."""
-    return stored & (~inside if policy == "no-tools" else inside)
+    """The stored mask inside the policy's ranges, for no-tools and no-reasoning outside of them: uint8, a new array."""
+    return stored & (~inside if policy in ("no-tools", "no-reasoning") else inside)
 
 
 def last_messages(bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,10 +83,10 @@ def last_messages(bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) -
     return begins[there], bounds[1:][there]
 
 
-def python_parts(bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and stops of the python parts with their delimiters. Arguments as for `last_messages`."""
-    role, start, length = spans
-    chosen = role == _PYTHON
+def parts_of(role: int, bounds: np.ndarray, document: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and stops of the spans of a role, with their delimiters. Arguments as for `last_messages`."""
+    roles, start, length = spans
+    chosen = roles == role
     starts = (bounds[document] + start)[chosen]
     return starts, starts + length[chosen]
 

@@ -166,7 +166,7 @@ class Split:
         if policy == "ignore":
             return np.ones_like(stored)
         check_policy(policy)
-        kind = "last-turn" if policy == "last-turn" else "python"
+        kind = "no-tools" if policy == "tools-only" else policy  # both need the python parts
         if kind not in self._ranges:
             self._ranges[kind] = ranges_of(policy, self._spans())
         return select(policy, stored, covered(self._ranges[kind], starts, counts))
@@ -179,7 +179,7 @@ class Split:
                 for batch in file.iter_batches(INDEX_ROWS_AT_ONCE, columns=["spans"]):
                     lists = batch.column("spans")
                     document = np.repeat(np.arange(len(lists)), values_of(lists.value_lengths()))
-                    spans = np.stack([values_of(field).astype(np.int64) for field in lists.flatten().flatten()])
+                    spans = np.stack([values_of(field).astype(np.int64) for field in lists.flatten().flatten()[:3]])
                     bounds = self.offsets[first : first + len(lists) + 1]
                     start, stop = bounds[document] + spans[1], bounds[document] + spans[1] + spans[2]
                     if (stop > bounds[document + 1]).any() or (start[1:] < stop[:-1]).any():
@@ -239,7 +239,7 @@ class Split:
 
     @cached_property
     def index(self) -> pl.DataFrame:
-        """The index as a polars frame: doc, row, position, task, entry, num_tokens, … (docs/format.md)."""
+        """The index as a polars frame: doc, row, task_position, task, entry, num_tokens, … (docs/format.md)."""
         import polars as pl
 
         return pl.DataFrame(pl.from_arrow(self.index_table()))

@@ -85,12 +85,17 @@ def _shown(
 def _tool_calls(
     entries: list[PlannedEntry], rows: dict[str, np.ndarray], documents: RenderedDocuments
 ) -> dict[str, Any]:
-    """How the recorded outputs of tool calls compare with the calculator's: counts per entry with any, and a list."""
+    """How the recorded outputs of tool calls compare with the calculator's: counts per entry with any, and a list.
+
+    `calls` leaves out those of other tools, which the ledger counts.
+    """
     places = np.flatnonzero(np.isin(rows["document"], np.array(list(documents.mismatches), dtype=np.int64)))
     mismatches = [(i, found) for i in places.tolist() for found in documents.mismatches[int(rows["document"][i])]]
     counts = {}
     for number, planned in enumerate(entries):
-        num_calls = int(documents.num_tool_calls[rows["document"][rows["entry"] == number]].sum(dtype=np.int64))
+        of_entry = rows["document"][rows["entry"] == number]
+        num_calls = int(documents.num_tool_calls[of_entry].sum(dtype=np.int64))
+        num_calls -= documents.tallied(of_entry).get("other_tools", 0)
         if num_calls:
             kinds = Counter(found.kind for i, found in mismatches if rows["entry"][i] == number)
             by_kind = {kind: kinds[kind] for kind in OUTCOMES if kinds[kind]}
@@ -105,7 +110,7 @@ def _tool_calls(
 def _ledger(
     entries: list[PlannedEntry], rows: dict[str, np.ndarray], documents: RenderedDocuments, drop_reasons: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Per entry: rows read, documents, tokens, supervised, truncated, tokens lost, dropped by reason."""
+    """Per entry: rows read, documents, tokens, supervised, truncated, tokens lost, dropped by reason, tallies."""
     ledger = []
     for number, planned in enumerate(entries):
         of_entry = rows["entry"] == number
@@ -130,6 +135,8 @@ def _ledger(
                 "truncated": int(documents.truncated[kept].sum()),
                 "tokens_lost": int(documents.original_tokens[kept].sum(dtype=np.int64)) - tokens,
                 "dropped": dropped,
+                "merged": 0,
+                **documents.tallied(kept),
             }
         )
     return ledger

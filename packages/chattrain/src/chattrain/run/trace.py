@@ -34,7 +34,7 @@ def plan_again(record: PlanRecord, data: Path) -> TrainingPlan:
 
 
 def trace_step(run: Path, step: int, data: Path | None = None) -> dict[str, Any]:
-    """What a step was trained on: its log entry, and task, row, position, tokens and sequence of each document.
+    """What a step was trained on: its log entry, and task, row, task_position, tokens and sequence of each document.
 
     data: the build, if it is no longer at the recorded path. Raises RunError for a folder that is not a run and for a
     step that the run does not have, PlanError for another build than the run's.
@@ -47,7 +47,7 @@ def trace_step(run: Path, step: int, data: Path | None = None) -> dict[str, Any]
     log = read_log(run) if (run / LOG_NAME).is_file() else []
     logged = next((entry for entry in log if isinstance(entry, TrainEntry) and entry.step == step), None)
     reads = reads_of_step(plan, step)
-    index = plan.split.index_table().select(["task", "entry", "row", "position"]).take(reads.document).to_pylist()
+    index = plan.split.index_table().select(["task", "entry", "row", "task_position"]).take(reads.document).to_pylist()
     places = np.stack([reads.document, reads.sequence % plan.step_sequences, reads.start, reads.stop], axis=1)
     documents = [
         {"doc": doc, **facts, "sequence": sequence, "start": start, "stop": stop}
