@@ -320,11 +320,19 @@ def test_hop_6_the_build_is_read_back(build: Build, train: Split) -> None:
     assert "".join(map(str, document.mask)) == MASK
     assert np.shares_memory(document.tokens, train.map("tokens", 0))
     line = train.index.row(2, named=True)
-    known = {"doc": 2, "row": 0, "position": 2, "task": "gsm8k", "entry": 0, "num_tokens": 42, "num_supervised": 21}
+    known = {
+        "doc": 2,
+        "row": 0,
+        "task_position": 2,
+        "task": "gsm8k",
+        "entry": 0,
+        "num_tokens": 42,
+        "num_supervised": 21,
+    }
     known |= {"num_turns": 2, "num_tool_calls": 1, "original_tokens": 42, "truncated": False}
     assert {key: line[key] for key in known} == known
-    reads = [tuple(span.values()) for span in line["spans"]]  # role (user 0, text 1, python 2, output 3), start, length
-    assert reads == [(0, 1, 16), (1, 18, 8), (2, 26, 5), (3, 31, 3), (1, 34, 7)]
+    reads = [tuple(span.values()) for span in line["spans"]]  # role (user 0, text 1, …), start, length, trained
+    assert reads == [(0, 1, 16, False), (1, 18, 8, True), (2, 26, 5, True), (3, 31, 3, False), (1, 34, 7, True)]
     assert build["val"].offsets.tolist() == [0, 42]
     print(f"\n    offsets   {train.offsets.tolist()}: the conversation is document 2, tokens 39 … 80")
     print(f"    tokens    {train.tokens(39, 81)[:10].tolist()} …\n    mask      {train.mask(39, 81)[:10].tolist()} …")

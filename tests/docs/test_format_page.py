@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 import chatdata as library
 from chatdata.build.plan import make_build_plan
@@ -35,7 +36,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 def read_build(out: Path) -> Iterator[tuple[str, dict, list[int], list[int]]]:
     """(split, index row, ids, mask) of every document, after every check that the page allows."""
     manifest = json.loads((out / "manifest.json").read_text("utf-8"), object_pairs_hook=_once)
-    assert (manifest["format"], manifest["version"]) == ("chatdata", 1), "unknown format or version"
+    assert (manifest["format"], manifest["version"]) == ("chatdata", 2), "unknown format or version"
     rest = {key: value for key, value in manifest.items() if key != "build_id"}
     canonical = json.dumps(rest, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     assert hashlib.sha256(canonical).hexdigest() == manifest["build_id"], "build_id"
@@ -58,8 +59,8 @@ def read_build(out: Path) -> Iterator[tuple[str, dict, list[int], list[int]]]:
             index = pq.read_table(io.BytesIO(files["index"])).to_pylist()
             for row, start, stop in zip(index, offsets[:-1], offsets[1:], strict=True):
                 ids, ones = tokens[start:stop], mask[start:stop]
-                data = struct.pack(f"<{len(ids)}I", *ids) + bytes(ones)
-                assert hashlib.blake2b(data, digest_size=16).digest() == row["digest"], "digest"
+                data = struct.pack(f"<{len(ids)}{'H' if manifest['dtype'] == '<u2' else 'I'}", *ids) + bytes(ones)
+                assert xxhash.xxh3_128_digest(data) == row["digest"], "digest"
                 yield split, row, list(ids), list(ones)
 
 
@@ -103,7 +104,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks = {bytes([byte]): byte for byte in range(256)}
     special_ids = {name: 70_000 + i for i, name in enumerate((*SPECIAL_TOKENS, "<|more|>"))}
     call = chat("2+3?", ("python", "2+3"), ("python_output", "5"), ("text", "a"), ("text", "b"))
-    records = [call, *(chat("x" * 3 * n, ("text", "é" * n)) for n in range(8))]
+    records = [call, *(chat("x" * 3 * n, ("text", "é" * n)) for n in range(8)), chat("", ("reasoning", "r"))]
+    untrained = {"type": "text", "text": "b", "trained": False}
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [untrained], "trained": False}]
+    records += [said, [*said, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]]
     (folder / "ü.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     entry = 'task = "conversations"\npath = "ü.jsonl"\n'
     rule = 'stage = "sft"\nmax_tokens = 20\noverflow = "truncate"\n'
@@ -140,20 +144,26 @@ def test_read_by_the_page_alone(folder: Path) -> None:
             assert entry["truncated"] == sum(row["truncated"] for row in rows) == sum(n > 0 for n in lost)
         for row, ids, mask in read:
             assert (len(ids), sum(mask)) == (row["num_tokens"], row["num_supervised"])
-            assert rendered(row["spans"], ids, found.manifest["tokenizer"]["special_ids"]) == mask
+            special_ids = found.manifest["tokenizer"]["special_ids"]
+            ends = [i for i, token in enumerate(ids) if token == special_ids["<|assistant_end|>"]]
+            untrained = [i for i in ends if not mask[i]]
+            assert len(untrained) == row["untrained_turns"] or row["truncated"]
+            expected = rendered(row["spans"], ids, special_ids)
+            assert [0 if i in untrained else one for i, one in enumerate(expected)] == mask
 
 
 def rendered(spans: list[dict], ids: list[int], special_ids: dict[str, int]) -> list[int]:
-    """The mask that the section "Documents" calls for, computed from spans."""
+    """The mask that the section "Documents" calls for, computed from spans, if all turns are trained."""
     mask = [int(token == special_ids["<|assistant_end|>"]) for token in ids]
     names = {token: name for name, token in special_ids.items()}
     opened = {0: "<|user_start|>", 2: "<|python_start|>", 3: "<|output_start|>"}
     assert names[ids[0]] == "<|bos|>" and ids.count(ids[0]) == 1
-    for role, start, length in (span.values() for span in spans):
+    for role, start, length, trained in (span.values() for span in spans):
         inside = ids[start : start + length]
         assert length and names.get(inside[0]) == opened.get(role)
-        assert sum(token in names for token in inside) <= 2 * (role != 1)
-        mask[start : start + length] = [int(role in (1, 2))] * length
+        assert sum(token in names for token in inside) <= 2 * (role not in (1, 4))
+        assert role in (1, 2, 4) or not trained
+        mask[start : start + length] = [int(trained)] * length
     return mask
 
 
@@ -163,14 +173,15 @@ def test_the_odd_build_is_odd(small: Path) -> None:
     assert len(found["train"].shards) > 3 and verify_full(small) == []
     assert any(document.num_supervised == 0 for document in found["train"])  # cut inside the user's message
     spans = [[tuple(span.values()) for span in row["spans"]] for row in found["val"].index_table().to_pylist()]
-    assert [(0, 1, 6), (2, 8, 5), (3, 13, 3), (1, 16, 1), (1, 17, 1)] in spans
+    expected = [(0, 1, 6, False), (2, 8, 5, True), (3, 13, 3, False), (1, 16, 1, True), (1, 17, 1, True)]
+    assert expected in spans and set(found["train"].index["untrained_turns"]) == {0, 1}
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a key twice": lambda out: (out / "manifest.json").write_text(
         (out / "manifest.json").read_text().replace('"dtype": "<u4"', '"dtype": "<u4", "dtype": "<u4"')
     ),
-    "unknown format or version": lambda out: rewrite(out, lambda m: m.update(version=2)),
+    "unknown format or version": lambda out: rewrite(out, lambda m: m.update(version=1)),
     "build_id": lambda out: (out / "manifest.json").write_text(
         (out / "manifest.json").read_text().replace("sft", "mid")
     ),

@@ -42,7 +42,7 @@ def test_golden_streams(shared: Path, stage: str, request: pytest.FixtureRequest
     assert [entry["rows"] for entry in entries] == list(lengths.values() if stage == "mid" else lengths)
     assert train.index["truncated"].sum() == {"mid": 150, "sft": 56}[stage]
     if stage == "mid":
-        first = train.index.head(12).select("task", "entry", "position").rows()
+        first = train.index.head(12).select("task", "entry", "task_position").rows()
         assert [list(row) for row in first] == golden["first_order"]
 
 
@@ -115,7 +115,7 @@ def test_full_shared_mixture(shared: Path, tmp_path: Path, chatdata: Callable) -
         assert len(words) > 5_000 and not any(map(is_test_word, words))
     gsm8k = [split.index.filter(split.index["task"] == "gsm8k") for split in (train, build["val"])]
     assert not set(gsm8k[0]["row"]) & set(gsm8k[1]["row"])
-    assert sorted(gsm8k[1]["position"].to_list()) == list(range(7_053, 7_473))
+    assert sorted(gsm8k[1]["task_position"].to_list()) == list(range(7_053, 7_473))
 
 
 def write_recipe(tmp_path: Path, text: str, lines: list[object] | None = None) -> Path:
@@ -137,13 +137,17 @@ ENTRY = '[[train]]\ntask = "conversations"\npath = "c.jsonl"\n'
 @pytest.mark.parametrize(
     ("policy", "lengths", "ledger"),
     [
-        ('overflow = "keep"\n', [7, 15, 23, 45], (0, 0, {"overflow": 0, "zero_supervised": 0})),
-        ('max_tokens = 20\noverflow = "truncate"\n', [7, 15, 20, 20], (2, 28, {"overflow": 0, "zero_supervised": 0})),
-        ('max_tokens = 20\noverflow = "drop"\n', [7, 15], (0, 0, {"overflow": 2, "zero_supervised": 0})),
+        ('overflow = "keep"\n', [7, 15, 23, 45], (0, 0, {"overflow": 0, "zero_supervised": 0, "invalid": 0})),
+        (
+            'max_tokens = 20\noverflow = "truncate"\n',
+            [7, 15, 20, 20],
+            (2, 28, {"overflow": 0, "zero_supervised": 0, "invalid": 0}),
+        ),
+        ('max_tokens = 20\noverflow = "drop"\n', [7, 15], (0, 0, {"overflow": 2, "zero_supervised": 0, "invalid": 0})),
         (
             'max_tokens = 12\noverflow = "truncate"\nzero_supervised = "drop"\n',
             [7, 12],
-            (1, 3, {"overflow": 0, "zero_supervised": 2}),
+            (1, 3, {"overflow": 0, "zero_supervised": 2, "invalid": 0}),
         ),
     ],
 )
@@ -239,7 +243,7 @@ def test_limit_epochs_and_a_task_of_ones_own(tmp_path: Path, byte_tokenizer: Tok
     result = chatdata("build", *arguments, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     build = library.open_build(tmp_path / "out")
-    assert build["train"].index.select("entry", "position", "row").rows() == [
+    assert build["train"].index.select("entry", "task_position", "row").rows() == [
         (entry, position, position) for entry in (0, 1) for position in (5, 6, 7)
     ]
     assert (

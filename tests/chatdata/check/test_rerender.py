@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chatdata.check.rerender import choose, verify_semantic
 from chatdata.check.verify import verify_full
+from chatdata.conversation import Reading
 from chatdata.document import Document
 from chatdata.errors import MissingSource, RecipeError
 from chatdata.recipe import load_recipe
@@ -33,8 +34,8 @@ def semantic(built: Path, **options: Any) -> list[str]:
 
 def redo_digest(arrays: dict[str, Any], doc: int) -> None:
     part = slice(*arrays["offsets"][doc : doc + 2].tolist())
-    ids, mask = arrays["tokens"][part].astype("<u4").tobytes(), arrays["mask"][part].tobytes()
-    arrays["index"][doc]["digest"] = hashlib.blake2b(ids + mask, digest_size=16).digest()
+    ids, mask = arrays["tokens"][part].tobytes(), arrays["mask"][part].tobytes()
+    arrays["index"][doc]["digest"] = xxhash.xxh3_128_digest(ids + mask)
 
 
 def test_a_sound_build(built: Path, demo_mid: Path) -> None:
@@ -62,8 +63,8 @@ def test_semantic_through_the_command_line(built: Path, demo_mid: Path, chatdata
 def test_semantic_finds_another_renderer(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = render.render_conversation
 
-    def one_token_more(tokenizer: Tokenizer, conversation: Any) -> Document:
-        document = original(tokenizer, conversation)
+    def one_token_more(tokenizer: Tokenizer, conversation: Any, reading: Reading) -> Document:
+        document = original(tokenizer, conversation, reading)
         tokens, mask = (np.insert(values, 2, value) for values, value in ((document.tokens, 97), (document.mask, 0)))
         return Document(tokens, mask, document.spans, tokenizer)
 
@@ -92,7 +93,7 @@ def test_semantic_finds_another_order(built: Path, edit: Callable) -> None:
     def swap(arrays: dict[str, Any]) -> None:
         one, *rest = arrays["index"]
         other = next(row for row in rest if row["entry"] == one["entry"])
-        for key in ("row", "position"):
+        for key in ("row", "task_position"):
             one[key], other[key] = other[key], one[key]
 
     edit(built, swap)

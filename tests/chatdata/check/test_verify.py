@@ -54,7 +54,7 @@ def test_every_byte_of_a_header_counts(built: Path) -> None:
 
 def add_empty_span(spans: list[dict[str, int]]) -> None:
     text = next(span for span in spans if span["role"] == 1)
-    spans.insert(spans.index(text) + 1, {"role": 1, "start": text["start"] + text["length"], "length": 0})
+    spans.insert(spans.index(text) + 1, {**text, "start": text["start"] + text["length"], "length": 0})
 
 
 def find(arrays: dict[str, Any], name: str, tokenizer: Tokenizer) -> int:
@@ -101,6 +101,11 @@ EDITS: list[tuple[Callable[[dict[str, Any], Callable[[str], int]], Any], str]] =
     (lambda a, at: a["index"][3]["spans"].pop(), "index-00000.parquet: spans differ from the delimiters: train docum"),
     (lambda a, at: a["index"][3]["spans"][0].update(length=2), "spans differ from the delimiters: train document 3"),
     (lambda a, at: add_empty_span(a["index"][3]["spans"]), "spans differ from the delimiters: train document 3"),
+    (
+        lambda a, at: a["index"][3]["spans"][0].update(trained=True),
+        "spans differ from the delimiters: train document 3",
+    ),
+    (lambda a, at: a["index"][3].update(untrained_turns=-1), "untrained_turns differs from the mask: train document 3"),
     (lambda a, at: a["index"][3].update(row=None), "index-00000.parquet: column row has nulls"),
     (lambda a, at: a["index"][3].update(truncated=not a["index"][3]["truncated"]), "(conversations): truncated is"),
 ]

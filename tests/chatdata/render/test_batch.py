@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from common_form import conversations, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,28 +19,6 @@ from chatdata.render.format import OUTPUT, PYTHON, TEXT, USER
 from chatdata.render.pieces import CLOSES, OPENS, Pieces, pieces_of_conversations, pieces_of_texts
 from chatdata.render.specification import render_conversation, render_text
 from chatdata.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
-
-texts = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\x00", "a\r\n", "<|bos|>", "<|user_end|>12", "🤖é"]))
-parts = st.lists(
-    st.fixed_dictionaries(
-        {"type": st.sampled_from(["text", "python", "python_output", "reasoning"]), "text": texts},
-        optional={"trained": st.just(False)},
-    ),
-    max_size=5,
-)
-
-
-@st.composite
-def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if draw(st.booleans()):
-        messages.append({"role": "system", "content": draw(texts)})
-    for turn in range(draw(st.integers(1, 5))):
-        role, content = ("user", texts) if turn % 2 == 0 else ("assistant", st.one_of(texts, parts))
-        messages.append({"role": role, "content": draw(content)})
-        if role == "assistant" and draw(st.booleans()):
-            messages[-1]["trained"] = False
-    return messages
 
 
 def encoder(tokenizer: Tokenizer) -> Any:
@@ -69,7 +48,7 @@ def documents(columns: RenderedBatch) -> list[tuple[list[int], list[int], list[S
 
 @given(st.lists(conversations(), min_size=1, max_size=6))
 @settings(max_examples=300, deadline=None)
-def test_the_same_as_one_by_one(byte_tokenizer: Tokenizer, batch: list[list[dict[str, Any]]]) -> None:
+def test_the_same_as_one_by_one(byte_tokenizer: Tokenizer, batch: list[dict[str, Any]]) -> None:
     columns = render(byte_tokenizer, pieces_of_conversations(batch))
     expected = [render_conversation(byte_tokenizer, conversation) for conversation in batch]
     assert documents(columns) == [(d.tokens.tolist(), d.mask.tolist(), list(d.spans)) for d in expected]
@@ -156,9 +135,9 @@ def test_untrained_parts_and_reasoning_by_hand(byte_tokenizer: Tokenizer) -> Non
     ]
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": said, "trained": False}]
     document = render_conversation(byte_tokenizer, messages)
-    begin = "<|bos|><|user_start|>u<|user_end|>\n<|assistant_start|>⟦<think>\nr\n</think>\n\n⟧"
+    begin = "<|bos|>\n<|user_start|>u<|user_end|>\n<|assistant_start|>⟦<think>\nr\n</think>\n\n⟧"
     assert document.conversation_markup() == begin + "a<|python_start|>1<|python_end|><|assistant_end|>"
-    assert document.spans == (Span(0, 1, 3, False), Span(4, 5, 19, True), Span(1, 24, 1, False), Span(2, 25, 3, False))
+    assert document.spans == (Span(0, 1, 3, False), Span(4, 5, 20, True), Span(1, 25, 1, False), Span(2, 26, 3, False))
 
 
 @pytest.mark.parametrize(("ids", "bad"), [([3, 70_000], 70_000), ([265], 265), ([-1, 3], -1)])

@@ -56,7 +56,7 @@ def test_nanochat() -> None:
     supervised = [token for token, value in NANOCHAT.delimiters.items() if value]
     assert supervised == ["<|assistant_end|>", "<|python_start|>", "<|python_end|>"]
     assert [getattr(NANOCHAT, role) for role in SPAN_ROLES] == list(NANOCHAT.spans)
-    assert [span.supervised for span in NANOCHAT.spans] == [False, True, True, False]
+    assert [span.supervised for span in NANOCHAT.spans] == [False, True, True, False, True]
     assert NANOCHAT.padding == "<|assistant_end|>"
 
 

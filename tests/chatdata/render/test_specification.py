@@ -64,7 +64,7 @@ def test_literal(byte_tokenizer: Tokenizer, conversation: dict, ids: list[int], 
 
 def test_a_leading_system_text_joins_the_first_user_text_only() -> None:
     messages = [{"role": "system", "content": "c"}, *chat("a", "b", "d", [part("text", "e")])["messages"]]
-    expected = [("user", "c\n\na"), ("assistant", "b"), ("user", "d"), ("assistant", [part("text", "e")])]
+    expected = [("c\n\na", None), ("b", True), ("d", None), ([part("text", "e")], True)]
     assert [*merged_turns(messages)] == expected
 
 
@@ -97,7 +97,7 @@ def test_plain_text(byte_tokenizer: Tokenizer) -> None:
     document = render_text(byte_tokenizer, "ab")
     assert (document.tokens.tolist(), document.mask.tolist()) == ([BOS, A, B], [0, 1, 1])
     assert (document.tokens.dtype, document.mask.dtype) == (np.dtype("<u2"), np.dtype("|u1"))
-    assert [tuple(span) for span in document.spans] == [(1, 1, 2)]
+    assert [tuple(span) for span in document.spans] == [(1, 1, 2, True)]
     with pytest.raises(ConversationError, match=r'^key "text": lone surrogate U\+D800'):
         render_text(byte_tokenizer, "a\ud800")
     empty = render_text(byte_tokenizer, "")

@@ -54,7 +54,7 @@ def changed(demo_mid: Path, folder: Path, place: list[Any], value: object) -> Pa
         (["tokenizer", "files", "x"], "0" * 63 + "G", 'files.x": must be 64 hexadecimal digits, not "000'),
         (["tokenizer", "files", "x"], "0" * 64 + "\n", 'files.x": must be 64 hexadecimal digits, not "000'),
         (["recipe", "limit"], 0, ', key "recipe.limit": must be an integer of at least 1'),
-        (["version"], 2, ": format version 2; this chatdata reads version 1: build it again"),
+        (["version"], 1, ": format version 1; this chatdata reads version 2: build it again"),
         (["format"], "other", ': format "other", not chatdata'),
         (["recipe", "stage"], "sft", ', key "recipe.stage": "sft", but expected "mid"'),
         (["recipe", "val"], ..., ', key "splits": ["train", "val"], but expected ["train"]'),

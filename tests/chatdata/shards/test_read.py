@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 import chatdata
 from chatdata.build.plan import make_build_plan
@@ -89,9 +90,8 @@ def test_files_are_what_the_format_says(small: chatdata.Build) -> None:
         document = small["train"][i]
         assert (row["num_tokens"], row["num_supervised"]) == (len(document), 2)
         assert (row["num_turns"], row["num_tool_calls"], row["truncated"]) == (2, 0, False)
-        ids = document.tokens.astype("<u4").tobytes()
-        assert row["digest"] == hashlib.blake2b(ids + document.mask.tobytes(), digest_size=16).digest()
-        assert row["position"] == row["row"] == len(document) - 6
+        assert row["digest"] == xxhash.xxh3_128_digest(document.tokens.tobytes() + document.mask.tobytes())
+        assert row["task_position"] == row["row"] == len(document) - 6
     assert index.schema["entry"] == pl.Int16 and index.schema["row"] == pl.Int64
     manifest = small.manifest
     for shard in manifest["splits"]["train"]["shards"]:
@@ -121,7 +121,7 @@ MUST: dict[str, list[tuple[Callable[[Path], object], str]]] = {
     ],
     "another `format`, and any other `version`": [
         (lambda out: sign(out, format="other"), 'manifest.json: format "other", not chatdata'),
-        (lambda out: sign(out, version=2), "manifest.json: format version 2; this chatdata reads version 1"),
+        (lambda out: sign(out, version=1), "manifest.json: format version 1; this chatdata reads version 2"),
     ],
     "a key twice in one object": [
         (lambda out: edit(out, '"stage": "mid"', '"stage": "sft", "stage": "mid"'), 'key "stage" twice in one object'),

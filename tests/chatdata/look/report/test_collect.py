@@ -25,7 +25,7 @@ def test_numbers_by_hand(small: Path) -> None:
     assert (train["documents"], train["tokens"], train["supervised"]) == (3, 8 + 15 + 16, 3 + 7 + 11)
     [entry] = train["entries"]
     assert (entry["rows"], entry["truncated"], entry["tokens_lost"]) == (4, 1, 10)
-    assert entry["dropped"] == {"overflow": 0, "zero_supervised": 1}
+    assert entry["dropped"] == {"overflow": 0, "zero_supervised": 1, "invalid": 0}
     [task] = train["tasks"]
     assert task["roles"] == {
         "user": {"tokens": 3 * 3, "supervised": 0},
