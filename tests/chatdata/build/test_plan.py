@@ -71,7 +71,7 @@ def test_entries_choose_among_the_rows_of_their_side(tmp_path: Path, byte_tokeni
     plan = planned(tmp_path, byte_tokenizer, {"val_share": 0.2, "start": 1, "rows": 5, "epochs": 1.5})
     assert (taken(plan, "train"), taken(plan, "val")) == ([train[1:6], train[1:3]], [val])
     rows = rows_in_order(plan, "val", number_documents(plan))
-    assert sorted(rows["row"].tolist()) == sorted(rows["position"].tolist()) == val
+    assert sorted(rows["row"].tolist()) == sorted(rows["task_position"].tolist()) == val
 
 
 def test_shares_are_of_the_rows_there_are(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
