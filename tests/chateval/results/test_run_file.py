@@ -127,11 +127,11 @@ def checkpoint(save_random, tmp_path_factory):
 
 def firewall_file(path, run, flagged, **changed):
     """A firewall file that flags `flagged` (set → items) of the sets of `run` that it names."""
-    checked = {name: {"items": 8, "source": run["tasks"][name]["source"]} for name in flagged}
+    checked = {name: {"items": 8, "flagged": 1, "rows": 1, "source": run["tasks"][name]["source"]} for name in flagged}
     row = {"source": "c", "file": None, "row": 1, "source_row": 1, "method": "exact", "share": 1.0}
     items = [{"set": name, "item": item, "rows": [row]} for name, some in flagged.items() for item in some]
     listed = {"format": "chatdata-firewall", "version": 1, "build_id": "ab" * 32, "checked": checked, "items": items}
-    listed["not_checked"] = {}
+    listed |= {"not_checked": {}, "flagged_rows": 1}
     path.write_text(json.dumps(listed | changed))
     return path
 

@@ -34,6 +34,8 @@ class FlaggedItem(Struct):
 class CheckedSet(Struct):
     source: Source
     items: Count
+    flagged: Count  # items that were found
+    rows: Count  # training rows that hold any
 
 
 class Listing(Struct):
@@ -44,6 +46,7 @@ class Listing(Struct):
     build_id: str
     checked: dict[str, CheckedSet]
     not_checked: dict[str, str]
+    flagged_rows: Count
     items: list[FlaggedItem]
 
 
@@ -80,14 +83,17 @@ def listing(findings: Findings, build_id: str) -> dict[str, Any]:
         rows = items.setdefault((hit.item.set, hit.item.item), [])
         rows.append({**findings.places[hit.document], "method": hit.method, "share": hit.share})
     in_order = sorted(items.items(), key=lambda found: (found[0][0], len(found[0][1]), found[0][1]))  # row 9, row 10
+    checked = {}
+    for name, source in findings.checked.items():
+        hits = [hit for hit in findings.hits if hit.item.set == name]
+        counts = {"flagged": len({hit.item.item for hit in hits}), "rows": len({hit.document for hit in hits})}
+        checked[name] = {"items": findings.num_items[name], **counts, "source": source.describe()}
     return {
         "format": FIREWALL_FORMAT,
         "version": VERSION,
         "build_id": build_id,
-        "checked": {
-            name: {"items": findings.num_items[name], "source": source.describe()}
-            for name, source in findings.checked.items()
-        },
+        "checked": checked,
         "not_checked": dict(findings.not_checked),
+        "flagged_rows": len(findings.documents),
         "items": [{"set": name, "item": item, "rows": rows} for (name, item), rows in in_order],
     }

@@ -65,7 +65,7 @@ def read_scored(
     tasks: Mapping[str, Task],
     locations: Locations,
     tokenizer: Tokenizer,
-    own_files: Sequence[str] = (),
+    own: Sequence[str],
 ) -> Scored:
     """The scored items that are found locally (nothing is downloaded), and those of the user's own files.
 
@@ -74,7 +74,7 @@ def read_scored(
     started = time.thread_time()
     items, checked, not_checked = _scored_items(train, tasks, locations)
     against = []
-    for given in own_files:
+    for given in own:
         path, _, keys = (given, "", "") if Path(given).is_file() else given.partition(":")
         source = resolve(Entry("--against", "", "", path=path), tasks["conversations"], Locations(Path()))
         if checked.get(source.name, source).files != source.files:

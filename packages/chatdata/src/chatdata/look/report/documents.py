@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,15 +11,17 @@ import numpy as np
 import polars as pl
 
 from chatdata.document import LINE_ENDS
+from chatdata.firewall.listing import FlaggedItem
 from chatdata.shards.read import Build
 from chatdata.tokenizer.bpe import Tokenizer
 
 PER_TASK = 20
-EXTREMES = {"truncated": 4, "longest": 2, "shortest": 2}  # of PER_TASK; the rest is chosen by digest
 # 400 documents of 6,000 bytes are 2.4 MB of text, at most 12 MB of page: below 15 MB for any build
 MAX_SHOWN = 400
 MAX_BYTES = 6_000
-MAX_EXCERPT = 200  # characters
+MAX_FLAGGED, FLAGGED_OF_SET = 12, 4  # scored items shown with a document
+FLAGGED = "holds a scored item"
+EXTREMES = {FLAGGED: MAX_FLAGGED, "truncated": 4, "longest": 2, "shortest": 2}  # of PER_TASK; the rest is by digest
 COLUMNS = ["doc", "row", "task", "num_tokens", "num_supervised", "original_tokens", "truncated", "digest"]
 # control characters other than tab and newline, which a page would drop or obey, shown as their pictures
 _CONTROLS = {c: chr(0x2400 + c) for c in range(32) if c not in b"\t\n"} | {127: "␡"}
@@ -43,39 +44,46 @@ class ShownDocument:
     lines: list[list[Segment]]
     tokens_left: int
 
-    @property
-    def excerpt(self) -> str:
-        """Its first words, without special tokens."""
-        text = " ".join(segment.text for line in self.lines for segment in line if "chip" not in segment.kind)
-        return textwrap.shorten(text[:MAX_EXCERPT], MAX_EXCERPT - 2, placeholder=" …")
+
+def first_flagged(build: Build, items: Sequence[FlaggedItem]) -> list[tuple[FlaggedItem, int | None]]:
+    """The first FLAGGED_OF_SET `items` of each scored set, at most MAX_FLAGGED, and in which document of train each is
+    (None: it was dropped)."""
+    sources = [entry["source"] for entry in build.manifest["splits"]["train"]["entries"]]
+    of_set = {item.set: [other for other in items if other.set == item.set][:FLAGGED_OF_SET] for item in items}
+    index, found = build["train"].index.select("doc", "row", "entry"), []
+    for item in [item for some in of_set.values() for item in some][:MAX_FLAGGED]:
+        entries = [i for i, source in enumerate(sources) if source == item.rows[0].source]
+        here = index.filter(pl.col("entry").is_in(entries), row=item.rows[0].source_row)
+        found.append((item, here["doc"][0] if len(here) else None))
+    return found
 
 
 def shown_documents(build: Build, flagged: Sequence[int] = ()) -> list[ShownDocument]:
-    """The `flagged` documents of train, then documents of every split and task, at most MAX_SHOWN, the task with most
-    tokens first. Deterministic."""
+    """Documents of every split and task, at most MAX_SHOWN, the task with most tokens first. Deterministic.
+
+    flagged: documents of train to be shown first of their task.
+    """
     groups = []
     for name, split in build.splits.items():
         frame = split.index.select(COLUMNS).with_columns(task=split.index["task"].cast(str))
         parts = frame.partition_by("task", maintain_order=True)
         groups += [(name, part) for part in sorted(parts, key=lambda part: -part["num_tokens"].sum())]
     per_task = min(PER_TASK, max(1, MAX_SHOWN // len(groups)))
-    chosen = [(name, row, why) for name, part in groups[:MAX_SHOWN] for row, why in choose(part, per_task)]
-    if flagged:
-        train = pl.concat(part for name, part in groups if name == "train").filter(pl.col("doc").is_in(flagged))
-        chosen = [("train", row, "holds a scored item") for row in train.sort("doc").iter_rows(named=True)] + chosen
-    shown: dict[tuple[str, int], ShownDocument] = {}
-    for name, row, why in chosen:
-        document = build[name][row["doc"]]
-        lines, left = lines_of(document.tokens, document.mask, build.tokenizer)
-        shown.setdefault((name, row["doc"]), ShownDocument(name, row, why, lines, left))
-    return list(shown.values())
+    shown = []
+    for name, part in groups[:MAX_SHOWN]:
+        for row, why in choose(part, per_task, flagged if name == "train" else ()):
+            document = build[name][row["doc"]]
+            lines, left = lines_of(document.tokens, document.mask, build.tokenizer)
+            shown.append(ShownDocument(name, row, why, lines, left))
+    return shown
 
 
-def choose(frame: pl.DataFrame, number: int) -> list[tuple[dict[str, Any], str]]:
-    """`number` rows of one task's index, no two with equal tokens and mask, and why each was chosen: truncated ones,
-    the longest, the shortest, then by digest, which is as good as chance and the same everywhere."""
+def choose(frame: pl.DataFrame, number: int, flagged: Sequence[int] = ()) -> list[tuple[dict[str, Any], str]]:
+    """`number` rows of one task's index, no two with equal tokens and mask, and why each was chosen: flagged ones,
+    truncated ones, the longest, the shortest, then by digest, which is as good as chance and the same everywhere."""
     rest = frame.unique("digest", keep="first", maintain_order=True).sort("digest")
     picks = {
+        FLAGGED: frame.filter(pl.col("doc").is_in(flagged)) if flagged else frame.head(0),
         "truncated": rest.filter("truncated"),
         "longest": rest.sort("num_tokens", descending=True, maintain_order=True),
         "shortest": rest.sort("num_tokens", maintain_order=True),

@@ -18,12 +18,13 @@ from typing import Any
 
 from chatdata.disk import check_file, naming, write_whole
 from chatdata.errors import UsageError
+from chatdata.firewall.listing import read_listing
 from chatdata.look.console import share
 from chatdata.look.report.collect import ROLES, report_numbers
-from chatdata.look.report.documents import ShownDocument, shown_documents, spelled
-from chatdata.look.report.findings import firewall_findings
+from chatdata.look.report.documents import FLAGGED, ShownDocument, first_flagged, shown_documents, spelled
 from chatdata.shards.read import Build, open_build
 
+EXCERPT = 200  # characters of a document that holds a scored item, next to the item's name
 MISSING = "a report needs Altair, its JavaScript and Jinja: `uv sync --extra report` installs them"
 
 
@@ -36,9 +37,9 @@ def default_out(build: Path) -> Path:
 def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
     """Write the report of the build at `path` to `out` (see `default_out`), complete or not at all.
 
-    Returns its numbers (see `report_numbers`; `firewall`: see `firewall_findings`) with `out`, `bytes` and
-    `documents_shown`. Raises UsageError if the extra `report` is not installed, or if `out` is a folder, inside the
-    build, or in a folder that does not exist; FormatError if the build is damaged.
+    Returns its numbers (see `report_numbers`) with `out`, `bytes` and `documents_shown`. Raises UsageError if the extra
+    `report` is not installed, or if `out` is a folder, inside the build, or in a folder that does not exist;
+    FormatError if the build is damaged.
     """
     try:
         import altair  # noqa: F401
@@ -51,17 +52,18 @@ def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
         raise UsageError(f"--out {out} is inside the build, where every file is accounted for; choose another folder")
     check_file(out)
     build = open_build(path)
-    numbers = report_numbers(build) | {"firewall": firewall_findings(build)}
-    flagged = [found["doc"] for found in numbers["firewall"].get("first", []) if found["doc"] is not None]
-    documents = shown_documents(build, flagged)
-    page = render(build, numbers, documents).encode("utf-8")
+    listing = read_listing(path, build.manifest["build_id"])
+    flagged = first_flagged(build, listing.items) if listing else []
+    shown = shown_documents(build, [doc for _, doc in flagged if doc is not None])
+    numbers = report_numbers(build)
+    page = render(build, numbers, shown, {"listing": listing, "flagged": flagged}).encode("utf-8")
     with naming(out):
         write_whole(out, page)
-    return {"out": str(out), "bytes": len(page), "documents_shown": len(documents), **numbers}
+    return {"out": str(out), "bytes": len(page), "documents_shown": len(shown), **numbers}
 
 
-def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocument]) -> str:
-    """The page as HTML. numbers: see `write_report`."""
+def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocument], firewall: dict[str, Any]) -> str:
+    """The page as HTML. numbers: see `report_numbers`; firewall: `listing`, `flagged` (see `first_flagged`)."""
     import jinja2
 
     from chatdata.look.report.charts import MEASURES, chart_specs
@@ -76,7 +78,9 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
     environment.filters |= {"count": lambda n: f"{n:,}", "share": share, "options": _options}
     scripts = [_inline(_vega()), _inline(_file("page.js"))]
     vocabulary = numbers["vocabulary"]
-    return environment.get_template("page.html").render(
+    return environment.get_template(
+        "page.html"
+    ).render(
         name=Path(os.path.abspath(build.path)).name,  # noqa: PTH100
         manifest=build.manifest,
         made=_made(build.path),
@@ -84,12 +88,17 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
         measures=MEASURES.values(),
         roles=ROLES,
         documents=documents,
-        excerpts={document.index["doc"]: document.excerpt for document in documents if document.split == "train"},
+        excerpts={
+            d.index["doc"]: " ".join(s.text for line in d.lines for s in line if "chip" not in s.kind)[:EXCERPT]
+            for d in documents
+            if d.why == FLAGGED
+        },
         unused=[(i, spelled(build.tokenizer, i)) for i in vocabulary["unused_ids"]],
         tokenizer_sha256=build.tokenizer.sha256,
         charts=chart_specs(numbers, build.tokenizer),
         style=_file("page.css"),
         scripts=scripts,
+        **firewall,
         hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
     )
 

@@ -14,7 +14,8 @@ from chatdata import open_build
 from chatdata.build.plan import make_build_plan
 from chatdata.build.run import build
 from chatdata.errors import FormatError
-from chatdata.look.report.findings import firewall_findings
+from chatdata.firewall.listing import read_listing
+from chatdata.look.report.documents import first_flagged
 from chatdata.look.report.page import write_report
 from chatdata.recipe import load_recipe
 from chatdata.sources.find import Locations
@@ -56,37 +57,32 @@ def top_of(page: Path) -> str:
 
 def test_findings_are_documents_of_the_build(make: Any, tmp_path: Path) -> None:
     out = make(against=[str(tmp_path / "exam.jsonl")])
-    found = firewall_findings(open_build(out))
-    assert {name: why for name, why in found.pop("not_checked").items() if name == "mmlu"} == {
-        "mmlu": "dataset not found locally"
-    }
-    assert found == {
-        "sets": {"exam.jsonl": {"items": 3, "flagged": 2, "rows": 2}},
-        "rows": 2,
-        "documents": 4,
-        "first": [
-            {"item": "exam.jsonl line 2", "rows": 1, "place": "c-1.jsonl row 1", "match": "exact", "doc": 1},
-            {"item": "exam.jsonl line 3", "rows": 1, "place": "c-2.jsonl row 0", "match": "exact", "doc": 2},
-        ],
-    }
+    listed = read_listing(out, open_build(out).manifest["build_id"])
+    assert listed and listed.flagged_rows == 2 and listed.not_checked["mmlu"] == "dataset not found locally"
+    assert {name: (c.items, c.flagged, c.rows) for name, c in listed.checked.items()} == {"exam.jsonl": (3, 2, 2)}
+    found = first_flagged(open_build(out), listed.items)
+    assert [(item.item, doc) for item, doc in found] == [("exam.jsonl line 2", 1), ("exam.jsonl line 3", 2)]
     facts = write_report(out)
     page = Path(facts["out"])
     text = top_of(page)
-    assert "2 training rows hold items that are scored. They are 4 of the 10 training documents; --dec" in text
+    assert "2 training rows hold items that are scored. Their documents are in the build; --decontaminate drop" in text
     assert "exam.jsonl 3 2 2" in text and "Not searched (dataset not found locally): arc_challenge, " in text
+    assert "exam.jsonl line 2, exact, in document 1 (c-1.jsonl row 1) Tell me:" in text
     assert f"exam.jsonl line 3, exact, in document 2 (c-2.jsonl row 0) Hi <b>there</b>. {ROLLS}" in text
-    assert facts["firewall"]["documents"] == 4
     for doc in (1, 2):  # shown once each, and linked
         assert page.read_text().count(f'href="#train-{doc}"') == page.read_text().count(f'id="train-{doc}"') == 1
 
 
 def test_what_was_dropped_or_not_searched_is_said(make: Any, tmp_path: Path) -> None:
     out = make(against=[str(tmp_path / "exam.jsonl")], decontaminate="drop")
-    found = firewall_findings(open_build(out))
-    assert (found["rows"], found["documents"], [first["doc"] for first in found["first"]]) == (2, 0, [None, None])
     text = top_of(Path(write_report(out)["out"]))
-    assert "2 training rows hold items that are scored. They were left out of the build." in text
-    assert "exam.jsonl line 2, exact, in c-1.jsonl row 1, left out" in text
+    assert "2 training rows hold items that are scored. Their 4 documents were left out of the build." in text
+    assert "exam.jsonl line 2, exact, in a document left out (c-1.jsonl row 1)" in text
+    (out / "firewall.json").unlink()
+    text = top_of(Path(write_report(out)["out"]))
+    assert text.endswith(
+        "4 training documents held them and were left out; the list, firewall.json, is not in the build."
+    )
     text = top_of(Path(write_report(make())["out"]))
     assert text.startswith("Scored items: not searched for: no scored set was found, and no --against FILE given.")
     assert "Not searched (dataset not found locally): arc_" in text
