@@ -76,7 +76,7 @@ def test_items_of_jsonl_and_parquet_are_found_and_listed(run: Callable, tmp_path
 
 
 def test_report_changes_no_byte_drop_is_in_the_recipe_and_off_lists_nothing(run: Callable, tmp_path: Path) -> None:
-    write_rows(tmp_path / "exam.jsonl", EXAM[:2])
+    write_rows(tmp_path / "exam.jsonl", EXAM)  # the last has no choices
     write_rows(tmp_path / "exam2.jsonl", EXAM[2:])
     out, against = tmp_path / "out", ("--against", "exam.jsonl:question,choices", "--against", "exam2.jsonl")
     ids = []
@@ -109,7 +109,7 @@ def test_report_changes_no_byte_drop_is_in_the_recipe_and_off_lists_nothing(run:
         (
             EXAM[:1],
             ":question,options",
-            'no key "options"; the row has "question", "choices"; name the keys: --against',
+            '--against: exam.jsonl: no row has the key "options"; name the keys: --against',
         ),
         ([{"problem": "Why?", "choices": [["a"]]}], "", 'key "choices": must be texts to choose from, not [["a"]]'),
         ([], "", "--against: exam.jsonl has no rows"),

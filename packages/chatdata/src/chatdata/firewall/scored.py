@@ -24,6 +24,7 @@ from chatdata.tasks.task import Scoring, Task, call_task
 from chatdata.tokenizer.bpe import Tokenizer
 
 QUESTION_KEYS, CHOICES_KEY = ("question", "problem", "prompt"), "choices"  # of a user's own file, if none are named
+NAME_KEYS = "name the keys: --against FILE:QUESTION,CHOICES"
 
 
 class ScoredItem(NamedTuple):
@@ -139,13 +140,16 @@ def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
 
 def _own_items(source: Source, keys: list[str]) -> list[ScoredItem]:
     """The items of a user's own file. keys: of the question and of the choices, or []."""
-    items = []
+    items, unseen = [], set(keys[1:])  # choices need not be in every row: in some files only a few have any
     places = chain.from_iterable(file.places() for file in source.files)
     for (_, row), place in zip(source.read(np.ones(source.num_rows, dtype=bool)), places, strict=True):
         try:
             items.append(ScoredItem(source.name, place, _question_and_choices(row, keys), None))
         except SourceError as error:
             raise error.at(f"--against: {place}") from None
+        unseen.difference_update(row)
+    if unseen:
+        raise SourceError(f'--against: {source.name}: no row has the key "{min(unseen)}"; {NAME_KEYS}')
     return items
 
 
@@ -154,9 +158,8 @@ def _question_and_choices(row: Any, keys: list[str]) -> tuple[str, ...]:
     if not isinstance(row, dict):
         raise SourceError(f"must be an object with a question, not {shown(row)}")
     asked = keys[0] if keys else next((key for key in QUESTION_KEYS if key in row), QUESTION_KEYS[0])
-    if missing := [key for key in (asked, *keys[1:]) if key not in row]:
-        remedy = "name the keys: --against FILE:QUESTION,CHOICES"
-        raise SourceError(f'no key "{missing[0]}"; the row has {", ".join(map(shown, row))}; {remedy}')
+    if asked not in row:
+        raise SourceError(f'no key "{asked}"; the row has {", ".join(map(shown, row))}; {NAME_KEYS}')
     question, parts = row[asked], list[str]()
     if not isinstance(question, str) or not normalise(question):
         raise SourceError(f'key "{asked}": must be a question with a word in it, not {shown(question)}')
