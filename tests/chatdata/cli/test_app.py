@@ -186,7 +186,7 @@ BAD_INPUTS = [
         ["--tokenizer", "{tmp}/missing.json"],
         1,
         "{tmp}/missing.json: special tokens missing: <|output_start|>, <|output_end|>; all nine must be in the "
-        "tokenizer: `chatdata tokenizer import --add-specials` appends them",
+        "tokenizer: `chatdata tokenizer import --add-specials` appends them, --chat-format does without",
     ),
     (
         "pickle naming another class",

@@ -223,7 +223,8 @@ def test_auto_takes_tiktoken_for_other_patterns_in_silence(
 def test_import_adds_special_tokens(folders: Path, tmp_path: Path, chatdata: Callable) -> None:
     refused = chatdata("tokenizer", "import", folders / "qwen", "--out", tmp_path / "t")
     assert refused.stderr.endswith(
-        "<|output_end|>; all nine must be in the tokenizer: `chatdata tokenizer import --add-specials` appends them\n"
+        "<|output_end|>; all nine must be in the tokenizer: `chatdata tokenizer import --add-specials` appends them, "
+        "--chat-format does without\n"
     )
     result = chatdata("tokenizer", "import", folders / "qwen", "--add-specials", "--out", tmp_path / "t")
     assert result.stdout == f"{tmp_path / 't'}: 416 tokens, shards will be uint16\n"
@@ -266,6 +267,9 @@ def test_single_bytes_that_a_vocabulary_lacks_are_appended(folders: Path, tmp_pa
     for text in (*TEXTS, "".join(map(chr, range(5, 0x300)))):
         assert ours.encode_ordinary(text) == theirs.encode(text).ids
     assert (theirs.encode("\x04").ids, ours.encode_ordinary("\x04")) == ([], [400])
+    contents["model"]["unk_token"] = "<|endoftext|>"  # changes nothing for other texts
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    assert load_tokenizer(tmp_path, native=False).sha256 == ours.sha256
     result = chatdata("tokenizer", "import", tmp_path, "--add-specials", "--out", tmp_path / "t")
     assert result.stdout == (
         f"{tmp_path} has no token for 2 of the 256 single bytes; appended after its highest id\n"

@@ -50,7 +50,7 @@ def load_tokenizer(path: str | Path, *, native: bool = True) -> Tokenizer:
     if native and (missing := tokenizer.missing_special_tokens):
         raise TokenizerError(
             f"{path}: special tokens missing: {', '.join(missing)}; all nine must be in the tokenizer: "
-            "`chatdata tokenizer import --add-specials` appends them"
+            "`chatdata tokenizer import --add-specials` appends them, --chat-format does without"
         )
     return tokenizer
 
