@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from chatdata.document import LINE_ENDS, SPAN_ROLES
-from chatdata.render.format import NANOCHAT, PYTHON, TEXT, ChatFormat, SpanFormat
+from chatdata.render.format import NANOCHAT, PART_ROLES, ChatFormat, SpanFormat
 from chatdata.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from chatdata.tokenizer.files import save_tokenizer
 
@@ -69,18 +69,19 @@ def test_the_chat_template_writes_the_same_delimiters(byte_tokenizer: Tokenizer,
     chat = NANOCHAT
     save_tokenizer(byte_tokenizer, tmp_path)
     template = (tmp_path / "chat_template.jinja").read_text()
-    written = "{{- %s -}}"
-    supervised = "{%%- generation -%%}{{- %s -}}{%%- endgeneration -%%}"
-    for role, name in ((TEXT, "text"), (PYTHON, "python"), (3, "python_output")):
-        span = chat.spans[role]
-        text = f"'{span.opening}' + part['text'] + '{span.closing}'" if span.opening else "part['text']"
-        branch = f"if part['type'] == '{name}' -%}}\n" + " " * 20
-        assert branch + (supervised if span.supervised else written) % text + "\n" in template
+    for role, name in enumerate(PART_ROLES):
+        span = chat.spans[PART_ROLES[name]]
+        text = "part['text']"
+        if span.opening:
+            text = f"'{span.opening}' ~ {text} ~ '{span.closing}'"
+        if name == "reasoning":
+            text = f"'<think>\\n' ~ {text} ~ '\\n</think>\\n\\n'"
+        assert f"{'el' * bool(role)}if part['type'] == '{name}' -%}}" in template
+        assert f"set piece = [{text}, {'mask' if span.supervised else 'false'}] -%}}" in template
     for text in (
-        written % f"'{chat.user.opening}' + lead.text + joined(message['content']) + '{chat.user.closing}'",
-        supervised % f"message['content'] + '{chat.assistant_end}'",
-        supervised % f"'{chat.assistant_end}'",
-        written % f"'{chat.assistant_start}'" + "{%- endif -%}",
+        f"['{chat.user.opening}' ~ text ~ '{chat.user.closing}', false]",
+        f"['{chat.assistant_start}', false]",
+        f"['{chat.assistant_end}', doc.trained]",
     ):
         assert text in template
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
