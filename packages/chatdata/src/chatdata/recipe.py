@@ -24,7 +24,11 @@ STAGES, OVERFLOW, ZERO_SUPERVISED = get_args(Stage), get_args(Overflow), get_arg
 MAX_ROWS = 100_000_000  # a row costs about 17 bytes of memory before it is rendered
 MAX_ENTRIES = 2**15  # of a split, epochs expanded: the index numbers them in int16
 RECIPE_FOLDERS = (Path(__file__).with_name("recipes"), Path(__file__).with_name("demo"))
-RULES = ("stage", "seed", "max_tokens", "overflow", "zero_supervised", "reasoning", "consecutive", "invalid")
+RULES = (
+    *("stage", "seed", "max_tokens", "overflow", "zero_supervised"),
+    *("reasoning", "consecutive", "invalid", "chat_format"),
+)
+NATIVE = "nanochat"  # the chat format that needs no library
 
 Above0 = Annotated[float, Meta(gt=0, description="a number above 0")]
 Place = Annotated[int, Meta(ge=-MAX_ROWS, le=MAX_ROWS)]
@@ -48,6 +52,7 @@ class RecipeTable(Struct, forbid_unknown_fields=True):
     reasoning: Reasoning = "keep"
     consecutive: Consecutive = "error"
     invalid: Invalid = "error"
+    chat_format: str = NATIVE
     shuffle: Shuffle = Shuffle()
 
 
@@ -131,6 +136,7 @@ class Recipe:
     reasoning: str
     consecutive: str
     invalid: str
+    chat_format: str  # "nanochat", a name of the library renderers, or "template"
     shuffle: Mapping[str, bool]
     splits: Mapping[str, tuple[Entry, ...]]  # "train", and "val" if the recipe has one
     folder: Path  # relative paths start here
@@ -156,9 +162,14 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(
-    name_or_path: str, tasks: Mapping[str, Task], *, max_tokens: int | None = None, overflow: str | None = None
+    name_or_path: str,
+    tasks: Mapping[str, Task],
+    *,
+    max_tokens: int | None = None,
+    overflow: str | None = None,
+    chat_format: str | None = None,
 ) -> Recipe:
-    """Load a named recipe or a file. `max_tokens` and `overflow` replace the recipe's own.
+    """Load a named recipe or a file. `max_tokens`, `overflow` and `chat_format` replace the recipe's own.
 
     Raises RecipeError naming file, key and the nearest valid name for anything unknown or of the wrong type.
     """
@@ -172,7 +183,8 @@ def load_recipe(
     table: dict[str, Any] = decode(path.read_bytes(), dict, shown, RecipeError, "toml")
     if overflow == "keep":
         table.pop("max_tokens", None)
-    table |= {key: value for key, value in (("max_tokens", max_tokens), ("overflow", overflow)) if value is not None}
+    given = {"max_tokens": max_tokens, "overflow": overflow, "chat_format": chat_format}
+    table |= {key: value for key, value in given.items() if value is not None}
     return parse_recipe(table, shown, path, tasks)
 
 
@@ -190,6 +202,8 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
             f'{shown}: max_tokens = {read.max_tokens} does nothing with overflow = "keep"; '
             "choose truncate, drop or error"
         )
+    if read.stage == "base" and read.chat_format != NATIVE:
+        raise RecipeError(f'{shown}: chat_format = "{read.chat_format}" is for conversations, not for stage base')
     splits: dict[str, tuple[Entry, ...]] = {}
     held_out: list[Entry] = []  # the other sides of entries with val_share
     for split, tables in (("train", read.train), ("val", read.val)):

@@ -154,7 +154,8 @@ def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None)
     """Whole documents: each has a position for every token but its last, so no target crosses into another document."""
     assert plan.packing is not None
     split, place = plan.split, _places(plan, first, last, width)
-    padding = split.build.manifest["tokenizer"]["special_ids"][NANOCHAT.padding]
+    # in other chat formats id 0: what is never a target may be any token
+    padding = split.build.manifest["tokenizer"]["special_ids"].get(NANOCHAT.padding, 0)
     inputs = np.full((last - first, place.width), padding)
     targets = np.full_like(inputs, IGNORED)
     inputs.reshape(-1)[place.position] = _take(split, "tokens", place.token, place.starts)

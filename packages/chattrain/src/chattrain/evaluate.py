@@ -32,8 +32,8 @@ Forward = Callable[[torch.Tensor, Lengths], torch.Tensor]
 def token_byte_counts(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of every token: int64 [vocab_size]; 0 for special tokens."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for token, rank in tokenizer.ranks.items():
-        counts[rank] = len(token)
+    for token_id, token in tokenizer.token_bytes.items():
+        counts[token_id] = len(token)
     return counts
 
 

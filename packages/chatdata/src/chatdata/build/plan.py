@@ -19,6 +19,7 @@ from chatdata.disk import MAX_COUNT
 from chatdata.errors import MissingSource, RecipeError, UsageError
 from chatdata.recipe import MAX_ROWS, Recipe
 from chatdata.render.documents import RowMap
+from chatdata.render.model_format import ModelFormat, format_of
 from chatdata.sources.find import Locations, PlannedEntry, resolve
 from chatdata.sources.source import Source
 from chatdata.tasks.task import Task
@@ -36,6 +37,11 @@ class BuildPlan:
     limit: int | None
     tasks: Mapping[str, Task] = field(default_factory=dict)  # all of them: the firewall also needs the scored ones
     locations: Locations = field(default_factory=lambda: Locations(Path()))
+
+    @property
+    def model_format(self) -> ModelFormat | None:
+        """The recipe's chat format; None for nanochat's. Raises what `load_format` raises."""
+        return format_of(self.recipe.chat_format, self.tokenizer)
 
 
 def make_build_plan(

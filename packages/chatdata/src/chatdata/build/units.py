@@ -19,7 +19,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -30,6 +31,7 @@ import numpy as np
 from chatdata.arrow import map_batches, to_numpy
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError
+from chatdata.recipe import NATIVE
 from chatdata.render.batch import (
     COUNTS,
     SPAN_DTYPE,
@@ -39,10 +41,13 @@ from chatdata.render.batch import (
     render_batch,
     to_record_batch,
 )
-from chatdata.render.contract import Rules, check_documents, raise_defect, untrained_index
+from chatdata.render.contract import Rules, check_documents, raise_defect
+from chatdata.render.model_batch import render_rows
+from chatdata.render.model_format import format_of
 from chatdata.render.pieces import UNTRAINED, Pieces, pieces_of_rows
+from chatdata.render.trained import untrained_index
 from chatdata.sources.jsonl import SEGMENT_BYTES
-from chatdata.sources.source import Source
+from chatdata.sources.source import Rows, Source
 from chatdata.tokenizer import encoders
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -95,16 +100,23 @@ class Renderer:
     tokenizer: Tokenizer
     encoder_name: str
     folder: Path  # of the cache, where units are kept
+    chat_format: str = NATIVE  # of the recipe
 
 
-def cut_units(number: int, source: Source, tokenizer: Tokenizer, wanted: np.ndarray) -> list[Unit]:
-    """The wanted rows (bool [rows]) of a source, the build's `number`th, as units of about SEGMENT_BYTES of text."""
+def cut_units(
+    number: int, source: Source, tokenizer: Tokenizer, wanted: np.ndarray, chat_format: str = NATIVE
+) -> list[Unit]:
+    """The wanted rows (bool [rows]) of a source, the build's `number`th, as units of about SEGMENT_BYTES of text.
+
+    chat_format: as in the manifest.
+    """
     same = {
         "format": UNIT_FORMAT,
         "code": code_sha256(Path(__file__).parents[1]),
         "task": source.task.name,
         "task_code": source.task.code_sha256,
         "tokenizer": tokenizer.sha256,
+        "chat_format": chat_format,
     }
     units, first, row, num_bytes = [], 0, 0, 0.0
     for num_rows, segment_bytes in source.segments(len(wanted)):
@@ -142,10 +154,10 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
     import pyarrow as pa
 
     source, tokenizer = renderer.sources[unit.source], renderer.tokenizer
-    rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, "base" if source.task.kind == "text" else "chat")
+    stage, model_format = "base" if source.task.kind == "text" else "chat", format_of(renderer.chat_format, tokenizer)
+    rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, stage, chat_format=renderer.chat_format)
     schema = arrow_schema(tokenizer.dtype).with_metadata({"key": unit.key})
-    encoder = load_encoder(renderer.encoder_name, tokenizer)
-    num_texts = num_checked = 0
+    checked = Counter[str]()
     partial = renderer.folder / f"{unit.key}.{MACHINE}-{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
     try:
         with partial.open("xb") as file:
@@ -153,31 +165,21 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
                 fcntl.flock(file, fcntl.LOCK_EX)
             with pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
                 for rows, raw in source.read_batches(unit.first, unit.wanted):
+                    if model_format:
+                        batches = iter([(render_rows(model_format, source, rows, raw), True)])
+                    else:
+                        batches = _render_native(renderer, source, rows, raw, checked)
                     done = 0
-                    for pieces in pieces_of_rows(source, rows, raw).split(MAX_CHARS):
-                        part = rows[done : done + len(pieces)]
-                        try:
-                            ids, counts = encoder.encode_batch(pieces.texts)
-                            if encoder.name != "tiktoken":
-                                num_checked += encoders.check_some(
-                                    encoder, tokenizer, pieces.texts, (ids, counts), source.name
-                                )
-                            batch = render_batch(
-                                pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size
-                            )
-                        except ChatdataError:
-                            _raise_for_row(encoder, tokenizer, source, part, pieces)
-                            raise
-                        num_texts += len(pieces.texts)
-                        done += len(pieces)
+                    for batch, has_untrained in batches:
+                        part = rows[done : done + len(batch.num_tokens)]
+                        done += len(part)
                         offsets = np.concatenate([[0], np.cumsum(batch.num_tokens)])
                         # counts and spans are computed from the arrays that give tokens and mask: no need to check them
-                        whole = {"truncated": np.zeros(len(pieces), dtype=bool)}
-                        if batch.untrained_turns.any() or (pieces.codes & UNTRAINED).any():
+                        whole = {"truncated": np.zeros(len(part), dtype=bool)}
+                        if has_untrained:
                             whole |= untrained_index(batch.spans, batch.num_spans, batch.untrained_turns)
-                        raise_defect(
-                            check_documents(batch.tokens, batch.mask, offsets, whole, rules), part, source.where
-                        )
+                        found = check_documents(batch.tokens, batch.mask, offsets, whole, rules)
+                        raise_defect(found, part, source.where)
                         writer.write_batch(to_record_batch(batch))
                     if progress:
                         progress(len(rows))
@@ -186,7 +188,32 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
             partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
-    return Rendered(unit.key, path, num_texts, num_checked)
+    return Rendered(unit.key, path, checked["texts"], checked["checked"])
+
+
+def _render_native(
+    renderer: Renderer, source: Source, rows: np.ndarray, raw: Rows, checked: Counter[str]
+) -> Iterator[tuple[RenderedBatch, bool]]:
+    """Raw rows in nanochat's chat format, MAX_CHARS at a time, and whether some of it is not trained.
+
+    checked: counts texts encoded and texts compared.
+    """
+    tokenizer = renderer.tokenizer
+    encoder = load_encoder(renderer.encoder_name, tokenizer)
+    done = 0
+    for pieces in pieces_of_rows(source, rows, raw).split(MAX_CHARS):
+        try:
+            ids, counts = encoder.encode_batch(pieces.texts)
+            if encoder.name != "tiktoken":
+                found = encoders.check_some(encoder, tokenizer, pieces.texts, (ids, counts), source.name)
+                checked["checked"] += found
+            batch = render_batch(pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size)
+        except ChatdataError:
+            _raise_for_row(encoder, tokenizer, source, rows[done : done + len(pieces)], pieces)
+            raise
+        checked["texts"] += len(pieces.texts)
+        yield batch, bool(batch.untrained_turns.any() or (pieces.codes & UNTRAINED).any())
+        done += len(pieces)
 
 
 def _raise_for_row(

@@ -18,12 +18,13 @@ import numpy as np
 from chatdata.build.plan import BuildPlan, make_build_plan, mixture_order, permutation
 from chatdata.check.diff import differences
 from chatdata.check.verify import shortened, verify_full
-from chatdata.document import SPAN_ROLES, Document
+from chatdata.document import Document
 from chatdata.errors import ChatdataError, RecipeError
 from chatdata.progress import Progress, no_progress
 from chatdata.recipe import RULES, Recipe, load_recipe, parse_recipe, shipped_recipes
 from chatdata.render import specification as render
-from chatdata.render.format import NANOCHAT
+from chatdata.render.format import NANOCHAT, PYTHON
+from chatdata.render.model_batch import render_row
 from chatdata.shards.read import Split, open_build
 from chatdata.sources.find import Locations, PlannedEntry
 from chatdata.sources.hub import fetch_url, nothing_fetched
@@ -37,6 +38,7 @@ RECORDED = (
     "untrained_turns",
     "spans",
 )  # of the index, compared with a rendering
+REPLACED = ("max_tokens", "overflow", "chat_format")  # keys of a recipe that options of build replace
 LEAST_DOCUMENTS = 100  # rendered again per split, however small the share
 
 
@@ -130,9 +132,10 @@ def _entry_table(entry: dict[str, Any], tasks: Mapping[str, Task]) -> dict[str, 
 
 
 def _same_recipe(manifest: dict[str, Any], recipe: Recipe) -> Recipe:
-    """`recipe` with the build's length rule. Raises RecipeError naming the first other difference."""
+    """`recipe` with what options of the build replaced. Raises RecipeError naming the first other difference."""
     wanted = {k: v for k, v in manifest["recipe"].items() if k not in ("limit", "decontaminate", "against")}
-    recipe = replace(recipe, max_tokens=wanted["max_tokens"], overflow=wanted["overflow"])
+    replaced: dict[str, Any] = {key: wanted.get(key) for key in REPLACED}
+    recipe = replace(recipe, **replaced)
     for key, there, here in differences(wanted, recipe.resolved()):
         raise RecipeError(f"{recipe.name} is not the recipe of this build: {key} is {there} in the build, {here} here")
     return recipe
@@ -248,23 +251,35 @@ def _check_rendering(plan: BuildPlan, chosen: list[_Chosen], progress: Progress)
         wanted = np.zeros(max(r.stop for r in ranges) if source.make_row else source.num_rows, dtype=bool)
         wanted[list(of_row)] = True
         for done, (row, raw) in enumerate(source.read(wanted), start=1):
-            rendered = None
+            rendered: Document | None = None
+            counts: Mapping[str, int] = {}
             try:
-                rendered = _render_row(source, raw, plan)
+                rendered, counts = _render_row(source, raw, plan)
             except ChatdataError as error:
                 if source.reading.invalid == "error":
                     yield f"{source.where(row)}: cannot be rendered: {error}"
                     continue
             for document in of_row[row]:
-                yield from _compare(document, rendered, plan.recipe, source.where(row))
+                yield from _compare(document, rendered, counts, plan.recipe, source.where(row))
             progress(source.name, done, len(of_row), "rows", part=True)
 
 
-def _render_row(source: Source, raw: Any, plan: BuildPlan) -> Document:
+def _render_row(source: Source, raw: Any, plan: BuildPlan) -> tuple[Document, Mapping[str, int]]:
+    """A row rendered again, and counts that the index has of it."""
+    if plan.model_format:
+        return render_row(plan.model_format, source, raw)[:2]
     converted = call_task(source.task, source.task.to_conversation, raw)
     if source.task.kind == "text":
-        return render.render_text(plan.tokenizer, converted)
-    return render.render_conversation(plan.tokenizer, converted, source.reading)
+        document = render.render_text(plan.tokenizer, converted)
+    else:
+        document = render.render_conversation(plan.tokenizer, converted, source.reading)
+    special_ids = plan.tokenizer.special_ids
+    starts = [special_ids[token] for token in (NANOCHAT.user.opening, NANOCHAT.assistant_start)]
+    return document, {
+        "num_turns": int(np.isin(document.tokens, starts).sum()),
+        "num_tool_calls": sum(span.role == PYTHON for span in document.spans),
+        "untrained_turns": int(np.sum(document.mask[document.tokens == special_ids[NANOCHAT.assistant_end]] == 0)),
+    }
 
 
 def _after_policies(document: Document, recipe: Recipe) -> Document | None:
@@ -278,7 +293,9 @@ def _after_policies(document: Document, recipe: Recipe) -> Document | None:
     return None if document.num_supervised == 0 and recipe.zero_supervised != "keep" else document
 
 
-def _compare(chosen: _Chosen, original: Document | None, recipe: Recipe, where: str) -> Iterator[str]:
+def _compare(
+    chosen: _Chosen, original: Document | None, counts: Mapping[str, int], recipe: Recipe, where: str
+) -> Iterator[str]:
     expected = _after_policies(original, recipe) if original is not None else None
     folder = chosen.split.build.path / chosen.split.name
     if chosen.doc is None:
@@ -299,13 +316,9 @@ def _compare(chosen: _Chosen, original: Document | None, recipe: Recipe, where: 
         if len(differs):
             i = differs[0]
             yield f"{here}: {what} at position {i:,} is {one[i]}, but rendered again {other[i]}"
-    special_ids = chosen.split.build.tokenizer.special_ids
-    starts = [special_ids[token] for token in (NANOCHAT.user.opening, NANOCHAT.assistant_start)]
     facts = {
+        **{name: counts.get(name, 0) for name in RECORDED},
         "original_tokens": len(original),
-        "num_turns": int(np.isin(original.tokens, starts).sum()),
-        "num_tool_calls": sum(SPAN_ROLES[span.role] == "python" for span in original.spans),
-        "untrained_turns": int(np.sum(original.mask[original.tokens == special_ids[NANOCHAT.assistant_end]] == 0)),
         "spans": [span._asdict() for span in expected.spans],
     }
     for name in RECORDED:

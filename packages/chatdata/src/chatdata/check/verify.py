@@ -18,7 +18,9 @@ import numpy as np
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, FormatError
 from chatdata.progress import Progress, no_progress
-from chatdata.render.contract import WHOLE_DOCUMENT, Finding, Rules, check_documents
+from chatdata.recipe import NATIVE
+from chatdata.render.contract import Finding, Rules, check_documents
+from chatdata.render.trained import WHOLE_DOCUMENT
 from chatdata.shards.index import index_arrays, read_index
 from chatdata.shards.manifest import LARGE_KINDS, build_files, check_files, contradictions, other_files, parse_manifest
 from chatdata.shards.read import Build, Split
@@ -88,7 +90,11 @@ def rules_of(manifest: dict[str, Any]) -> Rules:
     """The rules that a manifest sets for its documents."""
     tokenizer, recipe = manifest["tokenizer"], manifest["recipe"]
     policies = {key: recipe[key] for key in ("max_tokens", "overflow", "zero_supervised")}
-    return Rules(tokenizer["special_ids"], tokenizer["vocab_size"], manifest["stage"], **policies)
+    return Rules(
+        *(tokenizer["special_ids"], tokenizer["vocab_size"], manifest["stage"]),
+        **policies,
+        chat_format=recipe.get("chat_format", NATIVE),
+    )
 
 
 def _split_problems(split: Split, sound: list[int], progress: Progress) -> list[str]:

@@ -58,6 +58,12 @@ if TYPE_CHECKING:
     default="auto",
     help="Library that encodes text; the ids are always tiktoken's. auto takes the fastest.",
 )
+@click.option(
+    "--chat-format",
+    metavar="NAME",
+    help="Chat format of another model: a name that `renderers` has (qwen3, llama-3, ...), or template for the chat "
+    "template in the folder --tokenizer. (default: the recipe's)",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Read at most this many rows per entry.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Longest document (default: the recipe's).")
 @click.option(
@@ -97,6 +103,7 @@ def build(
     limit: int | None,
     max_tokens: int | None,
     overflow: str | None,
+    chat_format: str | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -110,12 +117,12 @@ def build(
     from chatdata.build.run import check_out
     from chatdata.look.build import show_plan, show_result
     from chatdata.progress import shown_progress
-    from chatdata.recipe import load_recipe
+    from chatdata.recipe import NATIVE, load_recipe
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks
 
     tasks = load_tasks(task_files)
-    limits: dict[str, Any] = {"max_tokens": max_tokens, "overflow": overflow}
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "overflow": overflow, "chat_format": chat_format}
     for flag, given in (("--val", val_share), ("--write-recipe", write_recipe)):
         if given is not None and not files:
             raise UsageError(f"{flag} is for FILEs: chatdata build chats.jsonl … {flag} {given}")
@@ -146,7 +153,9 @@ def build(
     if workers > 1 and engine == "local" and not (dry_run or demo or limit):
         start_early()
     locations = Locations(loaded.folder, data_dir, identity, words)
-    used_tokenizer = tokenizer_of(tokenizer) if tokenizer else _demo_tokenizer(demo)
+    if loaded.chat_format != NATIVE and not tokenizer:
+        raise UsageError(f"--chat-format {loaded.chat_format} needs --tokenizer with the model's tokenizer folder")
+    used_tokenizer = tokenizer_of(tokenizer, chat_format=loaded.chat_format) if tokenizer else _demo_tokenizer(demo)
     plan = make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
     if write_recipe:
         write_whole(write_recipe, text.encode())

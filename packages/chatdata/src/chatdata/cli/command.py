@@ -44,13 +44,15 @@ class MaskPolicyChoice(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-def tokenizer_of(path: Path, *, native: bool = True) -> Tokenizer:
+def tokenizer_of(path: Path, *, native: bool = True, chat_format: str = "nanochat") -> Tokenizer:
     """The tokenizer at `path` (see `load_tokenizer`); that of a build only if `open_build` accepts the build."""
     from chatdata.shards.read import open_build
     from chatdata.tokenizer.files import load_tokenizer
+    from chatdata.tokenizer.folder import read_folder
 
-    is_build = (path / "manifest.json").is_file()
-    return open_build(path).tokenizer if is_build else load_tokenizer(path, native=native)
+    if (path / "manifest.json").is_file():
+        open_build(path)
+    return load_tokenizer(path, native=native) if chat_format == "nanochat" else read_folder(path)
 
 
 def run_command(cli: click.Group, name: str, interrupted: str, only: str | None = None) -> None:

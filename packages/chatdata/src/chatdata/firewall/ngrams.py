@@ -67,7 +67,8 @@ class WordTable:
 def word_table(tokenizer: Tokenizer) -> WordTable:
     """The table of a vocabulary.
 
-    Special tokens separate words, and bos is a word like no other, so no n-gram crosses documents. Tokens that are not
+    Special tokens separate words, and bos (in other chat formats, every special token) is a word like no other, so no
+    n-gram crosses documents. Tokens that are not
     whole characters separate words, too: rare letters and emoji that the vocabulary cuts are not seen.
     """
     letters = [b" "] * tokenizer.vocab_size
@@ -76,7 +77,9 @@ def word_table(tokenizer: Tokenizer) -> WordTable:
             letters[token_id] = _letters(token.decode())
         except UnicodeDecodeError:
             continue
-    letters[tokenizer.special_ids[NANOCHAT.bos]] = b" \0 "
+    ids = tokenizer.special_ids
+    for token_id in [ids[NANOCHAT.bos]] if NANOCHAT.bos in ids else ids.values():
+        letters[token_id] = b" \0 "
     text = np.frombuffer(b"".join(letters), dtype=np.uint8)
     lengths = np.fromiter(map(len, letters), dtype=np.int64, count=len(letters))
     ends = np.cumsum(lengths)

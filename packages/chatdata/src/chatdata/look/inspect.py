@@ -15,7 +15,6 @@ from chatdata.document import IGNORED, Document
 from chatdata.errors import ChatdataError, SourceError, UsageError, printable
 from chatdata.look.console import console, grid
 from chatdata.progress import say_json
-from chatdata.render.format import NANOCHAT
 from chatdata.render.specification import render_conversation
 from chatdata.shards.read import Split, open_build
 from chatdata.tokenizer.bpe import Tokenizer
@@ -45,7 +44,7 @@ def document_of_file(path: Path, tokenizer: Tokenizer) -> Document:
 def token_rows(document: Document, stages: tuple[str, ...]) -> list[dict[str, Any]]:
     """One row per token: idx, token, id, mask, and for each stage the input and its target.
 
-    In stage mid, documents follow each other in a stream, so the target of the last token is the next document's bos.
+    In stage mid, documents follow each other in a stream, so the target of the last token is the first of the next.
     In stage sft the last token is never an input. A target of -100 has no loss.
     """
     tokenizer = document.tokenizer
@@ -56,7 +55,7 @@ def token_rows(document: Document, stages: tuple[str, ...]) -> list[dict[str, An
         last = i + 1 == len(ids)
         if "mid" in stages:
             row["mid_input"] = token_id
-            row["mid_target"] = tokenizer.special_ids[NANOCHAT.bos] if last else ids[i + 1]
+            row["mid_target"] = ids[0] if last else ids[i + 1]
         if "sft" in stages:
             row["sft_input"] = None if last else token_id
             supervised = not last and bool(document.mask[i + 1])
@@ -81,7 +80,7 @@ def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> N
     out = console()
     out.print(lines)
     if "mid" in stages:
-        out.print("mid: the last target is the bos of the next document in the stream", style="dim")
+        out.print("mid: the last target is the first token of the next document in the stream", style="dim")
     out.print(f"{len(document)} tokens, {document.num_supervised} supervised", style="dim")
 
 

@@ -17,22 +17,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chatdata.document import Span
 from chatdata.errors import BuildError
+from chatdata.recipe import NATIVE
 from chatdata.render.batch import digests_of
-from chatdata.render.format import END, EVENTS, NAMES, NANOCHAT, OTHER, REASONING, START, TEXT, Grammar, grammar_of
+from chatdata.render.format import (
+    END,
+    EVENTS,
+    NAMES,
+    NANOCHAT,
+    OTHER,
+    REASONING,
+    START,
+    SUPERVISED_ROLES,
+    TEXT,
+    Grammar,
+    grammar_of,
+)
 from chatdata.render.pieces import blocks_of
+from chatdata.render.trained import WHOLE_DOCUMENT, Problem, check_spans, inside, whole
 
-_SUPERVISED_ROLES = [role for role, form in enumerate(NANOCHAT.spans) if form.supervised]
 BLOCK_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the size of the shard
-WHOLE_DOCUMENT = -1  # a finding's position if it is about no single token
-# file, kind, documents (int64 [n]), positions (int64 [n]); a document may come several times
-Problem = tuple[str, str, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a build's manifest says its documents keep to. `stage` base means plain text: bos, then text."""
+    """What a build's manifest says its documents keep to. `stage` base means plain text: bos, then text.
+
+    Of other chat formats than nanochat's the delimiters are not known: mask and spans are held to each other.
+    """
 
     special_ids: Mapping[str, int]
     vocab_size: int
@@ -40,6 +52,7 @@ class Rules:
     max_tokens: int | None = None
     overflow: str = "keep"
     zero_supervised: str = "keep"
+    chat_format: str = NATIVE
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ class _Block:
 def _read_block(
     tokens: np.ndarray, mask: np.ndarray, offsets: np.ndarray, index: Mapping[str, np.ndarray], rules: Rules
 ) -> _Block:
-    lowest, highest = min(rules.special_ids.values()), max(rules.special_ids.values())
+    lowest, highest = min(rules.special_ids.values(), default=0), max(rules.special_ids.values(), default=0)
     event_of_id = np.zeros(highest - lowest + 1, dtype=np.int64)
     for token, token_id in rules.special_ids.items():
         event_of_id[token_id - lowest] = EVENTS.get(token, OTHER)
@@ -148,20 +161,29 @@ def _check_block(block: _Block, rules: Rules) -> Iterator[Problem]:
         places = np.flatnonzero(wrong)
         documents = np.searchsorted(block.offsets, places, side="right") - 1
         yield file, kind, documents, places - block.offsets[documents]
-    grammar, index = grammar_of(rules.stage), block.index
+    index = block.index
+    if rules.chat_format == NATIVE:
+        yield from _check_by_delimiters(block, grammar_of(rules.stage))
+    else:
+        yield from check_spans(block.mask, block.offsets, index)
+    if "num_tokens" in index:
+        yield from _check_counts(block, rules)
+    if "digest" in index:
+        digests = digests_of(block.tokens, np.ascontiguousarray(block.mask), np.diff(block.offsets))
+        differs = digests.view(np.uint8).reshape(-1, 16) != index["digest"]
+        yield whole("index", "digest differs from tokens and mask", differs.any(axis=1))
+
+
+def _check_by_delimiters(block: _Block, grammar: Grammar) -> Iterator[Problem]:
     broken = np.zeros(len(block.truncated), dtype=bool)
     for problem in _check_delimiters(block, grammar):
         broken[problem[2]] = True
         yield problem
     yield from _check_mask(block, grammar, broken)
-    if "num_tokens" in index:
-        yield from _check_counts(block, rules)
-    if "num_spans" in index:
-        yield _whole("index", "spans differ from the delimiters", _wrong_spans(block, grammar, broken) & ~broken)
-    if "digest" in index:
-        digests = digests_of(block.tokens, np.ascontiguousarray(block.mask), np.diff(block.offsets))
-        differs = digests.view(np.uint8).reshape(-1, 16) != index["digest"]
-        yield _whole("index", "digest differs from tokens and mask", differs.any(axis=1))
+    if "num_turns" in block.index:
+        yield from _check_turns(block)
+    if "num_spans" in block.index:
+        yield whole("index", "spans differ from the delimiters", _wrong_spans(block, grammar, broken) & ~broken)
 
 
 def _check_delimiters(block: _Block, grammar: Grammar) -> Iterator[Problem]:
@@ -237,15 +259,10 @@ def _check_mask(block: _Block, grammar: Grammar, broken: np.ndarray) -> Iterator
 def _allow_untrained(expected: np.ndarray, block: _Block) -> None:
     """Set `expected` to 0 in the untrained spans of the index, and to the mask itself at each assistant_end of
     documents that have untrained turns: _check_counts counts these."""
-    index, stops = block.index, block.offsets[1:]
+    index = block.index
     if "span_trained" in index:
-        untrained = np.flatnonzero((index["span_trained"] == 0) & np.isin(index["span_role"], _SUPERVISED_ROLES))
-        document = np.repeat(np.arange(len(stops)), index["num_spans"])[untrained]
-        starts = block.offsets[document] + index["span_start"][untrained]
-        edges = np.zeros(len(expected) + 1, dtype=np.int64)
-        np.add.at(edges, np.minimum(starts, stops[document]), 1)
-        np.add.at(edges, np.minimum(starts + index["span_length"][untrained], stops[document]), -1)
-        expected[np.cumsum(edges[:-1]) > 0] = 0
+        untrained = np.flatnonzero((index["span_trained"] == 0) & np.isin(index["span_role"], SUPERVISED_ROLES))
+        expected[inside(block.offsets, index, untrained)] = 0
     if "untrained_turns" in index:
         ends = _ends_of_turns(block)
         expected[ends] = block.mask[ends] & 1
@@ -257,18 +274,8 @@ def _ends_of_turns(block: _Block) -> np.ndarray:
     return block.offsets[block.document[is_end]] + block.at[is_end]
 
 
-def untrained_index(spans: np.ndarray, num_spans: np.ndarray, untrained_turns: np.ndarray) -> dict[str, np.ndarray]:
-    """The columns of an index that say which tokens are not trained. spans: SPAN_DTYPE [sum of num_spans]."""
-    columns = {f"span_{name}": spans[name] for name in Span._fields}
-    return {"num_spans": num_spans, "untrained_turns": untrained_turns, **columns}
-
-
-def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
-    index, truncated = block.index, block.truncated
-    num_documents, lengths = len(truncated), np.diff(block.offsets)
-    supervised = np.add.reduceat(block.mask != 0, block.offsets[:-1], dtype=np.int64)
-    yield _whole("index", "num_tokens differs from the offsets", index["num_tokens"] != lengths)
-    yield _whole("index", "num_supervised differs from the mask", index["num_supervised"] != supervised)
+def _check_turns(block: _Block) -> Iterator[Problem]:
+    index, truncated, num_documents = block.index, block.truncated, len(block.truncated)
     for column, openings in (
         ("num_turns", (NANOCHAT.user.opening, NANOCHAT.assistant_start)),
         ("num_tool_calls", (NANOCHAT.python.opening,)),
@@ -277,25 +284,33 @@ def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
         counted = np.bincount(block.document[is_opening], minlength=num_documents)
         # both are counted before any cut: a truncated document may show fewer
         wrong = (index[column] != counted) & ~(truncated & (index[column] > counted))
-        yield _whole("index", f"{column} differs from the delimiters", wrong)
+        yield whole("index", f"{column} differs from the delimiters", wrong)
     ends = _ends_of_turns(block)
     documents = np.searchsorted(block.offsets, ends, side="right") - 1
     counted = np.bincount(documents, weights=block.mask[ends] == 0, minlength=num_documents)
     wrong = (index["untrained_turns"] != counted) & ~(truncated & (index["untrained_turns"] > counted))
-    yield _whole("index", "untrained_turns differs from the mask", wrong)
+    yield whole("index", "untrained_turns differs from the mask", wrong)
+
+
+def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
+    index, truncated = block.index, block.truncated
+    lengths = np.diff(block.offsets)
+    supervised = np.add.reduceat(block.mask != 0, block.offsets[:-1], dtype=np.int64)
+    yield whole("index", "num_tokens differs from the offsets", index["num_tokens"] != lengths)
+    yield whole("index", "num_supervised differs from the mask", index["num_supervised"] != supervised)
     original = index["original_tokens"].astype(np.int64)
     wrong = np.where(truncated, original <= lengths, original != lengths)
-    yield _whole("index", "original_tokens does not agree with num_tokens and truncated", wrong)
+    yield whole("index", "original_tokens does not agree with num_tokens and truncated", wrong)
     limit = rules.max_tokens
     if rules.overflow == "truncate" and limit is not None:
         kept_rule = np.where(original > limit, truncated & (lengths == limit), ~truncated)
     else:
         kept_rule = ~truncated & (rules.overflow == "keep" or limit is None or lengths <= limit)
     rule = f'overflow = "{rules.overflow}"' + (f", max_tokens = {limit:,}" if limit is not None else "")
-    yield _whole("index", f"length against the recipe's {rule}", ~kept_rule)
+    yield whole("index", f"length against the recipe's {rule}", ~kept_rule)
     if rules.zero_supervised != "keep":
         kind = f'no supervised token, against the recipe\'s zero_supervised = "{rules.zero_supervised}"'
-        yield _whole("mask", kind, supervised == 0)
+        yield whole("mask", kind, supervised == 0)
 
 
 def _wrong_spans(block: _Block, grammar: Grammar, broken: np.ndarray) -> np.ndarray:
@@ -312,7 +327,7 @@ def _wrong_spans(block: _Block, grammar: Grammar, broken: np.ndarray) -> np.ndar
     document = np.repeat(np.arange(num_documents), index["num_spans"])
     found = np.stack([document, *(index[f"span_{key}"].astype(np.int64) for key in ("role", "start", "length"))])
     found[1][found[1] == REASONING] = TEXT
-    strange = (found[3] == 0) | ((index["span_trained"] != 0) & ~np.isin(found[1], _SUPERVISED_ROLES))
+    strange = (found[3] == 0) | ((index["span_trained"] != 0) & ~np.isin(found[1], SUPERVISED_ROLES))
     wrong = np.bincount(document[strange], minlength=num_documents) > 0
     before, after = found[:, :-1], found[:, 1:]
     continues = (after[0] == before[0]) & (after[1] == TEXT) & (before[1] == TEXT) & (after[2] == before[2] + before[3])
@@ -324,12 +339,6 @@ def _wrong_spans(block: _Block, grammar: Grammar, broken: np.ndarray) -> np.ndar
     found, expected = (spans[:, (same_number & ~broken)[spans[0]]] for spans in (found, expected))
     wrong[found[0][(found != expected).any(axis=0)]] = True
     return wrong
-
-
-def _whole(file: str, kind: str, wrong: np.ndarray) -> Problem:
-    """A problem of whole documents: wrong is bool [documents]."""
-    documents = np.flatnonzero(wrong)
-    return file, kind, documents, np.full(len(documents), WHOLE_DOCUMENT)
 
 
 def _first_of_each(documents: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

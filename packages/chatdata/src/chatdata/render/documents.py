@@ -14,8 +14,9 @@ from chatdata.document import Span
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
 from chatdata.render.batch import SPAN_DTYPE, TALLY_DTYPE, Mismatch, RenderedBatch, digests_of
-from chatdata.render.contract import Rules, check_documents, raise_defect, untrained_index
+from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.pieces import INVALID, TALLIES, blocks_of
+from chatdata.render.trained import untrained_index
 from chatdata.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
@@ -193,7 +194,14 @@ class RenderedDocuments:
 
 def check_cut(documents: RenderedDocuments, recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Hold truncated documents to the contract; whole ones were held to it when they were rendered."""
-    rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, recipe.stage, recipe.max_tokens, overflow="truncate")
+    rules = Rules(
+        tokenizer.special_ids,
+        tokenizer.vocab_size,
+        recipe.stage,
+        recipe.max_tokens,
+        overflow="truncate",
+        chat_format=recipe.chat_format,
+    )
     cut = np.flatnonzero(documents.truncated)
     for first, last in blocks_of(documents.num_tokens[cut], GATHER_TOKENS):
         part = cut[first:last]

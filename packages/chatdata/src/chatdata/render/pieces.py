@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 OPENS, CLOSES, UNTRAINED, END_UNTRAINED = 8, 16, 32, 64
 ROLE = 7  # the bits of the role
 # What reading a row may change or find, counted per document
-TALLIES = ("other_tools", "merged", "results_after_text", "reasoning_dropped")
+TALLIES = ("other_tools", "merged", "results_after_text", "reasoning_dropped", "reasoning_left_out", "text_left_out")
 INVALID = "invalid"  # the first word of a note, the reason comes after it
 _PLAIN_PARTS = ("text", "python", "python_output")
 _MESSAGE_ROLES = {"user": 0, "assistant": 1, "system": 2}

@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 
 from chatdata.disk import Count, Positive, convert, decode, file_sha256, shown
 from chatdata.errors import FormatError
-from chatdata.recipe import EntryHead, Overflow, Stage, ZeroSupervised
+from chatdata.recipe import NATIVE, EntryHead, Overflow, Stage, ZeroSupervised
 from chatdata.shards.index import read_index
 from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, MAX_VOCAB, SPECIAL_TOKENS
 
@@ -33,6 +33,7 @@ LARGE_KINDS = ("tokens", "mask")  # hashed by `verify --level full` alone: 1 GB 
 HEADER_BYTES = 128  # of a .npy file
 MARK = ".chatdata-build"  # a file in every folder of ours that is not OUT: no other folder is ever cleared
 
+CHAT_FORMATS = r"^(nanochat|renderers:[^@\s]+@\S+|template:[0-9a-f]{64})\Z"
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")]
 
 
@@ -123,7 +124,7 @@ class Manifest(Head):
     """Other keys are allowed everywhere."""
 
     stage: Stage
-    chat_format: str
+    chat_format: Annotated[str, Meta(pattern=CHAT_FORMATS, description="the chat format")]
     recipe: Recipe
     sources: list[Source]
     tokenizer: Tokenizer
@@ -184,12 +185,19 @@ def other_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     return sorted(found)
 
 
+def _name_of(chat_format: str) -> str:
+    """What a recipe calls the chat format of a manifest."""
+    kind, _, rest = chat_format.partition(":")
+    return rest.partition("@")[0] if kind == "renderers" else kind
+
+
 def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
     """What does not go together in a manifest from `parse_manifest`, and names that are not the format's."""
     recipe, splits, tokenizer = manifest["recipe"], manifest["splits"], manifest["tokenizer"]
     found: list[tuple[str, Any, Any]] = [  # key, what it is, what it must be
         ("recipe.stage", recipe["stage"], manifest["stage"]),
         ("splits", sorted(splits), [name for name in ("train", "val") if name in recipe]),
+        ("recipe.chat_format", recipe.get("chat_format"), _name_of(manifest["chat_format"])),
         ("dtype", manifest["dtype"], "<u4" if tokenizer["vocab_size"] > MAX_UINT16_VOCAB else "<u2"),
     ]
     for name in {"train", "val"} & set(splits):
@@ -223,7 +231,8 @@ def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
         if name in ("", ".", "..") or set(name) & set("/\\\0") or len(name) > 255:
             yield f'key "tokenizer.files": {shown(name)} is not the name of a file in the folder tokenizer'
     ids = tokenizer["special_ids"]
-    if missing := [name for name in SPECIAL_TOKENS if name not in ids]:
+    missing = [name for name in SPECIAL_TOKENS if name not in ids]
+    if manifest["chat_format"] == NATIVE and missing:
         yield f'key "tokenizer.special_ids": {", ".join(missing)} missing'
     if len(set(ids.values())) != len(ids) or max(ids.values(), default=0) >= tokenizer["vocab_size"]:
         yield 'key "tokenizer.special_ids": must be distinct ids below vocab_size'

@@ -21,6 +21,7 @@ import numpy as np
 from chatdata.arrow import list_to_arrow, to_arrow, values_of
 from chatdata.document import IGNORED, Document
 from chatdata.errors import FormatError
+from chatdata.recipe import NATIVE
 from chatdata.shards.index import open_index, read_index
 from chatdata.shards.manifest import check_files, read_manifest
 from chatdata.shards.masks import check_policy, covered, ranges_of, select
@@ -63,8 +64,10 @@ class Build:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         from chatdata.tokenizer.files import load_tokenizer
+        from chatdata.tokenizer.folder import read_folder
 
-        return load_tokenizer(self.path / "tokenizer")
+        is_native = self.manifest["chat_format"] == NATIVE
+        return load_tokenizer(self.path / "tokenizer") if is_native else read_folder(self.path / "tokenizer")
 
     def __getitem__(self, split: str) -> Split:
         if split not in self.splits:

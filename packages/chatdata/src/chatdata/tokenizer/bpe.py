@@ -104,11 +104,14 @@ class Tokenizer:
                 f"{name}: the split pattern loses text ({lost[0]!r} for one); it must match every character, whatever "
                 "comes after it, for example by ending in |\\s+|."
             )
+        self.canary_sha256 = self._hash_canaries()
+
+    def _hash_canaries(self) -> str:
         digest = hashlib.sha256()
         for text in CANARY_TEXTS:
             ids = self.encode_ordinary(text)
             digest.update(np.array([len(ids), *ids], dtype="<u4").tobytes())
-        self.canary_sha256 = digest.hexdigest()
+        return digest.hexdigest()
 
     def normalized(self, text: str) -> str:
         """The text that is split: `text`, or its NFC by the tables of `tokenizers` (those of Python are newer)."""

@@ -12,6 +12,7 @@ from typing import Any
 from chatdata.errors import TokenizerError
 from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
 from chatdata.tokenizer.encoders import canary_texts
+from chatdata.tokenizer.folder import FolderTokenizer
 from chatdata.tokenizer.merges import TO_BYTE, TO_CHAR, ranks_of_merges
 from chatdata.tokenizer.patterns import to_tiktoken
 from chatdata.tokenizer.pickled import read_pickle
@@ -59,8 +60,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: the same bytes for the same tokenizer.
 
     A tokenizer without nanochat's special tokens gets no chat template, and no bos and eos token in its configuration.
+    The files of a FolderTokenizer are written as they are.
     Raises TokenizerError if `tokenizers` gives other ids for some canary text.
     """
+    if isinstance(tokenizer, FolderTokenizer):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in tokenizer.files.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="")
+        return
     contents = json.dumps(_contents(tokenizer), ensure_ascii=False, separators=(",", ":"))
     if not tokenizer.is_as_saved:
         _compare_with_tokenizers(tokenizer, contents)

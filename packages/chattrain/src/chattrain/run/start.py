@@ -273,9 +273,10 @@ def _make_plans(
 
 def _require_same_tokenizer(checkpoint: Checkpoint, build: Build) -> None:
     """Raise RunError unless the tokenizers of checkpoint and build give the same ids for the canary texts."""
-    from chatdata.tokenizer.files import load_tokenizer
+    from chatdata.cli.command import tokenizer_of
 
-    theirs, ours = load_tokenizer(checkpoint.path / "tokenizer"), build.manifest["tokenizer"]
+    theirs = tokenizer_of(checkpoint.path / "tokenizer", chat_format=build.manifest["chat_format"])
+    ours = build.manifest["tokenizer"]
     if (theirs.vocab_size, theirs.canary_sha256) != (ours["vocab_size"], ours["canary_sha256"]):
         raise RunError(
             f"{checkpoint.path} was trained with another tokenizer ({theirs.vocab_size:,} tokens) than {build.path} "
