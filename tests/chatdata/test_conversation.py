@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from chatdata.conversation import METADATA_KEYS, REFUSED_KEYS, Reading, parse_conversation
 from chatdata.errors import ConversationError
+from chatdata.render.specification import render_conversation
+from chatdata.tokenizer.bpe import Tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -78,7 +80,7 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (
         [{**HI[0], "tool_calls": [{"id": 1}]}],
-        'message 0, key "tool_calls": not understood; a message has only role and content',
+        'message 0, key "tool_calls": not understood in a message of role user; remove it if it is only metadata',
     ),
     (
         [HI[0], HI[0]],
@@ -102,16 +104,20 @@ def test_refused(record: Any, message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_the_table_in_the_docs_is_true() -> None:
+def test_the_table_in_the_docs_is_true(byte_tokenizer: Tokenizer) -> None:
     """Each row of docs/conversations.md is a JSON record and what becomes of it."""
-    rows = re.findall(r"^\| `(.+)` \| (accepted|refused)(?:: (.+))? \|$", (DOCS / "conversations.md").read_text(), re.M)
-    assert len(rows) >= 15
-    for record, verdict, message in rows:
+    table = (DOCS / "conversations.md").read_text().replace("\\|", "|")
+    rows = re.findall(r"^\| [^`].* \| `(.+)` \| (refused: )?`(.+)`(, counted)? \|$", table, re.M)
+    assert len(rows) == table.count("\n| ") - len(["the head"]) > 50
+    for record, refused, shown, counted in rows:
         try:
-            parse_conversation(json.loads(record))
-            assert verdict == "accepted", record
+            found = parse_conversation(json.loads(record))
+            markup = render_conversation(byte_tokenizer, json.loads(record)).conversation_markup()
         except ConversationError as error:
-            assert (verdict, str(error)) == ("refused", message.strip("`")), record
+            assert (refused, shown) == ("refused: ", str(error)), record
+        else:
+            assert ("", f"<|bos|>↵{shown}") == (refused, markup.replace("\n", "↵")), record
+            assert bool(counted) == ("counts" in found), record
 
 
 def test_lone_surrogates_are_refused() -> None:

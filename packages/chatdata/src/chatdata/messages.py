@@ -62,7 +62,7 @@ def read_message(
         return role, content, True, []
     extras = [name for name in message if name not in (role_key, key) and message[name] not in EMPTY]
     if extra := next((name for name in extras if name not in _KEYS.get(role, _TRAINED)), None):
-        raise ConversationError(f'message {turn}, key "{extra}": {_reason(extra, role_key, key)}')
+        raise ConversationError(f'message {turn}, key "{extra}": {_reason(extra, role)}')
     where = f'message {turn}, key "{key}"'
     trained = _is_trained(message, extras, role, turn)
     if role == "tool":
@@ -109,10 +109,10 @@ def read_message(
     return role, as_parts(content, trained) if calls else content, trained, calls
 
 
-def _reason(extra: str, role_key: str, key: str) -> str:
+def _reason(extra: str, role: str) -> str:
     if extra == "train_detail":
         return "trains on parts of a text; give the message as parts, or one train for all of it"
-    return REFUSED_KEYS.get(extra, f"not understood; a message has only {role_key} and {key}")
+    return REFUSED_KEYS.get(extra, f"not understood in a message of role {role}; remove it if it is only metadata")
 
 
 def _is_trained(message: dict[str, Any], extras: list[str], role: str, turn: int) -> bool:
