@@ -303,7 +303,9 @@ def test_hop_6_documents_become_a_build(build: Build) -> None:
     assert (ledger["truncated"], ledger["tokens_lost"], set(ledger["dropped"].values())) == (0, 0, {0})
     report = json.loads((build.path / "report.json").read_text())
     assert report["tool_calls"]["train"] == {
-        "entries": {"0": {"task": "gsm8k", "calls": 2}},  # no other counts: the calculator gives what is recorded
+        "entries": {
+            "0": {"task": "gsm8k", "name": "gsm8k", "calls": 2}
+        },  # no other counts: the calculator gives what is recorded
         "mismatches": 0,
         "listed": [],
     }

@@ -448,7 +448,7 @@ def test_command_line_run_trace_and_dry_run(builds: dict[str, Path], tmp_path: P
         for a, b in zip(plan.packing.bounds[4:8], plan.packing.bounds[5:9], strict=True)
     ]
     assert [d["doc"] for d in traced["documents"]] == [document for row in expected for document in row]
-    assert {d["task"] for d in traced["documents"]} == {"conversations", "identity"}
+    assert {d["name"] for d in traced["documents"]} == {"conversations", "identity"}
     assert "identity" in chattrain("trace", out, "--step", 1)
     for step in (-1, 3):
         with pytest.raises(RunError, match=rf"--step {step}: .*run has steps 0 … 2$"):

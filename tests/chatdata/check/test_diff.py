@@ -118,7 +118,7 @@ def test_more_rows_and_another_order(built: Callable) -> None:
     assert found["only_b"] == {
         "count": 1,
         "tasks": {"conversations": 1},
-        "first": [{"doc": 9, "task": "conversations", "row": 9, "entry": 0}],
+        "first": [{"doc": 9, "name": "conversations", "task": "conversations", "row": 9, "entry": 0}],
     }
 
 

@@ -56,7 +56,7 @@ def test_the_ledger_adds_epochs_up(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_tool_calls(capsys: pytest.CaptureFixture[str]) -> None:
-    calls = {"0": {"task": "a", "calls": 1_200}, "1": {"task": "a", "calls": 1_200}, "2": {"task": "b", "calls": 7}}
+    calls = {"0": {"name": "a", "calls": 1_200}, "1": {"name": "a", "calls": 1_200}, "2": {"name": "b", "calls": 7}}
     shown = lines(capsys, tool_calls={"train": {"entries": calls}})
     assert "2,407 tool calls: all recorded outputs match the calculator" in shown
     calls["2"] |= {"different": 3, "no_output": 1}

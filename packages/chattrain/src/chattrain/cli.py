@@ -165,10 +165,10 @@ def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None
         return
     if found["log"]:
         say("  ".join(f"{key} {found['log'][key]}" for key in ("loss", "tokens", "targets", "batch")))
-    say(f"{'sequence':>8}  {'doc':>8}  {'tokens':>13}  {'row':>8}  task")
+    say(f"{'sequence':>8}  {'doc':>8}  {'tokens':>13}  {'row':>8}  name")
     for document in found["documents"]:
         tokens = f"{document['start']}…{document['stop']}"
-        say(f"{document['sequence']:>8}  {document['doc']:>8}  {tokens:>13}  {document['row']:>8}  {document['task']}")
+        say(f"{document['sequence']:>8}  {document['doc']:>8}  {tokens:>13}  {document['row']:>8}  {document['name']}")
 
 
 @cli.command(epilog=examples("chattrain export runs/sft --out exported --verify"))

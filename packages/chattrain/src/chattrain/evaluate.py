@@ -85,8 +85,9 @@ def bits_per_byte(
 
 
 def _tasks(plan: TrainingPlan) -> tuple[list[str], np.ndarray]:
-    """Task names, and the number of each document's task (int64 [documents])."""
+    """Names of entries (the task's, or the recipe's own), and the number of each document's (int64 [documents])."""
     import pyarrow as pa
 
-    column = plan.split.index_table()["task"].cast(pa.string()).combine_chunks().dictionary_encode()
+    entries = plan.split.index_table()["entry"].combine_chunks()
+    column = pa.array(plan.split.names).take(entries).dictionary_encode()
     return column.dictionary.to_pylist(), values_of(column.indices).astype(np.int64)

@@ -27,6 +27,7 @@ ABSENT = "absent"
 MAX_ALIGNED = 500  # items of a list; aligning takes quadratic time, and `epochs = 30_000` makes that many
 TOTALS = ("documents", "tokens", "supervised")
 _KEY = ["task", "row", "entry"]
+_SHOWN = ["name", *_KEY]
 _COMPARED = (
     "task",
     "row",
@@ -102,7 +103,7 @@ def _diff_split(a: Build, b: Build, name: str) -> dict[str, Any]:
 
 
 def _label(entry: dict[str, Any]) -> str:
-    return f"entry {entry['entry']} ({entry['task']})"
+    return f"entry {entry['entry']} ({entry['name']})"
 
 
 def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
     first place where the equal documents come in another order, or None. changed: `same_length` of them have as many
     tokens in both (all of them, if only the mask changed).
     """
-    columns = ["doc", *_COMPARED, "digest", "num_tokens"]
-    one, two = (split.index.select(columns).with_columns(pl.col("task").cast(pl.String)) for split in (a, b))
+    columns = ["doc", "name", *_COMPARED, "digest", "num_tokens"]
+    one, two = (split.named_index.select(columns).with_columns(pl.col("task").cast(pl.String)) for split in (a, b))
     pairs = _pair_equal(one, two)
     rest_a, rest_b = (
         index.join(pairs, left_on="doc", right_on=f"doc_{side}", how="anti") for index, side in ((one, "a"), (two, "b"))
@@ -131,7 +132,7 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
             "same_length": int((changed["num_tokens"] == changed["num_tokens_b"]).sum()),
             "tasks": _tasks_of(changed),
             "first": [
-                _parting(a, b, row["doc"], row["doc_b"]) | {key: row[key] for key in _KEY}
+                _parting(a, b, row["doc"], row["doc_b"]) | {key: row[key] for key in _SHOWN}
                 for row in changed.head(SHOWN_DOCUMENTS).iter_rows(named=True)
             ],
         },
@@ -167,17 +168,17 @@ def _order_difference(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFrame)
     differs = np.flatnonzero((one["digest"] != two["digest"]).to_numpy())
     if not len(differs):
         return None
-    rows = (index.select(["doc", *_KEY]).row(int(differs[0]), named=True) for index in (one, two))
+    rows = (index.select(["doc", *_SHOWN]).row(int(differs[0]), named=True) for index in (one, two))
     return {"documents": len(differs), **dict(zip("ab", rows, strict=True))}
 
 
 def _only(index: pl.DataFrame) -> dict[str, Any]:
-    first = index.select(["doc", *_KEY]).head(SHOWN_DOCUMENTS).to_dicts()
+    first = index.select(["doc", *_SHOWN]).head(SHOWN_DOCUMENTS).to_dicts()
     return {"count": len(index), "tasks": _tasks_of(index), "first": first}
 
 
 def _tasks_of(index: pl.DataFrame) -> dict[str, int]:
-    return dict(index["task"].value_counts(sort=True).rows())
+    return dict(index["name"].value_counts(sort=True).rows())
 
 
 def _parting(a: Split, b: Split, doc_a: int, doc_b: int) -> dict[str, Any]:
@@ -283,7 +284,7 @@ def _document_lines(name: str, found: dict[str, Any]) -> list[str]:
         )
     for row in changed["first"]:
         only = ", only the mask" if row["differs"] == "mask" else ""
-        where = f"{row['task']} row {row['row']} (a document {row['doc_a']}, b document {row['doc_b']})"
+        where = f"{row['name']} row {row['row']} (a document {row['doc_a']}, b document {row['doc_b']})"
         lines.append(f"    {where}{only}: {row['first']} from position {row['position']:,} on")
         for side in "ab":
             text = printable(row[side]["text"]).replace("\n", "\\n").replace("\t", "\\t")
@@ -301,7 +302,7 @@ def _document_lines(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def _place(row: dict[str, Any]) -> str:
-    return f"document {row['doc']} ({row['task']} row {row['row']}, entry {row['entry']})"
+    return f"document {row['doc']} ({row['name']} row {row['row']}, entry {row['entry']})"
 
 
 def _tasks(found: dict[str, Any]) -> str:

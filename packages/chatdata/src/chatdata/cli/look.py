@@ -22,7 +22,7 @@ from chatdata.progress import say, say_json
 @click.argument("path", metavar="[BUILD]", required=False, type=FILE)
 @click.option("--split", default="train", help="train or val.")
 @click.option("--doc", type=int, help="Show the document with this number.")
-@click.option("--task", help="Show the first documents of this task.")
+@click.option("--task", help="Show the first documents of this task, or of entries of this name.")
 @click.option("--conversation", type=click.Path(allow_dash=True, path_type=Path), help="JSON file, - for stdin.")
 @click.option("--tokenizer", type=FILE, help="Tokenizer for --conversation.")
 @click.option("--stage", "stages", type=click.Choice(["mid", "sft"]), multiple=True, help="Add inputs and targets.")
@@ -63,7 +63,7 @@ def inspect(
 @build_argument
 @json_option
 def stats(path: Path, as_json: bool) -> None:
-    """Print documents, tokens, supervised share and lengths per task."""
+    """Print documents, tokens, supervised share and lengths per task or name."""
     from chatdata import open_build
     from chatdata.look.stats import build_stats, show_stats
 

@@ -82,11 +82,11 @@ def _ledger_row(name: str, entries: list[dict[str, Any]]) -> tuple[Any, ...]:
 
 
 def _show_tool_calls(replayed: dict[str, Any]) -> None:
-    """The tool calls of a split whose recorded output is not the calculator's result, per task."""
+    """The tool calls of a split whose recorded output is not the calculator's result, per name."""
     tasks: dict[str, Counter[str]] = {}
     for counts in replayed["entries"].values():
-        numbers = {key: value for key, value in counts.items() if key != "task"}
-        tasks.setdefault(counts["task"], Counter()).update(numbers)
+        numbers = {key: value for key, value in counts.items() if key not in ("task", "name")}
+        tasks.setdefault(counts["name"], Counter()).update(numbers)
     kinds = [kind for kind in OUTCOMES if any(counts[kind] for counts in tasks.values())]
     if tasks and not kinds:
         total = sum(counts["calls"] for counts in tasks.values())

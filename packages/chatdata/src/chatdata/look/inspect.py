@@ -94,14 +94,15 @@ def show_documents(
     split = build[split_name]
     for i in _chosen(split, doc, task):
         document = split[i]
-        row = split.index.row(i, named=True)
+        row = split.named_index.row(i, named=True)
         if stages:
             show_tokens(document, stages, as_json)
         elif as_json:
-            facts = _facts(row) | {"text": document.text(), "mask": document.mask.tolist()}
-            say_json(facts)
+            say_json(_facts(row) | {"text": document.text(), "mask": document.mask.tolist()})
         else:
-            line = " · ".join(f"{key} {value}" for key, value in _facts(row).items())
+            facts = _facts(row)
+            facts.pop("name" if facts["name"] == facts["task"] else "", None)
+            line = " · ".join(f"{key} {value}" for key, value in facts.items())
             console().print(f"[bold]{split_name} document {i}[/bold] · {escape(line)}")
             console().print(coloured(document), end="\n\n")
 
@@ -117,7 +118,17 @@ def coloured(document: Document) -> Text:
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    keys = ("task", "entry", "row", "task_position", "num_tokens", "num_supervised", "num_turns", "num_tool_calls")
+    keys = (
+        "name",
+        "task",
+        "entry",
+        "row",
+        "task_position",
+        "num_tokens",
+        "num_supervised",
+        "num_turns",
+        "num_tool_calls",
+    )
     facts = {key: row[key] for key in keys}
     return facts | ({"cut_from": row["original_tokens"]} if row["truncated"] else {})
 
@@ -129,8 +140,8 @@ def _chosen(split: Split, doc: int | None, task: str | None) -> list[int]:
         return [doc]
     if task is None:
         return list(range(min(SHOWN_DOCUMENTS, len(split))))
-    tasks = split.index["task"].cast(str).to_numpy()
-    found = np.flatnonzero(tasks == task)[:SHOWN_DOCUMENTS].tolist()
+    tasks, names = (split.named_index[column].cast(str).to_numpy() for column in ("task", "name"))
+    found = np.flatnonzero((tasks == task) | (names == task))[:SHOWN_DOCUMENTS].tolist()
     if not found:
-        raise UsageError(f"--task {task}: {split.name} has {', '.join(sorted(set(tasks)))}")
+        raise UsageError(f"--task {task}: {split.name} has {', '.join(sorted({*tasks, *names}))}")
     return found

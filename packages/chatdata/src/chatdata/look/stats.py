@@ -1,4 +1,4 @@
-"""`chatdata stats`: numbers of a build per task, from its index alone."""
+"""`chatdata stats`: numbers of a build per name of an entry, from its index alone."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SUMS = {
 
 
 def build_stats(build: Build) -> dict[str, Any]:
-    """Per split and task: documents, tokens, supervised, truncated, turns, tool calls, and quantiles of length."""
+    """Per split and name: documents, tokens, supervised, truncated, turns, tool calls, and quantiles of length."""
     length = pl.col("num_tokens")
     splits = {}
     for name, split in build.splits.items():
-        frame = split.index.group_by(pl.col("task").cast(pl.String), maintain_order=True).agg(
+        frame = split.named_index.group_by("name", pl.col("task").cast(pl.String), maintain_order=True).agg(
             documents=pl.len(),
             **{key: pl.col(column).sum().cast(pl.Int64) for key, column in SUMS.items()},
             length=pl.struct(
@@ -40,11 +40,11 @@ def build_stats(build: Build) -> dict[str, Any]:
 def show_stats(numbers: dict[str, Any]) -> None:
     """Print what `build_stats` found."""
     lengths = ("shortest", "median", "99%", "longest")
-    columns = ("task", "documents", "tokens", "supervised", "share", "turns", "tool calls", *lengths)
+    columns = ("name", "documents", "tokens", "supervised", "share", "turns", "tool calls", *lengths)
     for split, tasks in numbers["splits"].items():
         rows = [
             (
-                *(task[key] for key in ("task", "documents", "tokens", "supervised")),
+                *(task[key] for key in ("name", "documents", "tokens", "supervised")),
                 share(task["supervised"], task["tokens"]),
                 *(task["turns"], task["tool_calls"], *task["length"].values()),
             )

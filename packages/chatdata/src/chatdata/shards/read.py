@@ -246,3 +246,16 @@ class Split:
         import polars as pl
 
         return pl.DataFrame(pl.from_arrow(self.index_table()))
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each entry: what its recipe calls it, by default its task."""
+        return [entry["name"] for entry in self.build.manifest["splits"][self.name]["entries"]]
+
+    @cached_property
+    def named_index(self) -> pl.DataFrame:
+        """`index` with the column `name`: that of each document's entry."""
+        import polars as pl
+
+        names = pl.col("entry").replace_strict(dict(enumerate(self.names)), default=None, return_dtype=pl.String)
+        return self.index.with_columns(name=names)

@@ -99,7 +99,12 @@ def _tool_calls(
         if num_calls:
             kinds = Counter(found.kind for i, found in mismatches if rows["entry"][i] == number)
             by_kind = {kind: kinds[kind] for kind in OUTCOMES if kinds[kind]}
-            counts[str(number)] = {"task": planned.entry.task, "calls": num_calls, **by_kind}
+            counts[str(number)] = {
+                "task": planned.entry.task,
+                "name": planned.entry.name,
+                "calls": num_calls,
+                **by_kind,
+            }
     listed = [
         {"entry": int(rows["entry"][i]), "row": int(rows["row"][i]), **found._asdict()}
         for i, found in mismatches[:MAX_LISTED_CALLS]

@@ -34,7 +34,7 @@ def plan_again(record: PlanRecord, data: Path) -> TrainingPlan:
 
 
 def trace_step(run: Path, step: int, data: Path | None = None) -> dict[str, Any]:
-    """What a step was trained on: its log entry, and task, row, task_position, tokens and sequence of each document.
+    """What a step was trained on: its log entry, and name, task, row, position, tokens and sequence of each document.
 
     data: the build, if it is no longer at the recorded path. Raises RunError for a folder that is not a run and for a
     step that the run does not have, PlanError for another build than the run's.
@@ -49,8 +49,9 @@ def trace_step(run: Path, step: int, data: Path | None = None) -> dict[str, Any]
     reads = reads_of_step(plan, step)
     index = plan.split.index_table().select(["task", "entry", "row", "task_position"]).take(reads.document).to_pylist()
     places = np.stack([reads.document, reads.sequence % plan.step_sequences, reads.start, reads.stop], axis=1)
+    names = plan.split.names
     documents = [
-        {"doc": doc, **facts, "sequence": sequence, "start": start, "stop": stop}
+        {"doc": doc, "name": names[facts["entry"]], **facts, "sequence": sequence, "start": start, "stop": stop}
         for facts, (doc, sequence, start, stop) in zip(index, places.tolist(), strict=True)
     ]
     return {"step": step, "split": plan.split.name, "log": msgspec.to_builtins(logged), "documents": documents}

@@ -48,7 +48,7 @@ def styled(chart: alt.Chart) -> alt.Chart:
 def mixture(split: str, numbers: dict[str, Any]) -> alt.Chart:
     """A task's share of the split's documents, tokens and supervised tokens: three bars."""
     rows = [
-        {"task": task["task"], "of": name, "count": task[key], "share": task[key] / max(numbers[key], 1)}
+        {"task": task["name"], "of": name, "count": task[key], "share": task[key] / max(numbers[key], 1)}
         for task in numbers["tasks"]
         for key, name in MEASURES.items()
     ]
@@ -67,7 +67,7 @@ def mixture(split: str, numbers: dict[str, Any]) -> alt.Chart:
 def roles(split: str, tasks: list[dict[str, Any]]) -> alt.Chart:
     """A task's tokens by role, as shares; unsupervised ones are pale."""
     rows = [
-        {"task": task["task"], "role": role, "kind": kind, "count": count, "share": count / task["tokens"]}
+        {"task": task["name"], "role": role, "kind": kind, "count": count, "share": count / task["tokens"]}
         for task in tasks
         for role, found in task["roles"].items()
         for kind, count in zip(KINDS, (found["supervised"], found["tokens"] - found["supervised"]), strict=True)
@@ -90,7 +90,7 @@ def lengths(split: str, task: dict[str, Any]) -> alt.Chart:
         {**part, "end": part["from"] + width, "longer": part["to"] >= part["from"] + width}
         for part in task["histogram"]["bins"]
     ]
-    chart = _chart(rows, 110, f"{split}, {task['task']}: documents by length in tokens")
+    chart = _chart(rows, 110, f"{split}, {task['name']}: documents by length in tokens")
     return chart.mark_bar(binSpacing=1).encode(
         x=alt.X("from:Q", title=None, bin="binned", axis=_integers(rows[0]["from"], rows[-1]["end"], grid=False)),
         x2="end:Q",

@@ -22,7 +22,7 @@ MAX_BYTES = 6_000
 MAX_FLAGGED, FLAGGED_OF_SET = 12, 4  # scored items shown with a document
 FLAGGED = "holds a scored item"
 EXTREMES = {FLAGGED: MAX_FLAGGED, "truncated": 4, "longest": 2, "shortest": 2}  # of PER_TASK; the rest is by digest
-COLUMNS = ["doc", "row", "task", "num_tokens", "num_supervised", "original_tokens", "truncated", "digest"]
+COLUMNS = ["doc", "row", "task", "num_tokens", "num_supervised", "original_tokens", "truncated", "digest", "name"]
 # control characters other than tab and newline, which a page would drop or obey, shown as their pictures
 _CONTROLS = {c: chr(0x2400 + c) for c in range(32) if c not in b"\t\n"} | {127: "␡"}
 
@@ -65,8 +65,8 @@ def shown_documents(build: Build, flagged: Sequence[int] = ()) -> list[ShownDocu
     """
     groups = []
     for name, split in build.splits.items():
-        frame = split.index.select(COLUMNS).with_columns(task=split.index["task"].cast(str))
-        parts = frame.partition_by("task", maintain_order=True)
+        frame = split.named_index.select(COLUMNS).with_columns(pl.col("task").cast(str))
+        parts = frame.partition_by("name", "task", maintain_order=True)
         groups += [(name, part) for part in sorted(parts, key=lambda part: -part["num_tokens"].sum())]
     per_task = min(PER_TASK, max(1, MAX_SHOWN // len(groups)))
     shown = []
