@@ -26,7 +26,7 @@ from chatdata.errors import BuildError, ChatdataError, ConversationError, Tokeni
 from chatdata.recipe import NATIVE
 from chatdata.render.format import PYTHON, REASONING, TEXT
 from chatdata.render.messages import Messages, Piece, to_messages
-from chatdata.render.template import Layout, compile_template, lay_by_template
+from chatdata.render.template import Layout, compile_template, generation_prompt, lay_by_template
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.folder import FolderTokenizer
 
@@ -51,7 +51,8 @@ def load_format(name: str, tokenizer: FolderTokenizer) -> ModelFormat:
     the format's tokens, or its template does not compile.
     """
     if name == TEMPLATE:
-        lay = partial(lay_by_template, tokenizer, compile_template(tokenizer))
+        template = compile_template(tokenizer)
+        lay = partial(lay_by_template, tokenizer, template, generation_prompt(template))
         digest = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
         return ModelFormat(f"template:{digest}", lay, tokenizer)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,38 +70,54 @@ def compile_template(tokenizer: FolderTokenizer) -> Template:
     return render
 
 
-def lay_by_template(tokenizer: FolderTokenizer, template: Template, messages: Messages) -> Layout:
+def generation_prompt(template: Template) -> str:
+    """What the template adds after a user message for the model to answer; "" where that cannot be told."""
+    asked: Messages = [{"role": "user", "content": "x"}]
+    with suppress(Exception):
+        before, after = template(asked, False), template(asked, True)
+        return after[len(before) :] if after.startswith(before) else ""
+    return ""
+
+
+def lay_by_template(tokenizer: FolderTokenizer, template: Template, prompt: str, messages: Messages) -> Layout:
     """What the template adds for an assistant message after the generation prompt, the model would produce, up to the
     last control token.
 
-    Raises ConversationError where that cannot be told.
+    prompt: as `generation_prompt`, which saves a rendering per user message. Raises ConversationError where the tokens
+    of a message cannot be told.
     """
     whole = template(messages, False)
     encoded = tokenizer.raw.encode(whole, add_special_tokens=False)
     first, last = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
     owner, sampled = np.full(len(first), -1), np.zeros(len(first), dtype=bool)
-    at = 0  # everything before is some message's
+    at, head = 0, ""  # at: everything before is some message's; head: up to the answer that comes next
     for number, message in enumerate(messages):
-        here = f"message {number}: "
+        here, before = f"message {number}: ", head
         follower = messages[number + 1]["role"] if number + 1 < len(messages) else ""
+        head = template(messages[: number + 1], True) if follower == "assistant" else ""
         if message["role"] == "system" and follower == "user":  # templates need not write it on its own
             continue
-        tail = whole if not follower else template(messages[: number + 1], False)
+        if not follower:
+            tail = whole
+        elif prompt and head.endswith(prompt) and message["role"] != "assistant":
+            tail = head.removesuffix(prompt)
+        else:
+            tail = template(messages[: number + 1], False)
         if not whole.startswith(tail):
             raise ConversationError(here + TWO_WAYS)
-        head = template(messages[:number], True) if message["role"] == "assistant" else whole[:at]
-        own = (first >= len(head)) & (last <= len(tail))
-        owner[own] = number
         if message["role"] == "user" and message["content"].strip() not in tail[at:]:
             raise ConversationError(here + "the chat template does not write it as it is")
+        begin = len(before) if message["role"] == "assistant" else at
+        start, stop = int(np.searchsorted(first, begin)), int(np.searchsorted(last, len(tail), side="right"))
+        owner[start:stop] = number
         if message["role"] == "assistant":
-            if not tail.startswith(head):
+            if not before or not tail.startswith(before):
                 raise ConversationError(here + TWO_WAYS)
-            if any(((first < edge) & (last > edge)).any() for edge in (len(head), len(tail))):
+            if (last[:start] > begin).any() or (first[stop:] < len(tail)).any():
                 raise ConversationError(here + "in the chat template a token lies across its edge")
-            controls = [i for i in np.flatnonzero(own).tolist() if encoded.ids[i] in tokenizer.control_ids]
-            if not controls or tail[last[controls[-1]] :].strip():
+            end = next((i for i in reversed(range(start, stop)) if encoded.ids[i] in tokenizer.control_ids), None)
+            if end is None or tail[last[end] :].strip():
                 raise ConversationError(here + "the chat template does not end it with a special token")
-            sampled[own & (np.arange(len(own)) <= controls[-1])] = True
+            sampled[start : end + 1] = True
         at = len(tail)
     return Layout(encoded.ids, owner, sampled)

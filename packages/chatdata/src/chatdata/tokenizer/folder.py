@@ -71,7 +71,7 @@ class FolderTokenizer(Tokenizer):
 
     def encode(self, text: str, **_: Any) -> list[int]:
         """Ids of `text`; added tokens spelled in it become those tokens. `renderers` passes further arguments."""
-        return self.raw.encode(text, add_special_tokens=False).ids
+        return self.raw.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without offsets: 0.75 of the time
 
     encode_ordinary = encode
 
