@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -32,6 +32,9 @@ from chatdata.shards.manifest import Sha256
 from chatdata.shards.masks import MaskPolicy
 from chattrain.errors import CheckpointError, NonFiniteError, ResumeError, first_line
 from chattrain.model import ModelConfig, parse_config
+
+if TYPE_CHECKING:
+    from chatdata.tokenizer.bpe import Tokenizer
 
 FORMAT, VERSION = "chattrain-checkpoint", 2  # 2: with SHA-256, and "layout" in the plan
 PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
@@ -139,6 +142,17 @@ class Checkpoint:
         if len(updates) > 1 or not least <= max(updates) <= self.step:
             raise CheckpointError(f"{self.path}: step {self.step:,}, but its optimizer did {max(updates):,.0f} updates")
         return tensors
+
+    def native_tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError if the checkpoint was trained in another chat format, TokenizerError."""
+        from chatdata.tokenizer.files import load_tokenizer
+
+        tokenizer = load_tokenizer(self.path / "tokenizer", native=False)
+        if tokenizer.missing_special_tokens:
+            raise CheckpointError(
+                f"{self.path}: trained in another chat format than nanochat's; only that one is scored and exported"
+            )
+        return tokenizer
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         path = self.path / name

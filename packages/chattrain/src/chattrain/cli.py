@@ -178,13 +178,12 @@ def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None
 def export(checkpoint: Path, out: Path, verify: bool) -> None:
     """Write a checkpoint (or a run's last one) as transformers' NanoChat."""
     from chatdata.render.format import NANOCHAT
-    from chatdata.tokenizer.files import load_tokenizer
     from chattrain.checkpoint import read_checkpoint
     from chattrain.nanochat.export import export_transformers
 
     found = read_checkpoint(checkpoint)
     tokenizer = found.path / "tokenizer"
-    special_ids = load_tokenizer(tokenizer).special_ids
+    special_ids = found.native_tokenizer().special_ids
     bos, end = special_ids[NANOCHAT.bos], special_ids[NANOCHAT.assistant_end]
     export_transformers(found.weights(), found.config, out, bos, end, tokenizer, verify)
     say(f"{out}: {found.path.name} as NanoChat{', verified against transformers' if verify else ''}")

@@ -108,7 +108,7 @@ def load_subject(path: Path, device: torch.device, dtype: str | None = None) -> 
     else:
         checkpoint = read_checkpoint(path)
         config, weights, step = checkpoint.config, checkpoint.weights(), checkpoint.step
-        tokenizer = load_tokenizer(checkpoint.path / "tokenizer")
+        tokenizer = checkpoint.native_tokenizer()
     if tokenizer.vocab_size != config.vocab_size:
         raise ScoringError(
             f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model {config.vocab_size:,}; "
