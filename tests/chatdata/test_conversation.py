@@ -52,11 +52,11 @@ REFUSED: list[tuple[Any, str]] = [
     ([{"role": "user", "content": None}], 'message 0, key "content": must be a string or a list of parts, not null'),
     (
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}}]}],
-        "message 0, key \"content\", part 0: part type 'image_url': only text is trained on",
+        "message 0, key \"content\", part 0: unknown part type 'image_url': only text is trained on",
     ),
     (
         [HI[0], {"role": "assistant", "content": [{"type": "image", "text": "x"}]}],
-        "message 1, key \"content\", part 0: part type 'image': only text is trained on",
+        "message 1, key \"content\", part 0: unknown part type 'image': only text is trained on",
     ),
     (
         [HI[0], {"role": "assistant", "content": [{"type": "pyton", "text": "x"}]}],
@@ -64,7 +64,7 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (
         [HI[0], {"role": "assistant", "content": [{"type": "text", "text": 5}]}],
-        'message 1, key "content", part 0: "text" must be a string, not a number',
+        'message 1, key "content", part 0, key "text": must be a string, not a number',
     ),
     (
         [HI[0], {"role": "assistant", "content": [{"type": "text"}]}],
@@ -123,9 +123,9 @@ def test_the_table_in_the_docs_is_true(byte_tokenizer: Tokenizer) -> None:
 def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(ConversationError, match=r"message 0, key \"content\": lone surrogate U\+D800"):
         parse_conversation([{"role": "user", "content": "a\ud800"}])
-    with pytest.raises(ConversationError, match=r"part 0: lone surrogate U\+DFFF"):
+    with pytest.raises(ConversationError, match=r"part 0, key \"text\": lone surrogate U\+DFFF"):
         parse_conversation([HI[0], {"role": "assistant", "content": [{"type": "python", "text": "\udfff"}]}])
-    with pytest.raises(ConversationError, match='"text" must be a string'):
+    with pytest.raises(ConversationError, match='key "text": must be a string'):
         parse_conversation([HI[0], {"role": "assistant", "content": [{"type": "python", "text": b"1"}]}])
 
 

@@ -275,6 +275,8 @@ BECOME: dict[str, tuple[Any, list[dict[str, Any]]]] = {
         {"question": "1+1?", "answer": "2", "id": "q1", "license": "MIT"},
         [user("1+1?"), says("2")],
     ),
+    "answers": ({"query": "1+1?", "answers": ["2"]}, [user("1+1?"), says("2")]),
+    "answers in brackets": ({"query": "1+1?", "answers": "[2]"}, [user("1+1?"), says("[2]")]),
     "empty texts": ([user(""), says("")], [user(""), says("")]),
     "null beside calls": (
         [user("Hi"), says(None, function_call={"name": "f", "arguments": None}), {"role": "function", "content": 5}],
@@ -310,7 +312,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "multi-modal parts": (
         [user([{"type": "image_url", "image_url": {"url": "cat.png"}}])],
-        "message 0, key \"content\", part 0: part type 'image_url': only text is trained on",
+        "message 0, key \"content\", part 0: unknown part type 'image_url': only text is trained on",
     ),
     "OASST's trees": (
         {"message_tree_id": "t", "prompt": {"text": "Hi", "role": "prompter", "replies": []}},
@@ -323,6 +325,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "glaive's one string": (
         {"system": "SYSTEM: Help.", "chat": "USER: Hi\n\nASSISTANT: Hello <|endoftext|>"},
         'key "chat": one string with a whole conversation; take the ShareGPT version of the dataset',
+    ),
+    "several answers": (
+        {"query": "1+1?", "answers": ["2", "two"]},
+        'message 1, key "tool_calls": must be an object with the name of a function',
     ),
     "null content": (
         [user("Hi"), says(None)],

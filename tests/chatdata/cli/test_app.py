@@ -119,7 +119,7 @@ BAD_INPUTS = [
         CONVERSATIONS,
         [],
         1,
-        "c.jsonl line 1: message 1, key \"content\", part 0: part type 'image': only text is trained on",
+        "c.jsonl line 1: message 1, key \"content\", part 0: unknown part type 'image': only text is trained on",
     ),
     (
         "non-string content",

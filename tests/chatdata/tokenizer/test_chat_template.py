@@ -70,7 +70,10 @@ RECORDS: dict[str, dict[str, Any]] = {
     "parallel calls, results in another order": {
         "messages": [
             USER,
-            says("Look:", tool_calls=[call("f", {"a": 1}, "x"), call("a.b", {"x-y": None, "class": [True]}, "y")]),
+            says(
+                "Look:",
+                tool_calls=[call("f", {"a": 1}, "x"), call("a.b", {"x-y": None, "class": [True], "c.d": 1}, "y")],
+            ),
             result("two", tool_call_id="y"),
             result({"é": 1}, tool_call_id="x"),
             says("Done."),

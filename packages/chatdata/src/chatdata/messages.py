@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from chatdata.errors import ConversationError, kind_of, nearest
 from chatdata.records import EMPTY, REFUSED_KEYS
-from chatdata.tool_calls import Call, calls_of, is_media, output_of
+from chatdata.tool_calls import MEDIA, Call, calls_of, output_of
 
 Reasoning = Literal["keep", "drop", "error"]
 PART_TYPES = ("text", "reasoning", "python", "python_output")
@@ -16,9 +16,10 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "
 _SHAREGPT_ROLES |= {"function_call": "call", "observation": "tool", "tool": "tool"}
 _TRAINED = ("trained", "train", "training", "weight")
 _TALKERS = frozenset(("system", "user", "assistant"))
+_CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _KEYS = {  # that a message may have besides role and content
-    "assistant": frozenset((*_TRAINED, *_REASONING, "tool_calls", "function_call")),
+    "assistant": frozenset((*_TRAINED, *_REASONING, *_CALLS)),
     "tool": frozenset((*_TRAINED, "tool_call_id", "name")),
 }
 
@@ -60,30 +61,28 @@ def read_message(
         and "<think>" not in content
     ):
         return role, content, True, []
+    where = f'message {turn}, key "{key}"'
     extras = [name for name in message if name not in (role_key, key) and message[name] not in EMPTY]
     if extra := next((name for name in extras if name not in _KEYS.get(role, _TRAINED)), None):
         raise ConversationError(f'message {turn}, key "{extra}": {_reason(extra, role)}')
-    where = f'message {turn}, key "{key}"'
+    has_more = role == "assistant" and content in EMPTY and any(name in extras for name in (*_CALLS, *_REASONING))
+    if key not in message and not has_more:
+        raise ConversationError(f'message {turn}: no key "{key}"')
     trained = _is_trained(message, extras, role, turn)
     if role == "tool":
-        if key not in message:
-            raise ConversationError(f'message {turn}: no key "{key}"')
         return role, check_surrogates(output_of(content, where), where), trained, []
-    if role == "call":
-        calls, content = calls_of(content, where), ""
-    else:
-        names = [name for name in ("tool_calls", "function_call") if name in extras]
-        calls = [call for name in names for call in calls_of(message[name], f'message {turn}, key "{name}"')]
+    given = (
+        [(content, where)]
+        if role == "call"
+        else [(message[k], f'message {turn}, key "{k}"') for k in _CALLS if k in extras]
+    )
+    calls = [call for value, place in given for call in calls_of(value, place)]
     for call in calls:
         call.turn, call.trained, call.code = turn, trained, check_surrogates(call.code, where)
-    if role == "assistant" and content in EMPTY and (calls or any(name in extras for name in _REASONING)):
-        content = ""
-    elif key not in message:
-        raise ConversationError(f'message {turn}: no key "{key}"')
-    content = _parse_content(content, role, turn, key)
+    content = _parse_content("" if has_more or role == "call" else content, role, where)
     if role in ("user", "system"):
         return role, content, True, []
-    thoughts = {_reasoning_of(message[name], f'message {turn}, key "{name}"') for name in _REASONING if name in extras}
+    thoughts = {_text(message[name], f'message {turn}, key "{name}"').strip() for name in _REASONING if name in extras}
     if isinstance(content, str):
         thought, content = _split_reasoning(content)
     else:
@@ -116,7 +115,7 @@ def _reason(extra: str, role: str) -> str:
 
 
 def _is_trained(message: dict[str, Any], extras: list[str], role: str, turn: int) -> bool:
-    found = {}
+    trained = True
     for key in (key for key in extras if key in _TRAINED):
         value = message[key]
         if value not in (0, 1) or (key != "weight" and not isinstance(value, bool)):
@@ -124,16 +123,14 @@ def _is_trained(message: dict[str, Any], extras: list[str], role: str, turn: int
             raise ConversationError(f'message {turn}, key "{key}": must be {valid}, not {value!r}')
         if value and role not in ("assistant", "call"):
             raise ConversationError(f'message {turn}, key "{key}": only what the assistant says is trained on')
-        found[key] = bool(value)
-    if len(set(found.values())) > 1:
-        raise ConversationError(f"message {turn}: {' and '.join(found)} disagree")
-    return False not in found.values()
+        trained = trained and bool(value)
+    return trained
 
 
-def _reasoning_of(value: Any, where: str) -> str:
+def _text(value: Any, where: str, valid: str = "a string") -> str:
     if not isinstance(value, str):
-        raise ConversationError(f"{where}: must be a string, not {kind_of(value)}")
-    return check_surrogates(value.strip(), where)
+        raise ConversationError(f"{where}: must be {valid}, not {kind_of(value)}")
+    return value if value.isascii() else check_surrogates(value, where)
 
 
 def _split_reasoning(text: str) -> tuple[str, str]:
@@ -147,44 +144,34 @@ def _split_reasoning(text: str) -> tuple[str, str]:
     return thought, text
 
 
-def _parse_content(content: Any, role: str, turn: int, key: str) -> str | list[Part]:
-    if isinstance(content, str):
-        # `isascii` first: the place is only worded if something is wrong, and this runs for every message of a build
-        return content if content.isascii() else check_surrogates(content, f'message {turn}, key "{key}"')
+def _parse_content(content: Any, role: str, where: str) -> str | list[Part]:
     if not isinstance(content, list):
-        raise ConversationError(
-            f'message {turn}, key "{key}": must be a string or a list of parts, not {kind_of(content)}'
-        )
-    parts = [_parse_part(part, turn, key, i) for i, part in enumerate(content)]
+        return _text(content, where, "a string or a list of parts")
+    parts = [_parse_part(part, where, i) for i, part in enumerate(content)]
     if role == "assistant":
         return parts
     for i, part in enumerate(parts):
         if part["type"] != "text":
-            raise ConversationError(
-                f'message {turn}, key "{key}", part {i}: only the assistant has {part["type"]} parts, not the {role}'
-            )
-    return "".join(part["text"] for part in parts)
+            raise ConversationError(f"{where}, part {i}: only the assistant has {part['type']} parts, not the {role}")
+    return "".join([part["text"] for part in parts])
 
 
-def _parse_part(part: Any, turn: int, key: str, i: int) -> Part:
+def _parse_part(part: Any, where: str, i: int) -> Part:
     # fast path: this runs for every part of a build
     if type(part) is dict and len(part) == 2 and part.get("type") in PART_TYPES:
         text = part.get("text")
         if type(text) is str and text.isascii():
             return {"type": part["type"], "text": text}
-    where = f'message {turn}, key "{key}", part {i}'
-    if isinstance(part, dict) and part.get("type", "text") not in PART_TYPES:
-        if is_media(part["type"]):
-            raise ConversationError(f"{where}: part type {part['type']!r}: only text is trained on")
-        raise ConversationError(f"{where}: unknown part type {part['type']!r}{nearest(str(part['type']), PART_TYPES)}")
+    where = f"{where}, part {i}"
+    if isinstance(part, dict) and (kind := part.get("type", "text")) not in PART_TYPES:
+        why = ": only text is trained on" if kind in MEDIA else nearest(str(kind), PART_TYPES)
+        raise ConversationError(f"{where}: unknown part type {kind!r}{why}")
     if not isinstance(part, dict) or "type" not in part or "text" not in part:
         raise ConversationError(f'{where}: must be an object with "type" and "text"')
-    if not isinstance(part["text"], str):
-        raise ConversationError(f'{where}: "text" must be a string, not {kind_of(part["text"])}')
     for key, value in part.items():
         if key not in ("type", "text") and value not in EMPTY and not (key == "trained" and isinstance(value, bool)):
             raise ConversationError(f'{where}, key "{key}": not understood; a part has only type and text')
-    read: Part = {"type": part["type"], "text": check_surrogates(part["text"], where)}
+    read: Part = {"type": part["type"], "text": _text(part["text"], f'{where}, key "text"')}
     return {**read, "trained": False} if part.get("trained") is False else read
 
 

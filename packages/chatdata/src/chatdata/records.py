@@ -109,31 +109,31 @@ def _from_texts(record: dict[str, Any], given: list[str]) -> tuple[list[Any], se
             raise ConversationError(f'"{empty}" is empty: a conversation needs at least one user message')
         ways = '"messages" (or ShareGPT\'s "conversations"), or "prompt" and "completion"'
         raise ConversationError(f"no messages: expected the key {ways}")
-    keys, messages = {asked, answer, "history"}, []
+    messages: list[Any] = []
     history = record.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ConversationError('key "history": must be a list of pairs of a question and its answer')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    more = next((key for key in ("input", "context") if asked == "instruction" and key in given), None)
     if asked == "prompt" and isinstance(record[asked], list):
         messages += record[asked]
     else:
-        more = next((key for key in ("input", "context") if asked == "instruction" and key in given), None)
-        keys |= {more} if more else set()
         texts = [_text(record, key) for key in (asked, more) if key]
         messages.append({"role": "user", "content": "\n\n".join(texts)})
-    if asked == "prompt" and isinstance(record[answer], list):
-        return messages + record[answer], keys
-    message: dict[str, Any] = {"role": "assistant", "content": record[answer]}
-    if answer == "answers":
-        answers = parsed(record[answer], "") if str(record[answer]).lstrip().startswith("[") else [record[answer]]
-        if not answers or not isinstance(answers[0], str):  # xLAM's are calls
-            message = {"role": "assistant", "content": None, "tool_calls": answers}
-        elif len(answers) == 1:
-            message["content"] = answers[0]
+    value = record[answer]
+    if answer == "answers" and isinstance(value, str) and "".join(value[:99].split())[:2] in ("[{", "[]"):
+        value = parsed(value, 'key "answers"')
+    if not isinstance(value, list):
+        messages.append({"role": "assistant", "content": _text(record, answer)})
+    elif answer == "answers":  # xLAM's are calls
+        is_text = len(value) == 1 and isinstance(value[0], str)
+        messages.append(
+            {"role": "assistant", **({"content": value[0]} if is_text else {"tool_calls": value or [None]})}
+        )
     else:
-        message["content"] = _text(record, answer)
-    return [*messages, message], keys
+        messages += value
+    return messages, {asked, answer, "history", more or asked}
 
 
 def _text(record: dict[str, Any], key: str) -> str:

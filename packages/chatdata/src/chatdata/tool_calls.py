@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from keyword import iskeyword
@@ -14,6 +13,7 @@ from chatdata.errors import ConversationError, kind_of
 
 # a call of these with one string argument is that string
 _RUN_TEXT = frozenset(("python", "code_interpreter", "calculator"))
+MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio")
 _CALL_KEYS = frozenset(("id", "type", "index", "function", "name", "arguments"))
 _TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
 _TYPES |= {"array": "list", "object": "dict", "null": "None"}
@@ -50,7 +50,7 @@ def _call(call: Any, where: str) -> Call:
     if name in _RUN_TEXT and len(arguments) == 1 and isinstance(text := next(iter(arguments.values())), str):
         return Call(call.get("id"), name, text)
     written = [
-        f"{key}={literal(value, where)}" if _is_name(key) else f"**{{{key!r}: {literal(value, where)}}}"
+        f"{key}={literal(value, where)}" if _is_name(key, 1) else f"**{{{key!r}: {literal(value, where)}}}"
         for key, value in arguments.items()
     ]
     return Call(call.get("id"), name, _written(name, written))
@@ -73,9 +73,10 @@ def _written(name: str, arguments: list[str]) -> str:
 
 
 @lru_cache(4096)
-def _is_name(name: str) -> bool:
+def _is_name(name: str, max_parts: int = 99) -> bool:
     """Whether it is an ASCII identifier, or several with dots between."""
-    return name.isascii() and all(part.isidentifier() and not iskeyword(part) for part in name.split("."))
+    parts = name.split(".")
+    return name.isascii() and len(parts) <= max_parts and all(p.isidentifier() and not iskeyword(p) for p in parts)
 
 
 def literal(value: Any, where: str) -> str:
@@ -103,19 +104,16 @@ def output_of(content: Any, where: str) -> str:
     """The text of a tool's result: a string, text parts joined, any other JSON written as such."""
     if isinstance(content, str):
         return content
-    kinds = [item.get("type") for item in content if isinstance(item, dict)] if isinstance(content, list) else []
-    if media := next((kind for kind in kinds if is_media(kind)), None):
+    parts = [item for item in content if isinstance(item, dict)] if isinstance(content, list) else []
+    if media := next((part["type"] for part in parts if part.get("type") in MEDIA), None):
         raise ConversationError(f"{where}: {media} in a tool's result, but only text is trained on")
-    if kinds and all(kind == "text" for kind in kinds):
-        return "".join([str(item.get("text")) for item in content if isinstance(item, dict)])
+    texts = [part["text"] for part in parts if part.get("type") == "text" and isinstance(part.get("text"), str)]
+    if texts and len(texts) == len(content):
+        return "".join(texts)
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConversationError(f"{where}: a tool's result must be text or JSON: {error}") from None
-
-
-def is_media(kind: Any) -> bool:
-    return isinstance(kind, str) and re.search("image|video|audio|file", kind) is not None
 
 
 def signatures(tools: Any) -> str:
@@ -130,34 +128,31 @@ def signatures(tools: Any) -> str:
 def _signature(tool: Any, where: str) -> str:
     function, name = _named(tool, where)
     schema = parsed(function.get("parameters") or {}, where)
-    if not isinstance(schema, dict):
-        raise ConversationError(f'{where}, key "parameters": must be an object, not {kind_of(schema)}')
     # xLAM's parameters are the properties, and what has no default is required
-    properties = schema.get("properties") or ({} if schema.get("type") == "object" else schema)
-    needed = schema.get("required") or ()
+    is_flat = isinstance(schema, dict) and "properties" not in schema and schema.get("type") != "object"
+    properties = schema if is_flat or not isinstance(schema, dict) else schema.get("properties") or {}
+    if not isinstance(properties, dict):
+        raise ConversationError(f'{where}, key "parameters": must be an object, not {kind_of(properties)}')
+    needed = None if is_flat else schema.get("required")
     required, optional, described = [], [], []
     for key, value in properties.items():
         field = value if isinstance(value, dict) else {}
         kind = _annotation(field, where)
         typed = f"{key}: {kind}" if kind else key
-        if not _is_name(key):
-            typed = f"**{{{key!r}: {kind or 'object'}}}"
-            optional.append(typed)
-        elif _is_required(field) if properties is schema else key in needed:
+        is_needed = isinstance(needed, list) and key in needed
+        if not _is_name(key, 1):
+            optional.append(f"**{{{key!r}: {kind or 'object'}}}")
+        elif is_needed or (is_flat and "default" not in field and "optional" not in str(field.get("type"))):
             required.append(typed)
         else:
             optional.append(f"{typed}{' = ' if kind else '='}{literal(field.get('default'), where)}")
         if field.get("description"):
             described.append(f"{key}: {' '.join(str(field['description']).split())}")
     description = " ".join(str(function.get("description") or "").split())
-    comment = ". ".join(
-        filter(None, [description.removesuffix(".") if described else description, "; ".join(described)])
-    )
-    return f"{f'# {comment}' + chr(10) if comment else ''}{_written(name, required + optional)}"
-
-
-def _is_required(field: dict[str, Any]) -> bool:
-    return "default" not in field and "optional" not in str(field.get("type"))
+    if described:
+        description = f"{description.removesuffix('.')}. {'; '.join(described)}".removeprefix(". ")
+    comment = f"# {description}\n" if description else ""
+    return comment + _written(name, required + optional)
 
 
 def _annotation(schema: Any, where: str) -> str:
