@@ -1,7 +1,7 @@
 """The chat format as data: which special tokens a document holds, where, and what is supervised.
 
-Rendering, the contract, reports, batches and generation read NANOCHAT. Another format is another table of this form,
-with its special tokens in tokenizer/bpe.py; what chooses between two tables is still to be written:
+Rendering, the contract, reports, batches and generation read NANOCHAT. Other formats are in model_format.py: of them
+no table is known.
 
     bos   user.opening … user.closing   assistant_start  (text | python | output)*  assistant_end   user.opening …
 
