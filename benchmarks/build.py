@@ -225,7 +225,7 @@ def compare_checkouts(arguments: argparse.Namespace, folder: Path) -> None:
     """One worker, gigatoken: this checkout's build and the other's in turn, and the ratio within each round."""
     pythons = {"this": sys.executable, "other": str(arguments.against.resolve() / ".venv" / "bin" / "python")}
     fixed, rounds = fixed_recipe(arguments, folder, 1), []
-    ids: dict[str, str] = {}
+    hashes: dict[str, list[str]] = {}  # of tokens and mask: the format may have changed between the two
     for number in range(arguments.runs + 1):
         times: dict[str, tuple[float, float]] = {}
         for name in sorted(pythons, reverse=bool(number % 2)):
@@ -236,14 +236,16 @@ def compare_checkouts(arguments: argparse.Namespace, folder: Path) -> None:
                 options = (*BUILDS["build"], "--encoder", "gigatoken")
                 command = build_command(arguments, out, *options, recipe=recipe, python=pythons[name])
                 cpu_s, wall_s, printed = measure(command, cache)
-                measured.append((cpu_s, wall_s, json.loads(printed)["build_id"]))
+                shards = [shard for split in json.loads(printed)["splits"].values() for shard in split["shards"]]
+                written = [shard["files"][kind]["sha256"] for shard in shards for kind in ("tokens", "mask")]
+                measured.append((cpu_s, wall_s, written))
                 shutil.rmtree(out)
             times[name] = measured[1][0] - measured[0][0], measured[1][1]
-            ids[name] = measured[1][2]
+            hashes[name] = measured[1][2]
         if number:  # the first round compiles bytecode
             rounds.append({name: {"cpu_s": cpu_s, "wall_s": wall_s} for name, (cpu_s, wall_s) in times.items()})
             print(f"round {number}: " + ", ".join(f"{name} {s[0]:.2f} CPU-s" for name, s in times.items()), flush=True)
-    assert ids["this"] == ids["other"], f"the checkouts build different bytes: {ids}"
+    assert hashes["this"] == hashes["other"], f"the checkouts write different tokens or masks: {hashes}"
     for key, what in (("cpu_s", "CPU-seconds beyond fixed cost"), ("wall_s", "wall seconds of the command")):
         for name in pythons:
             values = sorted(found[name][key] for found in rounds)
@@ -251,7 +253,7 @@ def compare_checkouts(arguments: argparse.Namespace, folder: Path) -> None:
         ratios = sorted(found["this"][key] / found["other"][key] for found in rounds)
         print(f"{what}, this / other: median {statistics.median(ratios):.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"build_id": ids["this"], "rounds": rounds}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"sha256": hashes["this"], "rounds": rounds}, indent=1) + "\n")
 
 
 def main() -> None:
