@@ -38,7 +38,8 @@ def test_output_folder_exists(tmp_path: Path, chatdata: Callable) -> None:
     mine.mkdir()
     (mine / "chapter1.tex").write_text("precious")
     result = chatdata(*DEMO, "--out", mine, "--force")
-    assert result.stderr == f"Error: {mine}: not a build (no readable manifest.json); --force replaces only a build\n"
+    no_build = f"Error: {mine}: an unfinished build or no build (no manifest.json); --force replaces only a build "
+    assert result.stderr == no_build + "that this chatdata can read\n"
     assert (result.returncode, os.listdir(mine)) == (1, ["chapter1.tex"])
     result = chatdata(*DEMO, "--out", mine / "chapter1.tex", "--force")
     assert result.stderr == f"Error: {mine / 'chapter1.tex'}: not a folder; --force replaces only a build\n"

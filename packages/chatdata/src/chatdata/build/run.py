@@ -238,8 +238,8 @@ def check_out(out: Path, force: bool) -> None:
         raise BuildError(f"{out}: not a folder; --force replaces only a build")
     try:
         others = other_files(out, read_manifest(out))
-    except ChatdataError:
-        raise BuildError(f"{out}: not a build (no readable manifest.json); --force replaces only a build") from None
+    except ChatdataError as error:
+        raise BuildError(f"{error}; --force replaces only a build that this chatdata can read") from None
     if others:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
         raise BuildError(f"{out}: holds more than a build: {others[0].relative_to(out)}{more}; --force would delete it")
