@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     help="Your own test items (JSONL, Parquet), to be searched for like those that chateval scores. Keys of their "
     "question (default: question, problem or prompt) and choices (default: choices, if there).",
 )
-@click.option("--dry-run", is_flag=True, help="Only print the plan.")
+@click.option("--dry-run", is_flag=True, help="Only print the plan, and estimate tokens, bytes and seconds.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
 @json_option
 def build(
@@ -111,6 +111,7 @@ def build(
 ) -> None:
     """Render a recipe, or your own FILEs, to token and mask shards."""
     from chatdata.build.engines import available_cpus, start_early
+    from chatdata.build.estimate import estimate
     from chatdata.build.own_files import form_of
     from chatdata.build.plan import make_build_plan
     from chatdata.build.run import build as run_build
@@ -160,16 +161,20 @@ def build(
     if write_recipe:
         write_whole(write_recipe, text.encode())
     forms = {source: form_of(source) for source in plan.sources} if files else {}
+    about = estimate(plan, workers, options["encoder"]) if dry_run else {}
     if not as_json:
         for line in text.splitlines():
             say(line)
-        show_plan(plan, out, forms)
+        show_plan(plan, out, forms, about)
     elif dry_run:
         splits = {
-            split: [{"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken)} for e in entries]
+            split: [
+                {"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken), "tokens": tokens}
+                for e, tokens in zip(entries, about.pop(split), strict=True)
+            ]
             for split, entries in plan.splits.items()
         }
-        say_json({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "splits": splits})
+        say_json({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "about": about, "splits": splits})
     if dry_run:
         return
     gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all

@@ -11,13 +11,18 @@ from typing import Any
 from rich.markup import escape
 
 from chatdata.build.plan import BuildPlan
-from chatdata.look.console import console, grid, shard_dtype, share, table
+from chatdata.look.console import console, grid, megabytes, shard_dtype, share, table
 from chatdata.render.batch import OUTCOMES
 from chatdata.sources.source import Source
 
 
-def show_plan(plan: BuildPlan, out: Path, forms: Mapping[Source, str] = MappingProxyType({})) -> None:
-    """forms: of the rows of sources whose form was looked at."""
+def show_plan(
+    plan: BuildPlan,
+    out: Path,
+    forms: Mapping[Source, str] = MappingProxyType({}),
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """forms: of the rows of sources whose form was looked at. about: what `estimate` found, if asked for."""
     recipe, tokenizer = plan.recipe, plan.tokenizer
     length = "whole documents" if recipe.max_tokens is None else f"{recipe.overflow} at {recipe.max_tokens:,} tokens"
     console().print(
@@ -28,21 +33,27 @@ def show_plan(plan: BuildPlan, out: Path, forms: Mapping[Source, str] = MappingP
     counts: Counter[tuple[str, ...]] = Counter()
     for split, entries in plan.splits.items():
         num_rows, shares = sum(len(planned.taken) for planned in entries), sum(p.entry.share or 0 for p in entries)
-        for planned in entries:
+        for i, planned in enumerate(entries):
             source, requested = planned.source, planned.entry.share
             mixed = (share(requested, shares), share(len(planned.taken), num_rows)) if requested else ("", "")
             revision = f"@{source.revision[:12]}" if source.revision else ""
             cells = (planned.entry.label, forms.get(source, ""), f"{len(planned.taken):,}", *mixed)
-            counts[split, *cells, source.name + revision] += 1
+            tokens = f"{about[split][i]:,}" if about else ""
+            counts[split, *cells, tokens, source.name + revision] += 1
     rows = [(*cells[:3], cells[3] + (f" ×{n}" if n > 1 else ""), *cells[4:]) for cells, n in counts.items()]
-    titles = ("split", "entry", "form", "rows", "share", "actual", "source")
+    titles = ("split", "entry", "form", "rows", "share", "actual", "about tokens", "source")
     columns = {title: cells for title, cells in zip(titles, zip(*rows, strict=True), strict=True) if any(cells)}
     lines = grid(*columns)
     for title, column in zip(columns, lines.columns, strict=True):
-        column.justify = "right" if title in ("rows", "share", "actual") else "left"
+        column.justify = "right" if title in titles[3:-1] else "left"
     for line in zip(*columns.values(), strict=True):
         lines.add_row(*map(escape, line))
     console().print(lines)
+    if about:
+        console().print(
+            f"\nabout {about['tokens']:,} tokens, {megabytes(about['output_bytes'])} of output, "
+            f"{megabytes(about['cache_bytes'])} of cache, {about['seconds']:,.0f} s if nothing is cached"
+        )
 
 
 def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> None:
