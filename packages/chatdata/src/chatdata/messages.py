@@ -53,14 +53,9 @@ def read_message(
     role = roles.get(given) if isinstance(given, str) else None
     if role is None:
         raise ConversationError(f'message {turn}, key "{role_key}": unknown role {given!r}; valid: {", ".join(roles)}')
-    if (
-        type(content) is str
-        and len(message) == 2
-        and content.isascii()
-        and role in _TALKERS
-        and "<think>" not in content
-    ):
-        return role, content, True, []
+    if type(content) is str and len(message) == 2 and role in _TALKERS and "<think>" not in content:
+        # `isascii` first: the place is only worded if something is wrong, and this runs for every message of a build
+        return role, _text(content, f'message {turn}, key "{key}"') if not content.isascii() else content, True, []
     where = f'message {turn}, key "{key}"'
     extras = [name for name in message if name not in (role_key, key) and message[name] not in EMPTY]
     if extra := next((name for name in extras if name not in _KEYS.get(role, _TRAINED)), None):
