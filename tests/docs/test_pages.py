@@ -169,11 +169,13 @@ def test_the_recipe_of_the_page_has_every_key_and_is_one() -> None:
     text, tasks = text_of("recipes.md"), load_tasks()
     table = tomllib.loads(blocks("recipes.md", "toml")[0])
     recipe = parse_recipe(table, "docs/recipes.md", Path("recipe.toml"), tasks)
-    assert [entry.task for entry in recipe.splits["train"]] == ["gsm8k"] * 2 + ["conversations"] * 2 + [
+    assert [entry.task for entry in recipe.splits["train"]] == ["gsm8k"] * 3 + ["conversations"] * 2 + [
         "simple_spelling",
         "spelling_bee",
     ]
-    entries = [*table["train"], *table["val"]]
+    shares = tomllib.loads(blocks("recipes.md", "toml")[1])
+    parse_recipe(shares, "docs/recipes.md", Path("recipe.toml"), tasks)
+    entries = [*table["train"], *table["val"], *shares["train"]]
     assert set(table) == set(RecipeTable.__struct_fields__)
     options = {key for task in tasks.values() for key in task.options}
     assert {key for entry in entries for key in entry} == set(EntryTable.__struct_fields__) | options
