@@ -58,49 +58,44 @@ def read_message(
         return role, _text(content, f'message {turn}, key "{key}"') if not content.isascii() else content, True, []
     where = f'message {turn}, key "{key}"'
     extras = [name for name in message if name not in (role_key, key) and message[name] not in EMPTY]
-    if extra := next((name for name in extras if name not in _KEYS.get(role, _TRAINED)), None):
-        raise ConversationError(f'message {turn}, key "{extra}": {_reason(extra, role)}')
+    for name in extras:
+        if name not in _KEYS.get(role, _TRAINED):
+            raise ConversationError(f'message {turn}, key "{name}": {_reason(name, role)}')
     has_more = role == "assistant" and content in EMPTY and any(name in extras for name in (*_CALLS, *_REASONING))
     if key not in message and not has_more:
         raise ConversationError(f'message {turn}: no key "{key}"')
     trained = _is_trained(message, extras, role, turn)
     if role == "tool":
         return role, check_surrogates(output_of(content, where), where), trained, []
-    given = (
-        [(content, where)]
-        if role == "call"
-        else [(message[k], f'message {turn}, key "{k}"') for k in _CALLS if k in extras]
-    )
-    calls = [call for value, place in given for call in calls_of(value, place)]
+    named = {key: content} if role == "call" else {name: message[name] for name in _CALLS if name in extras}
+    calls = [call for name, value in named.items() for call in calls_of(value, f'message {turn}, key "{name}"')]
     for call in calls:
         call.turn, call.trained, call.code = turn, trained, check_surrogates(call.code, where)
     content = _parse_content("" if has_more or role == "call" else content, role, where)
     if role in ("user", "system"):
         return role, content, True, []
     thoughts = {_text(message[name], f'message {turn}, key "{name}"').strip() for name in _REASONING if name in extras}
-    if isinstance(content, str):
-        thought, content = _split_reasoning(content)
-    else:
-        if not trained and message.get("trained") is not False:  # the form of others: all parts follow the message
-            content = [{**part, "trained": False} for part in content]
-        thought = ""
-        if content and content[0]["type"] == "text":
-            thought, text = _split_reasoning(content[0]["text"])
-            content = [{**content[0], "text": text}, *content[1:]] if text or not thought else content[1:]
-    thoughts = {thought, *thoughts} - {""}
+    is_text, parts = isinstance(content, str), as_parts(content, trained)
+    if not (is_text or trained) and message.get("trained") is not False:  # in other forms parts follow their message
+        parts = [{**part, "trained": False} for part in parts]
+    if parts and parts[0]["type"] == "text":
+        thought, text = _split_reasoning(parts[0]["text"])
+        thoughts.add(thought)
+        parts = [{**parts[0], "text": text}, *parts[1:]] if text or not thought else parts[1:]
+    thoughts.discard("")
     if len(thoughts) > 1:
         raise ConversationError(f"message {turn}: reasoning given twice, and not the same; leave one of them out")
-    if reasoning != "keep":
-        kept = [part for part in content if part["type"] != "reasoning"] if isinstance(content, list) else content
-        if num_dropped := len(thoughts) + len(content) - len(kept):
-            if reasoning == "error":
-                raise ConversationError(f'message {turn}: has reasoning, but the recipe says reasoning = "error"')
-            counts["reasoning_dropped"] = counts.get("reasoning_dropped", 0) + num_dropped
-            thoughts, content = set(), kept
-    if thoughts:
-        thinking: Part = {"type": "reasoning", "text": thoughts.pop()}
-        content = [thinking if trained else {**thinking, "trained": False}, *as_parts(content, trained)]
-    return role, as_parts(content, trained) if calls else content, trained, calls
+    for thought in thoughts:
+        thinking: Part = {"type": "reasoning", "text": thought}
+        parts = [thinking if trained else {**thinking, "trained": False}, *parts]
+    if reasoning != "keep" and (found := [part for part in parts if part["type"] == "reasoning"]):
+        if reasoning == "error":
+            raise ConversationError(f'message {turn}: has reasoning, but the recipe says reasoning = "error"')
+        counts["reasoning_dropped"] = counts.get("reasoning_dropped", 0) + len(found)
+        parts = [part for part in parts if part["type"] != "reasoning"]
+    if is_text and not calls and (not parts or parts[0]["type"] == "text"):
+        return role, parts[0]["text"] if parts else "", trained, []
+    return role, parts, trained, calls
 
 
 def _reason(extra: str, role: str) -> str:
@@ -111,7 +106,7 @@ def _reason(extra: str, role: str) -> str:
 
 def _is_trained(message: dict[str, Any], extras: list[str], role: str, turn: int) -> bool:
     trained = True
-    for key in (key for key in extras if key in _TRAINED):
+    for key in filter(_TRAINED.__contains__, extras):
         value = message[key]
         if value not in (0, 1) or (key != "weight" and not isinstance(value, bool)):
             valid = "0 or 1" if key == "weight" else "true or false"
