@@ -128,6 +128,14 @@ BAD = [
         'stage = "mid"' + ENTRY + ENTRY.replace("train", "val") + "val_share = 0.1",
         '[[val]] entry 1, key "val_share": is for [[train]] entries; val gets its rows by itself',
     ),
+    (
+        'stage = "sft"\n[[train]]\ntask = "smoltalk"\ncolumns = { promt = "q" }',
+        'entry 1, key "columns": "promt"; did you mean "prompt"?',
+    ),
+    (
+        'stage = "sft"\n[[train]]\ntask = "smoltalk"\ncolumns = { prompt = "q", completion = "q" }',
+        'entry 1, key "columns": the same key of the rows under two names',
+    ),
     ('stage = "mid"' + ENTRY + 'columns = { text = "t" }', 'entry 1, key "columns": does nothing with "gsm8k"'),
     ('stage = "mid"' + MATH + "rows = 9\nval_share = 0.1", 'key "val_share": does nothing, because "demo_math" is'),
     ('stage = "mid"' + ENTRY + "holdout = true", 'entry 1: unknown key "holdout"; valid: task, split'),

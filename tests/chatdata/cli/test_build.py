@@ -53,6 +53,25 @@ def test_the_recipe_it_stands_for_gives_the_same_build(folder: Path, chatdata: R
     assert chatdata("verify", "mine.toml-1", "--level", "semantic").returncode == 0
 
 
+def test_shares_and_arrays(folder: Path, chatdata: Run) -> None:
+    rows = [{"q": f"{n}?", "a": "!"} for n in range(30)]
+    (folder / "qa.json").write_text(json.dumps(rows, indent=1))
+    entry = '[[train]]\ntask = "conversations"\n'
+    (folder / "r.toml").write_text(
+        f'stage = "sft"\n{entry}path = "qa.json"\nshare = 1\nname = "qa"\n'
+        f'columns = {{ prompt = "q", completion = "a" }}\n'
+        f'{entry}path = "data/chats.jsonl"\nshare = 1.5\nname = "chats"\n'
+    )
+    done = chatdata("build", "--recipe", "r.toml", "--tokenizer", "t", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert [line.split() for line in done.stdout.splitlines()[2:5]] == [
+        ["split", "entry", "rows", "share", "actual", "source"],
+        ["train", "qa", "30", "40.0%", "39.5%", "qa.json"],
+        ["train", "chats", "46", "60.0%", "60.5%", "data/chats.jsonl"],
+    ]
+    assert chatdata("verify", "out", "--level", "semantic").returncode == 0
+
+
 def test_plain_text(folder: Path, chatdata: Run) -> None:
     done = chatdata("build", "story.txt", "--stage", "base", "--tokenizer", "t", "--out", "out")
     assert done.returncode == 0, done.stderr

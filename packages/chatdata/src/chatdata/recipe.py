@@ -15,6 +15,7 @@ from msgspec import Meta, Struct, defstruct
 from chatdata.conversation import AS_WRITTEN, REFUSED_KEYS, Consecutive, Invalid, Reading, Reasoning
 from chatdata.disk import MAX_COUNT, convert, decode
 from chatdata.errors import RecipeError, nearest
+from chatdata.records import COLUMN_KEYS
 from chatdata.tasks.task import Task
 
 Stage = Literal["base", "mid", "sft"]
@@ -266,6 +267,7 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
     read = convert(table, keys, here, RecipeError)
     idle = ("path", "repo", "revision", "val_share") if task.generate else ("repo", "revision", "subset", "split")
     unused = next((key for key in idle if key in table), None) if task.generate or "path" in table else None
+    strange = next((key for key in read.columns if key not in COLUMN_KEYS), "")
     refused = next((key for key in read.ignore if key in REFUSED_KEYS), "")
     rows = "is generated" if task.generate else 'reads its "path"'
     kind = "plain text" if stage == "base" else "conversations"
@@ -280,6 +282,11 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
         (
             read.share and table.keys() & {"rows", "epochs"},
             ', key "share": decides the rows, in place of rows and epochs',
+        ),
+        (strange, f', key "columns": "{strange}"{nearest(strange, COLUMN_KEYS)}'),
+        (
+            len(set(read.columns.values())) < len(read.columns),
+            ', key "columns": the same key of the rows under two names',
         ),
         (refused, f', key "ignore": "{refused}" {REFUSED_KEYS.get(refused)}'),
         (task.generate and min(read.start, read.stop) < 0, ": start and stop of a generated task cannot be negative"),

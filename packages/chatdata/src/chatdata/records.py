@@ -37,6 +37,12 @@ _ANSWERS = {
     "question": ("answer", "response", "answers"),
     "query": ("answer", "response", "answers"),
 }
+COLUMN_KEYS = (  # which the recipe key `columns` may give to a record's keys
+    *MESSAGE_KEYS,
+    *_ANSWERS,
+    *dict.fromkeys(name for names in _ANSWERS.values() for name in names),
+    *("input", "context", "history", "system", "system_prompt", "tools", "functions"),
+)
 _TREE = "a tree of replies; write the path from its root to one leaf as messages"
 _NO_CHATS = {  # what no key of makes a conversation
     **dict.fromkeys(("replies", "parent_id", "message_tree_id"), _TREE),
