@@ -19,7 +19,7 @@ from chatdata.disk import MAX_COUNT
 from chatdata.errors import MissingSource, RecipeError, UsageError
 from chatdata.recipe import MAX_ROWS, Recipe
 from chatdata.render.documents import RowMap
-from chatdata.render.model_format import ModelFormat, format_of
+from chatdata.render.model_format import ModelFormat, load_format
 from chatdata.sources.find import Locations, PlannedEntry, resolve
 from chatdata.sources.source import Source
 from chatdata.tasks.task import Task
@@ -41,7 +41,7 @@ class BuildPlan:
     @property
     def model_format(self) -> ModelFormat | None:
         """The recipe's chat format; None for nanochat's. Raises what `load_format` raises."""
-        return format_of(self.recipe.chat_format, self.tokenizer)
+        return load_format(self.recipe.chat_format, self.tokenizer)
 
 
 def make_build_plan(

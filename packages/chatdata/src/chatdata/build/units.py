@@ -43,7 +43,7 @@ from chatdata.render.batch import (
 )
 from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.model_batch import render_rows
-from chatdata.render.model_format import format_of
+from chatdata.render.model_format import load_format
 from chatdata.render.pieces import UNTRAINED, Pieces, pieces_of_rows
 from chatdata.render.trained import untrained_index
 from chatdata.sources.jsonl import SEGMENT_BYTES
@@ -154,7 +154,7 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
     import pyarrow as pa
 
     source, tokenizer = renderer.sources[unit.source], renderer.tokenizer
-    stage, model_format = "base" if source.task.kind == "text" else "chat", format_of(renderer.chat_format, tokenizer)
+    stage, model_format = "base" if source.task.kind == "text" else "chat", load_format(renderer.chat_format, tokenizer)
     rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, stage, chat_format=renderer.chat_format)
     schema = arrow_schema(tokenizer.dtype).with_metadata({"key": unit.key})
     checked = Counter[str]()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -122,13 +122,7 @@ def render_batch(
     spans["start"] = (body_begin - np.repeat(bos, pieces.counts))[has_span]
     spans["length"] = body[has_span]
     spans["trained"] = supervised[has_span]
-    replayed, other_tools = replay_calls(pieces.texts, role, np.repeat(np.arange(len(pieces)), pieces.counts))
-    notes = sorted([*replayed, *pieces.notes], key=itemgetter(0))
-    tallies = sorted([*((i, TALLIES.index("other_tools"), n) for i, n in other_tools.items()), *pieces.tallies])
-    num_notes, num_tallies = (
-        np.bincount(np.array([found[0] for found in facts], dtype=np.int64), minlength=len(pieces))
-        for facts in (notes, tallies)
-    )
+    conversation = np.repeat(np.arange(len(pieces)), pieces.counts)
     return RenderedBatch(
         tokens=tokens,
         mask=mask,
@@ -137,11 +131,32 @@ def render_batch(
         **{name: np.add.reduceat(counts, first_piece, dtype=np.int64) for name, counts in of_pieces.items()},
         spans=spans,
         digests=digests_of(tokens, mask, num_tokens),
-        num_notes=num_notes,
-        notes=[note for _, note in notes],
-        num_tallies=num_tallies,
-        tallies=np.array([tally[1:] for tally in tallies], dtype=TALLY_DTYPE),
+        **facts_of(pieces.texts, role, conversation, len(pieces), pieces.notes, pieces.tallies),
     )
+
+
+def facts_of(
+    texts: list[str],
+    roles: np.ndarray,
+    conversation: np.ndarray,
+    num_conversations: int,
+    notes: list[tuple[int, str]],
+    tallies: list[tuple[int, int, int]],
+) -> dict[str, Any]:
+    """Notes and tallies of a RenderedBatch: those of the rows, as in Pieces, and of the calls among the pieces."""
+    replayed, other_tools = replay_calls(texts, roles, conversation)
+    notes = sorted([*replayed, *notes], key=itemgetter(0))
+    tallies = sorted([*((i, TALLIES.index("other_tools"), n) for i, n in other_tools.items()), *tallies])
+    num_notes, num_tallies = (
+        np.bincount(np.array([found[0] for found in facts], dtype=np.int64), minlength=num_conversations)
+        for facts in (notes, tallies)
+    )
+    return {
+        "num_notes": num_notes,
+        "notes": [note for _, note in notes],
+        "num_tallies": num_tallies,
+        "tallies": np.array([tally[1:] for tally in tallies], dtype=TALLY_DTYPE),
+    }
 
 
 def check_ids(ids: np.ndarray, limit: int) -> None:

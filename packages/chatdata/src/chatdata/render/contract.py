@@ -20,21 +20,9 @@ import numpy as np
 from chatdata.errors import BuildError
 from chatdata.recipe import NATIVE
 from chatdata.render.batch import digests_of
-from chatdata.render.format import (
-    END,
-    EVENTS,
-    NAMES,
-    NANOCHAT,
-    OTHER,
-    REASONING,
-    START,
-    SUPERVISED_ROLES,
-    TEXT,
-    Grammar,
-    grammar_of,
-)
+from chatdata.render.format import END, EVENTS, NAMES, NANOCHAT, OTHER, REASONING, START, TEXT, Grammar, grammar_of
 from chatdata.render.pieces import blocks_of
-from chatdata.render.trained import WHOLE_DOCUMENT, Problem, check_spans, inside, whole
+from chatdata.render.trained import SUPERVISED_ROLES, WHOLE_DOCUMENT, Problem, check_spans, inside, whole
 
 BLOCK_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the size of the shard
 

@@ -107,8 +107,6 @@ def written(part: Part) -> str:
     return f"<think>\n{part['text']}\n</think>\n\n" if part["type"] == "reasoning" else part["text"]
 
 
-SUPERVISED_ROLES = [role for role, form in enumerate(NANOCHAT.spans) if form.supervised]
-
 # An event is the number of a delimiter. START is the state before a document's first token, END comes after its last
 EVENTS = {token: number for number, token in enumerate(NANOCHAT.delimiters, start=1)}
 START, OTHER, END = 0, len(EVENTS) + 1, len(EVENTS) + 2  # OTHER: a special token that the format does not use

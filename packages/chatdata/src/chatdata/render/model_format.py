@@ -44,12 +44,16 @@ class ModelFormat(NamedTuple):
 
 
 @lru_cache(maxsize=1)  # a process has one
-def load_format(name: str, tokenizer: FolderTokenizer) -> ModelFormat:
-    """The chat format `name` of the library; for "template" that of the tokenizer's folder.
+def load_format(name: str, tokenizer: Tokenizer) -> ModelFormat | None:
+    """The chat format `name` of the library; for "template" that of the tokenizer's folder; None for nanochat's.
 
-    Raises UsageError for an unknown name, or if the library is not installed; TokenizerError if the tokenizer lacks
-    the format's tokens, or its template does not compile.
+    Raises UsageError for an unknown name, without a tokenizer folder, or if the library is not installed;
+    TokenizerError if the tokenizer lacks the format's tokens, or its template does not compile.
     """
+    if name == NATIVE:
+        return None
+    if not isinstance(tokenizer, FolderTokenizer):
+        raise UsageError(f"chat format {name} needs a Hugging Face tokenizer folder, not {tokenizer.name}")
     if name == TEMPLATE:
         template = compile_template(tokenizer)
         lay = partial(lay_by_template, tokenizer, template, generation_prompt(template))
@@ -75,15 +79,6 @@ def load_format(name: str, tokenizer: FolderTokenizer) -> ModelFormat:
         return Layout(rendered.token_ids, np.array(rendered.message_indices), np.array(rendered.sampled_mask, bool))
 
     return ModelFormat(f"renderers:{name}@{version('renderers')}", by_name, tokenizer)
-
-
-def format_of(name: str, tokenizer: Tokenizer) -> ModelFormat | None:
-    """`load_format`; None for nanochat's. Raises UsageError for another format without a tokenizer folder."""
-    if name == NATIVE:
-        return None
-    if not isinstance(tokenizer, FolderTokenizer):
-        raise UsageError(f"chat format {name} needs a Hugging Face tokenizer folder, not {tokenizer.name}")
-    return load_format(name, tokenizer)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -169,17 +170,24 @@ def _take_plain(conversation: Any, texts: list[str], codes: bytearray) -> bool:
         return False
 
 
+@contextmanager
+def text_is_utf8(source: Source, rows: np.ndarray) -> Iterator[None]:
+    """Inside, SourceError instead of UnicodeDecodeError."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
+
+
 def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
     """Raw rows as pieces: a table of well-formed conversations column by column, anything else row by row."""
     task = source.task
-    try:
+    with text_is_utf8(source, rows):
         if task.rows_are_conversations and not isinstance(raw, list) and not source.reading.columns:
             pieces = pieces_of_table(raw)
             if pieces is not None:
                 return pieces
         records = source.rows_of(raw)
-    except UnicodeDecodeError:
-        raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
     try:
         return _pieces_of_records(source, records)
     except ChatdataError:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from chatdata.document import Span
-from chatdata.render.format import SUPERVISED_ROLES
+from chatdata.render.format import NANOCHAT
 
+SUPERVISED_ROLES = [role for role, form in enumerate(NANOCHAT.spans) if form.supervised]
 WHOLE_DOCUMENT = -1  # a finding's position if it is about no single token
 # file, kind, documents (int64 [n]), positions (int64 [n]); a document may come several times
 Problem = tuple[str, str, np.ndarray, np.ndarray]

@@ -16,67 +16,56 @@ from typing import Any
 import numpy as np
 
 from chatdata.errors import TokenizerError
-from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, MAX_VOCAB, Tokenizer
+from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, Tokenizer
 from chatdata.tokenizer.merges import TO_BYTE
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # those that are there
 
 
 class FolderTokenizer(Tokenizer):
-    """`special_ids` are all added tokens, `control_tokens` those marked as special: a text must not spell these.
+    """`special_ids` are all added tokens; a text must not spell those of `control_ids`, which are marked as special.
 
+    special_tokens: `bos_token` and the like. It also has what `renderers` asks of a tokenizer.
     files: name → text. Raises TokenizerError if they are no tokenizer.
     """
 
+    unk_token_id = None
+
     def __init__(self, files: Mapping[str, str], name: str) -> None:
+        from tokenizers import Tokenizer as Raw
+
+        self.files, self.name, self.name_or_path = dict(files), name, name
         try:
-            import tokenizers
-        except ImportError:
-            raise TokenizerError(
-                "other chat formats need `tokenizers` and `renderers`: install chatdata[formats]"
-            ) from None
-        self.files, self.name, self.name_or_path, self.unk_token_id = dict(files), name, name, None
-        try:
-            self.config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", "{}"))
-            # without what adds tokens, cuts, or trims offsets
+            config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", "{}"))
             contents = json.loads(files["tokenizer.json"])
+            # without what adds tokens, cuts, or trims offsets
             contents |= dict.fromkeys(("post_processor", "truncation", "padding"))
-            self.is_byte_level = "ByteLevel" in json.dumps(contents["decoder"])
-            self.raw = tokenizers.Tokenizer.from_str(json.dumps(contents))
+            self.raw = Raw.from_str(json.dumps(contents))
         except Exception as error:  # tokenizers raises no other kind
-            raise TokenizerError(f"{name}: not a tokenizer folder: {str(error).splitlines()[0]}") from None
+            raise TokenizerError(f"{name}: not a tokenizer folder: {str(error).partition(chr(10))[0]}") from None
+        self.is_byte_level = "ByteLevel" in json.dumps(contents["decoder"])
+        named = {key: value for key, value in config.items() if key.endswith("_token")}
+        texts = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+        self.special_tokens = {key: text for key, text in texts.items() if isinstance(text, str)}
+        templates = config.get("chat_template")  # one, or several by name
+        named = {t["name"]: t["template"] for t in templates} if isinstance(templates, list) else {"default": templates}
+        self.chat_template: str | None = files.get("chat_template.jinja", named.get("default"))
         added = self.raw.get_added_tokens_decoder()
         self.special_ids = {token.content: token_id for token_id, token in sorted(added.items())}
-        ends = {self.special_tokens.get(key, "") for key in ("bos_token", "eos_token")} - {""}
-        self.control_tokens = ends | {token.content for token in added.values() if token.special}
+        ends = {self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")}
+        self.control_ids = {i for i, token in added.items() if token.special or token.content in ends}
+        self.control_pattern = re.compile("|".join(re.escape(added[i].content) for i in self.control_ids) or "(?!)")
         self.vocab_size = max(self.raw.get_vocab().values()) + 1
-        if self.vocab_size > MAX_VOCAB:
-            raise TokenizerError(f"{name}: {self.vocab_size:,} tokens; at most {MAX_VOCAB:,}")
         self.dtype = np.dtype("<u2" if self.vocab_size <= MAX_UINT16_VOCAB else "<u4")
         self.canary_sha256 = self._hash_canaries()
 
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        """`bos_token` and the like of tokenizer_config.json."""
-        named = {key: value for key, value in self.config.items() if key.endswith("_token")}
-        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-        return {key: text for key, text in texts.items() if isinstance(text, str)}
-
-    @property
-    def chat_template(self) -> str | None:
-        template = self.files.get("chat_template.jinja", self.config.get("chat_template"))
-        if isinstance(template, list):  # several, by name
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        return template
-
     def encode(self, text: str, **_: Any) -> list[int]:
-        """Ids of `text`; added tokens spelled in it become those tokens. `renderers` passes further arguments."""
+        """Ids of `text`; added tokens spelled in it become those tokens."""
         return self.raw.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without offsets: 0.75 of the time
 
     encode_ordinary = encode
 
     def __call__(self, text: str, **_: Any) -> dict[str, Any]:
-        """`input_ids` and, in characters, `offset_mapping`: as `renderers` calls it."""
         encoded = self.raw.encode(text, add_special_tokens=False)
         return {"input_ids": encoded.ids, "offset_mapping": encoded.offsets}
 
@@ -101,17 +90,9 @@ class FolderTokenizer(Tokenizer):
         return self.token_bytes | {token_id: name.encode() for name, token_id in self.special_ids.items()}
 
     def normalised(self, text: str) -> bytes:
-        """`text` as the bytes of its tokens have it."""
+        """`text` as `spelling` has it."""
         text = self.raw.normalizer.normalize_str(text) if self.raw.normalizer else text
         return (text if self.is_byte_level else text.replace("▁", " ")).encode()
-
-    @cached_property
-    def control_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, sorted(self.control_tokens))) or "(?!)")
-
-    @cached_property
-    def control_ids(self) -> set[int]:
-        return {token_id for name, token_id in self.special_ids.items() if name in self.control_tokens}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FolderTokenizer, (self.files, self.name)
@@ -126,7 +107,5 @@ def read_folder(path: Path) -> FolderTokenizer:
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     files = {name: (path / name).read_text(encoding="utf-8") for name in FILES if (path / name).is_file()}
     if FILES[0] not in files:
-        raise TokenizerError(
-            f"{path}: no {FILES[0]} in this folder; --chat-format needs a Hugging Face tokenizer folder"
-        )
+        raise TokenizerError(f"{path}: no {FILES[0]}; --chat-format needs a Hugging Face tokenizer folder")
     return FolderTokenizer(files, str(path))
