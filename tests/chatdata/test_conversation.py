@@ -235,3 +235,69 @@ def test_what_is_refused_is_refused_in_one_line(record: Any) -> None:
     again = parse_conversation({"messages": found["messages"]})
     assert again == {"messages": found["messages"]}
     json.dumps(found, ensure_ascii=False).encode()
+
+
+def _calls(*names: str) -> dict[str, Any]:
+    """An assistant message that calls functions; a name may be `f:id`."""
+    named = [name.partition(":") for name in names]
+    calls = [{"id": id or None, "function": {"name": name, "arguments": "{}"}} for name, _, id in named]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _result(content: str, **keys: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": content, **keys}
+
+
+@pytest.mark.parametrize(
+    ("messages", "texts"),
+    [
+        ([_calls("f:1", "g:2"), _result("b", tool_call_id="2"), _result("a", tool_call_id="1")], "f() a g() b"),
+        ([_calls("f", "g"), _result("a", tool_call_id="2"), _result("b")], "f() a g() b"),
+        ([_calls("f:1", "g:1"), _result("a", tool_call_id="1"), _result("b", tool_call_id="1")], "f() a g() b"),
+        ([_calls("f:1", "g:2"), _result("a", name="f")], "f() a g()"),
+        ([_calls("f"), _result("a"), _calls("g")], "f() a g()"),
+        ([{"from": "gpt", "value": "Look"}, {"from": "function_call", "value": '{"name": "f"}'}], "Look f()"),
+        (
+            [{"from": "function_call", "value": {"name": name}} for name in "fg"] + [_result("a"), _result("b")],
+            "f() a g() b",
+        ),
+        ([HI[1], _result("a"), _result("b"), HI[1]], "Hello a b Hello"),
+    ],
+)
+def test_each_call_is_followed_by_its_result(messages: list[Any], texts: str) -> None:
+    found = parse_conversation([HI[0], *messages])["messages"]
+    assert [message["role"] for message in found] == ["user", "assistant"]
+    assert " ".join(part["text"] for part in found[1]["content"]) == texts
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([_calls("f"), HI[0]], 'message 1: the call of "f" has no result; only the last calls may lack theirs'),
+        ([_calls("f"), _calls("g")], 'message 2, key "role": assistant where user must come'),
+        ([_calls("f:1", "g:2"), _result("b", tool_call_id="2")], 'message 1: the call of "f" has no result'),
+        ([_calls("f:1"), _result("b", tool_call_id="2")], "message 2: no call before it has the id '2'"),
+        ([_calls("f"), _result("a"), _result("b")], "message 3: a result without a call"),
+        ([_calls("f"), _result("a", name="g")], "message 2, key \"name\": 'g', but the call is of 'f'"),
+        ([{"from": "function_call", "value": "f()"}], 'message 1, key "value": not valid JSON'),
+        ([{"from": "function_call", "value": "[]"}], 'message 1, key "value": must be an object with the name of a'),
+    ],
+)
+def test_calls_and_results_that_do_not_match(messages: list[Any], error: str) -> None:
+    with pytest.raises(ConversationError, match=f"^{re.escape(error)}"):
+        parse_conversation([HI[0], *messages])
+
+
+def test_flags_of_a_merged_message() -> None:
+    rounds = [HI[0], {**_calls("f"), "weight": 0}, _result("a"), {**_calls("g"), "train": True}, _result("b")]
+    parts = [
+        {"type": "python", "text": "f()", "trained": False},
+        {"type": "python_output", "text": "a"},
+        {"type": "python", "text": "g()"},
+        {"type": "python_output", "text": "b"},
+    ]
+    assert parse_conversation(rounds)["messages"][1] == {"role": "assistant", "content": parts, "trained": False}
+    end = {"type": "text", "text": "Hello"}
+    assert parse_conversation([*rounds, HI[1]])["messages"][1] == {"role": "assistant", "content": [*parts, end]}
+    untrained = {"role": "assistant", "content": [*parts, {**end, "trained": False}], "trained": False}
+    assert parse_conversation([*rounds, {**HI[1], "training": False}])["messages"][1] == untrained
