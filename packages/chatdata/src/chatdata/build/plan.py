@@ -17,7 +17,7 @@ import numpy as np
 from chatdata.build.divide import in_val_rows
 from chatdata.disk import MAX_COUNT
 from chatdata.errors import MissingSource, RecipeError, UsageError
-from chatdata.recipe import MAX_ROWS, Recipe
+from chatdata.recipe import MAX_ROWS, NATIVE, Recipe
 from chatdata.render.documents import RowMap
 from chatdata.render.model_format import ModelFormat, load_format
 from chatdata.sources.find import Locations, PlannedEntry, resolve
@@ -42,6 +42,11 @@ class BuildPlan:
     def model_format(self) -> ModelFormat | None:
         """The recipe's chat format; None for nanochat's. Raises what `load_format` raises."""
         return load_format(self.recipe.chat_format, self.tokenizer)
+
+    @property
+    def chat_format(self) -> str:
+        """As in the manifest."""
+        return self.model_format.identity if self.model_format else NATIVE
 
 
 def make_build_plan(

@@ -33,7 +33,6 @@ from chatdata.firewall.listing import CHOICES, listing, summary
 from chatdata.firewall.scored import read_scored
 from chatdata.firewall.search import check
 from chatdata.progress import Progress
-from chatdata.recipe import NATIVE
 from chatdata.render.documents import RenderedDocuments, check_cut
 from chatdata.render.model_format import check_canaries
 from chatdata.shards.manifest import FORMAT, MARK, VERSION, build_id_of, other_files, read_manifest
@@ -84,15 +83,13 @@ def build(
     report: dict[str, Any] = {"workers": workers, "engine": engine, "tool_calls": {}}
     seconds: dict[str, float] = {}
     with writes_to(out, NOTHING_WRITTEN), partial_folder(out) as growing:
-        model_format = plan.model_format
-        if model_format:
-            check_canaries(model_format)
-        identity = model_format.identity if model_format else NATIVE
+        if plan.model_format:
+            check_canaries(plan.model_format)
 
         # find missing work units
         units = []
         for number, (source, row_map) in enumerate(row_maps.items()):
-            units += cut_units(number, source, plan.tokenizer, row_map.document_of >= 0, identity)
+            units += cut_units(number, source, plan.tokenizer, row_map.document_of >= 0, plan.chat_format)
         paths, num_damaged = find_units(cache, {unit.key for unit in units})
         missing = [unit for unit in units if unit.key not in paths]
         report["units"] = {"rendered": len(missing), "cached": len(paths), "damaged": num_damaged}
@@ -112,7 +109,7 @@ def build(
             if decontaminate != "off":
                 scored = read_scored(plan.splits["train"], plan.tasks, plan.locations, plan.tokenizer, against)
             rendered = render(on_rows)
-        if rendered and not model_format:
+        if rendered and not plan.model_format:
             used = load_encoder(encoder, plan.tokenizer)
             num_texts, num_checked = sum(r.num_texts for r in rendered), sum(r.num_checked for r in rendered)
             counts = {"texts": num_texts, "texts_checked": num_checked}
@@ -149,7 +146,7 @@ def build(
         forget_readers()  # no row is read from here on
         seconds["total"] = time.perf_counter() - started
         report |= _run_facts(seconds, splits)
-        manifest = _manifest(plan, identity, sources, splits, growing / "tokenizer", dropping)
+        manifest = _manifest(plan, sources, splits, growing / "tokenizer", dropping)
         if findings:
             write_json(growing / "firewall.json", listing(findings, manifest["build_id"]))
         write_json(growing / "report.json", report | {"build_id": manifest["build_id"]})
@@ -181,12 +178,7 @@ def _show_rows(plan: BuildPlan, units: list[Unit], missing: list[Unit], progress
 
 
 def _manifest(
-    plan: BuildPlan,
-    chat_format: str,
-    sources: list[Any],
-    splits: dict[str, Any],
-    tokenizer_folder: Path,
-    dropping: dict[str, Any],
+    plan: BuildPlan, sources: list[Any], splits: dict[str, Any], tokenizer_folder: Path, dropping: dict[str, Any]
 ) -> dict[str, Any]:
     """dropping: what decided which documents the firewall dropped. A report of them changes no byte."""
     tokenizer = plan.tokenizer
@@ -195,7 +187,7 @@ def _manifest(
         "format": FORMAT,
         "version": VERSION,
         "stage": plan.recipe.stage,
-        "chat_format": chat_format,
+        "chat_format": plan.chat_format,
         "recipe": plan.recipe.resolved() | {"limit": plan.limit} | dropping,
         "sources": sources,
         "tokenizer": {

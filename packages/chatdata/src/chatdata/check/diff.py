@@ -29,16 +29,8 @@ TOTALS = ("documents", "tokens", "supervised")
 _KEY = ["task", "row", "entry"]
 _SHOWN = ["name", *_KEY]
 _COMPARED = (
-    "task",
-    "row",
-    "entry",
-    "task_position",
-    "num_turns",
-    "num_tool_calls",
-    "untrained_turns",
-    "original_tokens",
-    "truncated",
-    "spans",
+    *("task", "row", "entry", "task_position", "num_turns"),
+    *("num_tool_calls", "untrained_turns", "original_tokens", "truncated", "spans"),
 )
 
 

@@ -31,13 +31,8 @@ from chatdata.sources.hub import fetch_url, nothing_fetched
 from chatdata.sources.source import Source
 from chatdata.tasks.task import Task, call_task
 
-RECORDED = (
-    "original_tokens",
-    "num_turns",
-    "num_tool_calls",
-    "untrained_turns",
-    "spans",
-)  # of the index, compared with a rendering
+# of the index, compared with a rendering
+RECORDED = ("original_tokens", "num_turns", "num_tool_calls", "untrained_turns", "spans")
 REPLACED = ("max_tokens", "overflow", "chat_format")  # keys of a recipe that options of build replace
 LEAST_DOCUMENTS = 100  # rendered again per split, however small the share
 

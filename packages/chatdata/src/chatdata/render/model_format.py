@@ -74,8 +74,6 @@ def load_format(name: str, tokenizer: Tokenizer) -> ModelFormat | None:
 
     def by_name(messages: Messages) -> Layout:
         rendered = renderer.render(messages)
-        if len(rendered.sampled_mask) != len(rendered.token_ids):
-            raise ConversationError(f"{name} does not say which tokens the model produces")
         return Layout(rendered.token_ids, np.array(rendered.message_indices), np.array(rendered.sampled_mask, bool))
 
     return ModelFormat(f"renderers:{name}@{version('renderers')}", by_name, tokenizer)
@@ -107,10 +105,7 @@ def render_in_format(model_format: ModelFormat, conversation: Conversation) -> t
         places, found = np.flatnonzero(owner == number), pieces[number]
         if message["role"] == "assistant":
             places = places[sampled[places]]
-            try:
-                starts, found = _divide(tokenizer, [ids[i] for i in places.tolist()], found, left_out)
-            except ConversationError as error:
-                raise error.at(f"message {number}") from None
+            starts, found = _divide(tokenizer, [ids[i] for i in places.tolist()], found, left_out)
             of[places] = len(flat) - 1 + np.searchsorted(starts, np.arange(len(places)), side="right")
         else:
             of[places] = len(flat)
@@ -144,7 +139,7 @@ def _divide(
         sought = tokenizer.normalised(piece.text.strip())
         place = text.find(sought, end)
         if place < 0 and piece.role == PYTHON:
-            raise ConversationError(f"the chat format does not write the call of {piece.text}")
+            raise ConversationError(f"the chat format does not write a call of {piece.text}")
         if place < 0:
             left_out[LEFT_OUT[piece.role]] += 1
             continue

@@ -185,19 +185,17 @@ def other_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     return sorted(found)
 
 
-def _name_of(chat_format: str) -> str:
-    """What a recipe calls the chat format of a manifest."""
-    kind, _, rest = chat_format.partition(":")
-    return rest.partition("@")[0] if kind == "renderers" else kind
-
-
 def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
     """What does not go together in a manifest from `parse_manifest`, and names that are not the format's."""
     recipe, splits, tokenizer = manifest["recipe"], manifest["splits"], manifest["tokenizer"]
     found: list[tuple[str, Any, Any]] = [  # key, what it is, what it must be
         ("recipe.stage", recipe["stage"], manifest["stage"]),
         ("splits", sorted(splits), [name for name in ("train", "val") if name in recipe]),
-        ("recipe.chat_format", recipe.get("chat_format"), _name_of(manifest["chat_format"])),
+        (
+            "recipe.chat_format",
+            recipe.get("chat_format"),
+            re.split("[:@]", manifest["chat_format"].removeprefix("renderers:"))[0],
+        ),
         ("dtype", manifest["dtype"], "<u4" if tokenizer["vocab_size"] > MAX_UINT16_VOCAB else "<u2"),
     ]
     for name in {"train", "val"} & set(splits):
