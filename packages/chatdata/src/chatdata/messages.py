@@ -66,12 +66,14 @@ def read_message(
         raise ConversationError(f'message {turn}: no key "{key}"')
     trained = _is_trained(message, extras, role, turn)
     if role == "tool":
-        return role, check_surrogates(output_of(content, where), where), trained, []
+        return role, _text(output_of(content, where), where), trained, []
     named = {key: content} if role == "call" else {name: message[name] for name in _CALLS if name in extras}
     calls = [call for name, value in named.items() for call in calls_of(value, f'message {turn}, key "{name}"')]
     for call in calls:
-        call.turn, call.trained, call.code = turn, trained, check_surrogates(call.code, where)
-    content = _parse_content("" if has_more or role == "call" else content, role, where)
+        call.turn, call.trained, call.code = turn, trained, _text(call.code, where)
+    if calls and (role == "call" or (has_more and len(extras) == 1)):  # nothing but calls
+        return role, [], trained, calls
+    content = _parse_content("" if has_more else content, role, where)
     if role in ("user", "system"):
         return role, content, True, []
     thoughts = {_text(message[name], f'message {turn}, key "{name}"').strip() for name in _REASONING if name in extras}
