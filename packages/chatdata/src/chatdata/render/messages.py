@@ -31,19 +31,16 @@ def to_messages(conversation: Conversation) -> tuple[Messages, list[list[Piece]]
     pieces: list[list[Piece]] = []
     for message in conversation["messages"]:
         content, trained = message["content"], message.get("trained", True)
-        if message["role"] != "assistant":
+        if isinstance(content, str):
             messages.append({"role": message["role"], "content": content})
-            pieces.append([Piece(USER, "", False)])
+            pieces.append([Piece(TEXT, content, trained) if message["role"] == "assistant" else Piece(USER, "", False)])
             continue
-        parts: list[Any] = [{"type": "text", "text": content, "trained": trained}]
         calls: list[dict[str, Any]] = []  # without their results yet
-        for turn in _turns(parts if isinstance(content, str) else content):
+        for turn in _turns(content):
             texts = {kind: [part["text"] for part in turn if part["type"] == kind] for kind in _ORDER}
             if texts["python_output"]:
-                answered = [{"tool_call_id": call["id"], "name": call["function"]["name"]} for call in calls[:1]] or [
-                    {}
-                ]
-                messages.append({"role": "tool", "content": texts["python_output"][0], **answered[0]})
+                named = {"tool_call_id": calls[0]["id"], "name": calls[0]["function"]["name"]} if calls else {}
+                messages.append({"role": "tool", "content": texts["python_output"][0], **named})
                 pieces.append([Piece(OUTPUT, "", False)])
                 calls = calls[1:]
                 continue

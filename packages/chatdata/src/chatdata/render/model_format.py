@@ -101,14 +101,16 @@ def render_in_format(model_format: ModelFormat, conversation: Conversation) -> t
         raise ConversationError(f"the chat format refuses it: {_first_line(error)}") from None
     left_out: Counter[str] = Counter()
     of, flat = np.full(len(ids), -1), list[Piece]()  # of: the place of each token's piece in `flat`
+    by_owner = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[by_owner], np.arange(len(messages) + 1)).tolist()
     for number, message in enumerate(messages):
-        places, found = np.flatnonzero(owner == number), pieces[number]
+        places, found = by_owner[bounds[number] : bounds[number + 1]], pieces[number]
         if message["role"] == "assistant":
             places = places[sampled[places]]
+        of[places] = len(flat)
+        if message["role"] == "assistant" and (len(found) > 1 or found[0].role != TEXT):
             starts, found = _divide(tokenizer, [ids[i] for i in places.tolist()], found, left_out)
-            of[places] = len(flat) - 1 + np.searchsorted(starts, np.arange(len(places)), side="right")
-        else:
-            of[places] = len(flat)
+            of[places] += np.searchsorted(starts, np.arange(len(places)), side="right") - 1
         if not len(places) and not (message["role"] == "system" and _is_there(tokenizer, ids, message["content"])):
             raise ConversationError(f"message {number}: the chat format writes no token for it ({message['role']})")
         flat += found
@@ -130,8 +132,6 @@ def _divide(
 
     Raises ConversationError if a call is not.
     """
-    if len(pieces) == 1 and pieces[0].role == TEXT:
-        return [0], pieces
     tokens = [tokenizer.spelling[token_id] for token_id in ids]
     text, ends = b"".join(tokens), np.cumsum([len(token) for token in tokens]).tolist()
     starts, found, end = list[int](), list[Piece](), 0
