@@ -18,6 +18,8 @@ _TRAINED = ("trained", "train", "training", "weight")
 _TALKERS = frozenset(("system", "user", "assistant"))
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_PARTLY = "trains on parts of a text; give the message as parts, or one train for all of it"
+_REFUSED = {**REFUSED_KEYS, "train_detail": _PARTLY}
 _KEYS = {  # that a message may have besides role and content
     "assistant": frozenset((*_TRAINED, *_REASONING, *_CALLS)),
     "tool": frozenset((*_TRAINED, "tool_call_id", "name")),
@@ -60,7 +62,8 @@ def read_message(
     extras = [name for name in message if name not in (role_key, key) and message[name] not in EMPTY]
     for name in extras:
         if name not in _KEYS.get(role, _TRAINED):
-            raise ConversationError(f'message {turn}, key "{name}": {_reason(name, role)}')
+            why = f"not understood in a message of role {role}; remove it if it is only metadata"
+            raise ConversationError(f'message {turn}, key "{name}": {_REFUSED.get(name, why)}')
     has_more = role == "assistant" and content in EMPTY and any(name in extras for name in (*_CALLS, *_REASONING))
     if key not in message and not has_more:
         raise ConversationError(f'message {turn}: no key "{key}"')
@@ -98,12 +101,6 @@ def read_message(
     if is_text and not calls and (not parts or parts[0]["type"] == "text"):
         return role, parts[0]["text"] if parts else "", trained, []
     return role, parts, trained, calls
-
-
-def _reason(extra: str, role: str) -> str:
-    if extra == "train_detail":
-        return "trains on parts of a text; give the message as parts, or one train for all of it"
-    return REFUSED_KEYS.get(extra, f"not understood in a message of role {role}; remove it if it is only metadata")
 
 
 def _is_trained(message: dict[str, Any], extras: list[str], role: str, turn: int) -> bool:

@@ -85,14 +85,11 @@ def messages_of(record: Any, columns: tuple[tuple[str, str], ...] = ()) -> tuple
     given = [key for key in given if not isinstance(record[key], Number)]
     system = [key for key in ("system", "system_prompt") if key in given]
     tools = [key for key in ("tools", "functions") if key in given]
-    keys |= {*system, *tools, "chat_template_kwargs"}
+    keys |= {*system[:1], *tools[:1], "chat_template_kwargs"}
     for key in given:
         if key not in keys and key not in METADATA_KEYS:
             left_out = f"key {json.dumps(key)} next to the messages would be left out"
             raise ConversationError(f"{left_out}; if that is right, set ignore = [{json.dumps(key)}] in the recipe")
-    for both in (system, tools):
-        if len(both) > 1:
-            raise ConversationError(f'both "{both[0]}" and "{both[1]}"; leave one out: ignore = ["{both[1]}"]')
     return messages, _text(record, system[0]) if system else "", signatures(record[tools[0]]) if tools else ""
 
 
@@ -134,9 +131,8 @@ def _from_texts(record: dict[str, Any], given: list[str]) -> tuple[list[Any], se
         messages.append({"role": "assistant", "content": _text(record, answer)})
     elif answer == "answers":  # xLAM's are calls
         is_text = len(value) == 1 and isinstance(value[0], str)
-        messages.append(
-            {"role": "assistant", **({"content": value[0]} if is_text else {"tool_calls": value or [None]})}
-        )
+        key, value = ("content", value[0]) if is_text else ("tool_calls", value or [None])
+        messages.append({"role": "assistant", key: value})
     else:
         messages += value
     return messages, {asked, answer, "history", more or asked}
