@@ -226,6 +226,8 @@ def test_the_command_line(work: Path, tmp_path: Path, command_line: Callable) ->
         result = command_line(line, folder)
         assert result.returncode == 0, (line, result.stderr)
     assert (folder / "out/q/manifest.json").read_bytes() == (folder / "out/again/manifest.json").read_bytes()
+    estimate = command_line(f"{made} --dry-run", folder)
+    assert estimate.returncode == 0, estimate.stderr
     for line, message in (
         ("chatdata build --recipe plain.toml --chat-format qwen3 --out x", "needs --tokenizer with the model's"),
         ("chatdata build --recipe plain.toml --chat-format qwen4 --tokenizer qwen3 --out x", "Known: "),

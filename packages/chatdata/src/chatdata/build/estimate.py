@@ -36,7 +36,8 @@ def estimate(plan: BuildPlan, workers: int, encoder: str = "auto") -> dict[str, 
         if encoder == "auto" and sum(map(_text_bytes, row_maps)) < FAST_ENCODER_BYTES:
             encoder = "tiktoken"
         renderer = Renderer(plan.sources, plan.tokenizer, encoder, Path(folder), plan.recipe.chat_format)
-        load_encoder(encoder, plan.tokenizer)
+        if not plan.model_format:
+            load_encoder(encoder, plan.tokenizer)
         for number, (source, row_map) in enumerate(row_maps.items()):
             rows = np.flatnonzero(row_map.document_of >= 0)
             sample = list(_sample(rows))
