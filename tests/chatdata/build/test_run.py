@@ -284,7 +284,10 @@ def test_dry_run_and_json(tmp_path: Path, chatdata: Callable) -> None:
     result = chatdata("build", "--stage", "mid", "--demo", "--out", out, "--dry-run", "--json")
     plan = json.loads(result.stdout)
     assert (plan["recipe"], plan["stage"], result.stderr) == ("demo-mid", "mid", "")
-    assert {"entry": "demo_math train", "source": "demo_math train", "rows": 4200} in plan["splits"]["train"]
+    (math,) = [entry for entry in plan["splits"]["train"] if entry["entry"] == "demo_math train"]
+    tokens = math.pop("tokens")
+    assert math == {"entry": "demo_math train", "source": "demo_math train", "rows": 4200}
+    assert tokens < plan["about"]["tokens"]
     assert not out.exists()
 
 
