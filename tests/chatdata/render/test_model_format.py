@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_folders import llama_folder, qwen_folder, trl_template
+from chat_folders import QWEN_SPLIT, llama_folder, make_folder, qwen_folder, trl_template
 from common_form import conversations
 from hypothesis import given, settings
 
@@ -42,6 +42,9 @@ WEATHER = {
         {"role": "assistant", "content": "Bye"},
     ]
 }
+
+
+PHI = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +221,6 @@ def test_what_a_format_cannot_hold_is_refused_in_one_line(folders: dict[str, Pat
             "across its edge",
         ),
         ("{{ raise_exception('no!') }}", "refuses it: no!"),
-        ("{{ strftime_now('%Y') }}", "refuses it: 'strftime_now' is undefined"),
     ],
 )
 def test_templates_that_hide_the_answer_are_refused(tmp_path: Path, template: str, message: str) -> None:
@@ -229,6 +231,22 @@ def test_templates_that_hide_the_answer_are_refused(tmp_path: Path, template: st
         conversation = {"messages": [user, assistant]}
     with pytest.raises(ConversationError, match=message):
         render_in_format(model_format, conversation)
+
+
+def test_today_is_a_fixed_day(tmp_path: Path) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ '\n\n' + m.content }}<|im_end|>{% endfor %}"
+    model_format = load_format("template", read_folder(qwen_folder(tmp_path / "x", template)))
+    document, _ = render_in_format(model_format, {"messages": WEATHER["messages"][-2:]})
+    assert document.text() == "26 Jul 2024\n\nThanks<|im_end|>\n\nBye<|im_end|>"
+
+
+def test_a_template_may_end_what_is_whole_in_its_own_way(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Phi 3's writes its eos token where no generation prompt is wanted."""
+    folder = tmp_path / "phi"
+    make_folder(folder, trl_template("phi3"), QWEN_SPLIT, PHI, [], {"eos_token": "<|endoftext|>"})
+    model_format = load_format("template", read_folder(folder))
+    document, _ = render_in_format(model_format, {"messages": WEATHER["messages"][-2:]})
+    assert document.conversation_markup() == "<|user|>\nThanks<|end|>\n<|assistant|>\n⟦Bye<|end|>\n<|endoftext|>⟧"
 
 
 def test_canaries_find_another_template(folders: dict[str, Path], tmp_path: Path) -> None:
