@@ -64,7 +64,14 @@ def test_a_build_counts_and_lists_them(run: Callable[[str], dict]) -> None:
         report = run(name)
         assert report["units"]["cached"] == cached
         found = report["tool_calls"]["train"]
-        counts = {"task": "conversations", "calls": 4, "point_zero": 1, "different": 1, "no_output": 1}
+        counts = {
+            "task": "conversations",
+            "name": "conversations",
+            "calls": 4,
+            "point_zero": 1,
+            "different": 1,
+            "no_output": 1,
+        }
         assert found["entries"] == {"0": counts}
         assert found["mismatches"] == 3
         listed = {
@@ -80,7 +87,7 @@ def test_a_build_counts_and_lists_them(run: Callable[[str], dict]) -> None:
 def test_gsm8k(golden_mid: Path) -> None:
     """7,473 rows: of 23,716 calls, as `shared/` says, none but those written in another way."""
     found = json.loads((golden_mid / "report.json").read_text())["tool_calls"]["train"]
-    assert found["entries"] == {"2": {"task": "gsm8k", "calls": 23_716, "format": 667}}
+    assert found["entries"] == {"2": {"task": "gsm8k", "name": "gsm8k", "calls": 23_716, "format": 667}}
     assert (found["mismatches"], len(found["listed"])) == (667, 667)
 
 
