@@ -21,9 +21,8 @@ from chat_folders import qwen_folder, trl_template
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text(encoding="utf-8")
 FILES = re.findall(r"^```\w+ (\S+)\n(.*?)^```", PAGE, re.S | re.M)
-STEPS = re.findall(
-    r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", "\n".join(re.findall(r"^```console\n(.*?^)```", PAGE, re.S | re.M)), re.M
-)
+CONSOLE = "".join(re.findall(r"^```console\n(.*?)^```", PAGE, re.S | re.M))
+STEPS = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", CONSOLE, re.M)
 FAILS = {"chatdata check": 3}  # other commands end with 0
 
 
@@ -73,10 +72,8 @@ def test_every_command_prints_what_is_shown(folder: Path, command_line: Callable
         shown = [line.rstrip() for line in text.rstrip().splitlines()]
         code, printed = run(command, folder, command_line)
         lines = [line.rstrip() for line in printed.rstrip().splitlines()]
-        expected = (
-            1 if any(line.startswith("Error: ") for line in shown) else FAILS.get(" ".join(command.split()[:2]), 0)
-        )
-        assert code == expected, (command, printed)
+        failure = 1 if any(line.startswith("Error: ") for line in shown) else 0
+        assert code == FAILS.get(" ".join(command.split()[:2]), failure), (command, printed)
         assert matches(shown, lines), f"{command}\n{printed}"
 
 
