@@ -23,8 +23,6 @@ Work is bounded by the text alone. Every literal is used once and there are no p
 denominator ever has more digits than the expression has characters.
 """
 
-from __future__ import annotations
-
 import operator
 import re
 from collections import deque

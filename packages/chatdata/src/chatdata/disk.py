@@ -11,8 +11,6 @@ A struct's own rules go into its `__post_init__`; a ValueError there becomes a l
 string with a pattern, or a list": msgspec 0.22 crashes when it frees one (LOG.md).
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -35,56 +35,44 @@ class UsageError(ChatdataError):
     exit_code = 2
 
 
-class ConversationError(ChatdataError):
-    pass
+class ConversationError(ChatdataError): ...
 
 
-class TaskError(ChatdataError):
-    pass
+class TaskError(ChatdataError): ...
 
 
-class RecipeError(ChatdataError):
-    pass
+class RecipeError(ChatdataError): ...
 
 
-class PersonaError(ChatdataError):
-    pass
+class PersonaError(ChatdataError): ...
 
 
-class SourceError(ChatdataError):
-    pass
+class SourceError(ChatdataError): ...
 
 
 class MissingSource(SourceError):
     """A source that was not found; the message ends with how to get it."""
 
 
-class TokenizerError(ChatdataError):
-    pass
+class TokenizerError(ChatdataError): ...
 
 
-class EncoderError(ChatdataError):
-    pass
+class EncoderError(ChatdataError): ...
 
 
-class BuildError(ChatdataError):
-    pass
+class BuildError(ChatdataError): ...
 
 
-class FormatError(ChatdataError):
-    pass
+class FormatError(ChatdataError): ...
 
 
-class PackingError(ChatdataError):
-    pass
+class PackingError(ChatdataError): ...
 
 
-class PlanError(ChatdataError):
-    pass
+class PlanError(ChatdataError): ...
 
 
-class CalculatorError(ChatdataError):
-    pass
+class CalculatorError(ChatdataError): ...
 
 
 def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:

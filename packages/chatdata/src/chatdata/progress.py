@@ -10,8 +10,6 @@ with shown_progress(quiet=not ranks.is_first) as progress:
 mid: 50 of 100 steps, 3.4/s, 0:00:15 left, loss 1.2300
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

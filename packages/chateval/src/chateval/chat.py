@@ -1,21 +1,16 @@
 """Chat with a checkpoint in the terminal. Answers appear token by token, with tool calls and results in colour."""
 
-from __future__ import annotations
-
 import codecs
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import click
 
 from chatdata.errors import printable
 from chatdata.render.format import NANOCHAT
+from chatdata.tokenizer.bpe import Tokenizer
 from chateval.ask.generate import Prompt, Sampling, generate
 from chateval.ask.subject import Subject
-
-if TYPE_CHECKING:
-    from chatdata.tokenizer.bpe import Tokenizer
 
 HELP = "/clear starts over, /quit or Ctrl-D exits."
 # how the start and end of a tool call and of its result are shown

@@ -1,7 +1,5 @@
 """The command line. Heavy imports are inside the functions that need them, to keep `--help` fast."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from functools import partial
 from pathlib import Path

@@ -19,13 +19,10 @@ class UsageError(ChatevalError):
     exit_code = 2
 
 
-class ScoringError(ChatevalError):
-    pass
+class ScoringError(ChatevalError): ...
 
 
-class ResultsError(ChatevalError):
-    pass
+class ResultsError(ChatevalError): ...
 
 
-class SandboxError(ChatevalError):
-    pass
+class SandboxError(ChatevalError): ...

@@ -15,12 +15,10 @@ never a token's value. Tokens are slices and gathers of the memory maps, without
 reads them one step ahead of the model.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,11 +27,9 @@ from torch import Tensor
 from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan
 from chatdata.render.format import NANOCHAT
+from chatdata.shards.read import Split
 from chattrain.loss import IGNORED
 from chattrain.reads import reads_of_sequences
-
-if TYPE_CHECKING:
-    from chatdata.shards.read import Split
 
 WIDTH_MULTIPLE = 64  # of pad on cuda: for every new W, cuDNN's attention builds its graphs again, about 60 ms a step
 

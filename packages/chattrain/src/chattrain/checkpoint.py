@@ -6,8 +6,6 @@ step-00000120/state.json               step, model config, plan, recipe of the r
 step-00000120/tokenizer/               the build's
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -16,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -30,11 +28,9 @@ from chatdata.packing.epoch import Layout, Order, TrainingPlan
 from chatdata.packing.layouts import Long
 from chatdata.shards.manifest import Sha256
 from chatdata.shards.masks import MaskPolicy
+from chatdata.tokenizer.bpe import Tokenizer
 from chattrain.errors import CheckpointError, NonFiniteError, ResumeError, first_line
 from chattrain.model import ModelConfig, parse_config
-
-if TYPE_CHECKING:
-    from chatdata.tokenizer.bpe import Tokenizer
 
 FORMAT, VERSION = "chattrain-checkpoint", 2  # 2: with SHA-256, and "layout" in the plan
 PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches

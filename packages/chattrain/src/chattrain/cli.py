@@ -1,7 +1,5 @@
 """The command line. Heavy imports are inside the functions that need them, so that `--help` is fast."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import nullcontext
 from functools import partial

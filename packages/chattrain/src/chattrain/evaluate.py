@@ -6,24 +6,20 @@ come from the merges themselves: decoding single tokens to text miscounts those 
 32,768 in nanochat, 2ce972a).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from chatdata.arrow import values_of
 from chatdata.packing.epoch import TrainingPlan
+from chatdata.tokenizer.bpe import Tokenizer
 from chattrain.batches import Lengths, read_rows, target_documents
 from chattrain.loss import position_losses
 from chattrain.model import GPT
 from chattrain.run.start import Ranks, StopRequest
-
-if TYPE_CHECKING:
-    from chatdata.tokenizer.bpe import Tokenizer
 
 # (inputs [B, W], document lengths or None) → hidden [B, W, C]: the model with its device, dtype and attention chosen
 Forward = Callable[[torch.Tensor, Lengths], torch.Tensor]

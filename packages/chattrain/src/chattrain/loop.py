@@ -4,8 +4,6 @@ Loss of a step = sum over its targets ÷ number of its targets, over all ranks a
 number before step 0, so each micro-batch's loss is divided by it once and gradients simply add up.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator

@@ -4,8 +4,6 @@ The loss of a step is the sum over its targets ÷ their number, over all ranks a
 return sums: a mean of micro-batch means weighs short answers more (karpathy/nanochat#59).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import cache
 

@@ -8,8 +8,6 @@ Shapes, here and in the modules around it:
     hidden → head → 15 · tanh(· / 15) → logits [B, T, V]
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

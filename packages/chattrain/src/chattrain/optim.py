@@ -8,8 +8,6 @@ fp32. The rest is the same in nanochat, in torch with adjust_lr_fn="original", a
     update ← Newton-Schulz, 5 steps, of update / norm; × sqrt(max(1, rows / columns)); no weight decay (torch: 0.1)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 

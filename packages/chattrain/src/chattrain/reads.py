@@ -20,8 +20,6 @@ A read is the part of one document that one sequence takes:
                        sequence 1           b b b b c             reads (b, 1 … 5), (c, 0 … 1)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -5,8 +5,6 @@ are paired first (of several copies, the one of the same row and entry). A (task
 sides is the same row with other tokens or another mask; every other document is only in a or only in b.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 from itertools import zip_longest

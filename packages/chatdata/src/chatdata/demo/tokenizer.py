@@ -1,7 +1,5 @@
 """`chatdata build --demo`: the tokenizer trained as its first step. Texts are in texts/, recipes are demo-*.toml."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -9,8 +9,6 @@ Everything is drawn by `random.Random`: `Random(42)` shuffles the decks, `Random
 So the same persona gives the same rows on every machine, and a longer file starts with the shorter one.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re

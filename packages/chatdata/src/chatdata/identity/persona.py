@@ -13,8 +13,6 @@ Only the name is needed:
     ]
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -3,9 +3,7 @@
 The numbers come from `plan_epoch` and `plan_sequences`, which chattrain trains on. Shapes as in packing/epoch.py.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 from rich.markup import escape
@@ -23,9 +21,7 @@ from chatdata.packing.epoch import (
 )
 from chatdata.packing.layouts import Long
 from chatdata.shards.masks import MaskPolicy, check_policy
-
-if TYPE_CHECKING:
-    from chatdata.shards.read import Build, Split
+from chatdata.shards.read import Build, Split
 
 WHAT_IF_LENGTHS = (512, 1024, 2048, 4096, 8192)
 

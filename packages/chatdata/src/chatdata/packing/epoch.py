@@ -5,19 +5,15 @@ takes sequences [s·G, (s + 1)·G); the last S mod G are left out. Everything is
 the mask, unless it is ignored), so a plan is the same on every machine. layouts.py fills the sequences.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from chatdata.errors import PlanError
 from chatdata.packing.layouts import Long, Packing, pack, pad, stream
 from chatdata.shards.masks import MaskPolicy
-
-if TYPE_CHECKING:
-    from chatdata.shards.read import Split
+from chatdata.shards.read import Split
 
 Layout = Literal["stream", "pack", "pad"]
 Order = Literal["plan", "nanochat"]

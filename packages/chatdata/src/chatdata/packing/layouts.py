@@ -35,8 +35,6 @@ pad: one document per sequence, shuffled by the seed (here 1). The trainer decid
 Everything is integer arithmetic on stable orders, so a plan is the same on every machine.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, get_args

@@ -3,13 +3,11 @@
 Each yields lines of items.jsonl, plain data with the fields of `chateval.results.items.Item`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatdata.render.format import NANOCHAT
 from chatdata.tasks.task import Task, call_task
@@ -17,9 +15,7 @@ from chateval.ask.generate import Completion, Prompt, Sampling, generate
 from chateval.ask.letters import choose_letters
 from chateval.ask.questions import Question
 from chateval.ask.subject import Subject, gold_losses
-
-if TYPE_CHECKING:
-    from chateval.sandbox.run_code import Isolation
+from chateval.sandbox.run_code import Isolation, run_code
 
 WHOLE_ENDINGS = ("assistant_end", "bos")  # of answers that were not cut
 CODE_THREADS = 4  # programs mostly wait for an interpreter to start
@@ -82,8 +78,6 @@ def answer_programs(
     subject: Subject, task: Task, draws: Sequence[Draw], sampling: Sampling, isolation: Isolation
 ) -> Iterator[dict[str, Any]]:
     """Generated programs, run in the sandbox with their tests."""
-    from chateval.sandbox.run_code import run_code
-
     assert task.scoring is not None and task.scoring.program is not None
     write_program = task.scoring.program
 

@@ -10,14 +10,12 @@ the answer, token by token; if the expression cannot be calculated, the model si
 (karpathy/nanochat@790f3be:nanochat/engine.py does the same). Finished rows are dropped from the batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +23,9 @@ from torch import Tensor
 from chatdata.calculator import calculate
 from chatdata.errors import CalculatorError
 from chatdata.render.format import NANOCHAT
+from chatdata.tokenizer.bpe import Tokenizer
 from chateval.ask.kv_cache import KeyValueCache
-from chateval.ask.subject import prompt_logits
-
-if TYPE_CHECKING:
-    from chatdata.tokenizer.bpe import Tokenizer
-    from chateval.ask.subject import Subject
+from chateval.ask.subject import Subject, prompt_logits
 
 # assistant_end and bos end an answer; the others say why it was cut
 Ending = Literal["assistant_end", "bos", "max_tokens", "context"]

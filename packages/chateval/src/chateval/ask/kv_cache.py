@@ -5,8 +5,6 @@ sees the slots up to its own position. Later slots (the padding of a shorter pro
 overwritten when the row gets there.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

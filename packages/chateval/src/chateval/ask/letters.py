@@ -3,8 +3,6 @@
 Only the hidden state at each prompt's last position goes through the head, in fp32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,30 +1,26 @@
 """The questions: rows of scored tasks as prompts, with the same sources, order and rendering as a build."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from chatdata.build.plan import permutation, select
 from chatdata.conversation import parse_conversation
+from chatdata.document import Document
 from chatdata.errors import ChatdataError, MissingSource, TaskError, nearest
 from chatdata.recipe import Entry, scored_entry
 from chatdata.render.specification import render_conversation, render_for_completion
 from chatdata.sources.find import Locations, resolve
 from chatdata.sources.source import Source
 from chatdata.tasks.task import Scoring, Task, call_task
+from chatdata.tokenizer.bpe import Tokenizer
 from chateval.errors import UsageError
-
-if TYPE_CHECKING:
-    from chatdata.document import Document
-    from chatdata.tokenizer.bpe import Tokenizer
 
 Kind = Literal["categorical", "generative", "code"]
 

@@ -6,14 +6,12 @@ again as a whole, so its answers equal those of an uninterrupted run, and only i
 the lines are sorted into the tasks' order.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,10 +25,8 @@ from chateval.ask.subject import Subject
 from chateval.errors import ScoringError, UsageError
 from chateval.results.items import ITEMS_NAME, append_item, open_items, read_items
 from chateval.results.run_file import RUN_NAME, Run, RunTask, read_firewall, read_run, require_same_run, write_run
+from chateval.sandbox.run_code import Isolation, find_isolation
 from chattrain.run.start import Ranks
-
-if TYPE_CHECKING:
-    from chateval.sandbox.run_code import Isolation
 
 
 @dataclass(frozen=True)
@@ -127,8 +123,6 @@ def _isolation(settings: ScoringSettings, code_tasks: Sequence[str]) -> Isolatio
         return None
     if not settings.allow_code:
         raise UsageError(f"{name} runs code that the model wrote: pass --allow-code, or leave {name} out")
-    from chateval.sandbox.run_code import find_isolation
-
     return find_isolation()
 
 

@@ -1,30 +1,25 @@
 """The model that is scored: load it, read its logits after prompts, measure its loss on known answers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from chatdata.document import IGNORED, Document
+from chatdata.tokenizer.bpe import Tokenizer
+from chateval.ask.kv_cache import KeyValueCache
 from chateval.errors import ScoringError
 from chattrain.checkpoint import read_checkpoint
 from chattrain.evaluate import token_byte_counts
 from chattrain.loss import position_losses
 from chattrain.model import GPT, ModelConfig, load_model
 from chattrain.nanochat.export import is_export, read_export
-
-if TYPE_CHECKING:
-    from chatdata.tokenizer.bpe import Tokenizer
-    from chateval.ask.kv_cache import KeyValueCache
 
 
 @dataclass(frozen=True, eq=False)

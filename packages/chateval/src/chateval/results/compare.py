@@ -4,8 +4,6 @@ Scores are compared item by item, because both answered the same questions. Two 
 difficulty of the questions as noise twice, and miss most real differences.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

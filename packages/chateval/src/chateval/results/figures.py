@@ -3,8 +3,6 @@
 `write_report` (report.py) writes them to results.json.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Confidence intervals, paired tests and ChatCORE, from counts of right answers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from statistics import NormalDist

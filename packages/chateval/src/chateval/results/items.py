@@ -4,8 +4,6 @@ While a run is at work the lines are in any order, and further ranks write their
 the end ask/run.py puts all lines, unchanged, into items.jsonl in the tasks' order.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -5,8 +5,6 @@ OUT/items.jsonl     one line per item and draw (items.py); while ranks are at wo
 OUT/results.json    every figure, computed from the two (figures.py)
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -8,8 +8,6 @@ other process of the namespace, whatever signals they ignore and wherever they f
 It knows no secret. Everything it needs is JSON in its only argument. Under -S, it has only the standard library.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

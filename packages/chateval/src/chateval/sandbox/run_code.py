@@ -23,8 +23,6 @@ scorer; HumanEval's tests are not written to run in another process. Kernel flaw
 model are visible. Memory is limited per process: num_processes * memory_bytes + folder_bytes in all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

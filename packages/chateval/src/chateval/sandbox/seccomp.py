@@ -16,8 +16,6 @@ clone3 returns "not implemented": its flags are behind a pointer that no filter 
 Numbers: <asm/unistd_64.h> and <asm-generic/unistd.h>; program format: <linux/filter.h>, <linux/seccomp.h>.
 """
 
-from __future__ import annotations
-
 import errno
 import socket
 import struct

@@ -1,7 +1,5 @@
 """Import of karpathy/nanochat's own checkpoints: model_<step>.pt and meta_<step>.json in a folder (December 2025)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

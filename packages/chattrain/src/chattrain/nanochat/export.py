@@ -1,7 +1,5 @@
 """Export to transformers' NanoChat (5.x, models/nanochat), and the proof that the exported model is the same."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import secrets

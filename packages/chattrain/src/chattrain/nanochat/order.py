@@ -16,9 +16,7 @@ mask applied (scripts/chat_sft.py): B whole documents a micro-batch in their ord
 longest of them needs. Steps end with the last R·B whole documents.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +24,7 @@ from chatdata.errors import PlanError
 from chatdata.packing.epoch import LeftOut, TrainingPlan, check_sizes, document_targets, too_small
 from chatdata.packing.layouts import Packing
 from chatdata.shards.masks import check_policy
-
-if TYPE_CHECKING:
-    from chatdata.shards.read import Split
+from chatdata.shards.read import Split
 
 
 def make_nanochat_plan(

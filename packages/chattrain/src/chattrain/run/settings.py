@@ -1,7 +1,5 @@
 """The settings of a run: the command line of `chattrain run`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run writes besides its checkpoints: run.json, log.jsonl, TensorBoard files, loss.png, and its lock."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -1,7 +1,5 @@
 """`chattrain trace`: which documents were in a step, from run.json, the build, and the plan made again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """When a rank dies the others must not wait for it: on nccl they would for 10 minutes, and not say why."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import select

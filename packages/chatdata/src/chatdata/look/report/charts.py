@@ -4,8 +4,6 @@ Every number is also in a table of the page. Colours are the page's CSS variable
 being drawn again. Names of tasks and tokens are data here, never part of an expression.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

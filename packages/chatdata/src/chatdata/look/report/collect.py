@@ -3,8 +3,6 @@
 Shards are read in blocks of whole documents, so memory use does not grow with the build.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

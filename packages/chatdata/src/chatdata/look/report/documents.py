@@ -1,7 +1,5 @@
 """The documents that a report shows, each as lines of segments that a page can style."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise

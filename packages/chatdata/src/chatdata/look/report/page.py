@@ -5,8 +5,6 @@ Text from the data may be anything. It reaches the page in two ways: through jin
 their SHA-256, and lets nothing be fetched, not even an image.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
