@@ -255,6 +255,10 @@ def test_canaries_find_another_template(folders: dict[str, Path], tmp_path: Path
     other = qwen_folder(tmp_path / "other", trl_template("qwen3").replace("<tool_call>\\n", "<tool_call>"))
     with pytest.raises(BuildError, match=r"write different tokens, .*use --chat-format template"):
         check_canaries(load_format("qwen3", read_folder(other)))
+    with pytest.raises(
+        BuildError, match=r"other: message 1: the chat template writes it in one way .*name the chat format$"
+    ):
+        check_canaries(load_format("template", read_folder(other)))
 
 
 def test_formats_by_other_names_are_refused(folders: dict[str, Path]) -> None:

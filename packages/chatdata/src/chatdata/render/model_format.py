@@ -160,8 +160,11 @@ def check_canaries(model_format: ModelFormat) -> None:
     for conversation in canary_conversations():
         messages, _ = to_messages(conversation)
         ours = theirs = None  # where both refuse, so is a row
-        with suppress(Exception):
+        try:
             ours = list(model_format.lay(messages).ids)
+        except Exception as error:
+            if model_format.identity.startswith(TEMPLATE) and isinstance(error, ConversationError):
+                raise BuildError(f"{tokenizer.name}: {error}") from None
         with suppress(Exception):
             theirs = tokenizer.encode(template(messages, False))
         if ours != theirs:
