@@ -45,7 +45,7 @@ from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.model_batch import render_rows
 from chatdata.render.model_format import load_format
 from chatdata.render.pieces import UNTRAINED, Pieces, pieces_of_rows
-from chatdata.render.trained import untrained_index
+from chatdata.render.spans import untrained_index
 from chatdata.sources.jsonl import SEGMENT_BYTES
 from chatdata.sources.source import Rows, Source
 from chatdata.tokenizer import encoders

@@ -20,7 +20,7 @@ from chatdata.errors import ChatdataError, FormatError
 from chatdata.progress import Progress, no_progress
 from chatdata.recipe import NATIVE
 from chatdata.render.contract import Finding, Rules, check_documents
-from chatdata.render.trained import WHOLE_DOCUMENT
+from chatdata.render.spans import WHOLE_DOCUMENT
 from chatdata.shards.index import index_arrays, read_index
 from chatdata.shards.manifest import LARGE_KINDS, build_files, check_files, contradictions, other_files, parse_manifest
 from chatdata.shards.read import Build, Split

@@ -7,7 +7,7 @@ what is allowed; and the last delimiter before a token says what its mask must b
     tokens     bos user_start  w  w  user_end assistant_start  w python_start  w python_end output_start  w output_end …
     mask        0      0       0  0     0            0         1      1        1      1           0       0     0
 
-format.py has the tables. Nothing here reads a file: arrays in, findings out.
+format.py has the tables.
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ import numpy as np
 from chatdata.errors import BuildError
 from chatdata.recipe import NATIVE
 from chatdata.render.batch import digests_of
-from chatdata.render.format import END, EVENTS, NAMES, NANOCHAT, OTHER, REASONING, START, TEXT, Grammar, grammar_of
+from chatdata.render.format import END, EVENTS, NAMES, NANOCHAT, OTHER, START, TEXT, Grammar, grammar_of
 from chatdata.render.pieces import blocks_of
-from chatdata.render.trained import SUPERVISED_ROLES, WHOLE_DOCUMENT, Problem, check_spans, inside, whole
+from chatdata.render.spans import WHOLE_DOCUMENT, Problem, check_spans, differing_spans, first_of_each, untrained, whole
 
 BLOCK_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the size of the shard
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a build's manifest says its documents keep to. `stage` base means plain text: bos, then text.
-
-    Of other chat formats than nanochat's the delimiters are not known: mask and spans are held to each other.
-    """
+    """What a build's manifest says its documents keep to. `stage` base means plain text: bos, then text. Of other chat
+    formats than nanochat's the delimiters are not known: mask and spans are held to each other."""
 
     special_ids: Mapping[str, int]
     vocab_size: int
@@ -81,12 +79,12 @@ def check_documents(
         block = _read_block(np.asarray(tokens[begin:end]), np.asarray(mask[begin:end]), bounds, part, rules)
         for file, kind, documents, positions in _check_block(block, rules):
             if len(documents):
-                documents, positions = _first_of_each(documents + first, positions)
+                documents, positions = first_of_each(documents + first, positions)
                 found.setdefault((file, kind), []).append((documents, positions))
         if progress:
             progress(end)
     return [
-        Finding(file, kind, *_first_of_each(*map(np.concatenate, zip(*parts, strict=True))))
+        Finding(file, kind, *first_of_each(*map(np.concatenate, zip(*parts, strict=True))))
         for (file, kind), parts in found.items()
     ]
 
@@ -98,7 +96,7 @@ def raise_defect(findings: list[Finding], numbers: np.ndarray, where: Callable[[
     """
     for finding in findings:
         place, position = where(int(numbers[finding.documents[0]])), int(finding.positions[0])
-        at = "" if position == WHOLE_DOCUMENT else f", position {position}"
+        at = f", position {position}" if position != WHOLE_DOCUMENT else ""
         raise BuildError(f"{place}: {finding.kind}{at}: a defect of chatdata, please report it")
 
 
@@ -171,7 +169,11 @@ def _check_by_delimiters(block: _Block, grammar: Grammar) -> Iterator[Problem]:
     if "num_turns" in block.index:
         yield from _check_turns(block)
     if "num_spans" in block.index:
-        yield whole("index", "spans differ from the delimiters", _wrong_spans(block, grammar, broken) & ~broken)
+        role, opened = grammar.role_after[block.previous], grammar.opens[block.previous]
+        length = block.gap + opened * (1 + (block.event != END))
+        expected = np.stack([block.document, role, block.at - block.gap - opened, length])
+        wrong = differing_spans(expected[:, (role >= 0) & (length > 0)], block.index, broken)
+        yield whole("index", "spans differ from the delimiters", wrong & ~broken)
 
 
 def _check_delimiters(block: _Block, grammar: Grammar) -> Iterator[Problem]:
@@ -246,18 +248,16 @@ def _check_mask(block: _Block, grammar: Grammar, broken: np.ndarray) -> Iterator
 
 def _allow_untrained(expected: np.ndarray, block: _Block) -> None:
     """Set `expected` to 0 in the untrained spans of the index, and to the mask itself at each assistant_end of
-    documents that have untrained turns: _check_counts counts these."""
-    index = block.index
-    if "span_trained" in index:
-        untrained = np.flatnonzero((index["span_trained"] == 0) & np.isin(index["span_role"], SUPERVISED_ROLES))
-        expected[inside(block.offsets, index, untrained)] = 0
-    if "untrained_turns" in index:
+    documents that have untrained turns: _check_turns counts these."""
+    if "span_trained" in block.index:
+        expected[untrained(block.offsets, block.index)] = 0
+    if "untrained_turns" in block.index:
         ends = _ends_of_turns(block)
         expected[ends] = block.mask[ends] & 1
 
 
 def _ends_of_turns(block: _Block) -> np.ndarray:
-    """Positions in the block of the assistant_end of all documents that have untrained turns."""
+    """Places of the assistant_end of all documents that have untrained turns."""
     is_end = (block.event == EVENTS[NANOCHAT.assistant_end]) & (block.index["untrained_turns"][block.document] > 0)
     return block.offsets[block.document[is_end]] + block.at[is_end]
 
@@ -299,38 +299,3 @@ def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
     if rules.zero_supervised != "keep":
         kind = f'no supervised token, against the recipe\'s zero_supervised = "{rules.zero_supervised}"'
         yield whole("mask", kind, supervised == 0)
-
-
-def _wrong_spans(block: _Block, grammar: Grammar, broken: np.ndarray) -> np.ndarray:
-    """bool [documents]: the spans of the index differ from those between the delimiters.
-
-    Spans are compared as columns (document, role, start, length) of an int64 array [4, spans].
-    """
-    # as the delimiters tell them
-    role, opened = grammar.role_after[block.previous], grammar.opens[block.previous]
-    length = block.gap + opened * (1 + (block.event != END))
-    expected = np.stack([block.document, role, block.at - block.gap - opened, length])[:, (role >= 0) & (length > 0)]
-    # as the index has them; text and reasoning cannot be told apart in the tokens, so neighbouring spans count as one
-    index, num_documents = block.index, len(block.truncated)
-    document = np.repeat(np.arange(num_documents), index["num_spans"])
-    found = np.stack([document, *(index[f"span_{key}"].astype(np.int64) for key in ("role", "start", "length"))])
-    found[1][found[1] == REASONING] = TEXT
-    strange = (found[3] == 0) | ((index["span_trained"] != 0) & ~np.isin(found[1], SUPERVISED_ROLES))
-    wrong = np.bincount(document[strange], minlength=num_documents) > 0
-    before, after = found[:, :-1], found[:, 1:]
-    continues = (after[0] == before[0]) & (after[1] == TEXT) & (before[1] == TEXT) & (after[2] == before[2] + before[3])
-    firsts = np.flatnonzero(np.concatenate([[True], ~continues])[: len(document)])
-    found = np.stack([*found[:3, firsts], np.add.reduceat(found[3], firsts)])
-    # documents with another number of spans are wrong; the others are compared span by span
-    same_number = np.bincount(found[0], minlength=num_documents) == np.bincount(expected[0], minlength=num_documents)
-    wrong |= ~same_number
-    found, expected = (spans[:, (same_number & ~broken)[spans[0]]] for spans in (found, expected))
-    wrong[found[0][(found != expected).any(axis=0)]] = True
-    return wrong
-
-
-def _first_of_each(documents: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each document once, ascending, with its first position."""
-    order = np.lexsort([positions, documents])
-    documents, first = np.unique(documents[order], return_index=True)
-    return documents, positions[order][first]

@@ -16,7 +16,7 @@ from chatdata.recipe import Recipe
 from chatdata.render.batch import SPAN_DTYPE, TALLY_DTYPE, Mismatch, RenderedBatch, digests_of
 from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.pieces import INVALID, TALLIES, blocks_of
-from chatdata.render.trained import untrained_index
+from chatdata.render.spans import untrained_index
 from chatdata.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
