@@ -39,15 +39,8 @@ _TOML_TEXTS = re.compile(  # strings of several lines, strings, comments
 MAX_COUNT = 2**53 - 1  # exact as a float as well; a build of this size is 16 petabytes
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
-_NOUNS: dict[Any, str] = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    NoneType: "null",
-    list: "a list",
-    tuple: "a list",
-}
+_NOUNS: dict[Any, str] = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+_NOUNS |= {NoneType: "null", list: "a list", tuple: "a list"}
 
 
 def check_file(out: Path) -> None:

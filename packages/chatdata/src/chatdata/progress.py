@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 from chatdata.errors import printable
@@ -78,19 +79,16 @@ def _bars() -> Iterator[Progress]:
     from rich import progress
     from rich.console import Console
 
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.TextColumn("{task.fields[status]}", markup=False),
-    )
+    text = partial(progress.TextColumn, markup=False)
+    columns = (text("{task.description}"), progress.BarColumn(), text("{task.fields[status]}"))
     with progress.Progress(*columns, console=Console(stderr=True)) as shown:
         started, bars = dict[str, tuple[float, int]](), dict[str, progress.TaskID]()
 
         def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
-            text = _status(started, name, done, total, unit, note)
+            status = _status(started, name, done, total, unit, note)
             if name not in bars:
-                bars[name] = shown.add_task(printable(name, keep=""), total=total, status=text)
-            shown.update(bars[name], completed=done, status=text)
+                bars[name] = shown.add_task(printable(name, keep=""), total=total, status=status)
+            shown.update(bars[name], completed=done, status=status)
 
         yield show
 

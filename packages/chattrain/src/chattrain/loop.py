@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -32,12 +32,12 @@ from chattrain.run.telemetry import TrainEntry, ValEntry, digest_text, flops_per
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step, over all ranks and micro-batches."""
+    """The outcome of a step, over all ranks and micro-batches, as it is logged."""
 
     loss: float  # nats per target
     multiplier: float  # of every learning rate
     gradient_norm: float  # before the update
-    digest: int  # of the step's sequences, see `digest_text`
+    batch: str  # see `digest_text`
     skipped: bool  # nothing was updated: loss or gradient was not finite
 
 
@@ -127,7 +127,7 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
         for optimizer in learner.optimizers:
             optimizer.step()
     model.zero_grad(set_to_none=True)
-    return StepResult(loss, rate, gradient_norm, digest, not finite)
+    return StepResult(loss, rate, gradient_norm, digest_text(digest), not finite)
 
 
 def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
@@ -153,22 +153,17 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
             result = train_step(learner, recipe, plan, step)
             done, duration_s = step.number + 1, time.perf_counter() - started
             tokens_per_s = step.num_tokens / duration_s
-            write(
-                TrainEntry(
-                    step=step.number,
-                    loss=result.loss,
-                    multiplier=result.multiplier,
-                    tokens=step.num_tokens,
-                    targets=step.num_targets,
-                    tokens_per_s=round(tokens_per_s, 1),
-                    mfu=mfu(learner.model.config, plan.seq_len, tokens_per_s / ranks.num_ranks, ranks.device),
-                    memory_bytes=peak_memory(ranks.device),
-                    data_wait_share=round(wait_s / duration_s, 5),
-                    gradient_norm=result.gradient_norm,
-                    batch=digest_text(result.digest),
-                    skipped=result.skipped,
-                )
+            entry = TrainEntry(
+                **asdict(result),
+                step=step.number,
+                tokens=step.num_tokens,
+                targets=step.num_targets,
+                tokens_per_s=round(tokens_per_s, 1),
+                mfu=mfu(learner.model.config, plan.seq_len, tokens_per_s / ranks.num_ranks, ranks.device),
+                memory_bytes=peak_memory(ranks.device),
+                data_wait_share=round(wait_s / duration_s, 5),
             )
+            write(entry)
             note = f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s"
             progress(recipe.stage, done, end, "steps", note)
             stopped = stop.agreed(ranks)
@@ -220,21 +215,17 @@ def dry_run(run: Run, device_batch_size: int) -> dict[str, Any]:
         duration_s = time.perf_counter() - started
     parameters = sum(parameter.numel() for parameter in learner.model.parameters())
     state = sum(t.numel() * t.element_size() for t in optimizer_tensors(learner.model, learner.optimizers).values())
-    return {
-        "plan": run.plan.counts(),
-        "steps": run.recipe.num_steps,
-        "stage": run.recipe.stage,
-        "dtype": run.recipe.dtype,
+    memory = {"weights_and_gradients": 2 * parameters * 4, "optimizer": state}
+    memory["peak_of_one_step"] = peak_memory(ranks.device)
+    recipe, counts = run.recipe, run.plan.counts()
+    numbers = {"plan": counts, "steps": recipe.num_steps, "stage": recipe.stage, "dtype": recipe.dtype}
+    return numbers | {
         "device": str(ranks.device),
         "ranks": ranks.num_ranks,
         "parameters": parameters,
         "flops_per_token": flops_per_token(learner.model.config, run.plan.seq_len),
-        "memory_bytes": {
-            "weights_and_gradients": 2 * parameters * 4,
-            "optimizer": state,
-            "peak_of_one_step": peak_memory(ranks.device),
-        },
+        "memory_bytes": memory,
         "step": {"duration_s": round(duration_s, 3), "tokens_per_s": round(step.num_tokens / duration_s)},
         "first_loss": result.loss,
-        "estimated_duration_s": round(duration_s * (run.recipe.num_steps - run.start), 1),
+        "estimated_duration_s": round(duration_s * (recipe.num_steps - run.start), 1),
     }

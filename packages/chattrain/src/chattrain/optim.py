@@ -100,16 +100,9 @@ def make_optimizers(model: GPT, lr_scale: float = 1.0) -> list[Optimizer]:
     """
     adam_scale = lr_scale * (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
     muon = Muon([{"params": list(model.transformer.h.parameters()), "base_lr": MATRIX_LR * lr_scale}])
-    adamw = AdamW(
-        [
-            {"params": [model.lm_head.weight], "base_lr": HEAD_LR * adam_scale},
-            {"params": [model.transformer.wte.weight], "base_lr": EMBEDDING_LR * adam_scale},
-        ],
-        betas=(0.8, 0.95),
-        eps=1e-10,
-        weight_decay=0.0,
-        fused=True,
-    )
+    head = {"params": [model.lm_head.weight], "base_lr": HEAD_LR * adam_scale}
+    embedding = {"params": [model.transformer.wte.weight], "base_lr": EMBEDDING_LR * adam_scale}
+    adamw = AdamW([head, embedding], betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     optimizers: list[Optimizer] = [muon, adamw]
     set_step(optimizers, multiplier=1.0, momentum=0.95)
     return optimizers

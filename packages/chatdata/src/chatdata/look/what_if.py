@@ -43,7 +43,7 @@ def plan_numbers(
     if split not in build.splits:
         raise PlanError(f"{build.path} has no split {split!r}; it has {', '.join(build.splits)}")
     stage, use = build.manifest["stage"], check_policy(mask or STAGE_MASKS[build.manifest["stage"]])
-    settings = {"seq_len": seq_len, "batch_size": batch_size, "mask": use, "long": long, "seed": seed}
+    settings: dict[str, Any] = {"seq_len": seq_len, "batch_size": batch_size, "mask": use, "long": long, "seed": seed}
     return {
         "build_id": build.manifest["build_id"],
         "stage": stage,
@@ -52,9 +52,7 @@ def plan_numbers(
         "documents": len(build[split]),
         "tokens": build[split].num_tokens,
         **settings,
-        "plans": {
-            layout: _plan(build[split], layout, use, seq_len, batch_size, long, seed) for layout in get_args(Layout)
-        },
+        "plans": {layout: _plan(build[split], layout, **settings) for layout in get_args(Layout)},
         "what_if": what_if(build[split], use, batch_size, seed),
     }
 
@@ -90,45 +88,24 @@ def what_if(
             else:
                 num_cut, lost = int(np.count_nonzero(too_long)), int((whole - kept).sum())
                 dropped = int(whole[too_long].sum())
-            records.append(
-                {
-                    "seq_len": seq_len,
-                    "rows": layout,
-                    "sequences": plan.num_steps,
-                    "documents_cut": num_cut,
-                    "supervised_lost": lost,
-                    "supervised_lost_if_dropped": dropped,
-                    "positions": positions,
-                    "padding": positions - input_tokens,
-                    "targets": targets,
-                    "filled": round(input_tokens / max(positions, 1), 4),
-                    "efficiency": round(targets / max(positions, 1), 4),
-                }
-            )
+            record = {"seq_len": seq_len, "rows": layout, "sequences": plan.num_steps, "documents_cut": num_cut}
+            record |= {"supervised_lost": lost, "supervised_lost_if_dropped": dropped}
+            record |= {"positions": positions, "padding": positions - input_tokens, "targets": targets}
+            shares = (("filled", input_tokens), ("efficiency", targets))
+            records.append(record | {name: round(part / max(positions, 1), 4) for name, part in shares})
     return records
 
 
-def _plan(
-    split: Split, layout: Layout, mask: MaskPolicy, seq_len: int, batch_size: int, long: Long, seed: int
-) -> dict[str, Any]:
+def _plan(split: Split, layout: Layout, batch_size: int, **settings: Any) -> dict[str, Any]:
     """The counts that chattrain's dry run prints as "plan", with positions, padding, and targets of a step."""
     try:
-        plan = plan_epoch(
-            split, layout=layout, mask=mask, seq_len=seq_len, step_sequences=batch_size, seed=seed, long=long
-        )
+        plan = plan_epoch(split, layout=layout, step_sequences=batch_size, **settings)
     except (PackingError, PlanError) as error:
         return {"refused": str(error)}
     positions, counts, per_step = _positions(plan, batch_size), plan.counts(), plan.targets_per_step
-    return {
-        **counts,
-        "positions": positions,
-        "padding": positions - counts["input_tokens"],
-        "targets_per_step": {
-            "min": int(per_step.min()),
-            "mean": round(float(per_step.mean()), 1),
-            "max": int(per_step.max()),
-        },
-    }
+    targets = {"min": int(per_step.min()), "mean": round(float(per_step.mean()), 1), "max": int(per_step.max())}
+    padding = positions - counts["input_tokens"]
+    return {**counts, "positions": positions, "padding": padding, "targets_per_step": targets}
 
 
 def _positions(plan: TrainingPlan, batch_size: int) -> int:

@@ -139,21 +139,11 @@ def plan_sequences(
         }
     num_steps, num_over = divmod(len(tokens), step_sequences)
     used = num_steps * step_sequences
-    return TrainingPlan(
-        split=split,
-        layout=layout,
-        mask=mask,
-        seq_len=seq_len,
-        step_sequences=step_sequences,
-        num_steps=num_steps,
-        tokens_per_step=tokens[:used].reshape(num_steps, step_sequences).sum(1),
-        targets_per_step=targets[:used].reshape(num_steps, step_sequences).sum(1),
-        left_out=LeftOut(**left_out, sequences=num_over, sequence_targets=int(targets[used:].sum())),
-        packing=packing,
-        # the build decides the order of a stream: neither a seed nor a length rule changes it
-        seed=None if packing is None else seed,
-        long=None if packing is None else long,
-    )
+    left = LeftOut(**left_out, sequences=num_over, sequence_targets=int(targets[used:].sum()))
+    tokens, targets = (values[:used].reshape(num_steps, step_sequences).sum(1) for values in (tokens, targets))
+    # the build decides the order of a stream: neither a seed nor a length rule changes it
+    given = (None, None) if packing is None else (seed, long)
+    return TrainingPlan(split, layout, mask, seq_len, step_sequences, num_steps, tokens, targets, left, packing, *given)
 
 
 def document_targets(split: Split, mask: MaskPolicy, *seq_lens: int) -> np.ndarray:

@@ -39,17 +39,10 @@ def make_nanochat_plan(
     if mask not in ("ignore", "apply"):
         raise PlanError(f"order nanochat has the masks ignore and apply, not {mask}; leave out --order for others")
     check_sizes(seq_len, num_ranks * device_batch_size)
-    fill = _queue if mask == "ignore" else _padded
-    return TrainingPlan(
-        split=split,
-        mask=mask,
-        seq_len=seq_len,
-        step_sequences=num_ranks * device_batch_size,
-        order="nanochat",
-        num_ranks=num_ranks,
-        device_batch_size=device_batch_size,
-        **fill(split, seq_len, num_ranks, device_batch_size),
-    )
+    sizes = {"seq_len": seq_len, "num_ranks": num_ranks, "device_batch_size": device_batch_size}
+    filled = _queue(split, **sizes) if mask == "ignore" else _padded(split, **sizes)
+    step_sequences = num_ranks * device_batch_size
+    return TrainingPlan(split=split, mask=mask, order="nanochat", step_sequences=step_sequences, **sizes, **filled)
 
 
 def line_tokens(plan: TrainingPlan) -> int:

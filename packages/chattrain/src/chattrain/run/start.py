@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -191,15 +192,8 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
         raise RunError(f"order nanochat has only the {plan.num_steps} steps of its first epoch, not {num_steps}")
     if num_steps > MAX_STEPS:
         raise RunError(f"{num_steps:,} steps: must be at most {MAX_STEPS:,}")
-    recipe = Recipe(
-        init=settings.init,
-        stage=stage,
-        num_steps=num_steps,
-        lr_scale=settings.lr_scale,
-        dtype=settings.dtype or ("bfloat16" if on_cuda else "float32"),
-        non_finite=settings.non_finite,
-        seed=settings.seed,
-    )
+    dtype = settings.dtype or ("bfloat16" if on_cuda else "float32")
+    recipe = Recipe(settings.init, stage, num_steps, settings.lr_scale, dtype, settings.non_finite, settings.seed)
 
     saved = last_checkpoint(settings.out) if settings.resume else None
     kind, _, size = settings.init.partition(":")
@@ -237,13 +231,10 @@ def _make_plans(
     settings: RunSettings, build: Build, stage: str, num_ranks: int
 ) -> tuple[TrainingPlan, TrainingPlan | None]:
     """The plans of the train split and, if the run validates, of the val split."""
-    chosen = {
-        "layout": settings.layout or STAGE_LAYOUTS[stage],
-        "mask": settings.mask or STAGE_MASKS[stage],
-        "seq_len": settings.seq_len,
-        "seed": settings.seed,
-        "long": settings.long,
-    }
+    layout, mask = settings.layout or STAGE_LAYOUTS[stage], settings.mask or STAGE_MASKS[stage]
+    plan_split = partial(
+        plan_epoch, layout=layout, mask=mask, seq_len=settings.seq_len, seed=settings.seed, long=settings.long
+    )
     micro_tokens = num_ranks * settings.device_batch_size * settings.seq_len  # of one micro-batch on every rank
     step_tokens = settings.total_batch_tokens or micro_tokens
     if step_tokens % micro_tokens:
@@ -253,22 +244,17 @@ def _make_plans(
             "(ranks × device batch size × sequence length)"
         )
     if settings.order == "plan":
-        plan = plan_epoch(build.splits["train"], **chosen, step_sequences=step_tokens // settings.seq_len)
+        plan = plan_split(build.splits["train"], step_sequences=step_tokens // settings.seq_len)
     elif settings.total_batch_tokens or settings.layout:
         raise RunError("--order nanochat fixes layout and batch: it goes without --layout and --total-batch-tokens")
     else:
-        plan = make_nanochat_plan(
-            build.splits["train"],
-            mask=chosen["mask"],
-            seq_len=settings.seq_len,
-            num_ranks=num_ranks,
-            device_batch_size=settings.device_batch_size,
-        )
+        ranks = {"num_ranks": num_ranks, "device_batch_size": settings.device_batch_size}
+        plan = make_nanochat_plan(build.splits["train"], mask=mask, seq_len=settings.seq_len, **ranks)
     if settings.eval_every is None:
         return plan, None
     if "val" not in build.splits:
         raise RunError(f"{settings.data}: --eval-every needs a val split, and this build has none")
-    return plan, plan_epoch(build.splits["val"], **chosen, step_sequences=1)
+    return plan, plan_split(build.splits["val"], step_sequences=1)
 
 
 def _require_same_tokenizer(checkpoint: Checkpoint, build: Build) -> None:

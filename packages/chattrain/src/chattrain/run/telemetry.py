@@ -20,15 +20,8 @@ from chattrain.model import ModelConfig, parameter_shapes
 RUN_NAME, LOG_NAME, CURVE_NAME, LOCK_NAME = "run.json", "log.jsonl", "loss.png", ".lock"
 
 # Peak dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets, by a part of the device's name
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12}
+PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 class RunRecord(msgspec.Struct, frozen=True):

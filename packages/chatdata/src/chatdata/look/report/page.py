@@ -28,8 +28,13 @@ MISSING = "a report needs Altair, its JavaScript and Jinja: `uv sync --extra rep
 
 def default_out(build: Path) -> Path:
     """`<build>-report.html` next to the build: `chatdata verify` would report a file inside it as damage."""
-    folder = Path(os.path.abspath(build))  # noqa: PTH100 ("." and ".." get a name, a link keeps its own)
+    folder = _named(build)
     return folder.with_name(f"{folder.name}-report.html")
+
+
+def _named(folder: Path) -> Path:
+    """The folder by its full path: "." and ".." get a name, a link keeps its own."""
+    return Path(os.path.abspath(folder))  # noqa: PTH100
 
 
 def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
@@ -66,20 +71,14 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
 
     from chatdata.look.report.charts import MEASURES, chart_specs
 
+    loader, undefined = jinja2.FunctionLoader(_file), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_file),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"count": lambda n: f"{n:,}", "share": share, "options": _options}
     scripts = [_inline(_vega()), _inline(_file("page.js"))]
-    vocabulary = numbers["vocabulary"]
-    return environment.get_template(
-        "page.html"
-    ).render(
-        name=Path(os.path.abspath(build.path)).name,  # noqa: PTH100
+    return environment.get_template("page.html").render(
+        name=_named(build.path).name,
         manifest=build.manifest,
         made=_made(build.path),
         numbers=numbers,
@@ -91,7 +90,7 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
             for d in documents
             if d.why == FLAGGED
         },
-        unused=[(i, spelled(build.tokenizer, i)) for i in vocabulary["unused_ids"]],
+        unused=[(i, spelled(build.tokenizer, i)) for i in numbers["vocabulary"]["unused_ids"]],
         tokenizer_sha256=build.tokenizer.sha256,
         charts=chart_specs(numbers, build.tokenizer),
         style=_file("page.css"),
@@ -105,12 +104,8 @@ def _made(path: Path) -> dict[str, Any]:
     """What report.json says about the build's making; {} without one: a copy may leave it out."""
     try:
         made = json.loads((path / "report.json").read_text(encoding="utf-8"))
-        return {
-            "duration_s": float(made["duration_s"]["total"]),
-            "tokens_per_s": int(made["tokens_per_s"]),
-            "workers": int(made["workers"]),
-            "day": str(made["finished"]).partition("T")[0],
-        }
+        speed = {"duration_s": float(made["duration_s"]["total"]), "tokens_per_s": int(made["tokens_per_s"])}
+        return speed | {"workers": int(made["workers"]), "day": str(made["finished"]).partition("T")[0]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
