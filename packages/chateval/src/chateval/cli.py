@@ -13,7 +13,8 @@ from chatdata.disk import naming
 from chatdata.progress import say, say_json
 
 PATH = click.Path(path_type=Path)
-POSITIVE = click.IntRange(min=1)
+POSITIVE, NOT_NEGATIVE = click.IntRange(min=1), click.IntRange(min=0)
+option = partial(click.option, show_default=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -25,14 +26,14 @@ def cli(debug: bool) -> None:
 
 def sampling_options(command: Any) -> Any:
     """The options of commands that generate."""
-    for option in (
+    for add in (
         click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="Default: cuda if available."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on cuda."),
         click.option("--seed", type=int, default=42, show_default=True, help="Random seed of draws."),
         click.option("--max-new-tokens", type=POSITIVE, default=512, show_default=True, help="Longest answer."),
         click.option("--top-k", type=POSITIVE, help="Draw from the K most likely tokens only."),
     ):
-        command = option(command)
+        command = add(command)
     return command
 
 
@@ -51,9 +52,7 @@ def sampling_options(command: Any) -> Any:
 @click.option("--task-file", "task_files", type=PATH, multiple=True, help="A Python file that defines your own task.")
 @click.option("--limit", type=POSITIVE, help="Only the first N rows of each task.")
 @click.option("--batch-size", type=POSITIVE, default=32, show_default=True, help="Questions per batch.")
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 picks the most likely token."
-)
+@option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 picks the most likely token.")
 @click.option("--draws", type=POSITIVE, default=1, show_default=True, help="Answers per generated question.")
 @sampling_options
 @click.option("--allow-code", is_flag=True, help="Run programs that the model writes, in a sandbox.")
@@ -78,14 +77,9 @@ def run(**options: Any) -> None:
     with join_ranks(options["device"], timedelta(days=7)) as ranks:
         subject = load_subject(options["checkpoint"], ranks.device, options["dtype"])
         sampling = Sampling(options["temperature"], options["top_k"], options["max_new_tokens"], options["seed"])
-        settings = ScoringSettings(
-            tasks=names,
-            out=options["out"] or Path("scores") / subject.weights_sha256[:12],
-            sampling=sampling,
-            **{key: options[key] for key in ("data_dir", "words", "task_files", "limit", "batch_size", "draws")},
-            allow_code=options["allow_code"],
-            firewall=options["firewall"],
-        )
+        passed = ("data_dir", "words", "task_files", "limit", "batch_size", "draws", "allow_code", "firewall")
+        out = options["out"] or Path("scores") / subject.weights_sha256[:12]
+        settings = ScoringSettings(names, out, sampling=sampling, **{key: options[key] for key in passed})
         with shown_progress(quiet=not ranks.is_first) as progress:
             score(subject, settings, ranks, progress)
         if not ranks.is_first:
@@ -104,13 +98,8 @@ def run(**options: Any) -> None:
 )
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
-@click.option(
-    "--examples",
-    "num_examples",
-    type=click.IntRange(min=0),
-    default=2,
-    show_default=True,
-    help="Items to show per task, both gained and lost.",
+@option(
+    "--examples", "num_examples", type=NOT_NEGATIVE, default=2, help="Items to show per task, both gained and lost."
 )
 @click.option("--markdown", type=PATH, help="Also write the comparison to this Markdown file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
@@ -132,9 +121,7 @@ def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, 
 @cli.command(epilog=examples("chateval chat --checkpoint runs/sft", "chateval chat --checkpoint runs/sft --say 'Hi!'"))
 @click.option("--checkpoint", type=PATH, required=True, help="A run folder, a checkpoint, or a transformers export.")
 @click.option("--say", "says", multiple=True, metavar="TEXT", help="Send this, print the answer and exit (repeatable).")
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.6, show_default=True, help="0 picks the most likely token."
-)
+@option("--temperature", type=click.FloatRange(min=0), default=0.6, help="0 picks the most likely token.")
 @sampling_options
 def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str | None, **options: Any) -> None:
     """Chat with a checkpoint and see its tool calls. /clear starts over, /quit or Ctrl-D exits."""

@@ -16,7 +16,13 @@ from chattrain.errors import RunError
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
+LONG, NON_FINITE = ("error", "drop", "truncate"), ("raise", "skip")
 option = partial(click.option, show_default=True)
+
+
+def choice(name: str, *values: str, **options: Any) -> Any:
+    """An option with one of these values."""
+    return option(name, type=click.Choice(values), **options)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -34,7 +40,7 @@ def cli(debug: bool) -> None:
     )
 )
 @option("--data", type=PATH, required=True, help="A chatdata build.")
-@option("--stage", type=click.Choice(["base", "mid", "sft"]), help="Stage policy (default: the build's stage).")
+@choice("--stage", "base", "mid", "sft", help="Stage policy (default: the build's stage).")
 @option(
     "--init",
     required=True,
@@ -54,28 +60,13 @@ def cli(debug: bool) -> None:
 @option("--save-every", type=POSITIVE, help="Steps between checkpoints (there is always one at the end).")
 @option("--keep-last", type=POSITIVE, default=2, help="Checkpoints to keep.")
 @option("--eval-every", type=POSITIVE, help="Steps between validations: bits per byte, in total and per task.")
-@option("--layout", type=click.Choice(["stream", "pack", "pad"]), help="Default: the stage's.")
+@choice("--layout", "stream", "pack", "pad", help="Default: the stage's.")
 @option("--mask", type=MaskPolicyChoice(), help="Which tokens are targets (default: the stage's policy).")
-@option(
-    "--order",
-    type=click.Choice(["plan", "nanochat"]),
-    default="plan",
-    help="Our plan, or the batches that nanochat's loaders make.",
-)
-@option(
-    "--long",
-    type=click.Choice(["error", "drop", "truncate"]),
-    default="error",
-    help="What to do with documents of more than T + 1 tokens (pack and pad).",
-)
-@option(
-    "--non-finite",
-    type=click.Choice(["raise", "skip"]),
-    default="raise",
-    help="What to do if a step's loss or gradient is not finite.",
-)
-@option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="Default: cuda if available.")
-@option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on cuda, else float32.")
+@choice("--order", "plan", "nanochat", default="plan", help="Our plan, or the batches that nanochat's loaders make.")
+@choice("--long", *LONG, default="error", help="What to do with documents of more than T + 1 tokens (pack and pad).")
+@choice("--non-finite", *NON_FINITE, default="raise", help="What to do if a step's loss or gradient is not finite.")
+@choice("--device", "cpu", "cuda", "mps", help="Default: cuda if available.")
+@choice("--dtype", "float32", "bfloat16", help="Default: bfloat16 on cuda, else float32.")
 @option("--compile/--no-compile", default=None, help="torch.compile (default: on cuda).")
 @option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more compute.")
 @option("--seed", type=int, default=42, help="For fresh weights and the order of sequences.")

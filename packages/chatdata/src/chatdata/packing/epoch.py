@@ -130,13 +130,9 @@ def plan_sequences(
         tokens = packing.sum_by_sequence(packing.lengths - 1)
         targets = packing.sum_by_sequence(num_targets[packing.documents])
         num_one_token = int(np.count_nonzero(lengths < 2))
-        left_out = {
-            "long_documents_dropped": packing.num_dropped,
-            "long_documents_cut": packing.num_truncated,
-            "long_tokens": packing.num_tokens_lost,
-            "one_token_documents": num_one_token,
-            "documents_without_targets": packing.num_without_targets - num_one_token,
-        }
+        left_out = {"long_documents_dropped": packing.num_dropped, "long_documents_cut": packing.num_truncated}
+        left_out |= {"long_tokens": packing.num_tokens_lost, "one_token_documents": num_one_token}
+        left_out["documents_without_targets"] = packing.num_without_targets - num_one_token
     num_steps, num_over = divmod(len(tokens), step_sequences)
     used = num_steps * step_sequences
     left = LeftOut(**left_out, sequences=num_over, sequence_targets=int(targets[used:].sum()))

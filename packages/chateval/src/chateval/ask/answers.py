@@ -37,23 +37,13 @@ def answer_letters(subject: Subject, draws: Sequence[Draw]) -> Iterator[dict[str
     """Multiple choice: the letter is the answer."""
     for draw, choice in zip(draws, choose_letters(subject, [draw.question for draw in draws]), strict=True):
         gold = draw.question.gold
+        # one that is too long is answered anyway, but the model was never trained on text this long
         beyond = choice.num_prompt_tokens > subject.num_positions
-        yield {
-            **_head(draw),
-            "output": choice.letter,
-            "extracted": choice.letter,
-            "gold": gold,
-            "correct": choice.letter == gold,
-            # answered anyway, but the model was never trained on text this long
-            "ending": "letter beyond context" if beyond else "letter",
-            "num_prompt_tokens": choice.num_prompt_tokens,
-            "num_tokens": 0,
-            "gold_nats": choice.gold_nats,
-            "gold_bytes": len(gold.encode()),
-            "tie": choice.tie,
-            "margin": choice.margin,
-            "letter_mass": choice.letter_mass,
-        }
+        line = {**_head(draw), "output": choice.letter, "extracted": choice.letter, "gold": gold}
+        line |= {"correct": choice.letter == gold, "ending": "letter beyond context" if beyond else "letter"}
+        line |= {"num_prompt_tokens": choice.num_prompt_tokens, "num_tokens": 0}
+        line |= {"gold_nats": choice.gold_nats, "gold_bytes": len(gold.encode())}
+        yield line | {"tie": choice.tie, "margin": choice.margin, "letter_mass": choice.letter_mass}
 
 
 def answer_texts(subject: Subject, task: Task, draws: Sequence[Draw], sampling: Sampling) -> Iterator[dict[str, Any]]:
@@ -61,17 +51,10 @@ def answer_texts(subject: Subject, task: Task, draws: Sequence[Draw], sampling: 
     assert task.scoring is not None and task.scoring.grade is not None
     for draw, completion, line in _generated(subject, draws, sampling):
         grade = call_task(task, task.scoring.grade, draw.question.row, answer_text(subject, completion))
-        yield {
-            **line,
-            "extracted": grade.extracted,
-            "gold": grade.gold,
-            "correct": grade.correct,
-            "ending": completion.ending,
-            "flexible_extracted": grade.flexible_extracted,
-            "flexible_correct": grade.flexible_correct,
-            "tool_calls": completion.tool_calls,
-            "tool_failures": completion.tool_failures,
-        }
+        line |= {"extracted": grade.extracted, "gold": grade.gold, "correct": grade.correct}
+        line["ending"] = completion.ending
+        line |= {"flexible_extracted": grade.flexible_extracted, "flexible_correct": grade.flexible_correct}
+        yield line | {"tool_calls": completion.tool_calls, "tool_failures": completion.tool_failures}
 
 
 def answer_programs(
@@ -85,14 +68,8 @@ def answer_programs(
         text = answer_text(subject, completion)
         outcome = run_code(isolation, call_task(task, write_program, draw.question.row, text))
         cut = "" if completion.ending in WHOLE_ENDINGS else f"{completion.ending}, "
-        return {
-            **line,
-            "extracted": text,
-            "gold": "its tests pass",
-            "correct": outcome.passed,
-            "ending": cut + outcome.ending,
-            "detail": outcome.detail,
-        }
+        line |= {"extracted": text, "gold": "its tests pass", "correct": outcome.passed}
+        return line | {"ending": cut + outcome.ending, "detail": outcome.detail}
 
     with ThreadPoolExecutor(CODE_THREADS) as threads:
         running = [threads.submit(run, *answer) for answer in _generated(subject, draws, sampling)]
@@ -125,13 +102,8 @@ def answer_text(subject: Subject, completion: Completion) -> str:
 
 def _head(draw: Draw) -> dict[str, Any]:
     question = draw.question
-    return {
-        "task": question.task,
-        "item": question.item,
-        "subject": question.subject,
-        "draw": draw.draw,
-        "prompt_sha256": question.prompt_sha256,
-    }
+    head = {"task": question.task, "item": question.item, "subject": question.subject}
+    return head | {"draw": draw.draw, "prompt_sha256": question.prompt_sha256}
 
 
 def _generated(
@@ -142,12 +114,6 @@ def _generated(
     prompts = [Prompt(draw.question.prompt, "/".join(map(str, draw.key))) for draw in draws]
     for number, completion in generate(subject, prompts, sampling):
         nats, num_bytes = gold[number]
-        line = {
-            **_head(draws[number]),
-            "output": subject.tokenizer.decode(completion.tokens),
-            "num_prompt_tokens": len(prompts[number].tokens),
-            "num_tokens": len(completion.tokens),
-            "gold_nats": nats,
-            "gold_bytes": num_bytes,
-        }
-        yield draws[number], completion, line
+        line = {**_head(draws[number]), "output": subject.tokenizer.decode(completion.tokens)}
+        line |= {"num_prompt_tokens": len(prompts[number].tokens), "num_tokens": len(completion.tokens)}
+        yield draws[number], completion, line | {"gold_nats": nats, "gold_bytes": num_bytes}

@@ -42,14 +42,8 @@ def choose_letters(subject: Subject, questions: Sequence[Question]) -> list[Choi
         values = logits[i, letter_ids(subject, question.letters)].tolist()
         best = max(range(len(values)), key=values.__getitem__)  # the first of equal ones
         others = [value for place, value in enumerate(values) if place != best]
-        choices.append(
-            Choice(
-                letter=question.letters[best],
-                tie=values[best] in others,
-                margin=values[best] - max(others),
-                letter_mass=sum(math.exp(value - totals[i]) for value in values),
-                gold_nats=totals[i] - values[question.letters.index(question.gold)],
-                num_prompt_tokens=len(question.prompt),
-            )
-        )
+        tie, margin = values[best] in others, values[best] - max(others)
+        letter_mass = sum(math.exp(value - totals[i]) for value in values)
+        gold_nats = totals[i] - values[question.letters.index(question.gold)]
+        choices.append(Choice(question.letters[best], tie, margin, letter_mass, gold_nats, len(question.prompt)))
     return choices

@@ -95,25 +95,12 @@ def _num_draws(task: ScoredTask, settings: ScoringSettings) -> int:
 
 def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[ScoredTask]) -> Run:
     """run.json: everything that determines the answers, except the questions themselves."""
-    return Run(
-        format="chateval-run",
-        version=1,
-        weights_sha256=subject.weights_sha256,
-        checkpoint=subject.label,
-        step=subject.step,
-        settings={**asdict(settings.sampling), "dtype": str(subject.dtype).removeprefix("torch.")},
-        tasks={
-            task.name: RunTask(
-                scoring=task.kind,
-                chance=task.chance,
-                items=len(task.questions),
-                rows=task.num_rows,
-                draws=_num_draws(task, settings),
-                source=task.source,
-            )
-            for task in scored
-        },
-    )
+    sampling = {**asdict(settings.sampling), "dtype": str(subject.dtype).removeprefix("torch.")}
+    tasks = {}
+    for task in scored:
+        answers = {"items": len(task.questions), "rows": task.num_rows, "draws": _num_draws(task, settings)}
+        tasks[task.name] = RunTask(scoring=task.kind, chance=task.chance, source=task.source, **answers)
+    return Run("chateval-run", 1, subject.weights_sha256, subject.label, subject.step, sampling, tasks)
 
 
 def _isolation(settings: ScoringSettings, code_tasks: Sequence[str]) -> Isolation | None:

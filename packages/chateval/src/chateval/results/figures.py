@@ -102,14 +102,9 @@ def compute_results(run: Run, items: Iterable[Item]) -> Results:
     # under a limit a task may be complete, but it is not what ChatCORE means
     whole = {name for name, task in run.tasks.items() if task.rows in (None, task.items)}
     accuracy = {n: t.score.accuracy for n, t in tasks.items() if n in whole and t.complete and t.score.items}
-    return Results(
-        weights_sha256=run.weights_sha256,
-        checkpoint=run.checkpoint,
-        step=run.step,
-        tasks=tasks,
-        chat_core=chat_core(accuracy),  # type: ignore[arg-type]
-        chat_core_missing=tuple(name for name in CHAT_CORE_CHANCE if name not in accuracy),
-    )
+    core = chat_core(accuracy)  # type: ignore[arg-type]
+    missing = tuple(name for name in CHAT_CORE_CHANCE if name not in accuracy)
+    return Results(run.weights_sha256, run.checkpoint, run.step, tasks, core, missing)
 
 
 def finished_items(run: Run, items: Iterable[Item]) -> tuple[dict[str, dict[str, list[Item]]], dict[str, int]]:
@@ -182,17 +177,11 @@ def _flagged_figures(answers: Sequence[Item], draws: int, flagged: Sequence[str]
 def _scoring_figures(answers: Sequence[Item], task: RunTask) -> dict[str, Any]:
     """The figures that only one kind of scoring has."""
     if task.scoring == "categorical":
-        return {
-            "ties": sum(_values(answers, "tie")),
-            "mean_margin": _mean(answers, "margin"),
-            "mean_letter_mass": _mean(answers, "letter_mass"),
-        }
+        means = {f"mean_{field}": _mean(answers, field) for field in ("margin", "letter_mass")}
+        return {"ties": sum(_values(answers, "tie")), **means}
     if task.scoring == "generative":
-        return {
-            "flexible": _score(answers, task.draws, "flexible_correct"),
-            "tool_calls": sum(_values(answers, "tool_calls")),
-            "tool_failures": sum(_values(answers, "tool_failures")),
-        }
+        calls = {field: sum(_values(answers, field)) for field in ("tool_calls", "tool_failures")}
+        return {"flexible": _score(answers, task.draws, "flexible_correct"), **calls}
     return {}
 
 

@@ -20,6 +20,8 @@ from chattrain.model import NORM_EPS, ROPE_THETA, SOFTCAP, ModelConfig, check_we
 
 MAX_LOGIT_DIFFERENCE = 1e-5  # fp32, sdpa on both sides; the same model measured 0 to 2e-6
 BY_VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # parameters with a row for each token
+SIZES = {"sequence_len": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers"}
+SIZES |= {"n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size"}
 VERIFY_ROWS, VERIFY_LENGTH = 2, 128
 
 
@@ -103,14 +105,7 @@ def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
-        config = ModelConfig(
-            sequence_len=fields["max_position_embeddings"],
-            vocab_size=fields["vocab_size"],
-            n_layer=fields["num_hidden_layers"],
-            n_head=fields["num_attention_heads"],
-            n_kv_head=fields["num_key_value_heads"],
-            n_embd=fields["hidden_size"],
-        )
+        config = ModelConfig(**{ours: fields[theirs] for ours, theirs in SIZES.items()})
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ExportError(
             f"{folder}: not an export of chattrain: {type(error).__name__} {first_line(error)}"

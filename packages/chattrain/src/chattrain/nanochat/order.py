@@ -65,14 +65,9 @@ def _queue(split: Split, seq_len: int, num_ranks: int, device_batch_size: int) -
     if not num_steps:
         raise too_small(split, 0, seq_len, num_ranks * device_batch_size)
     per_step = np.full(num_steps, num_ranks * device_batch_size * seq_len)
-    return {
-        "layout": "stream",
-        "num_steps": num_steps,
-        "tokens_per_step": per_step,
-        "targets_per_step": per_step,
-        "left_out": LeftOut(tail_tokens=split.num_tokens - num_ranks * num_steps * taken),
-        "rank_offsets": rank_offsets,
-    }
+    left_out = LeftOut(tail_tokens=split.num_tokens - num_ranks * num_steps * taken)
+    steps = {"num_steps": num_steps, "tokens_per_step": per_step, "targets_per_step": per_step}
+    return {"layout": "stream", "left_out": left_out, "rank_offsets": rank_offsets, **steps}
 
 
 def _padded(split: Split, seq_len: int, num_ranks: int, device_batch_size: int) -> dict[str, Any]:
@@ -91,11 +86,8 @@ def _padded(split: Split, seq_len: int, num_ranks: int, device_batch_size: int) 
     # sequence (step, rank, j) is the rank's next document: j first, then steps
     documents = np.arange(used).reshape(num_steps, device_batch_size, num_ranks).transpose(0, 2, 1).reshape(-1)
     num_targets = document_targets(split, "apply", seq_len)[0]
-    return {
-        "layout": "pad",
-        "num_steps": num_steps,
-        "tokens_per_step": (lengths[documents] - 1).reshape(num_steps, -1).sum(1),
-        "targets_per_step": num_targets[documents].reshape(num_steps, -1).sum(1),
-        "left_out": LeftOut(sequences=num_over, sequence_targets=int(num_targets[used:].sum())),
-        "packing": Packing(seq_len, documents, np.arange(used + 1), lengths[documents], 0, 0, 0, 0),
-    }
+    left_out = LeftOut(sequences=num_over, sequence_targets=int(num_targets[used:].sum()))
+    packing = Packing(seq_len, documents, np.arange(used + 1), lengths[documents], 0, 0, 0, 0)
+    tokens, targets = (values[documents].reshape(num_steps, -1).sum(1) for values in (lengths - 1, num_targets))
+    steps = {"num_steps": num_steps, "tokens_per_step": tokens, "targets_per_step": targets}
+    return {"layout": "pad", "left_out": left_out, "packing": packing, **steps}
