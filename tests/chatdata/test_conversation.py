@@ -28,7 +28,10 @@ def test_accepted_forms_are_one() -> None:
         assert parse_conversation(record) == common
 
 
-NO_MESSAGES = 'no messages: expected the key "messages" (or ShareGPT\'s "conversations"), or "prompt" and "completion"'
+NO_MESSAGES = (
+    'no messages: expected the key "messages" (or ShareGPT\'s "conversations"), or "prompt" and "completion"; '
+    "columns in the recipe takes other names"
+)
 ALTERNATE = "after an optional system message roles alternate user, assistant, starting with user"
 REFUSED: list[tuple[Any, str]] = [
     ("Hi", "a conversation is a list of messages or an object with messages, not a string"),

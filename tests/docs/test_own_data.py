@@ -78,6 +78,6 @@ def test_every_command_prints_what_is_shown(folder: Path, command_line: Callable
 
 
 def test_the_page_has_what_it_promises() -> None:
-    assert len(FILES) == 9 and len(STEPS) > 10
+    assert len(FILES) == 10 and len(STEPS) > 10
     collate = re.search(r"^def collate.*?\n\n", PAGE, re.S | re.M)
     assert collate and len(collate[0].strip().splitlines()) <= 15

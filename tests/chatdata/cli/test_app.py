@@ -136,7 +136,7 @@ BAD_INPUTS = [
         [],
         1,
         'c.jsonl line 1: no messages: expected the key "messages" (or ShareGPT\'s "conversations"), or "prompt" and '
-        '"completion"',
+        '"completion"; columns in the recipe takes other names',
     ),
     (
         "MMLU answer outside its choices",

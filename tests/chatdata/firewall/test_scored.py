@@ -57,7 +57,7 @@ def test_items_of_jsonl_and_parquet_are_found_and_listed(run: Callable, tmp_path
     )
     result = run("--against", "exam.jsonl", "--against", "quiz.parquet:q,a,b")
     assert result.returncode == 0, result.stderr
-    assert "firewall: 1 training rows hold scored items (kept; --decontaminate drop leaves" in result.stdout
+    assert "firewall: 1 training row holds scored items (kept; --decontaminate drop leaves" in result.stdout
     assert "no match: quiz.parquet (4)" in result.stdout
     listed = json.loads((tmp_path / "out" / "firewall.json").read_text())
     place = {"task": "conversations", "source": "c.jsonl", "file": "c.jsonl", "row": 1, "source_row": 1}

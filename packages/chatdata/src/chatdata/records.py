@@ -111,7 +111,7 @@ def _from_texts(record: dict[str, Any], given: list[str]) -> tuple[list[Any], se
         if empty := next((key for key in MESSAGE_KEYS if record.get(key) is not None), None):
             raise ConversationError(f'"{empty}" is empty: a conversation needs at least one user message')
         ways = '"messages" (or ShareGPT\'s "conversations"), or "prompt" and "completion"'
-        raise ConversationError(f"no messages: expected the key {ways}")
+        raise ConversationError(f"no messages: expected the key {ways}; columns in the recipe takes other names")
     messages: list[Any] = []
     history = record.get("history") or []
     for pair in history if isinstance(history, list) else [history]:

@@ -115,7 +115,8 @@ def _show_firewall(report: dict[str, Any]) -> None:
         rows = [(task, *(sets.get(name, 0) for name in columns)) for task, sets in report["rows"].items()]
         items = [f"{checked[name]['flagged']:,} of {checked[name]['items']:,}" for name in columns]
         done = "dropped" if report["decontaminate"] == "drop" else "kept; --decontaminate drop leaves them out"
-        title = f"\nfirewall: {report['flagged_rows']:,} training rows hold scored items ({done})"
+        held = f"{report['flagged_rows']:,} training row{' holds' if report['flagged_rows'] == 1 else 's hold'}"
+        title = f"\nfirewall: {held} scored items ({done})"
         table(title, ("rows of", *columns), rows, ("scored items", *items))
         lines = ["every row is listed in firewall.json, in the build"]
     elif checked:
