@@ -35,6 +35,7 @@ REPORT: dict[str, Any] = {
     "units": {"rendered": 1, "cached": 2, "damaged": 0},
     "encoder": {"name": "gigatoken", "texts": 1_000, "texts_checked": 50},
     "tool_calls": {"train": {"entries": {}}},
+    "invalid": {"train": {"rows": 0, "reasons": {}, "listed": []}},
 }
 
 
@@ -50,6 +51,7 @@ def test_the_ledger_adds_epochs_up(capsys: pytest.CaptureFixture[str]) -> None:
         "a ×2          2   2,000         500  25.0%          2           20        0",
         "b             3       9           0   0.0%          1           10        2",
         "all           5   2,009         500  24.9%          3           30        2",
+        "2 documents dropped: over max_tokens",
         "2.5 s, 1 of 3 work units rendered, encoded with gigatoken (50 of 1,000 texts checked against tiktoken)",
         "out: build 0123456789ab is complete",
     ]
@@ -93,3 +95,15 @@ def test_firewall(capsys: pytest.CaptureFixture[str]) -> None:
     shown = lines(capsys, firewall=firewall)
     start = shown.index("firewall: no scored set was found to search for; --against FILE adds your own test items")
     assert shown[start + 1] == "not checked (no file): arc_easy, humaneval"
+
+
+def test_bad_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = [{"file": "a.jsonl", "line": n, "reason": "not\nJSON"} for n in range(1, 5)]
+    listed[1] = {"file": "b.parquet", "row": 0, "reason": "[red]"}
+    shown = lines(capsys, invalid={"train": {"rows": 4, "reasons": {"not JSON": 4}, "listed": listed}})
+    start = shown.index("  a.jsonl:1: not\\nJSON")
+    assert shown[start + 1 : start + 4] == [
+        "  b.parquet row 0: [red]",
+        "  a.jsonl:3: not\\nJSON",
+        "  … report.json, in the build, lists 4 of these rows",
+    ]

@@ -20,6 +20,7 @@ from chatdata.sources.jsonl import (
     _strings_in_text,
     array_segments,
     jsonl_segments,
+    lines_of,
     read_array,
     read_jsonl,
 )
@@ -172,3 +173,25 @@ def test_a_row_of_an_array_is_named() -> None:
     file: Any = io.BytesIO(b'[{"a": 1}, {"a": 1, "a": 2}]')
     with pytest.raises(SourceError, match=r"^a.json row 1: not valid JSON: key \"a\" twice in one object$"):
         list(read_array(file, "a.json", array_segments(file, "a.json") or [], 0, np.ones(2, dtype=bool)))
+
+
+@pytest.mark.parametrize("segment_bytes", [1, 20, 1_000])
+def test_lines_of_rows(tmp_path: Path, segment_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "SEGMENT_BYTES", segment_bytes)
+    (tmp_path / "x.jsonl").write_bytes(b"\n[0]\n \t\r\n[1]\n\n\n[2]\n[3]\n{\n\n[5]")
+    with (tmp_path / "x.jsonl").open("rb") as file:
+        segments = jsonl_segments(file)
+        assert list(lines_of(file, segments, np.arange(6))) == [2, 4, 7, 8, 9, 11]
+        assert list(lines_of(file, segments, np.array([0, 3, 5]))) == [2, 8, 11]
+        assert list(lines_of(file, segments, np.array([], dtype=np.int64))) == []
+
+
+def test_bad_lines_are_values_if_they_are_kept() -> None:
+    lines = [b"[1]", b'{"a": 1,}', b'{"a": 1, "a": 2}', b'"\xff"', b"[2]"]
+    assert [str(value) for value in _parse_lines("x line", [1, 2, 3, 4, 5], lines, keep_bad=True)] == [
+        "[1]",
+        "not valid JSON at column 9: Expecting property name enclosed in double quotes",
+        'not valid JSON: key "a" twice in one object',
+        "not UTF-8 at byte 1; save it as UTF-8",
+        "[2]",
+    ]

@@ -20,6 +20,8 @@ Each message is one line: what was wrong, where (file, row, key), what would be 
 
 from __future__ import annotations
 
+import re
+
 
 class ChatdataError(ValueError):
     """Base of all errors a user can cause. `exit_code` is the exit code of the command line."""
@@ -81,6 +83,12 @@ def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:
 
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else f"; valid: {', '.join(valid)}"
+
+
+def general(reason: str) -> str:
+    """A reason without what differs from row to row: numbers, texts in single quotes, and advice after a semicolon."""
+    alike = re.sub(r"(?<!\w)('[^']*')|\d+", lambda found: "'…'" if found[1] else "N", reason)
+    return alike.partition("; ")[0]
 
 
 def kind_of(value: object) -> str:

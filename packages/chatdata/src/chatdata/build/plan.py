@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from array import array
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -16,14 +17,16 @@ import numpy as np
 
 from chatdata.build.divide import in_val_rows
 from chatdata.disk import MAX_COUNT
-from chatdata.errors import MissingSource, RecipeError, UsageError
+from chatdata.errors import MissingSource, RecipeError, UsageError, general
 from chatdata.recipe import MAX_ROWS, NATIVE, Recipe
-from chatdata.render.documents import RowMap
+from chatdata.render.documents import RenderedDocuments, RowMap
 from chatdata.render.model_format import ModelFormat, load_format
 from chatdata.sources.find import Locations, PlannedEntry, resolve
 from chatdata.sources.source import Source
 from chatdata.tasks.task import Task
 from chatdata.tokenizer.bpe import Tokenizer
+
+MAX_LISTED = 1_000  # bad rows in report.json: reading their places and the file takes seconds
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,19 @@ def place_of(row_maps: Mapping[Source, RowMap], document: int) -> str:
         if len(rows):
             return source.where(int(rows[0]))
     raise IndexError(document)
+
+
+def invalid_rows(documents: RenderedDocuments, row_maps: Mapping[Source, RowMap], chosen: np.ndarray) -> dict[str, Any]:
+    """The rows of the `chosen` documents (which may repeat) that cannot be used: how many `rows`, how many for each of
+    the `reasons` (see `general`), and the first MAX_LISTED with place and reason."""
+    bad = np.unique(chosen[np.isin(chosen, np.array(list(documents.invalid), dtype=np.int32))])
+    listed: list[dict[str, Any]] = []
+    for source, row_map in row_maps.items() if len(bad) else ():
+        rows = np.flatnonzero(np.isin(row_map.document_of, bad))[: MAX_LISTED - len(listed)]
+        for document, place in zip(row_map.document_of[rows].tolist(), source.places(rows), strict=True):
+            listed.append(place.with_reason(documents.invalid[document]))
+    reasons = Counter(general(documents.invalid[document]) for document in bad.tolist())
+    return {"rows": len(bad), "reasons": dict(reasons.most_common(MAX_LISTED)), "listed": listed}
 
 
 def rows_in_order(plan: BuildPlan, split: str, row_maps: Mapping[Source, RowMap]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from chatdata import __version__
 from chatdata.build.engines import ENGINES, OnRows, start_workers
-from chatdata.build.plan import BuildPlan, number_documents, place_of, rows_in_order
+from chatdata.build.plan import BuildPlan, invalid_rows, number_documents, place_of, rows_in_order
 from chatdata.build.units import FAST_ENCODER_BYTES, Renderer, Unit, cut_units, find_units, load_encoder, read_unit
 from chatdata.disk import CACHE_UNUSABLE, cache_folder, check_replaceable, file_sha256, sync, write_json, writes_to
 from chatdata.errors import BuildError, ChatdataError, UsageError
@@ -80,7 +80,7 @@ def build(
     check_replaceable(out)
     cache = cache_folder("units")
     started = time.perf_counter()
-    report: dict[str, Any] = {"workers": workers, "engine": engine, "tool_calls": {}}
+    report: dict[str, Any] = {"workers": workers, "engine": engine, "tool_calls": {}, "invalid": {}}
     seconds: dict[str, float] = {}
     with writes_to(out, NOTHING_WRITTEN), partial_folder(out) as growing:
         if plan.model_format:
@@ -137,6 +137,7 @@ def build(
         with ThreadPoolExecutor(1) if workers > 1 else nullcontext() as threads:
             for name, entries in plan.splits.items():
                 left_out = dropped if name == "train" else dropped[:0]
+                report["invalid"][name] = invalid_rows(documents, row_maps, rows[name]["document"])
                 splits[name], report["tool_calls"][name] = write_split(
                     growing / name, entries, rows.pop(name), documents, left_out, plan.tokenizer, progress, threads
                 )

@@ -11,7 +11,7 @@ import click
 
 from chatdata import __version__
 from chatdata.cli.build import build
-from chatdata.cli.check import diff, verify
+from chatdata.cli.check import check, diff, verify
 from chatdata.cli.command import examples, json_option, run_command, task_files_option
 from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
@@ -26,7 +26,7 @@ def cli(debug: bool) -> None:
     """Render chat conversations once, offline, to token shards with a parallel loss mask."""
 
 
-for command in (build, inspect, stats, verify, report, plan, diff, tokenizer, identity_command):
+for command in (build, check, inspect, stats, verify, report, plan, diff, tokenizer, identity_command):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Commands that compare: `chatdata verify` checks a build, `chatdata diff` compares two."""
+"""Commands that compare: `chatdata check` checks files, `verify` a build; `diff` compares two builds."""
 
 from __future__ import annotations
 
@@ -79,6 +79,27 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
         found = f"{len(problems):,} problem{'s'[: len(problems) != 1]}" if problems else "no damage found"
         say(f"{path}: {found} ({level})")
     return 3 if problems else 0
+
+
+@click.command(epilog=examples("chatdata check chats.jsonl more.parquet", "chatdata check chats.jsonl --json"))
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
+@json_option
+def check(files: tuple[Path, ...], as_json: bool) -> int:
+    """Find the rows of conversation files that no build can use. Exit code 3 if there are any.
+
+    Reads every row of JSONL, JSON and Parquet files as a build would. Bad rows are listed by reason, with their line
+    (or row); --json lists all of them.
+    """
+    from chatdata.check.files import check_files, lines_of_check
+    from chatdata.progress import shown_progress
+
+    with shown_progress(quiet=as_json) as progress:
+        found = check_files(files, progress)
+    if as_json:
+        say_json(found)
+    for line in [] if as_json else lines_of_check(found):
+        say(line)
+    return 3 if found["rows"] else 0
 
 
 @click.command(epilog=examples("chatdata diff out/mid out/mid-new", "chatdata diff out/mid out/mid-new --json"))

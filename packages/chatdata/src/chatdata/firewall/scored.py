@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -141,7 +140,7 @@ def _items_of(task: Task, name: str, source: Source) -> list[ScoredItem]:
 def _own_items(source: Source, keys: list[str]) -> list[ScoredItem]:
     """The items of a user's own file. keys: of the question and of the choices, or []."""
     items, unseen = [], set(keys[1:])  # choices need not be in every row: in some files only a few have any
-    places = chain.from_iterable(file.places() for file in source.files)
+    places = map(str, source.places(np.arange(source.num_rows)))
     for (_, row), place in zip(source.read(np.ones(source.num_rows, dtype=bool)), places, strict=True):
         try:
             items.append(ScoredItem(source.name, place, _question_and_choices(row, keys), None))

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from chatdata.build.plan import BuildPlan
 from chatdata.look.console import console, grid, megabytes, shard_dtype, share, table
+from chatdata.look.ledger import bad_row_line, ledger_lines
 from chatdata.render.batch import OUTCOMES
 from chatdata.sources.source import Source
 
@@ -65,6 +66,13 @@ def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> 
         columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
         lines = [_ledger_row(_name(entries), entries) for entries in copies.values()]
         table(f"\n{split}", columns, lines, _ledger_row("all", contents["entries"]))
+        lines_below = ledger_lines(contents["entries"])
+        listed = report["invalid"][split]["listed"]
+        lines_below += map(bad_row_line, listed[:3])
+        if len(listed) > 3:
+            lines_below.append(f"  … report.json, in the build, lists {len(listed):,} of these rows")
+        for line in lines_below:
+            console().print(escape(line))
         _show_tool_calls(report["tool_calls"][split])
     if "firewall" in report:
         _show_firewall(report["firewall"])

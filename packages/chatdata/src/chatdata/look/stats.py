@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from chatdata.look.console import console, share, table
+from chatdata.look.ledger import ledger_lines
 from chatdata.shards.read import Build
 
 SUMS = {
@@ -19,9 +20,10 @@ SUMS = {
 
 
 def build_stats(build: Build) -> dict[str, Any]:
-    """Per split and name: documents, tokens, supervised, truncated, turns, tool calls, and quantiles of length."""
+    """Per split and name: documents, tokens, supervised, truncated, turns, tool calls, and quantiles of length; and the
+    ledger of each split."""
     length = pl.col("num_tokens")
-    splits = {}
+    splits, ledger = {}, {name: contents["entries"] for name, contents in build.manifest["splits"].items()}
     for name, split in build.splits.items():
         frame = split.named_index.group_by("name", pl.col("task").cast(pl.String), maintain_order=True).agg(
             documents=pl.len(),
@@ -34,7 +36,8 @@ def build_stats(build: Build) -> dict[str, Any]:
             ),
         )
         splits[name] = sorted(frame.to_dicts(), key=lambda row: -row["tokens"])
-    return {"build_id": build.manifest["build_id"], "stage": build.manifest["stage"], "splits": splits}
+    manifest = build.manifest
+    return {"build_id": manifest["build_id"], "stage": manifest["stage"], "splits": splits, "ledger": ledger}
 
 
 def show_stats(numbers: dict[str, Any]) -> None:
@@ -51,4 +54,6 @@ def show_stats(numbers: dict[str, Any]) -> None:
             for task in tasks
         ]
         table(f"\n{split}", columns, rows)
+        for line in ledger_lines(numbers["ledger"][split]):
+            console().print(line)
     console().print(f"\nstage {numbers['stage']}, build {numbers['build_id'][:12]}")

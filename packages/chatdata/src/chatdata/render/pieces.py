@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ ROLE = 7  # the bits of the role
 # What reading a row may change or find, counted per document
 TALLIES = ("other_tools", "merged", "results_after_text", "reasoning_dropped", "reasoning_left_out", "text_left_out")
 INVALID = "invalid"  # the first word of a note, the reason comes after it
+MAX_REASON = 500  # characters of it: a key can have a million
 _PLAIN_PARTS = ("text", "python", "python_output")
 _MESSAGE_ROLES = {"user": 0, "assistant": 1, "system": 2}
 
@@ -181,12 +182,13 @@ def text_is_utf8(source: Source, rows: np.ndarray) -> Iterator[None]:
 
 def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
     """Raw rows as pieces: a table of well-formed conversations column by column, anything else row by row."""
-    task = source.task
-    with text_is_utf8(source, rows):
-        if task.rows_are_conversations and not isinstance(raw, list) and not source.reading.columns:
+    pieces = None
+    if source.task.rows_are_conversations and not isinstance(raw, list) and not source.reading.columns:
+        with suppress(UnicodeDecodeError):
             pieces = pieces_of_table(raw)
-            if pieces is not None:
-                return pieces
+    if pieces is not None:
+        return pieces
+    with text_is_utf8(source, rows):
         records = source.rows_of(raw)
     try:
         return _pieces_of_records(source, records)
@@ -198,10 +200,14 @@ def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
             except ChatdataError as error:
                 if source.reading.invalid == "error":
                     raise error.at(source.where(row)) from None
-                note = json.dumps([INVALID, str(error)])
-                role = TEXT if source.task.kind == "text" else USER
-                parts.append(replace(pieces_of_texts([""], role), notes=[(0, note)]))
-        return _joined(parts)
+                parts.append(invalid_row(source, error))
+        return joined(parts)
+
+
+def invalid_row(source: Source, error: ChatdataError) -> Pieces:
+    """An empty message, and a note that says why there is no other."""
+    note = json.dumps([INVALID, str(error)[:MAX_REASON]])
+    return replace(pieces_of_texts([""], TEXT if source.task.kind == "text" else USER), notes=[(0, note)])
 
 
 def _pieces_of_records(source: Source, records: list[Any]) -> Pieces:
@@ -212,7 +218,7 @@ def _pieces_of_records(source: Source, records: list[Any]) -> Pieces:
     return pieces_of_conversations(converted, source.reading)
 
 
-def _joined(parts: list[Pieces]) -> Pieces:
+def joined(parts: list[Pieces]) -> Pieces:
     firsts = np.cumsum([0, *map(len, parts)]).tolist()
     texts = [text for part in parts for text in part.texts]
     codes, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "counts"))

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from io import BufferedReader
-from itertools import repeat
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -78,8 +78,21 @@ def array_segments(file: BufferedReader, name: str) -> list[Segment] | None:
     return [*segments, Segment(num_rows, end - begin, begin)] if num_rows else segments
 
 
+def lines_of(file: BufferedReader, segments: list[Segment], rows: np.ndarray) -> Iterator[int]:
+    """The line (from 1) of each of `rows` (ascending); only segments that hold one are read."""
+    first = 0
+    for segment in segments:
+        inside = rows[(rows >= first) & (rows < first + segment.num_rows)] - first
+        if len(inside):
+            file.seek(segment.offset)
+            filled = (number for number, line in enumerate(file, start=segment.line + 1) if not line.isspace())
+            numbers = list(islice(filled, int(inside[-1]) + 1))
+            yield from (numbers[row] for row in inside.tolist())
+        first += segment.num_rows
+
+
 def read_array(
-    file: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray
+    file: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray, keep_bad: bool = False
 ) -> Iterator[tuple[np.ndarray, list[Any]]]:
     """As `read_jsonl`, from a .json file with one array."""
     row = 0
@@ -92,24 +105,31 @@ def read_array(
             for start in range(0, len(rows), ROWS_PER_BATCH):
                 part = rows[start : start + ROWS_PER_BATCH]
                 numbers = part.tolist()
-                yield part, _parse_lines(f"{name} row", numbers, [bytes(texts[number - row]) for number in numbers])
+                kept = [bytes(texts[number - row]) for number in numbers]
+                yield part, _parse_lines(f"{name} row", numbers, kept, keep_bad)
         row += segment.num_rows
 
 
 def read_text(
-    opened: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray
+    opened: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray, keep_bad: bool = False
 ) -> Iterator[tuple[np.ndarray, list[Any]]]:
     """As `read_jsonl`: one row, the whole text."""
     try:
-        yield np.zeros(1, dtype=np.int64), [{"text": opened.read().decode("utf-8-sig")}]
+        row: Any = {"text": opened.read().decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        raise SourceError(f"{name}: not UTF-8 at byte {error.start}") from None
+        row = SourceError(f"not UTF-8 at byte {error.start}")
+        if not keep_bad:
+            raise row.at(name) from None
+    yield np.zeros(1, dtype=np.int64), [row]
 
 
 def read_jsonl(
-    lines: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray
+    lines: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray, keep_bad: bool = False
 ) -> Iterator[tuple[np.ndarray, list[Any]]]:
-    """(rows, parsed rows) of the `wanted` ones (bool [n]) from row `first` on. `name` is the file's in errors."""
+    """(rows, parsed rows) of the `wanted` ones (bool [n]) from row `first` on. `name` is the file's in errors.
+
+    Raises SourceError for the first row that cannot be parsed; with `keep_bad` the error is the row's value.
+    """
     row = 0
     for segment in segments:  # the last one that starts at or before `first`
         if row + segment.num_rows > first:
@@ -126,19 +146,19 @@ def read_jsonl(
             numbers.append(number)
             kept.append(line)
             if len(rows) == ROWS_PER_BATCH:
-                yield np.array(rows), _parse_lines(f"{name} line", numbers, kept)
+                yield np.array(rows), _parse_lines(f"{name} line", numbers, kept, keep_bad)
                 rows, numbers, kept = [], [], []
         row += 1
         if row >= stop:
             break
     if rows:
-        yield np.array(rows), _parse_lines(f"{name} line", numbers, kept)
+        yield np.array(rows), _parse_lines(f"{name} line", numbers, kept, keep_bad)
 
 
-def _parse_lines(place: str, numbers: list[int], kept: list[bytes]) -> list[Any]:
+def _parse_lines(place: str, numbers: list[int], kept: list[bytes], keep_bad: bool = False) -> list[Any]:
     """The values of lines, or of rows of an array. place: goes before a number in errors, "a.jsonl line".
 
-    Raises SourceError for the first that is not JSON or holds a key twice.
+    Raises SourceError for the first that is not JSON or holds a key twice, or has it, without its place, as the value.
     """
     values: list[Any] = []
     for start in range(0, len(kept), LINES_PER_CHECK):
@@ -152,7 +172,14 @@ def _parse_lines(place: str, numbers: list[int], kept: list[bytes]) -> list[Any]
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 continue
         else:
-            parsed = list(map(_parse_line, repeat(place), numbers[start:], lines))
+            parsed = []
+            for number, line in zip(numbers[start:], lines, strict=False):
+                try:
+                    parsed.append(_parse_line(number, line))
+                except SourceError as error:
+                    if not keep_bad:
+                        raise error.at(f"{place} {number}") from None
+                    parsed.append(error)
         values += parsed
     return values
 
@@ -194,13 +221,13 @@ def _strings_in_text(text: bytes) -> int:
     return (len(quotes) - len(escaped)) // 2
 
 
-def _parse_line(place: str, number: int, line: bytes) -> Any:
+def _parse_line(number: int, line: bytes) -> Any:
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         return json.loads(text, object_pairs_hook=each_key_once)
     except UnicodeDecodeError as error:
-        raise SourceError(f"{place} {number}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise SourceError(f"not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
         reason = getattr(error, "msg", str(error)).removesuffix(" at")  # json's words for where it is
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise SourceError(f"{place} {number}: not valid JSON{column}: {reason}") from None
+        raise SourceError(f"not valid JSON{column}: {reason}") from None

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from io import BufferedReader
-from itertools import islice, pairwise
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from chatdata.sources.jsonl import (
     Segment,
     array_segments,
     jsonl_segments,
+    lines_of,
     read_array,
     read_jsonl,
     read_text,
@@ -47,6 +48,21 @@ _state_of = attrgetter("st_size", "st_ino", "st_dev", "st_mtime_ns", "st_ctime_n
 
 Rows: TypeAlias = "list[Any] | pa.RecordBatch"
 Batches: TypeAlias = Iterator[tuple[np.ndarray, Rows]]
+
+
+class Place(NamedTuple):
+    """Where a row is. unit: "line" (from 1, blank ones count), "row" (from 0), or "" where the file is one row."""
+
+    file: str
+    unit: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.unit} {self.number}" if self.unit else self.file
+
+    def with_reason(self, reason: str) -> dict[str, Any]:
+        """For JSON: `file`, `line` or `row` if it has several, `reason`."""
+        return {"file": self.file, **({self.unit: self.number} if self.unit else {}), "reason": reason}
 
 
 @dataclass(frozen=True)
@@ -120,15 +136,14 @@ class SourceFile:
     def num_rows(self) -> int:
         return sum(segment.num_rows for segment in self.segments)
 
-    def places(self) -> Iterator[str]:
-        """Every row's place: `identity.jsonl line 3` (blank lines count), `train.parquet row 17`."""
+    def places(self, rows: np.ndarray) -> Iterator[Place]:
+        """The place of each of `rows` (ascending)."""
         if self.suffix == ".jsonl":
-            with self.open() as lines:
-                yield from (f"{self.name} line {i}" for i, line in enumerate(lines, start=1) if not line.isspace())
-        elif self.suffix in (".parquet", ".json"):
-            yield from (f"{self.name} row {row}" for row in range(self.num_rows))
+            with self.open() as file:
+                yield from (Place(self.name, "line", line) for line in lines_of(file, self.segments, rows))
         else:
-            yield self.name
+            unit = "row" if self.suffix in (".parquet", ".json") else ""
+            yield from (Place(self.name, unit, row) for row in rows.tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,15 +197,30 @@ class Source:
             yield from zip(rows.tolist(), self.rows_of(raw), strict=True)
 
     def rows_of(self, raw: Rows) -> list[Any]:
-        """Raw rows as Python objects. In conversations from Arrow a null is no key: it fills structs with nulls."""
-        rows = raw if isinstance(raw, list) else raw.to_pylist()
+        """Raw rows as Python objects. In conversations from Arrow a null is no key: it fills structs with nulls.
+
+        With `invalid = "drop"` a row that cannot be read is its SourceError; else text that is not UTF-8 raises
+        UnicodeDecodeError.
+        """
+        if isinstance(raw, list):
+            rows = raw
+        else:
+            try:
+                rows = raw.to_pylist()
+            except UnicodeDecodeError:
+                if self.reading.invalid == "error":
+                    raise
+                if len(raw) == 1:
+                    return [SourceError("text that is not UTF-8")]
+                return [row for i in range(len(raw)) for row in self.rows_of(raw.slice(i, 1))]
         from_arrow = self.dataset is not None or not isinstance(raw, list)
         return without_nulls(rows) if from_arrow and self.task.rows_are_conversations else rows
 
     def read_batches(self, first: int, wanted: np.ndarray) -> Batches:
         """(rows, raw rows) in source order, some at a time: the `wanted` ones (bool [n]) of the rows from `first` on.
 
-        rows: int64. Raw rows: a list, or for Parquet a record batch. SourceErrors name the file and the row or line.
+        rows: int64. Raw rows: a list, or for Parquet a record batch. SourceErrors name the file and the row or line;
+        with `invalid = "drop"` that of a row which cannot be parsed is raised by `call_task`, being its value.
         """
         if not self.files or self.dataset is not None:
             rows = np.flatnonzero(wanted) + first
@@ -209,7 +239,8 @@ class Source:
                         batches = _read_parquet(file, opened, begin, wanted[run])
                     else:
                         read = {".jsonl": read_jsonl, ".json": read_array}.get(file.suffix, read_text)
-                        batches = read(opened, file.name, file.segments, begin, wanted[run])
+                        keep_bad = self.reading.invalid == "drop"
+                        batches = read(opened, file.name, file.segments, begin, wanted[run], keep_bad)
                     try:
                         for rows, raw in batches:
                             yield rows + offset, self._without_ignored(raw) if self.reading.ignore else raw
@@ -247,10 +278,16 @@ class Source:
 
     def where(self, row: int) -> str:
         """A row's place for error messages."""
+        return str(next(self.places(np.array([row]))))
+
+    def places(self, rows: np.ndarray) -> Iterator[Place]:
+        """The place of each of `rows` (ascending). Reads no more than the segments of a JSONL file that hold them."""
+        first = 0
+        for file in self.files:
+            yield from file.places(rows[(rows >= first) & (rows < first + file.num_rows)] - first)
+            first += file.num_rows
         if not self.files:
-            return f"{self.name} row {row}"
-        file, row, _ = next(self.files_of(row, 1))
-        return next(islice(file.places(), row, None))
+            yield from (Place(self.name, "row", row) for row in rows.tolist())
 
     @cached_property
     def rows_sha256(self) -> str | None:

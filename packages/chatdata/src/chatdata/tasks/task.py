@@ -126,7 +126,12 @@ def _task_again(name: str, file: Path | None, code_sha256: str | None) -> Task:
 
 
 def call_task(task: Task, function: Callable[..., Any], row: Any, *arguments: Any) -> Any:
-    """Call one of a task's functions on a row. Anything that goes wrong is a ChatdataError: tasks are users' code."""
+    """Call one of a task's functions on a row. Anything that goes wrong is a ChatdataError: tasks are users' code.
+
+    A row that could not be read is the ChatdataError that says why.
+    """
+    if isinstance(row, ChatdataError):
+        raise row
     try:
         return function(row, *arguments)
     except KeyError as error:

@@ -18,6 +18,7 @@ from chatdata.disk import check_file, naming, write_whole
 from chatdata.errors import UsageError
 from chatdata.firewall.listing import read_listing
 from chatdata.look.console import share
+from chatdata.look.ledger import ledger_lines
 from chatdata.look.report.collect import ROLES, report_numbers
 from chatdata.look.report.documents import FLAGGED, ShownDocument, first_flagged, shown_documents, spelled
 from chatdata.shards.read import Build, open_build
@@ -75,7 +76,7 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"count": lambda n: f"{n:,}", "share": share, "options": _options}
+    environment.filters |= {"count": lambda n: f"{n:,}", "share": share, "options": _options, "in_words": ledger_lines}
     scripts = [_inline(_vega()), _inline(_file("page.js"))]
     return environment.get_template("page.html").render(
         name=_named(build.path).name,

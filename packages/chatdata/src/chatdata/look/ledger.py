@@ -1,0 +1,40 @@
+"""What a ledger counts besides documents and tokens, and bad rows, as lines of text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from chatdata.errors import printable
+
+WORDS = {
+    "overflow": "document{s} dropped: over max_tokens",
+    "zero_supervised": "document{s} dropped: nothing supervised",
+    "invalid": "document{s} dropped: the row cannot be used",
+    "contaminated": "document{s} dropped: scored items",
+    "merged": "message{s} joined to the one before",
+    "other_tools": "call{s} of other tools, not replayed",
+    "results_after_text": "tool result{s} after a text without a call",
+    "reasoning_dropped": "reasoning part{s} left out",
+}
+
+
+def ledger_lines(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The sums over entries of a ledger that are not 0, in words."""
+    counts = Counter[str]()
+    for entry in entries:
+        counts.update(entry.get("dropped", {}) | {name: entry.get(name, 0) for name in WORDS if name in entry})
+    return [
+        f"{counts[name]:,} {words.format(s='s'[: counts[name] != 1])}" for name, words in WORDS.items() if counts[name]
+    ]
+
+
+def place_of(row: Mapping[str, Any]) -> str:
+    """The place of a bad row: `chats.jsonl:3`, `chats.parquet row 3`."""
+    place = f":{row['line']}" if "line" in row else f" row {row['row']}" if "row" in row else ""
+    return printable(f"{row['file']}{place}", keep="")
+
+
+def bad_row_line(row: Mapping[str, Any]) -> str:
+    return f"  {place_of(row)}: {printable(row['reason'], keep='')}"
