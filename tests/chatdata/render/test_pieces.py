@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -11,9 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatdata.conversation import parse_conversation
-from chatdata.errors import ConversationError
-from chatdata.render.pieces import Pieces, _take_messages, blocks_of, pieces_of_conversations, pieces_of_table
+from chatdata.conversation import Reading, parse_conversation
+from chatdata.errors import ConversationError, SourceError
+from chatdata.render.pieces import (
+    MAX_REASON,
+    Pieces,
+    _take_messages,
+    blocks_of,
+    pieces_of_conversations,
+    pieces_of_rows,
+    pieces_of_table,
+)
+from chatdata.sources.source import Source
+from chatdata.tasks import load_tasks
 
 texts = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\x00", "a\r\n", "<|bos|>", "<|user_end|>12", "🤖é"]))
 parts = st.lists(
@@ -181,3 +192,29 @@ def test_blocks_always(lengths: list[int], limit: int) -> None:
     for first, last in blocks:
         assert sum(lengths[first:last]) <= limit or last == first + 1
         assert last == len(lengths) or sum(lengths[first : last + 1]) > limit
+
+
+def test_a_bad_row_is_an_empty_message_with_its_reason() -> None:
+    rows = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+        SourceError("not valid JSON"),
+        [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+        {"messages": [{"role": "user", "content": "Hi"}], "x" * 1_000: "long"},
+        [{"role": "bot", "content": "Hi"}],
+    ]
+    source = Source("c", load_tasks()["conversations"], reading=Reading(invalid="drop", consecutive="merge"))
+    pieces = pieces_of_rows(source, np.arange(5), rows)
+    assert pieces.texts == ["Hi", "Ho", "", "a\n\nb", "", ""]
+    assert pieces.counts.tolist() == [2, 1, 1, 1, 1]
+    assert pieces.codes.tolist()[2:] == [0, 0, 0, 0]
+    assert pieces.tallies == [(2, 1, 1)]
+    notes = {i: json.loads(note) for i, note in pieces.notes}
+    assert notes[1] == ["invalid", "not valid JSON"]
+    assert notes[4][1].startswith("message 0, key \"role\": unknown role 'bot'")
+    assert sorted(notes) == [1, 3, 4] and len(notes[3][1]) == MAX_REASON
+    strict = Source("c", source.task)
+    with pytest.raises(SourceError, match=r"^c row 1: not valid JSON$"):
+        pieces_of_rows(strict, np.arange(5), rows)
+    text = Source("t", load_tasks()["text"], reading=Reading(invalid="drop"))
+    pieces = pieces_of_rows(text, np.arange(2), [{"text": "a"}, {"tex": "b"}])
+    assert (pieces.texts, pieces.codes.tolist(), len(pieces.notes)) == (["a", ""], [1, 1], 1)

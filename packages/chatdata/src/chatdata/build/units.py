@@ -30,7 +30,7 @@ import numpy as np
 
 from chatdata.arrow import map_batches, to_numpy
 from chatdata.disk import file_sha256
-from chatdata.errors import ChatdataError
+from chatdata.errors import ChatdataError, TokenizerError
 from chatdata.recipe import NATIVE
 from chatdata.render.batch import (
     COUNTS,
@@ -44,7 +44,7 @@ from chatdata.render.batch import (
 from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.model_batch import render_rows
 from chatdata.render.model_format import load_format
-from chatdata.render.pieces import UNTRAINED, Pieces, pieces_of_rows
+from chatdata.render.pieces import UNTRAINED, Pieces, invalid_row, joined, pieces_of_rows
 from chatdata.render.spans import untrained_index
 from chatdata.sources.jsonl import SEGMENT_BYTES
 from chatdata.sources.source import Rows, Source
@@ -202,30 +202,42 @@ def _render_native(
     encoder = load_encoder(renderer.encoder_name, tokenizer)
     done = 0
     for pieces in pieces_of_rows(source, rows, raw).split(MAX_CHARS):
-        try:
-            ids, counts = encoder.encode_batch(pieces.texts)
-            if encoder.name != "tiktoken":
-                found = encoders.check_some(encoder, tokenizer, pieces.texts, (ids, counts), source.name)
-                checked["checked"] += found
-            batch = render_batch(pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size)
-        except ChatdataError:
-            _raise_for_row(encoder, tokenizer, source, rows[done : done + len(pieces)], pieces)
-            raise
+        batch = None
+        while batch is None:
+            try:
+                ids, counts = encoder.encode_batch(pieces.texts)
+                if encoder.name != "tiktoken":
+                    found = encoders.check_some(encoder, tokenizer, pieces.texts, (ids, counts), source.name)
+                    checked["checked"] += found
+                batch = render_batch(pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size)
+            except ChatdataError:
+                num_invalid = len(pieces.notes)
+                pieces = _encodable(encoder, tokenizer, source, rows[done : done + len(pieces)], pieces)
+                if len(pieces.notes) == num_invalid:
+                    raise
         checked["texts"] += len(pieces.texts)
         yield batch, bool(batch.untrained_turns.any() or (pieces.codes & UNTRAINED).any())
         done += len(pieces)
 
 
-def _raise_for_row(
+def _encodable(
     encoder: encoders.Encoder, tokenizer: Tokenizer, source: Source, rows: np.ndarray, pieces: Pieces
-) -> None:
-    """Raise the error of the first row whose texts cannot be encoded on their own, with its place."""
+) -> Pieces:
+    """The pieces with the rows dropped whose texts the tokenizer gives up on.
+
+    Raises the error of the first row whose texts cannot be encoded on their own, with its place, if it is another error
+    or the recipe does not want such rows dropped.
+    """
+    parts = [pieces.part(i, i + 1) for i in range(len(pieces))]
     for i, row in enumerate(rows.tolist()):
-        texts = pieces.part(i, i + 1).texts
+        texts = parts[i].texts
         try:
             encoders.check_some(encoder, tokenizer, texts, encoder.encode_batch(texts), source.name)
         except ChatdataError as own:
-            raise own.at(source.where(row)) from None
+            if source.reading.invalid == "error" or not isinstance(own, TokenizerError):
+                raise own.at(source.where(row)) from None
+            parts[i] = invalid_row(source, own)
+    return joined(parts)
 
 
 def read_unit(path: Path, dtype: np.dtype) -> list[RenderedBatch]:
