@@ -16,7 +16,9 @@ WORDS = {
     "merged": "message{s} joined to the one before",
     "other_tools": "call{s} of other tools, not replayed",
     "results_after_text": "tool result{s} after a text without a call",
-    "reasoning_dropped": "reasoning part{s} left out",
+    "reasoning_dropped": "reasoning part{s} dropped",
+    "reasoning_left_out": "reasoning part{s} that the chat format leaves out",
+    "text_left_out": "text{s} that the chat format leaves out",
 }
 
 
