@@ -13,7 +13,8 @@ import pytest
 
 from chatdata.conversation import Reading, parse_conversation
 from chatdata.errors import ConversationError
-from chatdata.sources.source import Source, SourceFile
+from chatdata.sources.file import SourceFile
+from chatdata.sources.source import Source
 from chatdata.tasks import load_tasks
 
 WEATHER = {

@@ -21,8 +21,9 @@ from chatdata.build.run import build
 from chatdata.check.rerender import verify_semantic
 from chatdata.errors import BuildError, ChatdataError
 from chatdata.recipe import load_recipe
+from chatdata.sources.file import SourceFile
 from chatdata.sources.find import Locations
-from chatdata.sources.source import Source, SourceFile
+from chatdata.sources.source import Source
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
 

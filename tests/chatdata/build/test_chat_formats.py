@@ -110,7 +110,7 @@ def test_workers_and_cache_change_no_byte(
     work: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHATDATA_CACHE", str(tmp_path / "cache"))
-    for module in ("build.units", "sources.jsonl", "sources.source"):
+    for module in ("build.units", "sources.jsonl", "sources.file"):
         monkeypatch.setattr(f"chatdata.{module}.SEGMENT_BYTES", 4_000)
     monkeypatch.setattr("chatdata.sources.source.ROWS_PER_SEGMENT", 16)
     monkeypatch.setattr(engines, "BYTES_PER_WORKER", 1)

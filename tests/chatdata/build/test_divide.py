@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from chatdata.build.divide import content_hash, in_val_rows
-from chatdata.sources.source import Source, SourceFile
+from chatdata.sources.file import SourceFile
+from chatdata.sources.source import Source
 from chatdata.tasks import load_tasks
 
 ROWS = [{"prompt": f"{n}?", "completion": f"{n}!", "score": None if n % 2 else n} for n in range(50)]

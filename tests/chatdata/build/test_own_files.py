@@ -9,7 +9,8 @@ import pytest
 
 from chatdata.build.own_files import form_of, recipe_of_files, toml_of
 from chatdata.errors import UsageError
-from chatdata.sources.source import Source, SourceFile
+from chatdata.sources.file import SourceFile
+from chatdata.sources.source import Source
 from chatdata.tasks import load_tasks
 
 

@@ -32,9 +32,10 @@ from chatdata.build.units import RENDERING_CODE, Renderer, code_sha256, cut_unit
 from chatdata.disk import cache_folder
 from chatdata.errors import BuildError, ConversationError, SourceError, TaskError, TokenizerError
 from chatdata.recipe import load_recipe
-from chatdata.sources import jsonl, source
+from chatdata.sources import file, jsonl
+from chatdata.sources.file import SourceFile
 from chatdata.sources.find import Locations
-from chatdata.sources.source import Source, SourceFile
+from chatdata.sources.source import Source
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -79,7 +80,7 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Units of about 2 kB, workers for any amount of work, and a cache of this test's own."""
-    for module in (jsonl, source, units):
+    for module in (jsonl, file, units):
         monkeypatch.setattr(module, "SEGMENT_BYTES", 2_000)
     monkeypatch.setattr(engine, "BYTES_PER_WORKER", 1)
     monkeypatch.setattr("chatdata.sources.source.ROWS_PER_SEGMENT", 64)
@@ -318,9 +319,9 @@ def with_task(recipe: Path, action: str, when: str = AT_ROW_150) -> list[str]:
 def run_small(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     """The command line in a process of its own, with units as small as in this file."""
     program = (
-        "from chatdata.build import engines as engine, units\nfrom chatdata.sources import jsonl, source\n"
+        "from chatdata.build import engines as engine, units\nfrom chatdata.sources import file, jsonl, source\n"
         "source.ROWS_PER_SEGMENT = 64\n"
-        "jsonl.SEGMENT_BYTES = source.SEGMENT_BYTES = units.SEGMENT_BYTES = 2_000; engine.BYTES_PER_WORKER = 1\n"
+        "jsonl.SEGMENT_BYTES = file.SEGMENT_BYTES = units.SEGMENT_BYTES = 2_000; engine.BYTES_PER_WORKER = 1\n"
         "from chatdata.cli import main\nmain()"
     )
     command = [sys.executable, "-c", program, *arguments]

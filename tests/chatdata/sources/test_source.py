@@ -16,7 +16,8 @@ import pytest
 from chatdata.conversation import Reading, parse_conversation
 from chatdata.errors import SourceError
 from chatdata.render.pieces import pieces_of_rows
-from chatdata.sources.source import Source, SourceFile, forget_readers
+from chatdata.sources.file import SourceFile
+from chatdata.sources.source import Source, forget_readers
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.files import save_tokenizer

@@ -162,15 +162,8 @@ def shipped_recipes() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def load_recipe(
-    name_or_path: str,
-    tasks: Mapping[str, Task],
-    *,
-    max_tokens: int | None = None,
-    overflow: str | None = None,
-    chat_format: str | None = None,
-) -> Recipe:
-    """Load a named recipe or a file. `max_tokens`, `overflow` and `chat_format` replace the recipe's own.
+def load_recipe(name_or_path: str, tasks: Mapping[str, Task], **rules: Any) -> Recipe:
+    """Load a named recipe or a file. `rules` (max_tokens, overflow, …) replace the recipe's own where they are not None.
 
     Raises RecipeError naming file, key and the nearest valid name for anything unknown or of the wrong type.
     """
@@ -182,10 +175,9 @@ def load_recipe(
         )
     shown = path.name if name_or_path in shipped else str(path)
     table: dict[str, Any] = decode(path.read_bytes(), dict, shown, RecipeError, "toml")
-    if overflow == "keep":
+    if rules.get("overflow") == "keep":
         table.pop("max_tokens", None)
-    given = {"max_tokens": max_tokens, "overflow": overflow, "chat_format": chat_format}
-    table |= {key: value for key, value in given.items() if value is not None}
+    table |= {key: value for key, value in rules.items() if value is not None}
     return parse_recipe(table, shown, path, tasks)
 
 

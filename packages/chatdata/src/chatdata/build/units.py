@@ -61,7 +61,7 @@ MAX_CHARS = 4 << 20  # encoded at a time: bounds memory where documents are long
 RENDERING_CODE = (
     *("arrow.py", "build/units.py", "calculator.py", "conversation.py", "document.py"),
     *("messages.py", "records.py", "tool_calls.py"),
-    *("render", "sources/jsonl.py", "sources/source.py", "tasks", "tokenizer"),
+    *("render", "sources/file.py", "sources/jsonl.py", "sources/source.py", "tasks", "tokenizer"),
 )
 UNIT_FORMAT = 3
 UNIT_SUFFIX, PARTIAL_SUFFIX = ".arrow", ".tmp"

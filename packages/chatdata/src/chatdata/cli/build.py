@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 @click.option(
     "--overflow", type=click.Choice(["keep", "truncate", "drop", "error"]), help="What happens to longer ones."
 )
+@click.option("--invalid", type=click.Choice(["error", "drop"]), help="What happens to rows that cannot be used.")
 @click.option(
     "--decontaminate",
     type=click.Choice(["report", "drop", "off"]),
@@ -101,9 +102,6 @@ def build(
     workers: int | None,
     engine: str,
     limit: int | None,
-    max_tokens: int | None,
-    overflow: str | None,
-    chat_format: str | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -123,16 +121,16 @@ def build(
     from chatdata.tasks.task import load_tasks
 
     tasks = load_tasks(task_files)
-    limits: dict[str, Any] = {"max_tokens": max_tokens, "overflow": overflow, "chat_format": chat_format}
+    rules: dict[str, Any] = {key: options.pop(key) for key in ("max_tokens", "overflow", "invalid", "chat_format")}
     for flag, given in (("--val", val_share), ("--write-recipe", write_recipe)):
         if given is not None and not files:
             raise UsageError(f"{flag} is for FILEs: chatdata build chats.jsonl … {flag} {given}")
     if files and (recipe or demo):
         raise UsageError(f"give FILEs or {'--recipe' if recipe else '--demo'}, not both")
     if files:
-        loaded, text = _recipe_of_files(files, stage or "sft", val_share, write_recipe, limits, tasks)
+        loaded, text = _recipe_of_files(files, stage or "sft", val_share, write_recipe, rules, tasks)
     else:
-        loaded, text = load_recipe(_recipe_name(stage, recipe, demo), tasks, **limits), ""
+        loaded, text = load_recipe(_recipe_name(stage, recipe, demo), tasks, **rules), ""
     if stage and loaded.stage != stage:
         raise UsageError(f'--stage {stage}, but the recipe "{loaded.name}" is for stage {loaded.stage}')
     entries = [entry for split in loaded.splits.values() for entry in split]
@@ -191,7 +189,7 @@ def _recipe_of_files(
     stage: str,
     val_share: float | None,
     write_recipe: Path | None,
-    limits: dict[str, Any],
+    rules: dict[str, Any],
     tasks: dict[str, Task],
 ) -> tuple[Recipe, str]:
     """The recipe that FILEs stand for, parsed and as TOML. Raises UsageError if `write_recipe` exists."""
@@ -203,7 +201,7 @@ def _recipe_of_files(
     if write_recipe and not write_recipe.parent.is_dir():
         raise UsageError(f"--write-recipe {write_recipe}: there is no folder {write_recipe.parent}")
     path = write_recipe or Path(f"{files[0].stem if len(files) == 1 else 'own'}.toml")
-    table = {key: value for key, value in limits.items() if value is not None}
+    table = {key: value for key, value in rules.items() if value is not None}
     table = recipe_of_files(files, path.parent, stage, val_share) | table
     return parse_recipe(table, "the command line", path, tasks), toml_of(table)
 

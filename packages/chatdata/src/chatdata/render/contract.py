@@ -1,13 +1,11 @@
 """The rules every rendered document keeps (docs/format.md), checked over a whole shard in numpy.
 
 Ordinary text never holds the id of a special token, so delimiters are found by id. Which delimiter comes next depends
-only on the one before it (`python_end` can only be reached from inside an assistant message), so a table of pairs says
-what is allowed; and the last delimiter before a token says what its mask must be:
+only on the one before it (`python_end` can only be reached from inside an assistant message), so a table of pairs
+(format.py) says what is allowed; and the last delimiter before a token says what its mask must be:
 
     tokens     bos user_start  w  w  user_end assistant_start  w python_start  w python_end output_start  w output_end …
     mask        0      0       0  0     0            0         1      1        1      1           0       0     0
-
-format.py has the tables.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from chatdata.disk import home_path
 from chatdata.errors import MissingSource, SourceError
 from chatdata.recipe import Entry, file_label
 from chatdata.sources import hub
-from chatdata.sources.source import Source, SourceFile
+from chatdata.sources.file import SourceFile
+from chatdata.sources.source import Source
 from chatdata.tasks.task import Task
 
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})")

@@ -5,32 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from io import BufferedReader
-from itertools import pairwise
-from operator import attrgetter
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from chatdata.arrow import to_arrow, without_nulls
 from chatdata.conversation import AS_WRITTEN, Reading
 from chatdata.errors import SourceError
-from chatdata.sources.jsonl import (
-    ROWS_PER_BATCH,
-    SEGMENT_BYTES,
-    Segment,
-    array_segments,
-    jsonl_segments,
-    lines_of,
-    read_array,
-    read_jsonl,
-    read_text,
-)
+from chatdata.sources.file import Place, SourceFile, open_parquet
+from chatdata.sources.jsonl import ROWS_PER_BATCH, read_array, read_jsonl, read_text
 from chatdata.tasks.task import Task, call_task
 
 if TYPE_CHECKING:
@@ -38,112 +25,9 @@ if TYPE_CHECKING:
 
 ROWS_PER_SEGMENT = 4096  # where rows do not come from our own reading of files
 GENERATED_ROW_BYTES = 256  # the assumed size of a generated row
-# A row group can only be read from its start. A worker that continues where it stopped does not read it again; with one
-# worker for each of 16 parts a group is decoded 8.5 times, 0.04 CPU-seconds per million tokens.
-MAX_GROUP_PARTS = 16
-TICK_NS = 20_000_000  # of a file system's clock: of two writes in one tick the second leaves no trace
-CHANGED = "changed while it was read; build again"
-
-_state_of = attrgetter("st_size", "st_ino", "st_dev", "st_mtime_ns", "st_ctime_ns")  # what changes with any change
 
 Rows: TypeAlias = "list[Any] | pa.RecordBatch"
 Batches: TypeAlias = Iterator[tuple[np.ndarray, Rows]]
-
-
-class Place(NamedTuple):
-    """Where a row is. unit: "line" (from 1, blank ones count), "row" (from 0), or "" where the file is one row."""
-
-    file: str
-    unit: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.file} {self.unit} {self.number}" if self.unit else self.file
-
-    def with_reason(self, reason: str) -> dict[str, Any]:
-        """For JSON: `file`, `line` or `row` if it has several, `reason`."""
-        return {"file": self.file, **({self.unit: self.number} if self.unit else {}), "reason": reason}
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of rows: .parquet, .jsonl, .json, or text, which is one row."""
-
-    path: Path
-    name: str  # relative to its dataset, without folders of this machine
-    state: list[tuple[int, ...]] = field(default_factory=list, compare=False)  # of the file whose content is known
-
-    @cached_property
-    def sha256(self) -> str:
-        with self.open() as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self.check(file)
-        return digest
-
-    def open(self) -> BufferedReader:
-        """Open the file. Raises SourceError if it is not the one that was opened first, or has not its content."""
-        file = self.path.open("rb")
-        status = os.fstat(file.fileno())
-        if not self.state and 0 <= time.time_ns() - status.st_ctime_ns < TICK_NS:
-            time.sleep(TICK_NS / 1e9)
-        if self.state and self.state[-1] != _state_of(status):
-            # only touched, or on another machine whose file system numbers files differently?
-            if self.__dict__.get("sha256") != hashlib.file_digest(file, "sha256").hexdigest():
-                raise SourceError(f"{self.name}: {CHANGED}")
-            file.seek(0)
-        self.state[:] = [_state_of(status)]
-        return file
-
-    def check(self, file: BufferedReader) -> None:
-        """Raise SourceError if the open `file` was replaced or written to since it was opened."""
-        if self.state != [_state_of(os.fstat(file.fileno()))]:
-            raise SourceError(f"{self.name}: {CHANGED}")
-
-    @cached_property
-    def _array(self) -> list[Segment] | None:
-        """Segments of a .json file, unless it is JSON lines."""
-        if self.path.suffix != ".json":
-            return None
-        with self.open() as file:
-            segments = array_segments(file, self.name)
-            self.check(file)
-        return segments
-
-    @property
-    def suffix(self) -> str:
-        """That of the path, but .jsonl for a .json file of JSON lines."""
-        return ".jsonl" if self.path.suffix == ".json" and self._array is None else self.path.suffix
-
-    @cached_property
-    def segments(self) -> list[Segment]:
-        if self._array is not None:
-            return self._array
-        with self.open() as file:
-            if self.suffix == ".jsonl":
-                segments = jsonl_segments(file)
-            elif self.suffix != ".parquet":
-                segments = [Segment(1, size)] if (size := self.state[0][0]) else []
-            else:
-                segments, metadata = [], _open_parquet(self.name, file).metadata
-                for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
-                    num_parts = max(1, min(MAX_GROUP_PARTS, group.total_byte_size // SEGMENT_BYTES, group.num_rows))
-                    cuts = [group.num_rows * i // num_parts for i in range(num_parts + 1)]
-                    segments += [Segment(b - a, group.total_byte_size // num_parts) for a, b in pairwise(cuts)]
-            self.check(file)
-        return segments
-
-    @cached_property
-    def num_rows(self) -> int:
-        return sum(segment.num_rows for segment in self.segments)
-
-    def places(self, rows: np.ndarray) -> Iterator[Place]:
-        """The place of each of `rows` (ascending)."""
-        if self.suffix == ".jsonl":
-            with self.open() as file:
-                yield from (Place(self.name, "line", line) for line in lines_of(file, self.segments, rows))
-        else:
-            unit = "row" if self.suffix in (".parquet", ".json") else ""
-            yield from (Place(self.name, unit, row) for row in rows.tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,20 +198,6 @@ class Source:
         return described
 
 
-def _open_parquet(name: str, file: BufferedReader) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        opened = pq.ParquetFile(file)
-        names = opened.schema_arrow.names
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{name}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    if twice := {column for column in names if names.count(column) > 1}:
-        raise SourceError(f'{name}: two columns are named "{min(twice)}"; remove one of them')
-    return opened
-
-
 # file → (row, batch that starts there, batches after it): where reading a file stopped, if there is more of it
 _stopped: dict[tuple[Any, ...], tuple[int, Any, Any]] = {}
 
@@ -339,7 +209,7 @@ def _read_parquet(file: SourceFile, opened: BufferedReader, first: int, wanted: 
     at, batch, batches = _stopped.pop(key, (stop, None, None))
     _stopped.clear()
     if batches is None or at > first:  # start with the row group that holds row `first`
-        parquet = _open_parquet(file.name, os.fdopen(os.dup(opened.fileno()), "rb"))  # open for longer than `opened`
+        parquet = open_parquet(file.name, os.fdopen(os.dup(opened.fileno()), "rb"))  # open for longer than `opened`
         num_groups = parquet.metadata.num_row_groups
         starts = np.cumsum([0, *(parquet.metadata.row_group(i).num_rows for i in range(num_groups))])
         group = int(np.searchsorted(starts, first, side="right")) - 1

@@ -11,7 +11,8 @@ import numpy as np
 from chatdata.conversation import REFUSED_KEYS, parse_conversation
 from chatdata.errors import ChatdataError, SourceError
 from chatdata.records import MESSAGE_KEYS
-from chatdata.sources.source import Source, SourceFile
+from chatdata.sources.file import SourceFile
+from chatdata.sources.source import Source
 from chatdata.tasks.task import load_tasks
 
 
