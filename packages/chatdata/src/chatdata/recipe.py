@@ -163,7 +163,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(name_or_path: str, tasks: Mapping[str, Task], **rules: Any) -> Recipe:
-    """Load a named recipe or a file. `rules` (max_tokens, overflow, …) replace the recipe's own where they are not None.
+    """Load a named recipe or a file. `rules` (max_tokens, overflow, …) replace its own, where they are not None.
 
     Raises RecipeError naming file, key and the nearest valid name for anything unknown or of the wrong type.
     """
