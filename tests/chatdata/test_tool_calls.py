@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chatdata.errors import ConversationError
-from chatdata.tool_calls import calls_of, output_of, signatures
+from chatdata.tool_calls import calls_of, output_of, signatures, tools_of
 
 
 @pytest.mark.parametrize(
@@ -87,5 +87,5 @@ def test_signatures_that_are_refused() -> None:
         ([{"name": "f"}, {"name": "g", "parameters": [1]}], 'tool 1, key "parameters": must be an object, not a list'),
     ]:
         with pytest.raises(ConversationError, match=message):
-            signatures(tools)
-    assert signatures([{"name": "f", "strict": True}, '{"name": "g", "parameters": {}}']) == "f()\n\ng()"
+            signatures(tools_of(tools))
+    assert signatures(tools_of([{"name": "f", "strict": True}, '{"name": "g", "parameters": {}}'])) == "f()\n\ng()"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from chat_folders import QWEN_SPLIT, llama_folder, make_folder, qwen_folder, trl
 from common_form import conversations
 from hypothesis import given, settings
 
-from chatdata.conversation import parse_conversation
+from chatdata.conversation import Reading, parse_conversation
 from chatdata.document import SPAN_ROLES, Document
 from chatdata.errors import BuildError, ConversationError, TokenizerError, UsageError
 from chatdata.render.messages import to_messages
@@ -129,9 +130,32 @@ def test_ids_are_those_of_apply_chat_template(folders: dict[str, Path], name: st
         except ConversationError:
             num_refused += 1  # llama3_training writes no calls
             continue
-        expected = theirs.apply_chat_template(messages, date_string="26 Jul 2024", return_dict=True)["input_ids"]
+        expected = theirs.apply_chat_template(
+            messages, tools=conversation.get("tools"), date_string="26 Jul 2024", return_dict=True
+        )["input_ids"]
         assert document.tokens.tolist() == expected
     assert num_refused == (13 if name == "llama-3 training" else 0)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-3", "qwen3 training"])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_tools_next_to_the_messages_are_listed_as_the_template_does(
+    folders: dict[str, Path], name: str, system: list[dict]
+) -> None:
+    from transformers import AutoTokenizer
+
+    function = {"name": "track", "description": "Find <it>", "parameters": {"type": "object", "properties": {}}}
+    messages = [*system, {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    record = {"messages": messages, "tools": json.dumps([function])}
+    listed = [{"type": "function", "function": function}]
+    parsed = parse_conversation(record, Reading(tools="given"))
+    assert parsed == {"messages": messages, "tools": listed}
+    document, _ = render_in_format(format_of(folders, name), parsed)
+    theirs = AutoTokenizer.from_pretrained(folders[name])
+    expected = theirs.apply_chat_template(messages, tools=listed, date_string="26 Jul 2024", return_dict=True)
+    assert document.tokens.tolist() == expected["input_ids"] and "track" in document.text()
+    answer = "".join(text for supervised, text in document.runs() if supervised)
+    assert answer.startswith(("Here.", "<think>")) and "track" not in answer
 
 
 @pytest.mark.parametrize("name", ["qwen3 training", "llama-3 training"])
@@ -147,7 +171,9 @@ def test_masks_are_those_of_trl(folders: dict[str, Path], name: str) -> None:
         if name == "llama-3 training" and any("tool_calls" in message for message in messages):
             continue
         document, _ = render_in_format(format_of(folders, name), conversation)
-        marked = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        marked = theirs.apply_chat_template(
+            messages, tools=conversation.get("tools"), return_dict=True, return_assistant_tokens_mask=True
+        )
         expected = np.array(marked["assistant_masks"])
         after_end = (document.tokens == newline) & (np.roll(document.tokens, 1) == end)
         expected[after_end] = 0

@@ -22,7 +22,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from chatdata.errors import ConversationError
 from chatdata.messages import Part, Reasoning, as_parts, check_surrogates, read_message
 from chatdata.records import METADATA_KEYS, REFUSED_KEYS, messages_of
-from chatdata.tool_calls import Call
+from chatdata.tool_calls import Call, signatures
 
 __all__ = ["METADATA_KEYS", "REFUSED_KEYS", "Part", "Reasoning", "check_surrogates", "parse_conversation"]
 Role = Literal["system", "user", "assistant"]
@@ -40,6 +40,7 @@ class Reading:
     reasoning: Reasoning = "keep"
     consecutive: Consecutive = "error"  # neighbouring messages of one role
     invalid: Invalid = "error"  # rows that cannot be used
+    tools: Literal["signatures", "given"] = "signatures"  # in the system text, or apart, for a format that lists them
 
 
 AS_WRITTEN = Reading()
@@ -54,10 +55,11 @@ class Message(TypedDict):
 
 
 class Conversation(TypedDict):
-    """`counts`: what reading changed, by name; only if it changed anything."""
+    """`counts`: what reading changed, by name, if anything. `tools`: if Reading.tools is "given", and there are any."""
 
     messages: list[Message]
     counts: NotRequired[dict[str, int]]
+    tools: NotRequired[list[dict[str, Any]]]
 
 
 def parse_conversation(record: Any, reading: Reading = AS_WRITTEN) -> Conversation:
@@ -76,6 +78,7 @@ def parse_conversation(record: Any, reading: Reading = AS_WRITTEN) -> Conversati
 
 def _parse(record: Any, reading: Reading) -> Conversation:
     raw, system, tools = messages_of(record, reading.columns)
+    listed = signatures(tools) if reading.tools == "signatures" else ""
     leading = [system] if system else []
     messages: list[Message] = []
     counts: dict[str, int] = {}
@@ -94,8 +97,8 @@ def _parse(record: Any, reading: Reading) -> Conversation:
             or (is_neighbour and reading.consecutive == "error")
         ):
             raise _misplaced(turn, role, before, system if role == "system" else "")
-        if not before and (leading or tools):
-            text = "\n\n".join([*leading, tools] if tools else leading)
+        if not before and (leading or listed):
+            text = "\n\n".join([*leading, listed] if listed else leading)
             messages.append({"role": "system", "content": check_surrogates(text, "system text")})
         if is_neighbour:
             counts["merged"] = counts.get("merged", 0) + 1
@@ -132,7 +135,12 @@ def _parse(record: Any, reading: Reading) -> Conversation:
     if not before:
         raise ConversationError(f"message {len(raw) - 1}: a system message must be followed by a user message")
     _place(calls, messages, None)
-    return {"messages": messages, "counts": counts} if counts else {"messages": messages}
+    found: Conversation = {"messages": messages}
+    if counts:
+        found["counts"] = counts
+    if tools and not listed:
+        found["tools"] = tools
+    return found
 
 
 def _misplaced(turn: int, role: str, before: str, system: str = "") -> ConversationError:

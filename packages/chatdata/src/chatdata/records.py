@@ -7,7 +7,7 @@ from numbers import Number
 from typing import Any
 
 from chatdata.errors import ConversationError, kind_of
-from chatdata.tool_calls import parsed, signatures
+from chatdata.tool_calls import parsed, tools_of
 
 # Keys next to the messages. Empty ones are nothing; numbers, booleans and these are metadata, which is not rendered.
 # docs/conversations.md shows the list.
@@ -50,8 +50,8 @@ _NO_CHATS = {  # what no key of makes a conversation
 }
 
 
-def messages_of(record: Any, columns: tuple[tuple[str, str], ...] = ()) -> tuple[list[Any], str, str]:
-    """The messages of a record as they are, the system text next to them, and its tools as signatures.
+def messages_of(record: Any, columns: tuple[tuple[str, str], ...] = ()) -> tuple[list[Any], str, list[dict[str, Any]]]:
+    """The messages of a record as they are, the system text next to them, and its tools.
 
     `columns`: (our name of a key, the record's). Raises ConversationError.
     """
@@ -81,7 +81,7 @@ def messages_of(record: Any, columns: tuple[tuple[str, str], ...] = ()) -> tuple
     else:
         messages, keys = _from_texts(record, given)
     if len(given) == 1:
-        return messages, "", ""
+        return messages, "", []
     given = [key for key in given if not isinstance(record[key], Number)]
     system = [key for key in ("system", "system_prompt") if key in given]
     tools = [key for key in ("tools", "functions") if key in given]
@@ -90,7 +90,7 @@ def messages_of(record: Any, columns: tuple[tuple[str, str], ...] = ()) -> tuple
         if key not in keys and key not in METADATA_KEYS:
             left_out = f"key {json.dumps(key)} next to the messages would be left out"
             raise ConversationError(f"{left_out}; if that is right, set ignore = [{json.dumps(key)}] in the recipe")
-    return messages, _text(record, system[0]) if system else "", signatures(record[tools[0]]) if tools else ""
+    return messages, _text(record, system[0]) if system else "", tools_of(record[tools[0]]) if tools else []
 
 
 def _only_flags(kwargs: Any) -> bool:

@@ -116,13 +116,19 @@ def output_of(content: Any, where: str) -> str:
         raise ConversationError(f"{where}: a tool's result must be text or JSON: {error}") from None
 
 
-def signatures(tools: Any) -> str:
-    """`tools` next to the messages as Python signatures: a list, or JSON of one. Raises ConversationError."""
+def tools_of(value: Any) -> list[dict[str, Any]]:
+    """`tools` next to the messages, a list or JSON of one, in OpenAI's form. Raises ConversationError."""
     where = 'key "tools"'
-    tools = parsed(tools, where)
+    tools = parsed(value, where)
     if not isinstance(tools, list):
         raise ConversationError(f"{where}: must be a list of tools or JSON of one")
-    return "\n\n".join([_signature(parsed(tool, where), f"{where}, tool {i}") for i, tool in enumerate(tools)])
+    found = [_named(parsed(tool, where), f"{where}, tool {i}")[0] for i, tool in enumerate(tools)]
+    return [{"type": "function", "function": function} for function in found]
+
+
+def signatures(tools: list[dict[str, Any]]) -> str:
+    """Tools as Python signatures. Raises ConversationError."""
+    return "\n\n".join([_signature(tool, f'key "tools", tool {i}') for i, tool in enumerate(tools)])
 
 
 def _signature(tool: Any, where: str) -> str:

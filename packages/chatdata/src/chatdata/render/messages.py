@@ -11,6 +11,7 @@ from chatdata.conversation import Conversation
 from chatdata.render.format import OUTPUT, PART_ROLES, TEXT, USER
 
 Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
 _ORDER = ("reasoning", "text", "python", "python_output")  # of parts within a message
 
 

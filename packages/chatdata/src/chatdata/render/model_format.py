@@ -25,10 +25,11 @@ from chatdata.document import Document, Span
 from chatdata.errors import BuildError, ChatdataError, ConversationError, TokenizerError, UsageError
 from chatdata.recipe import NATIVE
 from chatdata.render.format import PYTHON, REASONING, TEXT
-from chatdata.render.messages import Messages, Piece, to_messages
+from chatdata.render.messages import Messages, Piece, Tools, to_messages
 from chatdata.render.template import Layout, compile_template, generation_prompt, lay_by_template
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.folder import FolderTokenizer
+from chatdata.tool_calls import tools_of
 
 TEMPLATE = "template"
 LEFT_OUT = {REASONING: "reasoning_left_out", TEXT: "text_left_out"}
@@ -39,7 +40,7 @@ class ModelFormat(NamedTuple):
     """identity: for the manifest, "renderers:NAME@VERSION" or "template:SHA-256 of the template"."""
 
     identity: str
-    lay: Callable[[Messages], Layout]
+    lay: Callable[[Messages, Tools], Layout]
     tokenizer: FolderTokenizer
 
 
@@ -72,8 +73,8 @@ def load_format(name: str, tokenizer: Tokenizer) -> ModelFormat | None:
     except Exception as error:  # it asserts that tokens are there
         raise TokenizerError(f"{tokenizer.name} is no tokenizer for {name}: {_first_line(error)}") from None
 
-    def by_name(messages: Messages) -> Layout:
-        rendered = renderer.render(messages)
+    def by_name(messages: Messages, tools: Tools) -> Layout:
+        rendered = renderer.render(messages, tools=tools)
         return Layout(rendered.token_ids, np.array(rendered.message_indices), np.array(rendered.sampled_mask, bool))
 
     return ModelFormat(f"renderers:{name}@{version('renderers')}", by_name, tokenizer)
@@ -90,11 +91,12 @@ def render_in_format(model_format: ModelFormat, conversation: Conversation) -> t
     """
     tokenizer = model_format.tokenizer
     messages, pieces = to_messages(conversation)
-    for number, message in enumerate(messages):
+    tools = conversation.get("tools")
+    for number, message in enumerate([*messages, *(tools or [])]):
         if spelt := tokenizer.control_pattern.search(json.dumps(message, ensure_ascii=False)):
             raise ConversationError(f"message {number}: the text {spelt[0]!r} would become the special token")
     try:
-        ids, owner, sampled = model_format.lay(messages)
+        ids, owner, sampled = model_format.lay(messages, tools)
     except ChatdataError:
         raise
     except Exception as error:  # templates raise what they want; renderers ValueError, TypeError and others
@@ -161,12 +163,12 @@ def check_canaries(model_format: ModelFormat) -> None:
         messages, _ = to_messages(conversation)
         ours = theirs = None  # where both refuse, so is a row
         try:
-            ours = list(model_format.lay(messages).ids)
+            ours = list(model_format.lay(messages, conversation.get("tools")).ids)
         except Exception as error:
             if model_format.identity.startswith(TEMPLATE) and isinstance(error, ConversationError):
                 raise BuildError(f"{tokenizer.name}: {error}") from None
         with suppress(Exception):
-            theirs = tokenizer.encode(template(messages, False))
+            theirs = tokenizer.encode(template(messages, False, conversation.get("tools")))
         if ours != theirs:
             raise BuildError(
                 f"{model_format.identity} and the chat template of {tokenizer.name} write different tokens, for one of "
@@ -175,7 +177,9 @@ def check_canaries(model_format: ModelFormat) -> None:
 
 
 def canary_conversations() -> Iterator[Any]:
-    """Conversations with what formats differ in: system texts, turns, white space, letters, calls and reasoning."""
+    """Conversations with what formats differ in: system texts, white space, letters, calls, reasoning and tools."""
+    schema = {"type": "object", "properties": {}}
+    tools = tools_of([{"name": "get_weather", "description": "<b>für</b> 汉字", "parameters": schema}])
     shapes = ("text", "text", "reasoning text", "python output text", "reasoning python output reasoning text")
     for text in ("Hi", "  wide  ", "two\n\nlines\n", "Größe 汉字 🤖", '{"a": "b"}', "it's 3.14"):
         parts_of = {
@@ -189,4 +193,5 @@ def canary_conversations() -> Iterator[Any]:
             parts = [dict(zip(("type", "text"), parts_of[word], strict=True)) for word in shape.split()]
             system = [{"role": "system", "content": text}] if number % 2 else []
             earlier = [user, {"role": "assistant", "content": text}] if number != 1 else []
-            yield {"messages": [*system, *earlier, user, {"role": "assistant", "content": parts}]}
+            messages = [*system, *earlier, user, {"role": "assistant", "content": parts}]
+            yield {"messages": messages, "tools": tools} if number == 3 else {"messages": messages}

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from chatdata.errors import ConversationError, TokenizerError
-from chatdata.render.messages import Messages
+from chatdata.render.messages import Messages, Tools
 from chatdata.tokenizer.folder import FolderTokenizer
 
-Template = Callable[[Messages, bool], str]  # (messages, add_generation_prompt) → text
+Template = Callable[[Messages, bool, Tools], str]  # (messages, add_generation_prompt, tools) → text
 TWO_WAYS = (
     "the chat template writes it in one way inside a conversation and in another at its end, so its tokens cannot be "
     "told; use a template made for training, or name the chat format"
@@ -62,12 +62,12 @@ def compile_template(tokenizer: FolderTokenizer) -> Template:
         template = environment.from_string(source)
     except TemplateError as error:
         raise TokenizerError(f"{tokenizer.name}: its chat template does not compile: {error}") from None
-    constants = {"tools": None, "documents": None, **tokenizer.special_tokens}
+    constants = {"documents": None, **tokenizer.special_tokens}
 
-    def render(messages: Messages, add_generation_prompt: bool) -> str:
+    def render(messages: Messages, add_generation_prompt: bool, tools: Tools) -> str:
         # gpt-oss' template has its own word for reasoning
         given = [{"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in messages]
-        return template.render(messages=given, add_generation_prompt=add_generation_prompt, **constants)
+        return template.render(messages=given, add_generation_prompt=add_generation_prompt, tools=tools, **constants)
 
     return render
 
@@ -76,19 +76,21 @@ def generation_prompt(template: Template) -> str:
     """What the template adds after a user message for the model to answer; "" where that cannot be told."""
     asked: Messages = [{"role": "user", "content": "x"}]
     with suppress(Exception):
-        before, after = template(asked, False), template(asked, True)
+        before, after = template(asked, False, None), template(asked, True, None)
         return after[len(before) :] if after.startswith(before) else ""
     return ""
 
 
-def lay_by_template(tokenizer: FolderTokenizer, template: Template, prompt: str, messages: Messages) -> Layout:
+def lay_by_template(
+    tokenizer: FolderTokenizer, template: Template, prompt: str, messages: Messages, tools: Tools
+) -> Layout:
     """What the template adds for an assistant message after the generation prompt, the model would produce, up to the
     last control token.
 
     prompt: as `generation_prompt`, which saves a rendering per user message. Raises ConversationError where the tokens
     of a message cannot be told.
     """
-    whole = template(messages, False)
+    whole = template(messages, False, tools)
     encoded = tokenizer.raw.encode(whole, add_special_tokens=False)
     first, last = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
     owner, sampled = np.full(len(first), -1), np.zeros(len(first), dtype=bool)
@@ -96,7 +98,7 @@ def lay_by_template(tokenizer: FolderTokenizer, template: Template, prompt: str,
     for number, message in enumerate(messages):
         here, before = f"message {number}: ", head
         follower = messages[number + 1]["role"] if number + 1 < len(messages) else ""
-        head = template(messages[: number + 1], True) if follower == "assistant" else ""
+        head = template(messages[: number + 1], True, tools) if follower == "assistant" else ""
         if message["role"] == "system" and follower == "user":  # templates need not write it on its own
             continue
         if not follower:
@@ -104,7 +106,7 @@ def lay_by_template(tokenizer: FolderTokenizer, template: Template, prompt: str,
         elif head and message["role"] != "assistant":
             tail = head.removesuffix(prompt)
         else:
-            tail = template(messages[: number + 1], False)
+            tail = template(messages[: number + 1], False, tools)
         if not whole.startswith(tail):
             raise ConversationError(here + TWO_WAYS)
         if message["role"] == "user" and message["content"].strip() not in tail[at:]:
