@@ -304,3 +304,9 @@ def test_flags_of_a_merged_message() -> None:
     assert parse_conversation([*rounds, HI[1]])["messages"][1] == {"role": "assistant", "content": [*parts, end]}
     untrained = {"role": "assistant", "content": [*parts, {**end, "trained": False}], "trained": False}
     assert parse_conversation([*rounds, {**HI[1], "training": False}])["messages"][1] == untrained
+
+
+def test_an_empty_instruction_leaves_the_input() -> None:
+    record = {"instruction": "", "input": "text", "output": "answer"}
+    expected = [{"role": "user", "content": "text"}, {"role": "assistant", "content": "answer"}]
+    assert parse_conversation(record) == {"messages": expected}

@@ -287,6 +287,19 @@ def test_canaries_find_another_template(folders: dict[str, Path], tmp_path: Path
         check_canaries(load_format("template", read_folder(other)))
 
 
+def test_a_template_without_a_generation_prompt(tmp_path: Path) -> None:
+    """The role in front of an answer would be supervised; a template that begins with the answer has no such role."""
+    turn = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    message = r"writes '<\|im_start\|>assistant\\n' in front of an answer, but not for add_generation_prompt"
+    with pytest.raises(TokenizerError, match=message):
+        load_format("template", read_folder(qwen_folder(tmp_path / "turn", turn)))
+    plain = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    folder = read_folder(qwen_folder(tmp_path / "plain", plain))
+    chat = [{"role": "user", "content": "a "}, {"role": "assistant", "content": "b"}]
+    document, _ = render_in_format(load_format("template", folder), parse_conversation(chat))
+    assert document.conversation_markup() == "a ⟦b<|im_end|>⟧"
+
+
 def test_formats_by_other_names_are_refused(folders: dict[str, Path]) -> None:
     tokenizer = read_folder(folders["qwen3"])
     for name in ("qwen4", "auto", "default", "custom"):

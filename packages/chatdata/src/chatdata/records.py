@@ -101,7 +101,7 @@ def _from_texts(record: dict[str, Any], given: list[str]) -> tuple[list[Any], se
     """The messages of a record that has a question and an answer, and the keys that they come from."""
     for asked, names in _ANSWERS.items():
         answer = next((name for name in names if record.get(name) is not None), None)
-        if asked in given and answer is not None:
+        if record.get(asked) is not None and answer is not None:
             break
     else:
         for key in given:
@@ -123,7 +123,7 @@ def _from_texts(record: dict[str, Any], given: list[str]) -> tuple[list[Any], se
         messages += record[asked]
     else:
         texts = [_text(record, key) for key in (asked, more) if key]
-        messages.append({"role": "user", "content": "\n\n".join(texts)})
+        messages.append({"role": "user", "content": "\n\n".join(filter(None, texts))})
     value = record[answer]
     if answer == "answers" and isinstance(value, str) and "".join(value[:99].split())[:2] in ("[{", "[]"):
         value = parsed(value, 'key "answers"')

@@ -32,7 +32,7 @@ def recipe_of_files(files: tuple[Path, ...], folder: Path, stage: str, val_share
     entries = []
     for file in files:
         path = Path(os.path.relpath(file, folder)).as_posix()
-        name = file.stem if stems[file.stem] == 1 else path
+        name = file.stem if file.stem and stems[file.stem] == 1 else path
         entry = {"name": name, "task": "text" if stage == "base" else "conversations", "path": path}
         entries.append(entry | ({"val_share": val_share} if val_share is not None else {}))
     return {"stage": stage, "train": entries}

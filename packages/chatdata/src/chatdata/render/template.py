@@ -73,12 +73,21 @@ def compile_template(tokenizer: FolderTokenizer) -> Template:
 
 
 def generation_prompt(template: Template) -> str:
-    """What the template adds after a user message for the model to answer; "" where that cannot be told."""
+    """What the template adds after a user message for the model to answer; "" where that cannot be told.
+
+    Raises TokenizerError if it adds nothing, but writes something in front of an answer: that would be supervised.
+    """
     asked: Messages = [{"role": "user", "content": "x"}]
+    before = after = whole = ""
     with suppress(Exception):
         before, after = template(asked, False, None), template(asked, True, None)
-        return after[len(before) :] if after.startswith(before) else ""
-    return ""
+        whole = template([*asked, {"role": "assistant", "content": "answer"}], False, None)
+    if before and before == after and whole.startswith(after) and not whole[len(after) :].lstrip().startswith("answer"):
+        raise TokenizerError(
+            f"the chat template writes {whole[len(after) :].partition('answer')[0]!r} in front of an answer, but not "
+            "for add_generation_prompt, so its mask cannot be told; use a template that does"
+        )
+    return after[len(before) :] if after.startswith(before) else ""
 
 
 def lay_by_template(

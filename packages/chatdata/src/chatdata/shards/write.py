@@ -54,7 +54,9 @@ def write_split(
     # after the shuffle: what is dropped does not change the order of the others
     rows = {key: values[reasons == 0] for key, values in rows.items()}
     if not len(rows["document"]):
-        raise BuildError(f"{folder.name}: the recipe's policies drop all {len(reasons):,} documents; nothing to write")
+        why = next((f"the first, {documents.where(i)}: {why}" for i, why in documents.invalid.items()), "")
+        why = why or "nothing to write"
+        raise BuildError(f"{folder.name}: the recipe's policies drop all {len(reasons):,} documents; {why}")
     tool_calls = _tool_calls(entries, rows, documents)
     folder.mkdir()
     names = [planned.entry.task for planned in entries]

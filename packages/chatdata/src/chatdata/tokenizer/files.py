@@ -19,7 +19,7 @@ from chatdata.tokenizer.pickled import read_pickle
 
 # OpenAI's GPT-2 pattern: what tokenizers' ByteLevel pre-tokenizer uses if it has to split, too
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# the same behind a Digits step: no piece continues past a numeral, and white space in front of one is at its piece's end
+# the same behind a Digits step: no piece continues past a numeral, and white space in front of one ends its piece
 _BETWEEN_NUMERALS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 _DELIMITER = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # how added tokens look that ordinary text does not spell
