@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def check(files: tuple[Path, ...], as_json: bool) -> int:
     from chatdata.check.files import check_files, lines_of_check
     from chatdata.progress import shown_progress
 
+    gc.set_threshold(100_000)  # rows are parsed into a hundred objects each, without cycles: a fifth of the time
     with shown_progress(quiet=as_json) as progress:
         found = check_files(files, progress)
     if as_json:
