@@ -1,4 +1,4 @@
-"""`chatdata build FILES…`: the recipe it stands for, and the form of each file's rows."""
+"""`chatdata build FILES…`: the equivalent recipe, and the form of each file's rows."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Share of the FILEs' rows to keep for validation, chosen by a hash of their content.",
 )
-@click.option("--write-recipe", type=FILE, help="Write the recipe that the FILEs stand for.")
+@click.option("--write-recipe", type=FILE, help="Write the equivalent recipe to this file.")
 @click.option("--recipe", metavar="NAME|FILE", help="Name of a recipe, or a TOML file (default: the stage's).")
 @click.option("--demo", is_flag=True, help="Build shipped and generated data with a small tokenizer; no downloads.")
 @click.option("--data-dir", type=FILE, help="Folder of Hub clones: DIR/<owner>/<name>/….")
@@ -192,7 +192,7 @@ def _recipe_of_files(
     rules: dict[str, Any],
     tasks: dict[str, Task],
 ) -> tuple[Recipe, str]:
-    """The recipe that FILEs stand for, parsed and as TOML. Raises UsageError if `write_recipe` exists."""
+    """The recipe equivalent to FILEs, parsed and as TOML. Raises UsageError if `write_recipe` exists."""
     from chatdata.build.own_files import recipe_of_files, toml_of
     from chatdata.recipe import parse_recipe
 
