@@ -14,8 +14,6 @@ With `"trained": False` a part is not trained, nor is the end of an assistant me
 `parse_conversation` turns every accepted form into this one and refuses all others (table in docs/conversations.md).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 

@@ -1,7 +1,5 @@
 """A rendered conversation and ways to look at it."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Iterator

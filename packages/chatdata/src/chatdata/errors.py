@@ -18,9 +18,8 @@
 Each message is one line: what was wrong, where (file, row, key), what would be right.
 """
 
-from __future__ import annotations
-
 import re
+from typing import Self
 
 
 class ChatdataError(ValueError):
@@ -28,7 +27,7 @@ class ChatdataError(ValueError):
 
     exit_code = 1
 
-    def at(self, where: str) -> ChatdataError:
+    def at(self, where: str) -> Self:
         """The same error with its place in front, e.g. `data.jsonl line 3: …`."""
         return type(self)(f"{where}: {self}")
 

@@ -4,8 +4,6 @@ Two readings are always kept. Strict: the number after `####`, the form the trai
 number of the text. A missing answer equals nothing, not even a missing gold answer.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation

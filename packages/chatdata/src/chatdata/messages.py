@@ -1,7 +1,5 @@
 """One message, in any of the accepted forms: its role, its text or parts, its calls and whether it is trained."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, NotRequired, TypedDict
 
 from chatdata.errors import ConversationError, kind_of, nearest

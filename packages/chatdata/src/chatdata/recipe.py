@@ -1,7 +1,5 @@
 """Recipes: what goes into a stage, as TOML. Named ones are package data; `--recipe` takes a name or a file."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Records as files have them: which of their keys are the messages, or what makes up for messages."""
 
-from __future__ import annotations
-
 import json
 from numbers import Number
 from typing import Any

@@ -1,7 +1,5 @@
 """Tools as Python text: a call is `get_weather(city='Paris', days=2)`, a tool its signature."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import lru_cache

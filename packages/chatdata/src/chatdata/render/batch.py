@@ -7,26 +7,22 @@ Every `python` part is also put through the calculator. A recorded output teache
 where the calculator says something else, the model learns one thing and meets another (docs/building.md).
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
 from chatdata.calculator import calculate, compare_outputs
 from chatdata.errors import CalculatorError, FormatError
 from chatdata.render.format import NANOCHAT, OUTPUT, PYTHON, USER
 from chatdata.render.pieces import CLOSES, END_UNTRAINED, OPENS, ROLE, TALLIES, UNTRAINED, Pieces
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 COUNTS = (
     *("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "untrained_turns"),
@@ -229,8 +225,6 @@ def _calculate(call: str) -> str | None:
 
 def arrow_schema(dtype: np.dtype) -> pa.Schema:
     """Of batches on disk: a row per document. Lists of fixed-width values: read back as views of the mapped file."""
-    import pyarrow as pa
-
     return pa.schema(
         [
             ("tokens", pa.list_(pa.from_numpy_dtype(dtype))),
@@ -245,8 +239,6 @@ def arrow_schema(dtype: np.dtype) -> pa.Schema:
 
 
 def to_record_batch(batch: RenderedBatch) -> pa.RecordBatch:
-    import pyarrow as pa
-
     arrays = {
         "tokens": list_to_arrow(to_arrow(batch.tokens), batch.num_tokens),
         "mask": list_to_arrow(to_arrow(batch.mask), batch.num_tokens),

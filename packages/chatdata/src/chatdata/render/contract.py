@@ -8,8 +8,6 @@ only on the one before it (`python_end` can only be reached from inside an assis
     mask        0      0       0  0     0            0         1      1        1      1           0       0     0
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 

@@ -1,13 +1,11 @@
 """All rendered documents of a build, in source and row order: views of the work units, after the recipe's policies."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
 from chatdata.document import Span
@@ -18,9 +16,6 @@ from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.pieces import INVALID, TALLIES, blocks_of
 from chatdata.render.spans import untrained_index
 from chatdata.tokenizer.bpe import Tokenizer
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 GATHER_TOKENS = 1 << 22  # copied out of the units at a time: 8 MB of tokens, 4 MB of mask
 INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "untrained_turns", "original_tokens")
@@ -153,8 +148,6 @@ class RenderedDocuments:
 
         columns: `row`, `task_position` and `entry` of each. task_names: the task of each entry.
         """
-        import pyarrow as pa
-
         names = list(dict.fromkeys(task_names))
         task_of_entry = np.array([names.index(name) for name in task_names], dtype=np.int32)
         for start in range(0, len(chosen), num_rows):

@@ -8,8 +8,6 @@ no table is known.
 Delimiters must differ from each other: the contract tells from a delimiter alone where it is in a document.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache, cached_property
 

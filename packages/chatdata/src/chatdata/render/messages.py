@@ -1,7 +1,5 @@
 """Conversations as other chat formats take them: tool calls with arguments, results and reasoning of their own."""
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Rows rendered in a model's chat format, as the batch renderer lays documents out."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from typing import Any

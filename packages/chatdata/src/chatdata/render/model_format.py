@@ -6,8 +6,6 @@ are, its end token included. They are divided where the parts are found in them:
 reasoning and calls where the part before ends. The mask is 1 in the spans that are trained.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from bisect import bisect_right

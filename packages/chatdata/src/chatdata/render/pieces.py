@@ -5,15 +5,14 @@ whether an assistant message opens before it or closes after it. A row that cann
 note that says why: build() drops it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from chatdata.arrow import to_numpy
 from chatdata.conversation import (
@@ -30,9 +29,6 @@ from chatdata.render.format import PART_ROLES, TEXT, USER, written
 from chatdata.render.specification import merged_turns
 from chatdata.sources.source import Rows, Source
 from chatdata.tasks.task import call_task
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # Added to a piece's role: assistant_start comes before it, assistant_end after it; it is not trained, nor that end
 OPENS, CLOSES, UNTRAINED, END_UNTRAINED = 8, 16, 32, 64
@@ -63,14 +59,14 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def split(self, max_chars: int) -> Iterator[Pieces]:
+    def split(self, max_chars: int) -> Iterator["Pieces"]:
         """The same in parts of at most `max_chars` characters, at least one conversation each."""
         num_chars = np.fromiter(map(len, self.texts), dtype=np.int64, count=len(self.texts))
         first_piece = np.cumsum(self.counts) - self.counts
         for first, last in blocks_of(np.add.reduceat(num_chars, first_piece), max_chars):
             yield self.part(first, last)
 
-    def part(self, first: int, last: int) -> Pieces:
+    def part(self, first: int, last: int) -> "Pieces":
         """Conversations [first, last)."""
         start, stop = int(self.counts[:first].sum()), int(self.counts[:last].sum())
         notes = [(i - first, note) for i, note in self.notes if first <= i < last]
@@ -238,7 +234,6 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
     No Python object is made per message. None if the table has another form or any row is not well-formed:
     `parse_conversation` then tells them apart.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     if "messages" not in table.schema.names:

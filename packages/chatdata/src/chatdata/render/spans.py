@@ -1,7 +1,5 @@
 """The spans of the index against the tokens and the mask: all that is known of other chat formats than nanochat's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import numpy as np

@@ -15,8 +15,6 @@ special token spelled inside a message stays text.
 Semantics: karpathy/nanochat@790f3be:nanochat/tokenizer.py (render_conversation), except that nothing is cut here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

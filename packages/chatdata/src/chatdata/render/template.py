@@ -1,7 +1,5 @@
 """A model's own chat template: the text it makes of a conversation, and which of its tokens the model would produce."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A file of rows: held to its content while it is read, cut into segments, and where each row is in it."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

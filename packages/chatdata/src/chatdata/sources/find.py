@@ -4,8 +4,6 @@
 reads no row before it has found every source; sources/source.py then reads them.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from glob import escape

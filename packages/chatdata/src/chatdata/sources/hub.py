@@ -5,8 +5,6 @@ none) stays at the commit it was first resolved to. Cached files are used withou
 library's own; its log messages are kept off the terminal, because the outcome is one line.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

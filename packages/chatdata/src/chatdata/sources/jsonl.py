@@ -4,8 +4,6 @@ msgspec parses a line in half of json's time. What it refuses, and what may hold
 then names the line: what json takes is what is accepted.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The rows of one recipe entry, wherever they come from, in segments so that several workers can share a file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -9,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from io import BufferedReader
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
 from chatdata.arrow import to_arrow, without_nulls
 from chatdata.conversation import AS_WRITTEN, Reading
@@ -20,14 +19,11 @@ from chatdata.sources.file import Place, SourceFile, open_parquet
 from chatdata.sources.jsonl import ROWS_PER_BATCH, read_array, read_jsonl, read_text
 from chatdata.tasks.task import Task, call_task
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 ROWS_PER_SEGMENT = 4096  # where rows do not come from our own reading of files
 GENERATED_ROW_BYTES = 256  # the assumed size of a generated row
 
-Rows: TypeAlias = "list[Any] | pa.RecordBatch"
-Batches: TypeAlias = Iterator[tuple[np.ndarray, Rows]]
+Rows: TypeAlias = list[Any] | pa.RecordBatch
+Batches = Iterator[tuple[np.ndarray, Rows]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,8 +199,6 @@ _stopped: dict[tuple[Any, ...], tuple[int, Any, Any]] = {}
 
 
 def _read_parquet(file: SourceFile, opened: BufferedReader, first: int, wanted: np.ndarray) -> Batches:
-    import pyarrow as pa
-
     stop, key = first + len(wanted), (file.path, *file.state)
     at, batch, batches = _stopped.pop(key, (stop, None, None))
     _stopped.clear()

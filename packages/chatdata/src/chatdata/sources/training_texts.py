@@ -1,7 +1,5 @@
 """Texts a tokenizer is trained on: files of plain text, conversations, or a text column."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

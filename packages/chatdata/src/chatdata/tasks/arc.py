@@ -6,8 +6,6 @@ https://huggingface.co/datasets/allenai/ai2_arc (CC BY-SA 4.0). A row:
      "choices": {"text": ["a stone", "ice", "a spoon"], "label": ["A", "B", "C"]}, "answerKey": "B"}
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from chatdata.tasks.multiple_choice import multiple_choice

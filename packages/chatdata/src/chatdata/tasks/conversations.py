@@ -7,8 +7,6 @@ conversation.py has the accepted forms. Three lines, one of each:
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from chatdata.tasks.task import Task

@@ -3,8 +3,6 @@
 A row: {"question": "What colour is a ripe banana?", "choices": ["blue", "yellow", "black", "red"], "answer": 1}
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Mapping

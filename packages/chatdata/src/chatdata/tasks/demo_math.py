@@ -7,8 +7,6 @@ The first two numbers decide whether a problem is train or test (one pair in ten
 problem is never trained on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

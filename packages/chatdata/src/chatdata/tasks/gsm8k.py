@@ -9,8 +9,6 @@ The annotation `<<3*4=12>>` becomes a `python` part "3*4" and a `python_output` 
 verbatim, empty strings included. Rule: karpathy/nanochat@790f3be:tasks/gsm8k.py.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -6,8 +6,6 @@ https://huggingface.co/datasets/openai/openai_humaneval (MIT). A row:
      "canonical_solution": "    return 2 * x\\n", "test": "def check(candidate):\\n    assert candidate(2) == 4\\n"}
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -5,8 +5,6 @@ Same forms as the task `conversations`; `chatdata identity PERSONA --out FILE` m
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pebble, a tiny chat model."}]
 """
 
-from __future__ import annotations
-
 from chatdata.tasks.conversations import to_conversation
 from chatdata.tasks.task import Task
 

@@ -7,8 +7,6 @@ https://huggingface.co/datasets/cais/mmlu (MIT). A row of `all`; rows of `auxili
     {"train": {"question": …, "subject": "", "choices": […], "answer": 1}}
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from chatdata.errors import TaskError

@@ -4,8 +4,6 @@ The letter follows `=` directly, without a space, so it is the same token there 
 Prompt: karpathy/nanochat@790f3be:tasks/common.py (render_mc).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

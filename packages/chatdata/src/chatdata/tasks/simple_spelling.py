@@ -4,8 +4,6 @@ A row is a word, `apple`; the conversation is `Spell the word: apple` → `apple
 Draws: karpathy/nanochat@790f3be:tasks/spellingbee.py (SimpleSpelling).
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping
 from functools import partial

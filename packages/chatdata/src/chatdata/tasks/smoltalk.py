@@ -7,8 +7,6 @@ https://huggingface.co/datasets/HuggingFaceTB/smol-smoltalk (Apache-2.0). A row:
      "source": "smol-magpie-ultra-short"}
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from chatdata.tasks.task import Task

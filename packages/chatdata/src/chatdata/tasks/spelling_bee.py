@@ -6,8 +6,6 @@ Word and letter are drawn as in karpathy/nanochat@790f3be:tasks/spellingbee.py (
 letter of the word, else any letter); phrasings and the answer's wording are our own.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -4,8 +4,6 @@ A task file defines `TASK = Task(...)`. Rows come from a source (Hub dataset, `-
 `to_conversation(row)` turns one into the common form of conversation.py. docs/add_a_task.md builds one in 30 lines.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import pkgutil

@@ -3,8 +3,6 @@
 A row: {"text": "Once upon a time there was a very small transistor."}
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from chatdata.errors import TaskError

@@ -1,7 +1,5 @@
 """The word list of both spelling tasks: reading it, and which words are kept for scoring."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Sequence

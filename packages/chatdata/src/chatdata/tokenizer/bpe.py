@@ -3,8 +3,6 @@
 Loading and saving are in files.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

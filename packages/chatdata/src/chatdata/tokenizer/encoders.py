@@ -4,8 +4,6 @@ The fast two (extra "fast") are tested with the tokenizer on a few hundred texts
 while they are used, `check_some` compares one text in 400. fast.py has the routes.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace

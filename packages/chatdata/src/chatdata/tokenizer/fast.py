@@ -8,8 +8,6 @@ gigatoken takes a batch as one buffer: a mark after each text, and another where
 declared as special tokens with ids above the vocabulary, so one flat array comes back and they tell where texts end.
 """
 
-from __future__ import annotations
-
 import base64
 import os
 import re

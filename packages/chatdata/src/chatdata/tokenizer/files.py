@@ -1,7 +1,5 @@
 """Load and save tokenizers: reads tokenizer.json, nanochat's tokenizer.pkl and .tiktoken; writes a tokenizer folder."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

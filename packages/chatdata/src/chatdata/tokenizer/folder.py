@@ -3,8 +3,6 @@
 Nothing is converted, so anything that tokenizer.json can say is allowed, and a build keeps a copy of the files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -5,8 +5,6 @@ lowest id first. What happens to a token's bytes does not depend on the text aro
 enough to look at every token by itself. Here a token is spelled in the byte-level alphabet, a character per byte.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 

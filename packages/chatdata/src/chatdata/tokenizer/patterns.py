@@ -13,8 +13,6 @@ Three of these are translated. tiktoken's X{1,3}+ gives nothing back, Oniguruma'
 ^ and $ are the ends of the text, Oniguruma's the ends of a line.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Literal

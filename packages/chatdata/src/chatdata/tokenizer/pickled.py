@@ -4,8 +4,6 @@ It goes through an unpickler that admits the one name `tiktoken.core.Encoding`, 
 object without code. What it allocates is bounded by the size of the file.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import pickletools
