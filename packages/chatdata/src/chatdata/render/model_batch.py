@@ -12,7 +12,7 @@ from chatdata.errors import ChatdataError
 from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, check_ids, digests_of, facts_of
 from chatdata.render.format import PART_ROLES, PYTHON, USER
 from chatdata.render.model_format import ModelFormat, render_in_format
-from chatdata.render.pieces import INVALID, TALLIES, text_is_utf8
+from chatdata.render.pieces import INVALID, TALLIES
 from chatdata.sources.source import Rows, Source
 from chatdata.tasks.task import call_task
 
@@ -40,8 +40,7 @@ def render_rows(model_format: ModelFormat, source: Source, rows: np.ndarray, raw
     """
     tokenizer = model_format.tokenizer
     found, notes = list[tuple[Document, Counter[str], Any]](), list[tuple[int, str]]()
-    with text_is_utf8(source, rows):
-        records = source.rows_of(raw)
+    records = source.rows_of(rows, raw)
     for row, record in zip(rows.tolist(), records, strict=True):
         try:
             found.append(render_row(model_format, source, record))

@@ -7,7 +7,7 @@ note that says why: build() drops it.
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from chatdata.conversation import (
     check_surrogates,
     parse_conversation,
 )
-from chatdata.errors import ChatdataError, SourceError
+from chatdata.errors import ChatdataError
 from chatdata.render.format import PART_ROLES, TEXT, USER, written
 from chatdata.render.specification import merged_turns
 from chatdata.sources.source import Rows, Source
@@ -167,15 +167,6 @@ def _take_plain(conversation: Any, texts: list[str], codes: bytearray) -> bool:
         return False
 
 
-@contextmanager
-def text_is_utf8(source: Source, rows: np.ndarray) -> Iterator[None]:
-    """Inside, SourceError instead of UnicodeDecodeError."""
-    try:
-        yield
-    except UnicodeDecodeError:
-        raise SourceError(f"{source.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
-
-
 def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
     """Raw rows as pieces: a table of well-formed conversations column by column, anything else row by row."""
     pieces = None
@@ -184,8 +175,7 @@ def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
             pieces = pieces_of_table(raw)
     if pieces is not None:
         return pieces
-    with text_is_utf8(source, rows):
-        records = source.rows_of(raw)
+    records = source.rows_of(rows, raw)
     try:
         return _pieces_of_records(source, records)
     except ChatdataError:

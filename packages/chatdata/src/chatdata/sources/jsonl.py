@@ -21,7 +21,9 @@ ROWS_PER_BATCH = 1024  # rows turned into Python objects at a time: about 3 MB o
 LINES_PER_CHECK = 64  # about 100 kB of smoltalk, which the processor's cache holds
 SEGMENT_BYTES = 4 << 20  # of text: what a worker renders in half a second
 _BETWEEN = re.compile(rb"[\s,]*")  # rows of an array
+_BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH = b'"\\'
+Batches = Iterator[tuple[np.ndarray, list[Any]]]
 _Messages = list[dict[str, str]]
 _Chat = _Messages | dict[str, _Messages | str | float | int | bool | None]
 
@@ -55,9 +57,8 @@ def array_segments(file: BufferedReader, name: str) -> list[Segment] | None:
     what they hold without parsing. Raises SourceError if the file is neither.
     """
     data, segments, num_rows = file.read(), [], 0
-    start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     try:
-        rows = msgspec.json.decode(memoryview(data)[start:], type=list[msgspec.Raw])
+        rows = msgspec.json.decode(memoryview(data)[3 * data.startswith(_BOM) :], type=list[msgspec.Raw])
     except msgspec.MsgspecError as error:
         file.seek(0)
         try:
@@ -89,9 +90,7 @@ def lines_of(file: BufferedReader, segments: list[Segment], rows: np.ndarray) ->
         first += segment.num_rows
 
 
-def read_array(
-    file: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray, keep_bad: bool = False
-) -> Iterator[tuple[np.ndarray, list[Any]]]:
+def read_array(file: BufferedReader, segments: list[Segment], first: int, wanted: np.ndarray) -> Batches:
     """As `read_jsonl`, from a .json file with one array."""
     row = 0
     for segment in segments:
@@ -102,38 +101,30 @@ def read_array(
             texts = msgspec.json.decode(b"[" + file.read(segment.num_bytes) + b"]", type=list[msgspec.Raw])
             for start in range(0, len(rows), ROWS_PER_BATCH):
                 part = rows[start : start + ROWS_PER_BATCH]
-                numbers = part.tolist()
-                kept = [bytes(texts[number - row]) for number in numbers]
-                yield part, _parse_lines(f"{name} row", numbers, kept, keep_bad)
+                yield part, _parse_lines([bytes(texts[i]) for i in (part - row).tolist()])
         row += segment.num_rows
 
 
-def read_text(
-    opened: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray, keep_bad: bool = False
-) -> Iterator[tuple[np.ndarray, list[Any]]]:
+def read_text(opened: BufferedReader, segments: list[Segment], first: int, wanted: np.ndarray) -> Batches:
     """As `read_jsonl`: one row, the whole text."""
     try:
         row: Any = {"text": opened.read().decode("utf-8-sig")}
     except UnicodeDecodeError as error:
         row = SourceError(f"not UTF-8 at byte {error.start}")
-        if not keep_bad:
-            raise row.at(name) from None
     yield np.zeros(1, dtype=np.int64), [row]
 
 
-def read_jsonl(
-    lines: BufferedReader, name: str, segments: list[Segment], first: int, wanted: np.ndarray, keep_bad: bool = False
-) -> Iterator[tuple[np.ndarray, list[Any]]]:
-    """(rows, parsed rows) of the `wanted` ones (bool [n]) from row `first` on. `name` is the file's in errors.
+def read_jsonl(lines: BufferedReader, segments: list[Segment], first: int, wanted: np.ndarray) -> Batches:
+    """(rows, parsed rows) of the `wanted` ones (bool [n]) from row `first` on.
 
-    Raises SourceError for the first row that cannot be parsed; with `keep_bad` the error is the row's value.
+    The value of a row that cannot be parsed is a SourceError.
     """
     row = 0
     for segment in segments:  # the last one that starts at or before `first`
         if row + segment.num_rows > first:
             break
         row += segment.num_rows
-    stop, rows, numbers, kept = first + len(wanted), [], [], []
+    stop, rows, kept = first + len(wanted), [], []
     is_wanted = wanted.tolist()
     lines.seek(segment.offset)
     for number, line in enumerate(lines, start=segment.line + 1):
@@ -141,23 +132,19 @@ def read_jsonl(
             continue
         if row >= first and is_wanted[row - first]:
             rows.append(row)
-            numbers.append(number)
-            kept.append(line)
+            kept.append(line.removeprefix(_BOM) if number == 1 else line)
             if len(rows) == ROWS_PER_BATCH:
-                yield np.array(rows), _parse_lines(f"{name} line", numbers, kept, keep_bad)
-                rows, numbers, kept = [], [], []
+                yield np.array(rows), _parse_lines(kept)
+                rows, kept = [], []
         row += 1
         if row >= stop:
             break
     if rows:
-        yield np.array(rows), _parse_lines(f"{name} line", numbers, kept, keep_bad)
+        yield np.array(rows), _parse_lines(kept)
 
 
-def _parse_lines(place: str, numbers: list[int], kept: list[bytes], keep_bad: bool = False) -> list[Any]:
-    """The values of lines, or of rows of an array. place: goes before a number in errors, "a.jsonl line".
-
-    Raises SourceError for the first that is not JSON or holds a key twice, or has it, without its place, as the value.
-    """
+def _parse_lines(kept: list[bytes]) -> list[Any]:
+    """The values of lines, or of rows of an array; of one that is not JSON, or holds a key twice, its SourceError."""
     values: list[Any] = []
     for start in range(0, len(kept), LINES_PER_CHECK):
         lines = kept[start : start + LINES_PER_CHECK]
@@ -170,14 +157,7 @@ def _parse_lines(place: str, numbers: list[int], kept: list[bytes], keep_bad: bo
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 continue
         else:
-            parsed = []
-            for number, line in zip(numbers[start:], lines, strict=False):
-                try:
-                    parsed.append(_parse_line(number, line))
-                except SourceError as error:
-                    if not keep_bad:
-                        raise error.at(f"{place} {number}") from None
-                    parsed.append(error)
+            parsed = list(map(_parse_line, lines))
         values += parsed
     return values
 
@@ -219,13 +199,12 @@ def _strings_in_text(text: bytes) -> int:
     return (len(quotes) - len(escaped)) // 2
 
 
-def _parse_line(number: int, line: bytes) -> Any:
+def _parse_line(line: bytes) -> Any:
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        return json.loads(text, object_pairs_hook=each_key_once)
+        return json.loads(line.decode(), object_pairs_hook=each_key_once)
     except UnicodeDecodeError as error:
-        raise SourceError(f"not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        return SourceError(f"not UTF-8 at byte {error.start}; save it as UTF-8")
     except (ValueError, RecursionError) as error:  # also: a number of 5,000 digits, a thousand brackets
         reason = getattr(error, "msg", str(error)).removesuffix(" at")  # json's words for where it is
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise SourceError(f"not valid JSON{column}: {reason}") from None
+        return SourceError(f"not valid JSON{column}: {reason}")

@@ -74,27 +74,27 @@ class Source:
     def read(self, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
         """(row, raw row) for every row where `wanted` (bool [num_rows]) holds, in source order."""
         for rows, raw in self.read_batches(0, wanted):
-            yield from zip(rows.tolist(), self.rows_of(raw), strict=True)
+            yield from zip(rows.tolist(), self.rows_of(rows, raw), strict=True)
 
-    def rows_of(self, raw: Rows) -> list[Any]:
-        """Raw rows as Python objects. In conversations from Arrow a null is no key: it fills structs with nulls.
+    def rows_of(self, rows: np.ndarray, raw: Rows) -> list[Any]:
+        """Raw rows (numbered `rows`) as Python objects. In conversations from Arrow a null is no key: it fills structs
+        with nulls.
 
-        With `invalid = "drop"` a row that cannot be read is its SourceError; else text that is not UTF-8 raises
-        UnicodeDecodeError.
+        Text that is not UTF-8 raises SourceError; with `invalid = "drop"` that is the row's value.
         """
         if isinstance(raw, list):
-            rows = raw
+            found = raw
         else:
             try:
-                rows = raw.to_pylist()
+                found = raw.to_pylist()
             except UnicodeDecodeError:
                 if self.reading.invalid == "error":
-                    raise
+                    raise SourceError(f"{self.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
                 if len(raw) == 1:
                     return [SourceError("text that is not UTF-8")]
-                return [row for i in range(len(raw)) for row in self.rows_of(raw.slice(i, 1))]
+                return [row for i in range(len(raw)) for row in self.rows_of(rows[i : i + 1], raw.slice(i, 1))]
         from_arrow = self.dataset is not None or not isinstance(raw, list)
-        return without_nulls(rows) if from_arrow and self.task.rows_are_conversations else rows
+        return without_nulls(found) if from_arrow and self.task.rows_are_conversations else found
 
     def read_batches(self, first: int, wanted: np.ndarray) -> Batches:
         """(rows, raw rows) in source order, some at a time: the `wanted` ones (bool [n]) of the rows from `first` on.
@@ -119,10 +119,12 @@ class Source:
                         batches = _read_parquet(file, opened, begin, wanted[run])
                     else:
                         read = {".jsonl": read_jsonl, ".json": read_array}.get(file.suffix, read_text)
-                        keep_bad = self.reading.invalid == "drop"
-                        batches = read(opened, file.name, file.segments, begin, wanted[run], keep_bad)
+                        batches = read(opened, file.segments, begin, wanted[run])
                     try:
                         for rows, raw in batches:
+                            if self.reading.invalid == "error" and SourceError in (kinds := list(map(type, raw))):
+                                bad = kinds.index(SourceError)
+                                raise raw[bad].at(self.where(int(rows[bad]) + offset))
                             yield rows + offset, self._without_ignored(raw) if self.reading.ignore else raw
                     except SourceError:
                         file.check(opened)
