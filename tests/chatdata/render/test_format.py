@@ -85,4 +85,5 @@ def test_the_chat_template_writes_the_same_delimiters(byte_tokenizer: Tokenizer,
     ):
         assert text in template
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert (config["bos_token"], config["eos_token"]) == (chat.bos, chat.assistant_end)
+    tokens = [config[f"{kind}_token"] for kind in ("bos", "eos", "pad")]
+    assert tokens == [chat.bos, chat.assistant_end, chat.padding]

@@ -288,9 +288,7 @@ def test_trl_trains_on_it(many, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = NanoChatForCausalLM(NanoChatConfig(vocab_size=320, intermediate_size=64, pad_token_id=264, **sizes))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        split.build.path / "tokenizer", pad_token="<|assistant_end|>", eos_token="<|assistant_end|>"
-    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(split.build.path / "tokenizer")
     settings = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
     )

@@ -300,7 +300,7 @@ def test_a_tokenizer_without_the_nine_special_tokens(tmp_path: Path) -> None:
     other = Tokenizer({**BYTES, b"ab": 256}, SPLIT_PATTERN, {"<|im_end|>": 300}, "other")
     save_tokenizer(other, tmp_path / "t")
     assert sorted(os.listdir(tmp_path / "t")) == ["tokenizer.json", "tokenizer_config.json"]
-    assert "os_token" not in (tmp_path / "t" / "tokenizer_config.json").read_text()
+    assert "_token" not in (tmp_path / "t" / "tokenizer_config.json").read_text().replace("clean_up_tokenization", "")
     again = load_tokenizer(tmp_path / "t", native=False)
     assert again.is_as_saved and again.special_ids == {"<|im_end|>": 300} and again.vocab_size == 301
     assert again.missing_special_tokens == list(SPECIAL_TOKENS)

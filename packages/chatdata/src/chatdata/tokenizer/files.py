@@ -57,7 +57,8 @@ def load_tokenizer(path: str | Path, *, native: bool = True) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja: the same bytes for the same tokenizer.
 
-    A tokenizer without nanochat's special tokens gets no chat template, and no bos and eos token in its configuration.
+    A tokenizer without nanochat's special tokens gets no chat template, and no bos, eos and pad token in its
+    configuration. The pad token is nanochat's padding. Documents contain it, too, so padding is known by position.
     The files of a FolderTokenizer are written as they are.
     Raises TokenizerError if `tokenizers` gives other ids for some canary text.
     """
@@ -71,9 +72,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         _compare_with_tokenizers(tokenizer, contents)
     folder.mkdir(parents=True, exist_ok=True)
     is_native = not tokenizer.missing_special_tokens
+    named = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "pad_token": "<|assistant_end|>"}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **({"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>"} if is_native else {}),
+        **(named if is_native else {}),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
