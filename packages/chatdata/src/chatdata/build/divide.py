@@ -3,8 +3,6 @@
 So a row stays on its side when others are added, and equal rows are on one side, whatever their file and its format.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from chatdata.arrow import without_nulls
 from chatdata.sources.source import Source
 
 _encode = msgspec.json.Encoder(order="sorted").encode
@@ -33,13 +32,7 @@ def content_hash(row: Any) -> float:
     try:
         text = _encode(row)
         if b"null" in text:
-            text = _encode(_without_nulls(row))
+            text = _encode(without_nulls(row))
     except (TypeError, ValueError, OverflowError, RecursionError):  # lone surrogates, 5,000 digits: not rendered later
         text = json.dumps(row, sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

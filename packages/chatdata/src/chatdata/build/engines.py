@@ -1,7 +1,5 @@
 """Who renders the missing units: this process, worker processes, or a Ray cluster. All write the same files."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import multiprocessing
@@ -12,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -31,7 +29,7 @@ ENGINES = ("local", "ray")
 
 
 OnRows = Callable[[Unit, int], None]  # some rows of a unit were rendered
-Render = Callable[[OnRows | None], list[Rendered]]
+Render = Callable[[OnRows], list[Rendered]]
 
 _renderer: Renderer  # of a worker process
 
@@ -53,8 +51,7 @@ def _fork_server() -> BaseContext:
     return context
 
 
-@contextmanager
-def start_workers(renderer: Renderer, units: list[Unit], engine: str, workers: int) -> Iterator[Render]:
+def start_workers(renderer: Renderer, units: list[Unit], engine: str, workers: int) -> AbstractContextManager[Render]:
     """Inside, other processes already render `units`; call what this yields to join in until all are done.
 
     Units are rendered in any order. Those finished before an error or an interruption stay in the cache.
@@ -62,20 +59,16 @@ def start_workers(renderer: Renderer, units: list[Unit], engine: str, workers: i
     """
     workers = min(workers, len(units), max(1, sum(unit.num_bytes for unit in units) // BYTES_PER_WORKER))
     if engine == "ray" and units:
-        with _start_ray(renderer, units) as render:
-            yield render
-    elif workers > 1:
-        with _start_processes(renderer, units, workers) as render:
-            yield render
-    else:
-        waiting = deque(units)
-        yield partial(_render_here, renderer, waiting)
+        return _start_ray(renderer, units)
+    if workers > 1:
+        return _start_processes(renderer, units, workers)
+    return nullcontext(partial(_render_here, renderer, deque(units)))
 
 
-def _render_here(renderer: Renderer, waiting: deque[Unit], on_rows: OnRows | None) -> list[Rendered]:
+def _render_here(renderer: Renderer, waiting: deque[Unit], on_rows: OnRows) -> list[Rendered]:
     rendered = []
     while unit := _take(waiting):
-        rendered.append(render_unit(renderer, unit, partial(on_rows, unit) if on_rows else None))
+        rendered.append(render_unit(renderer, unit, partial(on_rows, unit)))
     return rendered
 
 
@@ -102,19 +95,18 @@ def _start_processes(renderer: Renderer, units: list[Unit], workers: int) -> Ite
             waiting.clear()
             finished.put(error)
 
-    def render(on_rows: OnRows | None) -> list[Rendered]:
+    def render(on_rows: OnRows) -> list[Rendered]:
         by_others = []
 
         def collect(own: Unit | None = None, num_rows: int = 0) -> None:
-            if own and on_rows:
+            if own:
                 on_rows(own, num_rows)
             while not finished.empty():
                 item = finished.get()
                 if isinstance(item, BaseException):
                     raise item
                 by_others.append(item[1])
-                if on_rows:
-                    on_rows(item[0], item[0].num_rows)
+                on_rows(item[0], item[0].num_rows)
 
         rendered = _render_here(renderer, waiting, collect)
         for thread in threads:
@@ -159,7 +151,7 @@ def _start_ray(renderer: Renderer, units: list[Unit]) -> Iterator[Render]:
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
-    def render(on_rows: OnRows | None) -> list[Rendered]:
+    def render(on_rows: OnRows) -> list[Rendered]:
         finished = []
         while waiting:
             (done, *_), _ = ray.wait(list(waiting), num_returns=1)
@@ -171,8 +163,7 @@ def _start_ray(renderer: Renderer, units: list[Unit]) -> Iterator[Render]:
                     "that all machines share"
                 )
             finished.append(rendered)
-            if on_rows:
-                on_rows(unit, unit.num_rows)
+            on_rows(unit, unit.num_rows)
         return finished
 
     try:

@@ -1,9 +1,6 @@
 """`chatdata build --dry-run`: about how many tokens, bytes and seconds a build will take, from a sample of its rows."""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,16 +30,18 @@ def estimate(plan: BuildPlan, workers: int, encoder: str = "auto") -> dict[str, 
     kept_tokens: dict[Source, float] = {}  # of a row, after the policies
     cache_bytes = seconds = num_kept = 0.0
     with TemporaryDirectory() as folder:
-        if encoder == "auto" and sum(map(_text_bytes, row_maps)) < FAST_ENCODER_BYTES:
+        num_bytes = sum(num_bytes for source in row_maps for _, num_bytes in source.segments(source.num_rows))
+        if encoder == "auto" and num_bytes < FAST_ENCODER_BYTES:
             encoder = "tiktoken"
         renderer = Renderer(plan.sources, plan.tokenizer, encoder, Path(folder), plan.recipe.chat_format)
         if not plan.model_format:
             load_encoder(encoder, plan.tokenizer)
         for number, (source, row_map) in enumerate(row_maps.items()):
             rows = np.flatnonzero(row_map.document_of >= 0)
-            sample = list(_sample(rows))
+            sample = _sample(rows)
             units = [
-                Unit(number, int(part[0]), _wanted(part), len(part), 0, f"sample-{i}") for i, part in enumerate(sample)
+                Unit(number, int(part[0]), np.isin(np.arange(part[0], part[-1] + 1), part), len(part), 0, f"sample-{i}")
+                for i, part in enumerate(sample)
             ]
             started = time.perf_counter()
             for unit in units:  # a build does not start to read RUNS times: this time is left out
@@ -52,11 +51,8 @@ def estimate(plan: BuildPlan, workers: int, encoder: str = "auto") -> dict[str, 
             paths = [render_unit(renderer, unit).path for unit in units]
             rendering = time.perf_counter() - read - (read - started)
             seconds += max(rendering, 0) * len(rows) / sum(map(len, sample))
-            documents = RenderedDocuments(
-                [batch for path in paths for batch in read_unit(path, dtype)],
-                plan.recipe,
-                partial(_place, source, np.concatenate(sample)),
-            )
+            batches = [batch for path in paths for batch in read_unit(path, dtype)]
+            documents = RenderedDocuments(batches, plan.recipe, partial(_place, source, np.concatenate(sample)))
             kept = documents.drop_reason == 0
             kept_tokens[source] = float(documents.num_tokens[kept].sum(dtype=np.int64)) / len(kept)
             num_taken = sum(len(p.taken) for entries in plan.splits.values() for p in entries if p.source is source)
@@ -81,21 +77,9 @@ def _place(source: Source, rows: np.ndarray, document: int) -> str:
     return source.where(int(rows[document]))
 
 
-def _sample(rows: np.ndarray) -> Iterator[np.ndarray]:
+def _sample(rows: np.ndarray) -> list[np.ndarray]:
     """Runs of neighbours, at most SAMPLE_ROWS in all."""
     if len(rows) <= SAMPLE_ROWS:
-        yield rows
-        return
+        return [rows]
     length = SAMPLE_ROWS // RUNS
-    for first in np.linspace(0, len(rows) - length, RUNS).astype(int).tolist():
-        yield rows[first : first + length]
-
-
-def _wanted(rows: np.ndarray) -> np.ndarray:
-    wanted = np.zeros(int(rows[-1] - rows[0]) + 1, dtype=bool)
-    wanted[rows - rows[0]] = True
-    return wanted
-
-
-def _text_bytes(source: Source) -> int:
-    return sum(num_bytes for _, num_bytes in source.segments(source.num_rows))
+    return [rows[first : first + length] for first in np.linspace(0, len(rows) - length, RUNS).astype(int).tolist()]

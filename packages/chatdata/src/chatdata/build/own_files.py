@@ -1,7 +1,5 @@
 """`chatdata build FILES…`: the equivalent recipe, and the form of each file's rows."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a build will do, decided before any row is read: the sources, each entry's rows, and the order of them all."""
 
-from __future__ import annotations
-
 import math
 import random
 from array import array

@@ -5,8 +5,6 @@ row in two entries is rendered once, an interrupted build resumes, and memory ho
 OUT grows in a locked folder next to it and appears by one rename, when everything is written.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import platform
@@ -32,7 +30,7 @@ from chatdata.errors import BuildError, ChatdataError, UsageError
 from chatdata.firewall.listing import CHOICES, listing, summary
 from chatdata.firewall.scored import read_scored
 from chatdata.firewall.search import check
-from chatdata.progress import Progress
+from chatdata.progress import Progress, no_progress
 from chatdata.render.documents import RenderedDocuments, check_cut
 from chatdata.render.model_format import check_canaries
 from chatdata.shards.manifest import FORMAT, MARK, VERSION, build_id_of, other_files, read_manifest
@@ -56,7 +54,7 @@ def build(
     encoder: str = "auto",
     decontaminate: str = "report",
     against: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Build `plan` into the folder `out` and return its manifest: the same bytes for any workers, engine and encoder.
 
@@ -98,7 +96,6 @@ def build(
         if encoder == "auto" and sum(unit.num_bytes for unit in missing) < FAST_ENCODER_BYTES:
             encoder = "tiktoken"
         renderer = Renderer(plan.sources, plan.tokenizer, encoder, cache, plan.recipe.chat_format)
-        on_rows = _show_rows(plan, units, missing, progress) if progress else None
         with (
             writes_to(cache, CACHE_FULL, CACHE_UNUSABLE if missing else ""),
             start_workers(renderer, missing, engine, workers) as render,
@@ -108,7 +105,7 @@ def build(
             scored = None
             if decontaminate != "off":
                 scored = read_scored(plan.splits["train"], plan.tasks, plan.locations, plan.tokenizer, against)
-            rendered = render(on_rows)
+            rendered = render(_show_rows(plan, units, missing, progress))
         if rendered and not plan.model_format:
             used = load_encoder(encoder, plan.tokenizer)
             num_texts, num_checked = sum(r.num_texts for r in rendered), sum(r.num_checked for r in rendered)

@@ -11,8 +11,6 @@ of a path, a worker or an encoder. So any process on any machine can render it, 
 Its documents are whole: a build applies its length and supervision policies when it reads them (render/documents.py).
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

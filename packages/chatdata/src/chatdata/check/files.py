@@ -1,7 +1,5 @@
 """`chatdata check`: every row of files of conversations, read as a build would read it, in one pass."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

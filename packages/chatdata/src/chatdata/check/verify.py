@@ -7,8 +7,6 @@ semantic  also sources, order, and a share of the documents rendered again      
 A manifest is data from anywhere: nothing in it is used before `contradictions` found none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

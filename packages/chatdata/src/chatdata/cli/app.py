@@ -1,7 +1,5 @@
 """The `chatdata` command, with tasks and cache. Heavy imports are inside functions so that `--help` is fast."""
 
-from __future__ import annotations
-
 import time
 from functools import partial
 from pathlib import Path

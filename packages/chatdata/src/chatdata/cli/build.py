@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +175,7 @@ def build(
     if dry_run:
         return
     gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all
-    with nullcontext() if as_json else shown_progress() as progress:
+    with shown_progress(quiet=as_json) as progress:
         manifest = run_build(plan, out, force=force, workers=workers, engine=engine, progress=progress, **options)
     if as_json:
         say_json({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]})

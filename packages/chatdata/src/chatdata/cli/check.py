@@ -1,7 +1,5 @@
 """Commands that compare: `chatdata check` checks files, `verify` a build; `diff` compares two builds."""
 
-from __future__ import annotations
-
 import gc
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`chatdata identity`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """Commands that show a build: `chatdata inspect`, `stats`, `report`, `plan`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

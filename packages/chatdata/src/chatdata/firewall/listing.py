@@ -1,7 +1,5 @@
 """What the firewall found, as plain data for report.json and for the listing that chateval reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal
 

@@ -5,8 +5,6 @@ character, so the words of a document follow from a table over the vocabulary, a
 take a third of a second. A word's hash is sum(byte · R^i), an n-gram's is sum(word · Q^i), both modulo 2^64.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence

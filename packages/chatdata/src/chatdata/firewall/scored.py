@@ -1,7 +1,5 @@
 """The items that chateval scores, and those of a user's own files, as the firewall searches for them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

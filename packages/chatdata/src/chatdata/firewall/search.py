@@ -9,8 +9,6 @@ A document contains an item
 A question in other words or another language is not found, nor an answer without its question.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """What `chatdata build` prints: its plan before the work, and its result after it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path

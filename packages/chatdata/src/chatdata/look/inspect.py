@@ -1,7 +1,5 @@
 """`chatdata inspect`: documents in the terminal, supervised text in colour; or one conversation, token by token."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

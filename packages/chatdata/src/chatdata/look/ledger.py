@@ -1,7 +1,5 @@
 """What a ledger counts besides documents and tokens, and bad rows, as lines of text."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """`chatdata stats`: numbers of a build per name of an entry, from its index alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import polars as pl
