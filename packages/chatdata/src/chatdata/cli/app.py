@@ -7,32 +7,29 @@ from typing import Any
 
 import click
 
-from chatdata import __version__
 from chatdata.cli.build import build
 from chatdata.cli.check import check, diff, verify
-from chatdata.cli.command import examples, json_option, run_command, task_files_option
+from chatdata.cli.command import json_option, program, run_command, task_files_option
 from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
 from chatdata.cli.tokenizer import tokenizer
 from chatdata.progress import say, say_json
 
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
-@click.version_option(__version__)
-@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
-def cli(debug: bool) -> None:
-    """Render chat conversations once, offline, to token shards with a parallel loss mask."""
-
-
+cli = program("chatdata", "Render chat conversations once, offline, to token shards with a parallel loss mask.")
 for command in (build, check, inspect, stats, verify, report, plan, diff, tokenizer, identity_command):
     cli.add_command(command)
 
 
-@cli.command(name="tasks", epilog=examples("chatdata tasks", "chatdata tasks --task-file my_task.py"))
+@cli.command(name="tasks")
 @task_files_option
 @json_option
 def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
-    """List the tasks with source, splits, rows and licence."""
+    """List the tasks with source, splits, rows and licence.
+
+    Examples:
+      chatdata tasks
+      chatdata tasks --task-file my_task.py
+    """
     from rich.markup import escape
 
     from chatdata.look.console import console, grid
@@ -63,11 +60,7 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     console().print(lines)
 
 
-@cli.command(
-    epilog=examples(
-        "chatdata cache", "chatdata cache --prune 30", "CHATDATA_CACHE=/data/cache chatdata cache --prune 0"
-    )
-)
+@cli.command()
 @click.option(
     "--prune",
     "unused_days",
@@ -81,6 +74,11 @@ def cache(unused_days: float | None, as_json: bool) -> None:
 
     A build renders missing units again. The cache is $CHATDATA_CACHE, by default `chatdata` in the XDG cache folder. It
     also holds downloaded word lists, which are small and are never removed.
+
+    Examples:
+      chatdata cache
+      chatdata cache --prune 30
+      CHATDATA_CACHE=/data/cache chatdata cache --prune 0
     """
     from chatdata.build.units import cached_units, prune
     from chatdata.disk import cache_folder

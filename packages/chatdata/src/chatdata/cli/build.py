@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.cli.command import FILE, examples, json_option, task_files_option, tokenizer_of
+from chatdata.cli.command import FILE, command, json_option, task_files_option, tokenizer_of
 from chatdata.disk import write_whole
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
@@ -20,15 +20,7 @@ if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
 
 
-@click.command(
-    epilog=examples(
-        "chatdata build --stage mid --demo --out out/demo-mid",
-        "chatdata build chats.jsonl more.parquet --tokenizer tokenizer.json --val 0.05 --out out/mine",
-        "chatdata build --stage mid --data-dir hub --tokenizer tokenizer.pkl --identity me.jsonl --out out/mid",
-        "chatdata build --stage sft --recipe my.toml --tokenizer out/mid --out out/sft",
-        "chatdata build --stage mid --demo --against exam.jsonl:question,options --decontaminate drop",
-    )
-)
+@command()
 @click.argument("files", nargs=-1, type=FILE, metavar="[FILE]...")
 @click.option(
     "--stage", type=click.Choice(["mid", "sft", "base"]), help="Stage to build (default: the recipe's; of FILEs sft)."
@@ -106,7 +98,15 @@ def build(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Render a recipe, or your own FILEs, to token and mask shards."""
+    """Render a recipe, or your own FILEs, to token and mask shards.
+
+    Examples:
+      chatdata build --stage mid --demo --out out/demo-mid
+      chatdata build chats.jsonl more.parquet --tokenizer tokenizer.json --val 0.05 --out out/mine
+      chatdata build --stage mid --data-dir hub --tokenizer tokenizer.pkl --identity me.jsonl --out out/mid
+      chatdata build --stage sft --recipe my.toml --tokenizer out/mid --out out/sft
+      chatdata build --stage mid --demo --against exam.jsonl:question,options --decontaminate drop
+    """
     from chatdata.build.engines import available_cpus, start_early
     from chatdata.build.estimate import estimate
     from chatdata.build.own_files import form_of

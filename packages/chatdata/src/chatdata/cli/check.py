@@ -6,18 +6,12 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, build_argument, examples, json_option
+from chatdata.cli.command import FILE, build_argument, command, json_option
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 
 
-@click.command(
-    epilog=examples(
-        "chatdata verify out/demo-mid",
-        "chatdata verify out/demo-mid --level semantic --share 0.1",
-        "chatdata verify out/mid --level semantic --data-dir hub --identity me.jsonl",
-    )
-)
+@command()
 @build_argument
 @click.option(
     "--level", type=click.Choice(["quick", "full", "semantic"]), default="quick", help="How much to check (see above)."
@@ -45,6 +39,11 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
     semantic needs the files that are neither shipped nor on the Hub: pass --data-dir, --identity, --words and
     --task-file as you did for build, and --recipe if the recipe file names other files. Everything else is in the
     build.
+
+    Examples:
+      chatdata verify out/demo-mid
+      chatdata verify out/demo-mid --level semantic --share 0.1
+      chatdata verify out/mid --level semantic --data-dir hub --identity me.jsonl
     """
     from chatdata.check.verify import verify_full, verify_quick
     from chatdata.progress import shown_progress
@@ -80,7 +79,7 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
     return 3 if problems else 0
 
 
-@click.command(epilog=examples("chatdata check chats.jsonl more.parquet", "chatdata check chats.jsonl --json"))
+@command()
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
 @json_option
 def check(files: tuple[Path, ...], as_json: bool) -> int:
@@ -88,6 +87,10 @@ def check(files: tuple[Path, ...], as_json: bool) -> int:
 
     Reads every row of JSONL, JSON and Parquet files as a build would. Bad rows are listed by reason, with their line
     (or row); --json lists all of them.
+
+    Examples:
+      chatdata check chats.jsonl more.parquet
+      chatdata check chats.jsonl --json
     """
     from chatdata.check.files import check_files, lines_of_check
     from chatdata.progress import shown_progress
@@ -102,7 +105,7 @@ def check(files: tuple[Path, ...], as_json: bool) -> int:
     return 3 if found["rows"] else 0
 
 
-@click.command(epilog=examples("chatdata diff out/mid out/mid-new", "chatdata diff out/mid out/mid-new --json"))
+@command()
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
 @json_option
@@ -112,6 +115,10 @@ def diff(a: Path, b: Path, as_json: bool) -> int:
     Compares recipe, sources, tokenizer, mixture and documents. Exit code 0 if the builds are identical, 1 if they
     differ. Documents are compared by the digests in the index. For rows whose tokens or mask changed, the first ones
     are shown around the first difference.
+
+    Examples:
+      chatdata diff out/mid out/mid-new
+      chatdata diff out/mid out/mid-new --json
     """
     from chatdata import open_build
     from chatdata.check.diff import diff_builds, lines_of

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from chatdata import version_of
 from chatdata.disk import DISK_ERRORS, describe_os_error, home_path
 from chatdata.errors import printable
 from chatdata.progress import say
@@ -30,6 +33,28 @@ task_files_option = click.option(
 # old → new names, for all three commands; an old name is refused with the new one in the message
 RENAMED_OPTIONS = {"--rows": "--layout"}
 RENAMED_POLICIES = {"all": "ignore", "supervised": "apply"}
+
+
+class Command(click.Command):
+    """Its docstring may end with "Examples:" and a line for each, which --help shows last."""
+
+    def __init__(self, *args: Any, help: str | None = None, **options: Any) -> None:
+        text, title, lines = inspect.cleandoc(help or "").partition("Examples:\n")
+        super().__init__(*args, help=text, epilog=f"\b\n{title}{lines}" if title else None, **options)
+
+
+class Group(click.Group):
+    command_class = Command
+
+
+def program(name: str, about: str) -> Group:
+    """The command line of the package `name`, still without commands."""
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+    group = click.version_option(version_of(name))(Group(name, help=about, context_settings=settings))
+    return click.option("--debug", is_flag=True, help="Show tracebacks of errors.")(group)
+
+
+command = partial(click.command, cls=Command)
 
 
 class MaskPolicyChoice(click.Choice[str]):

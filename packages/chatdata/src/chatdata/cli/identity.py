@@ -4,19 +4,12 @@ from pathlib import Path
 
 import click
 
-from chatdata.cli.command import FILE, examples, json_option
+from chatdata.cli.command import FILE, command, json_option
 from chatdata.errors import PersonaError
 from chatdata.progress import say, say_json
 
 
-@click.command(
-    name="identity",
-    epilog=examples(
-        "chatdata identity me.toml --out me.jsonl",
-        "chatdata identity me.toml --rows 5000 --out me.jsonl --force",
-        "chatdata build --stage mid --identity me.jsonl --tokenizer tokenizer.pkl --out out/mid",
-    ),
-)
+@command(name="identity")
 @click.argument("persona", metavar="PERSONA", type=FILE)
 @click.option("--out", type=FILE, required=True, help="JSONL file to write.")
 @click.option("--rows", "num_rows", type=click.IntRange(min=1), default=1000, help="How many.")
@@ -40,6 +33,11 @@ def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_js
 
     All conversations are different. The same persona gives the same conversations on every machine, and a longer file
     starts with the shorter one.
+
+    Examples:
+      chatdata identity me.toml --out me.jsonl
+      chatdata identity me.toml --rows 5000 --out me.jsonl --force
+      chatdata build --stage mid --identity me.jsonl --tokenizer tokenizer.pkl --out out/mid
     """
     from chatdata.identity import conversations as identity
     from chatdata.identity.persona import load_persona

@@ -5,18 +5,12 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, examples, json_option, tokenizer_of
+from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, command, json_option, tokenizer_of
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 
 
-@click.command(
-    epilog=examples(
-        "chatdata inspect out/demo-mid --doc 7",
-        "chatdata inspect out/demo-mid --task demo_math",
-        "chatdata inspect --conversation chat.json --tokenizer out/demo-mid --stage mid --stage sft",
-    )
-)
+@command()
 @click.argument("path", metavar="[BUILD]", required=False, type=FILE)
 @click.option("--split", default="train", help="train or val.")
 @click.option("--doc", type=int, help="Show the document with this number.")
@@ -39,6 +33,11 @@ def inspect(
 
     --doc or --task chooses the documents; by default the first ones of the split. For a conversation, prints token, id
     and mask, one line per token.
+
+    Examples:
+      chatdata inspect out/demo-mid --doc 7
+      chatdata inspect out/demo-mid --task demo_math
+      chatdata inspect --conversation chat.json --tokenizer out/demo-mid --stage mid --stage sft
     """
     from chatdata.look import inspect as look
 
@@ -57,11 +56,16 @@ def inspect(
     look.show_documents(path, split, doc, task, stages, as_json)
 
 
-@click.command(epilog=examples("chatdata stats out/demo-mid", "chatdata stats out/demo-mid --json"))
+@command()
 @build_argument
 @json_option
 def stats(path: Path, as_json: bool) -> None:
-    """Print documents, tokens, supervised share and lengths per task or name."""
+    """Print documents, tokens, supervised share and lengths per task or name.
+
+    Examples:
+      chatdata stats out/demo-mid
+      chatdata stats out/demo-mid --json
+    """
     from chatdata import open_build
     from chatdata.look.stats import build_stats, show_stats
 
@@ -69,13 +73,7 @@ def stats(path: Path, as_json: bool) -> None:
     say_json(numbers) if as_json else show_stats(numbers)
 
 
-@click.command(
-    epilog=examples(
-        "chatdata report out/demo-mid",
-        "chatdata report out/mid --out mid.html",
-        "chatdata report out/mid --json > numbers.json",
-    )
-)
+@command()
 @build_argument
 @click.option("--out", type=FILE, help="File to write (default: BUILD-report.html).")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers of the report as JSON.")
@@ -84,6 +82,11 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
 
     It shows mixture, lengths, supervision, vocabulary and documents, and loads nothing from the network. Needs Altair
     (`uv sync --extra report`).
+
+    Examples:
+      chatdata report out/demo-mid
+      chatdata report out/mid --out mid.html
+      chatdata report out/mid --json > numbers.json
     """
     from chatdata.look.console import megabytes
     from chatdata.look.report.page import write_report
@@ -97,11 +100,7 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
     say(f"{facts['out']}: {megabytes(facts['bytes'])}, {shown}")
 
 
-@click.command(
-    epilog=examples(
-        "chatdata plan out/demo-sft --seq-len 512", "chatdata plan out/demo-sft --seq-len 512 --mask last-turn --json"
-    )
-)
+@command()
 @build_argument
 @click.option("--seq-len", type=click.IntRange(min=1), required=True, help="Positions per sequence, T.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, help="Sequences per step, G.")
@@ -119,6 +118,10 @@ def plan(path: Path, seq_len: int, as_json: bool, **options: Any) -> None:
     """Print sequences, steps, padding and targets of an epoch.
 
     A second table compares all layouts at several sequence lengths.
+
+    Examples:
+      chatdata plan out/demo-sft --seq-len 512
+      chatdata plan out/demo-sft --seq-len 512 --mask last-turn --json
     """
     from chatdata import open_build
     from chatdata.look.what_if import plan_numbers, show_plan

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.cli.command import FILE, examples, json_option, tokenizer_of
+from chatdata.cli.command import FILE, Group, json_option, tokenizer_of
 from chatdata.errors import BuildError, UsageError
 from chatdata.progress import say, say_json
 
@@ -15,20 +15,22 @@ if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
 
 
-@click.group()
+@click.group(cls=Group)
 def tokenizer() -> None:
     """Train, import and show tokenizers."""
 
 
-@tokenizer.command(
-    epilog=examples("chatdata tokenizer train texts.jsonl more.parquet --vocab-size 65536 --out tokenizer")
-)
+@tokenizer.command()
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--vocab-size", type=int, default=65_536, help="Tokens, the nine special ones included.")
 @click.option("--pattern", help="Split pattern (default: nanochat's).")
 @click.option("--out", type=FILE, required=True, help="Folder to write.")
 def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Path) -> None:
-    """Train byte-level BPE on text, JSONL or Parquet files of conversations or plain text. Deterministic."""
+    """Train byte-level BPE on text, JSONL or Parquet files of conversations or plain text. Deterministic.
+
+    Examples:
+      chatdata tokenizer train texts.jsonl more.parquet --vocab-size 65536 --out tokenizer
+    """
     from chatdata.sources.training_texts import read_texts
     from chatdata.tokenizer.bpe import SPLIT_PATTERN, train_tokenizer
 
@@ -36,20 +38,19 @@ def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Pa
     _save(train_tokenizer(read_texts(files), vocab_size, SPLIT_PATTERN if pattern is None else pattern), out)
 
 
-@tokenizer.command(
-    name="import",
-    epilog=examples(
-        "chatdata tokenizer import tokenizer.pkl --out tokenizer",
-        "chatdata tokenizer import vocab.tiktoken --pattern '\\S+|\\s+' --out tokenizer",
-        "chatdata tokenizer import Qwen3-0.6B --add-specials --out tokenizer",
-    ),
-)
+@tokenizer.command(name="import")
 @click.argument("file", type=FILE)
 @click.option("--pattern", help="Split pattern of a .tiktoken file.")
 @click.option("--add-specials", is_flag=True, help="Append nanochat's special tokens after the highest id.")
 @click.option("--out", type=FILE, required=True, help="Folder to write.")
 def import_(file: Path, pattern: str | None, add_specials: bool, out: Path) -> None:
-    """Check a tokenizer.pkl, tokenizer.json, .tiktoken file or folder and convert it to a tokenizer folder."""
+    """Check a tokenizer.pkl, tokenizer.json, .tiktoken file or folder and convert it to a tokenizer folder.
+
+    Examples:
+      chatdata tokenizer import tokenizer.pkl --out tokenizer
+      chatdata tokenizer import vocab.tiktoken --pattern '\\S+|\\s+' --out tokenizer
+      chatdata tokenizer import Qwen3-0.6B --add-specials --out tokenizer
+    """
     from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
     from chatdata.tokenizer.files import read_tiktoken
 
@@ -64,12 +65,17 @@ def import_(file: Path, pattern: str | None, add_specials: bool, out: Path) -> N
     _save(loaded, out)
 
 
-@tokenizer.command(epilog=examples("chatdata tokenizer show tokenizer", "chatdata tokenizer show out/mid --text 'Hi!'"))
+@tokenizer.command()
 @click.argument("path", type=FILE)
 @click.option("--text", help="Show the tokens of this text.")
 @json_option
 def show(path: Path, text: str | None, as_json: bool) -> None:
-    """Print vocabulary size, special tokens, split pattern and shard dtype; with --text, the tokens of a text."""
+    """Print vocabulary size, special tokens, split pattern and shard dtype; with --text, the tokens of a text.
+
+    Examples:
+      chatdata tokenizer show tokenizer
+      chatdata tokenizer show out/mid --text 'Hi!'
+    """
     from chatdata.look.console import shard_dtype
 
     loaded = tokenizer_of(path, native=False)
