@@ -3,13 +3,16 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chatdata.errors import UsageError
+from chatdata.recipe import Recipe, parse_recipe
 from chatdata.sources.source import Source
+from chatdata.tasks.task import Task
 
 FORMS = (  # name, keys of a row; the first that has all of them
     ("xLAM", ("query", "tools", "answers")),
@@ -21,7 +24,21 @@ FORMS = (  # name, keys of a row; the first that has all of them
 )
 
 
-def recipe_of_files(files: tuple[Path, ...], folder: Path, stage: str, val_share: float | None) -> dict[str, Any]:
+def equivalent_recipe(
+    files: Sequence[Path], write: Path | None, stage: str, val_share: float | None, tasks: dict[str, Task], **rules: Any
+) -> tuple[Recipe, str]:
+    """The recipe equivalent to FILEs, parsed and as TOML, for the file `write`. Raises UsageError if that exists."""
+    if write and write.exists():
+        raise UsageError(f"--write-recipe {write}: already exists; choose another name")
+    if write and not write.parent.is_dir():
+        raise UsageError(f"--write-recipe {write}: there is no folder {write.parent}")
+    path = write or Path(f"{files[0].stem if len(files) == 1 else 'own'}.toml")
+    table = {key: value for key, value in rules.items() if value is not None}
+    table = recipe_of_files(files, path.parent, stage, val_share) | table
+    return parse_recipe(table, "the command line", path, tasks), toml_of(table)
+
+
+def recipe_of_files(files: Sequence[Path], folder: Path, stage: str, val_share: float | None) -> dict[str, Any]:
     """A recipe in `folder` with an entry per file, as `parse_recipe` takes it. Raises UsageError for a file twice."""
     places = [os.path.realpath(file) for file in files]
     if twice := next((file for i, file in enumerate(files) if places[i] in places[:i]), None):

@@ -108,8 +108,10 @@ def build(
             rendered = render(_show_rows(plan, units, missing, progress))
         if rendered and not plan.model_format:
             used = load_encoder(encoder, plan.tokenizer)
-            num_texts, num_checked = sum(r.num_texts for r in rendered), sum(r.num_checked for r in rendered)
-            counts = {"texts": num_texts, "texts_checked": num_checked}
+            counts = {
+                "texts": sum(r.num_texts for r in rendered),
+                "texts_checked": sum(r.num_checked for r in rendered),
+            }
             report["encoder"] = {"name": used.name, "version": used.version, **counts}
             load_encoder.cache_clear()  # gigatoken keeps up to 200 MB of pieces it has met
         paths |= {unit.key: unit.path for unit in rendered}

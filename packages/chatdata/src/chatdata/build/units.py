@@ -26,19 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-from chatdata.arrow import map_batches, to_numpy
+from chatdata.arrow import map_batches
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, TokenizerError
 from chatdata.recipe import NATIVE
-from chatdata.render.batch import (
-    COUNTS,
-    SPAN_DTYPE,
-    TALLY_DTYPE,
-    RenderedBatch,
-    arrow_schema,
-    render_batch,
-    to_record_batch,
-)
+from chatdata.render.batch import RenderedBatch, arrow_schema, from_record_batch, render_batch, to_record_batch
 from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.model_batch import render_rows
 from chatdata.render.model_format import load_format
@@ -240,18 +232,7 @@ def _encodable(
 
 def read_unit(path: Path, dtype: np.dtype) -> list[RenderedBatch]:
     """A unit's documents as views of the mapped file, one RenderedBatch per record batch."""
-    return [
-        RenderedBatch(
-            tokens=to_numpy(batch.column("tokens").values, dtype),
-            mask=to_numpy(batch.column("mask").values, np.dtype(np.uint8)),
-            **{name: to_numpy(batch.column(name), np.dtype(np.int32)) for name in COUNTS},
-            spans=to_numpy(batch.column("spans").values, SPAN_DTYPE),
-            digests=to_numpy(batch.column("digest"), np.dtype("V16")),
-            notes=batch.column("notes").values,
-            tallies=to_numpy(batch.column("tallies").values, TALLY_DTYPE),
-        )
-        for batch in map_batches(path)
-    ]
+    return [from_record_batch(batch, dtype) for batch in map_batches(path)]
 
 
 @dataclass(frozen=True)

@@ -84,16 +84,13 @@ def _diff_split(a: Build, b: Build, name: str) -> dict[str, Any]:
     if one is None or two is None:
         return {"only_in": "b" if one is None else "a", "totals": [], "entries": [], "documents": None}
     files = [[shard["files"] for shard in split["shards"]] for split in (one, two)]
+    entries = [{f"entry {e['entry']} ({e['name']})": e for e in split["entries"]} for split in (one, two)]
     return {
         "only_in": None,
         "totals": _listed(*({key: split[key] for key in TOTALS} for split in (one, two))),
-        "entries": _listed(*({_label(entry): entry for entry in split["entries"]} for split in (one, two))),
+        "entries": _listed(*entries),
         "documents": None if files[0] == files[1] else _diff_documents(a[name], b[name]),
     }
-
-
-def _label(entry: dict[str, Any]) -> str:
-    return f"entry {entry['entry']} ({entry['name']})"
 
 
 def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
@@ -105,10 +102,7 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
     """
     columns = ["doc", "name", *_COMPARED, "digest", "num_tokens"]
     one, two = (split.named_index.select(columns).with_columns(pl.col("task").cast(pl.String)) for split in (a, b))
-    pairs = _pair_equal(one, two)
-    rest_a, rest_b = (
-        index.join(pairs, left_on="doc", right_on=f"doc_{side}", how="anti") for index, side in ((one, "a"), (two, "b"))
-    )
+    pairs, rest_a, rest_b = _pair_equal(one, two)
     changed = rest_a.join(rest_b, on=_KEY, how="inner", suffix="_b").unique("doc", keep="first", maintain_order=True)
     changed = changed.unique("doc_b", keep="first", maintain_order=True).sort("doc")
     only_a = rest_a.join(changed, on="doc", how="anti").sort("doc")
@@ -118,21 +112,21 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
         "columns": _column_differences(one, two, pairs),
         "order": _order_difference(one, two, pairs),
         "changed": {
-            "count": len(changed),
+            **_counted(changed),
             "same_length": int((changed["num_tokens"] == changed["num_tokens_b"]).sum()),
-            "tasks": _tasks_of(changed),
             "first": [
                 _parting(a, b, row["doc"], row["doc_b"]) | {key: row[key] for key in _SHOWN}
                 for row in changed.head(SHOWN_DOCUMENTS).iter_rows(named=True)
             ],
         },
-        "only_a": _only(only_a),
-        "only_b": _only(only_b),
+        "only_a": _counted(only_a),
+        "only_b": _counted(only_b),
     }
 
 
-def _pair_equal(one: pl.DataFrame, two: pl.DataFrame) -> pl.DataFrame:
-    """doc_a, doc_b of equal digest: first those of the same row and entry, then the copies that are left."""
+def _pair_equal(one: pl.DataFrame, two: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """doc_a, doc_b (UInt32) of equal digest: first those of the same row and entry, then the copies that are left; and
+    what is left of both."""
     pairs = []
     for key in (["digest", *_KEY], ["digest"]):
         numbered = [
@@ -142,19 +136,18 @@ def _pair_equal(one: pl.DataFrame, two: pl.DataFrame) -> pl.DataFrame:
         pairs.append(joined.select(pl.col("doc").alias("doc_a"), "doc_b"))
         one = one.join(pairs[-1], left_on="doc", right_on="doc_a", how="anti")
         two = two.join(pairs[-1], left_on="doc", right_on="doc_b", how="anti")
-    return pl.concat(pairs).sort("doc_a")
+    return pl.concat(pairs).sort("doc_a").cast(pl.UInt32), one, two
 
 
 def _column_differences(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, int]:
-    one, two = one[pairs["doc_a"].cast(pl.UInt32)], two[pairs["doc_b"].cast(pl.UInt32)]
+    one, two = one[pairs["doc_a"]], two[pairs["doc_b"]]
     counts = {name: int((one[name] != two[name]).sum()) for name in _COMPARED}
     return {name: count for name, count in counts.items() if count}
 
 
 def _order_difference(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any] | None:
     """By digest, not by pair: two copies of one document that changed places do not change the stream."""
-    one = one[pairs["doc_a"].cast(pl.UInt32)]
-    two = two[pairs["doc_b"].sort().cast(pl.UInt32)]
+    one, two = one[pairs["doc_a"]], two[pairs["doc_b"].sort()]
     differs = np.flatnonzero((one["digest"] != two["digest"]).to_numpy())
     if not len(differs):
         return None
@@ -162,13 +155,9 @@ def _order_difference(one: pl.DataFrame, two: pl.DataFrame, pairs: pl.DataFrame)
     return {"documents": len(differs), **dict(zip("ab", rows, strict=True))}
 
 
-def _only(index: pl.DataFrame) -> dict[str, Any]:
+def _counted(index: pl.DataFrame) -> dict[str, Any]:
     first = index.select(["doc", *_SHOWN]).head(SHOWN_DOCUMENTS).to_dicts()
-    return {"count": len(index), "tasks": _tasks_of(index), "first": first}
-
-
-def _tasks_of(index: pl.DataFrame) -> dict[str, int]:
-    return dict(index["name"].value_counts(sort=True).rows())
+    return {"count": len(index), "tasks": dict(index["name"].value_counts(sort=True).rows()), "first": first}
 
 
 def _parting(a: Split, b: Split, doc_a: int, doc_b: int) -> dict[str, Any]:
@@ -202,26 +191,19 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any
             yield from differences(a.get(key, ABSENT), b.get(key, ABSENT), inner)
     elif isinstance(a, list) and isinstance(b, list):
         for i, j in _aligned(a, b):
-            if i is not None and j is not None:
-                yield from differences(a[i], b[j], f"{where}[{i}]")
-            elif i is not None:
-                yield f"{where}[{i}]", a[i], ABSENT
-            elif j is not None:
-                yield f"{where}[{j}]", ABSENT, b[j]
+            one, two = ABSENT if i is None else a[i], ABSENT if j is None else b[j]
+            yield from differences(one, two, f"{where}[{j if i is None else i}]")
     elif a != b or type(a) is not type(b):
         yield where, a, b
 
 
 def _aligned(a: list[Any], b: list[Any]) -> Iterator[tuple[int | None, int | None]]:
     """Pairs of places: equal items with each other, changed ones between them in order, None for items left over."""
-    if max(len(a), len(b)) > MAX_ALIGNED:
-        yield from zip_longest(range(len(a)), range(len(b)))
-        return
-    blocks = SequenceMatcher(None, [repr(x) for x in a], [repr(x) for x in b], autojunk=False).get_opcodes()
+    blocks = [("replace", 0, len(a), 0, len(b))]
+    if max(len(a), len(b)) <= MAX_ALIGNED:
+        blocks = SequenceMatcher(None, [repr(x) for x in a], [repr(x) for x in b], autojunk=False).get_opcodes()
     for _, first_a, last_a, first_b, last_b in blocks:
-        for k in range(max(last_a - first_a, last_b - first_b)):
-            i, j = first_a + k, first_b + k
-            yield i if i < last_a else None, j if j < last_b else None
+        yield from zip_longest(range(first_a, last_a), range(first_b, last_b))
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:

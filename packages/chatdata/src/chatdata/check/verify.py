@@ -88,11 +88,8 @@ def rules_of(manifest: dict[str, Any]) -> Rules:
     """The rules that a manifest sets for its documents."""
     tokenizer, recipe = manifest["tokenizer"], manifest["recipe"]
     policies = {key: recipe[key] for key in ("max_tokens", "overflow", "zero_supervised")}
-    return Rules(
-        *(tokenizer["special_ids"], tokenizer["vocab_size"], manifest["stage"]),
-        **policies,
-        chat_format=recipe.get("chat_format", NATIVE),
-    )
+    policies["chat_format"] = recipe.get("chat_format", NATIVE)
+    return Rules(tokenizer["special_ids"], tokenizer["vocab_size"], manifest["stage"], **policies)
 
 
 def _split_problems(split: Split, sound: list[int], progress: Progress) -> list[str]:

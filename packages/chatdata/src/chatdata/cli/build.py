@@ -1,11 +1,9 @@
 """`chatdata build`: the options, and the steps from them to a build."""
 
-from __future__ import annotations
-
 import gc
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,10 +12,10 @@ from chatdata.disk import write_whole
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 
-if TYPE_CHECKING:
-    from chatdata.recipe import Recipe
-    from chatdata.tasks.task import Task
-    from chatdata.tokenizer.bpe import Tokenizer
+NO_TOKENIZER = (
+    "no tokenizer given: pass --tokenizer with a tokenizer.json, nanochat's tokenizer.pkl, a .tiktoken "
+    "file or a build; make one with `chatdata tokenizer train`; or use --demo, which trains its own"
+)
 
 
 @command()
@@ -109,10 +107,11 @@ def build(
     """
     from chatdata.build.engines import available_cpus, start_early
     from chatdata.build.estimate import estimate
-    from chatdata.build.own_files import form_of
+    from chatdata.build.own_files import equivalent_recipe, form_of
     from chatdata.build.plan import make_build_plan
     from chatdata.build.run import build as run_build
     from chatdata.build.run import check_out
+    from chatdata.demo.tokenizer import demo_tokenizer
     from chatdata.look.build import show_plan, show_result
     from chatdata.progress import shown_progress
     from chatdata.recipe import NATIVE, load_recipe
@@ -127,7 +126,7 @@ def build(
     if files and (recipe or demo):
         raise UsageError(f"give FILEs or {'--recipe' if recipe else '--demo'}, not both")
     if files:
-        loaded, text = _recipe_of_files(files, stage or "sft", val_share, write_recipe, rules, tasks)
+        loaded, text = equivalent_recipe(files, write_recipe, stage or "sft", val_share, tasks, **rules)
     else:
         loaded, text = load_recipe(_recipe_name(stage, recipe, demo), tasks, **rules), ""
     if stage and loaded.stage != stage:
@@ -153,7 +152,9 @@ def build(
     locations = Locations(loaded.folder, data_dir, identity, words)
     if loaded.chat_format != NATIVE and not tokenizer:
         raise UsageError(f"--chat-format {loaded.chat_format} needs --tokenizer with the model's tokenizer folder")
-    used_tokenizer = tokenizer_of(tokenizer, chat_format=loaded.chat_format) if tokenizer else _demo_tokenizer(demo)
+    if not (tokenizer or demo):
+        raise UsageError(NO_TOKENIZER)
+    used_tokenizer = tokenizer_of(tokenizer, chat_format=loaded.chat_format) if tokenizer else demo_tokenizer()
     plan = make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
     if write_recipe:
         write_whole(write_recipe, text.encode())
@@ -183,28 +184,6 @@ def build(
         show_result(manifest, json.loads((out / "report.json").read_text()), out)
 
 
-def _recipe_of_files(
-    files: tuple[Path, ...],
-    stage: str,
-    val_share: float | None,
-    write_recipe: Path | None,
-    rules: dict[str, Any],
-    tasks: dict[str, Task],
-) -> tuple[Recipe, str]:
-    """The recipe equivalent to FILEs, parsed and as TOML. Raises UsageError if `write_recipe` exists."""
-    from chatdata.build.own_files import recipe_of_files, toml_of
-    from chatdata.recipe import parse_recipe
-
-    if write_recipe and write_recipe.exists():
-        raise UsageError(f"--write-recipe {write_recipe}: already exists; choose another name")
-    if write_recipe and not write_recipe.parent.is_dir():
-        raise UsageError(f"--write-recipe {write_recipe}: there is no folder {write_recipe.parent}")
-    path = write_recipe or Path(f"{files[0].stem if len(files) == 1 else 'own'}.toml")
-    table = {key: value for key, value in rules.items() if value is not None}
-    table = recipe_of_files(files, path.parent, stage, val_share) | table
-    return parse_recipe(table, "the command line", path, tasks), toml_of(table)
-
-
 def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
     if recipe:
         return recipe
@@ -213,15 +192,3 @@ def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
     if demo and stage == "base":
         raise UsageError("--demo has the stages mid and sft, not base")
     return f"demo-{stage}" if demo else stage
-
-
-def _demo_tokenizer(demo: bool) -> Tokenizer:
-    """The demo's own tokenizer, trained now. Raises UsageError if there is no `--demo`."""
-    if demo:
-        from chatdata.demo.tokenizer import demo_tokenizer
-
-        return demo_tokenizer()
-    raise UsageError(
-        "no tokenizer given: pass --tokenizer with a tokenizer.json, nanochat's tokenizer.pkl, a .tiktoken "
-        "file or a build; make one with `chatdata tokenizer train`; or use --demo, which trains its own"
-    )

@@ -1,7 +1,5 @@
 """Run a command line with one-line errors and the project's exit codes. Used by all three packages."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re
@@ -69,7 +67,7 @@ class MaskPolicyChoice(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-def tokenizer_of(path: Path, *, native: bool = True, chat_format: str = "nanochat") -> Tokenizer:
+def tokenizer_of(path: Path, *, native: bool = True, chat_format: str = "nanochat") -> "Tokenizer":
     """The tokenizer at `path` (see `load_tokenizer`); that of a build only if `open_build` accepts the build."""
     from chatdata.shards.read import open_build
     from chatdata.tokenizer.files import load_tokenizer

@@ -1,7 +1,5 @@
 """`chatdata tokenizer train | import | show`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +77,7 @@ def show(path: Path, text: str | None, as_json: bool) -> None:
     from chatdata.look.console import shard_dtype
 
     loaded = tokenizer_of(path, native=False)
-    facts: dict[str, Any] = {"vocab_size": loaded.vocab_size, "shards": shard_dtype(loaded)}
+    facts: dict[str, Any] = {"vocab_size": loaded.vocab_size, "shards": shard_dtype(loaded.dtype.name)}
     facts |= {key: getattr(loaded, key) for key in ("pattern", "nfc", "special_ids", "canary_sha256")}
     if text is not None:
         facts["tokens"] = [[i, loaded.decode_token(i)] for i in loaded.encode_ordinary(text)]
@@ -99,10 +97,10 @@ def _check_free(out: Path) -> None:
         raise BuildError(f"{out}: already exists; choose another --out")
 
 
-def _save(loaded: Tokenizer, out: Path) -> None:
+def _save(loaded: "Tokenizer", out: Path) -> None:
     from chatdata.look.console import shard_dtype
     from chatdata.tokenizer.files import save_tokenizer
 
     _check_free(out)
     save_tokenizer(loaded, out)
-    say(f"{out}: {loaded.vocab_size:,} tokens, shards will be {shard_dtype(loaded)}")
+    say(f"{out}: {loaded.vocab_size:,} tokens, shards will be {shard_dtype(loaded.dtype.name)}")

@@ -11,7 +11,6 @@ from chatdata.firewall.search import Findings
 from chatdata.shards.manifest import Source
 
 CHOICES = ("report", "drop", "off")  # of --decontaminate
-FIREWALL_FORMAT, VERSION = "chatdata-firewall", 1
 
 
 class FlaggedRow(Struct):
@@ -87,8 +86,8 @@ def listing(findings: Findings, build_id: str) -> dict[str, Any]:
         counts = {"flagged": len({hit.item.item for hit in hits}), "rows": len({hit.document for hit in hits})}
         checked[name] = {"items": findings.num_items[name], **counts, "source": source.describe()}
     return {
-        "format": FIREWALL_FORMAT,
-        "version": VERSION,
+        "format": "chatdata-firewall",
+        "version": 1,
         "build_id": build_id,
         "checked": checked,
         "not_checked": dict(findings.not_checked),

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from chatdata.render.format import NANOCHAT
+from chatdata.render.pieces import blocks_of
 from chatdata.tokenizer.bpe import Tokenizer
 
 NUM_WORDS = 8  # of an n-gram of a long text; one changed word in a question of 30 leaves 15 of its 23 n-grams
@@ -196,10 +197,8 @@ def find_texts(
     """
     ends = np.cumsum(num_tokens)
     found: list[tuple[np.ndarray, np.ndarray]] = []
-    first = 0
-    while first < len(ends):
+    for first, last in blocks_of(num_tokens, CHUNK_TOKENS):
         begin = int(ends[first] - num_tokens[first])
-        last = max(first + 1, int(np.searchsorted(ends, begin + CHUNK_TOKENS, side="right")))
         words, places = _words(table, tokens[begin : ends[last - 1]])
         for size, hashes in _ngram_hashes(words, tuple(index.ngrams)):
             if size in index.ngrams:
@@ -208,7 +207,6 @@ def find_texts(
                 document = np.searchsorted(ends, place, side="right")
                 kept = place - (ends - num_tokens)[document] < num_kept[document]
                 found.append(_texts_of(index.ngrams[size], document[kept], ngram[kept]))
-        first = last
     if not found:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     documents, texts = (np.concatenate(parts) for parts in zip(*found, strict=True))

@@ -26,7 +26,7 @@ def show_plan(
     length = "whole documents" if recipe.max_tokens is None else f"{recipe.overflow} at {recipe.max_tokens:,} tokens"
     console().print(
         f"{recipe.name} (stage {recipe.stage}) → {escape(str(out))}\n"
-        f"vocabulary: {tokenizer.vocab_size:,} tokens, shards {shard_dtype(tokenizer)} · length: {length} · "
+        f"vocabulary: {tokenizer.vocab_size:,} tokens, shards {shard_dtype(tokenizer.dtype.name)} · length: {length} · "
         f"without supervision: {recipe.zero_supervised} · seed {recipe.seed}"
     )
     counts: Counter[tuple[str, ...]] = Counter()
@@ -102,8 +102,7 @@ def _show_tool_calls(replayed: dict[str, Any]) -> None:
     """The tool calls of a split whose recorded output is not the calculator's result, per name."""
     tasks: dict[str, Counter[str]] = {}
     for counts in replayed["entries"].values():
-        numbers = {key: value for key, value in counts.items() if key not in ("task", "name")}
-        tasks.setdefault(counts["name"], Counter()).update(numbers)
+        tasks.setdefault(counts["name"], Counter()).update({key: counts.get(key, 0) for key in ("calls", *OUTCOMES)})
     kinds = [kind for kind in OUTCOMES if any(counts[kind] for counts in tasks.values())]
     if tasks and not kinds:
         total = sum(counts["calls"] for counts in tasks.values())

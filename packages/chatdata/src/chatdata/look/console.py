@@ -1,10 +1,8 @@
 """Tables and numbers on standard output."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
@@ -12,9 +10,6 @@ from rich.segment import Segment
 from rich.table import Table
 
 from chatdata.errors import printable
-
-if TYPE_CHECKING:
-    from chatdata.tokenizer.bpe import Tokenizer
 
 
 class _Console(Console):
@@ -54,8 +49,8 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else escape(printable(str(value), keep=""))
 
 
-def shard_dtype(tokenizer: Tokenizer) -> str:
-    return tokenizer.dtype.name if tokenizer.dtype.itemsize == 2 else f"{tokenizer.dtype.name} (over 65,536 tokens)"
+def shard_dtype(name: str) -> str:
+    return name if name == "uint16" else f"{name} (over 65,536 tokens)"
 
 
 def share(part: float, whole: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from chatdata.shards.read import Split, open_build
 from chatdata.tokenizer.bpe import Tokenizer
 
 SHOWN_DOCUMENTS = 3
+FACTS = (
+    *("name", "task", "entry", "row", "task_position"),
+    *("num_tokens", "num_supervised", "num_turns", "num_tool_calls"),
+)
 SUPERVISED_STYLE = "bold green"
 
 
@@ -45,21 +50,15 @@ def token_rows(document: Document, stages: tuple[str, ...]) -> list[dict[str, An
     In stage mid, documents follow each other in a stream, so the target of the last token is the first of the next.
     In stage sft the last token is never an input. A target of -100 has no loss.
     """
-    tokenizer = document.tokenizer
-    ids = document.tokens.tolist()
-    rows = []
-    for i, (token_id, mask) in enumerate(zip(ids, document.mask.tolist(), strict=True)):
-        row: dict[str, Any] = {"idx": i, "token": tokenizer.decode_token(token_id), "id": token_id, "mask": mask}
-        last = i + 1 == len(ids)
-        if "mid" in stages:
-            row["mid_input"] = token_id
-            row["mid_target"] = ids[0] if last else ids[i + 1]
-        if "sft" in stages:
-            row["sft_input"] = None if last else token_id
-            supervised = not last and bool(document.mask[i + 1])
-            row["sft_target"] = None if last else ids[i + 1] if supervised else IGNORED
-        rows.append(row)
-    return rows
+    ids, mask = document.tokens.tolist(), document.mask.tolist()
+    tokens = map(document.tokenizer.decode_token, ids)
+    columns: dict[str, Iterable[Any]] = {"idx": range(len(ids)), "token": tokens, "id": ids, "mask": mask}
+    if "mid" in stages:
+        columns |= {"mid_input": ids, "mid_target": [*ids[1:], *ids[:1]]}
+    if "sft" in stages:
+        targets = [next_id if supervised else IGNORED for next_id, supervised in zip(ids[1:], mask[1:], strict=True)]
+        columns |= {"sft_input": [*ids[:-1], None], "sft_target": [*targets, None]}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> None:
@@ -116,18 +115,7 @@ def coloured(document: Document) -> Text:
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    keys = (
-        "name",
-        "task",
-        "entry",
-        "row",
-        "task_position",
-        "num_tokens",
-        "num_supervised",
-        "num_turns",
-        "num_tool_calls",
-    )
-    facts = {key: row[key] for key in keys}
+    facts = {key: row[key] for key in FACTS}
     return facts | ({"cut_from": row["original_tokens"]} if row["truncated"] else {})
 
 

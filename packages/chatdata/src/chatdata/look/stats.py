@@ -8,13 +8,7 @@ from chatdata.look.console import console, share, table
 from chatdata.look.ledger import ledger_lines
 from chatdata.shards.read import Build
 
-SUMS = {
-    "tokens": "num_tokens",
-    "supervised": "num_supervised",
-    "truncated": "truncated",
-    "turns": "num_turns",
-    "tool_calls": "num_tool_calls",
-}
+SUMS = ("num_tokens", "num_supervised", "truncated", "num_turns", "num_tool_calls")
 
 
 def build_stats(build: Build) -> dict[str, Any]:
@@ -25,7 +19,7 @@ def build_stats(build: Build) -> dict[str, Any]:
     for name, split in build.splits.items():
         frame = split.named_index.group_by("name", pl.col("task").cast(pl.String), maintain_order=True).agg(
             documents=pl.len(),
-            **{key: pl.col(column).sum().cast(pl.Int64) for key, column in SUMS.items()},
+            **{column.removeprefix("num_"): pl.col(column).sum().cast(pl.Int64) for column in SUMS},
             length=pl.struct(
                 min=length.min(),
                 median=length.quantile(0.5, "nearest").cast(pl.Int32),
@@ -43,14 +37,10 @@ def show_stats(numbers: dict[str, Any]) -> None:
     lengths = ("shortest", "median", "99%", "longest")
     columns = ("name", "documents", "tokens", "supervised", "share", "turns", "tool calls", *lengths)
     for split, tasks in numbers["splits"].items():
-        rows = [
-            (
-                *(task[key] for key in ("name", "documents", "tokens", "supervised")),
-                share(task["supervised"], task["tokens"]),
-                *(task["turns"], task["tool_calls"], *task["length"].values()),
-            )
-            for task in tasks
-        ]
+        rows = []
+        for task in tasks:
+            counts, calls = [task[key] for key in columns[:4]], (task["turns"], task["tool_calls"])
+            rows.append((*counts, share(task["supervised"], task["tokens"]), *calls, *task["length"].values()))
         table(f"\n{split}", columns, rows)
         for line in ledger_lines(numbers["ledger"][split]):
             console().print(line)

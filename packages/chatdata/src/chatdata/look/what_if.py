@@ -10,15 +10,8 @@ from rich.markup import escape
 
 from chatdata.errors import PackingError, PlanError
 from chatdata.look.console import console, share, table
-from chatdata.packing.epoch import (
-    STAGE_LAYOUTS,
-    STAGE_MASKS,
-    Layout,
-    TrainingPlan,
-    document_targets,
-    plan_epoch,
-    plan_sequences,
-)
+from chatdata.packing import epoch
+from chatdata.packing.epoch import Layout, TrainingPlan
 from chatdata.packing.layouts import Long
 from chatdata.shards.masks import MaskPolicy, check_policy
 from chatdata.shards.read import Build, Split
@@ -42,12 +35,12 @@ def plan_numbers(
     """
     if split not in build.splits:
         raise PlanError(f"{build.path} has no split {split!r}; it has {', '.join(build.splits)}")
-    stage, use = build.manifest["stage"], check_policy(mask or STAGE_MASKS[build.manifest["stage"]])
+    stage, use = build.manifest["stage"], check_policy(mask or epoch.STAGE_MASKS[build.manifest["stage"]])
     settings: dict[str, Any] = {"seq_len": seq_len, "batch_size": batch_size, "mask": use, "long": long, "seed": seed}
     return {
         "build_id": build.manifest["build_id"],
         "stage": stage,
-        "stage_rows": STAGE_LAYOUTS[stage],
+        "stage_rows": epoch.STAGE_LAYOUTS[stage],
         "split": split,
         "documents": len(build[split]),
         "tokens": build[split].num_tokens,
@@ -71,14 +64,14 @@ def what_if(
     """
     lengths, applied = np.diff(split.offsets), mask if mask != "ignore" else "apply"
     longest = int(lengths.max(initial=1))
-    *supervised, whole = document_targets(split, applied, *seq_lens, longest)
+    *supervised, whole = epoch.document_targets(split, applied, *seq_lens, longest)
     records = []
     for seq_len, kept in zip(seq_lens, supervised, strict=True):
         num_targets = np.maximum(np.minimum(lengths, seq_len + 1) - 1, 0) if mask == "ignore" else kept
         too_long = lengths > seq_len + 1
         for layout in get_args(Layout):
             # a sequence a step, so that none is left over
-            plan = plan_sequences(split, layout, mask, seq_len, 1, seed, "truncate", num_targets)
+            plan = epoch.plan_sequences(split, layout, mask, seq_len, 1, seed, "truncate", num_targets)
             input_tokens, targets = int(plan.tokens_per_step.sum()), int(plan.targets_per_step.sum())
             positions = _positions(plan, batch_size)
             if layout == "stream":
@@ -99,7 +92,7 @@ def what_if(
 def _plan(split: Split, layout: Layout, batch_size: int, **settings: Any) -> dict[str, Any]:
     """The counts that chattrain's dry run prints as "plan", with positions, padding, and targets of a step."""
     try:
-        plan = plan_epoch(split, layout=layout, step_sequences=batch_size, **settings)
+        plan = epoch.plan_epoch(split, layout=layout, step_sequences=batch_size, **settings)
     except (PackingError, PlanError) as error:
         return {"refused": str(error)}
     positions, counts, per_step = _positions(plan, batch_size), plan.counts(), plan.targets_per_step

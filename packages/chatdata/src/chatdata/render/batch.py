@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
+from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow, to_numpy
 from chatdata.calculator import calculate, compare_outputs
 from chatdata.errors import CalculatorError, FormatError
 from chatdata.render.format import NANOCHAT, OUTPUT, PYTHON, USER
@@ -249,3 +249,16 @@ def to_record_batch(batch: RenderedBatch) -> pa.RecordBatch:
         "tallies": list_to_arrow(bytes_to_arrow(batch.tallies), batch.num_tallies),
     }
     return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+
+
+def from_record_batch(batch: pa.RecordBatch, dtype: np.dtype) -> RenderedBatch:
+    """Views of the batch's memory; tokens are of `dtype`."""
+    return RenderedBatch(
+        tokens=to_numpy(batch.column("tokens").values, dtype),
+        mask=to_numpy(batch.column("mask").values, np.dtype(np.uint8)),
+        **{name: to_numpy(batch.column(name), np.dtype(np.int32)) for name in COUNTS},
+        spans=to_numpy(batch.column("spans").values, SPAN_DTYPE),
+        digests=to_numpy(batch.column("digest"), np.dtype("V16")),
+        notes=batch.column("notes").values,
+        tallies=to_numpy(batch.column("tallies").values, TALLY_DTYPE),
+    )

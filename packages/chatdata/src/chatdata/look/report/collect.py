@@ -43,11 +43,7 @@ def report_numbers(build: Build) -> dict[str, Any]:
         lengths, entry = np.diff(split.offsets), split.index["entry"].to_numpy()
         tasks = stats["splits"][name]
         for row in tasks:
-            entries = [
-                line["entry"]
-                for line in contents["entries"]
-                if line["name"] == row["name"] and line["task"] == row["task"]
-            ]
+            entries = [e["entry"] for e in contents["entries"] if all(e[key] == row[key] for key in ("name", "task"))]
             tokens, supervised = roles[:, entries].sum(axis=1).tolist()
             row["roles"] = {
                 role: {"tokens": tokens[i], "supervised": supervised[i]} for i, role in enumerate(ROLES) if tokens[i]

@@ -108,7 +108,11 @@ def lines_of(
     sizes = [len(tokenizer.token_bytes.get(token_id) or names.get(token_id, "")) for token_id in ids]
     num_shown = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right"))
     lines: list[list[Segment]] = [[]]
-    for start, stop in _runs(ids[:num_shown], mask[:num_shown], names):
+    ids, mask = ids[:num_shown], mask[:num_shown]
+    special = np.isin(ids, list(names))
+    cuts = np.flatnonzero((np.diff(mask) != 0) | special[1:] | special[:-1]) + 1
+    # runs of text with equal mask; each special token is a separate run
+    for start, stop in pairwise(np.unique([0, *cuts, num_shown]).tolist()):
         supervised, name = bool(mask[start]), names.get(ids[start])
         text = (name or tokenizer.decode(ids[start:stop])).translate(_CONTROLS)
         kind = "supervised chip" if name and supervised else "chip" if name else "supervised" if supervised else "plain"
@@ -116,16 +120,6 @@ def lines_of(
         if name in LINE_ENDS:
             lines.append([])
     return [line for line in lines if line], len(tokens) - num_shown
-
-
-def _runs(ids: Sequence[int], mask: np.ndarray, names: dict[int, str]) -> list[tuple[int, int]]:
-    """[start, stop) of runs of text with equal mask; each special token is a separate run."""
-    if not len(ids):
-        return []
-    special = np.isin(ids, list(names))
-    cuts = np.flatnonzero((mask[1:] != mask[:-1]) | special[1:] | special[:-1]) + 1
-    bounds = [0, *cuts.tolist(), len(ids)]
-    return list(pairwise(bounds))
 
 
 def spelled(tokenizer: Tokenizer, token_id: int) -> str:
