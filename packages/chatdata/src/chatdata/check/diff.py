@@ -5,7 +5,7 @@ are paired first (of several copies, the one of the same row and entry). A (task
 sides is the same row with other tokens or another mask; every other document is only in a or only in b.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from itertools import zip_longest
 from typing import Any
@@ -199,7 +199,7 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any
 
 def _aligned(a: list[Any], b: list[Any]) -> Iterator[tuple[int | None, int | None]]:
     """Pairs of places: equal items with each other, changed ones between them in order, None for items left over."""
-    blocks = [("replace", 0, len(a), 0, len(b))]
+    blocks: Sequence[tuple[str, int, int, int, int]] = [("replace", 0, len(a), 0, len(b))]
     if max(len(a), len(b)) <= MAX_ALIGNED:
         blocks = SequenceMatcher(None, [repr(x) for x in a], [repr(x) for x in b], autojunk=False).get_opcodes()
     for _, first_a, last_a, first_b, last_b in blocks:

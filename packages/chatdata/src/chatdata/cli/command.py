@@ -36,9 +36,9 @@ RENAMED_POLICIES = {"all": "ignore", "supervised": "apply"}
 class Command(click.Command):
     """Its docstring may end with "Examples:" and a line for each, which --help shows last."""
 
-    def __init__(self, *args: Any, help: str | None = None, **options: Any) -> None:
+    def __init__(self, name: str | None, help: str | None = None, **options: Any) -> None:
         text, title, lines = inspect.cleandoc(help or "").partition("Examples:\n")
-        super().__init__(*args, help=text, epilog=f"\b\n{title}{lines}" if title else None, **options)
+        super().__init__(name, help=text, epilog=f"\b\n{title}{lines}" if title else None, **options)
 
 
 class Group(click.Group):
