@@ -17,6 +17,7 @@ READERS = [
     "chatdata inspect b --task demo_math",
     "chatdata plan b --seq-len 512",
     "chatdata report b --out r.html",
+    "chatdata export b --to olmo --out o",
     "chatdata diff b whole",
     "chatdata diff whole b",
     "chatdata tokenizer show b",

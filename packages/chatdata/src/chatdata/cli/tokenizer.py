@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.cli.command import FILE, Group, json_option, tokenizer_of
-from chatdata.errors import BuildError, UsageError
+from chatdata.cli.command import FILE, Group, check_free, json_option, tokenizer_of
+from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def train(files: tuple[Path, ...], vocab_size: int, pattern: str | None, out: Pa
     from chatdata.sources.training_texts import read_texts
     from chatdata.tokenizer.bpe import SPLIT_PATTERN, train_tokenizer
 
-    _check_free(out)
+    check_free(out)
     _save(train_tokenizer(read_texts(files), vocab_size, SPLIT_PATTERN if pattern is None else pattern), out)
 
 
@@ -92,15 +92,10 @@ def show(path: Path, text: str | None, as_json: bool) -> None:
         say(f"{key:14} {value}")
 
 
-def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BuildError(f"{out}: already exists; choose another --out")
-
-
 def _save(loaded: "Tokenizer", out: Path) -> None:
     from chatdata.look.console import shard_dtype
     from chatdata.tokenizer.files import save_tokenizer
 
-    _check_free(out)
+    check_free(out)
     save_tokenizer(loaded, out)
     say(f"{out}: {loaded.vocab_size:,} tokens, shards will be {shard_dtype(loaded.dtype.name)}")
