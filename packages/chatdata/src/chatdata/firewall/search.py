@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -93,16 +95,14 @@ def _find(
     tokenizer: Tokenizer, scored: Scored, store: RenderedDocuments, wanted: np.ndarray, threads: Executor
 ) -> Iterator[Hit]:
     """Hits of questions among the `wanted` documents (bool)."""
-    texts: dict[int, str] = {}
-    for document, number, _ in _candidates(scored.table, scored.index, store, wanted, threads):
-        item, text = scored.items[number], texts.get(document)
-        if text is None:
-            texts.clear()  # candidates come by document
-            text = texts[document] = _normalised(tokenizer, store, document)
-        if _holds(text, item.parts):
-            yield Hit(document, item, "exact", 1.0)
-        elif (share := ngram_share(text, normalise(item.parts[0]))) >= MIN_SHARE:
-            yield Hit(document, item, "n-gram", round(share, 3))
+    candidates = _candidates(scored.table, scored.index, store, wanted, threads)
+    for document, found in groupby(candidates, key=itemgetter(0)):
+        text = _normalised(tokenizer, store, document)
+        for item in (scored.items[number] for _, number, _ in found):
+            if _holds(text, item.parts):
+                yield Hit(document, item, "exact", 1.0)
+            elif (share := ngram_share(text, normalise(item.parts[0]))) >= MIN_SHARE:
+                yield Hit(document, item, "n-gram", round(share, 3))
 
 
 def _candidates(

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rich.markup import escape
@@ -15,12 +14,7 @@ from chatdata.render.batch import OUTCOMES
 from chatdata.sources.source import Source
 
 
-def show_plan(
-    plan: BuildPlan,
-    out: Path,
-    forms: Mapping[Source, str] = MappingProxyType({}),
-    about: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
+def show_plan(plan: BuildPlan, out: Path, forms: Mapping[Source, str], about: Mapping[str, Any]) -> None:
     """forms: of the rows of sources whose form was looked at. about: what `estimate` found, if asked for."""
     recipe, tokenizer = plan.recipe, plan.tokenizer
     length = "whole documents" if recipe.max_tokens is None else f"{recipe.overflow} at {recipe.max_tokens:,} tokens"

@@ -68,24 +68,15 @@ def count_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
     for number in range(len(split.shards)):
         index = index_arrays(read_index(split.path("index", number)))
         offsets, entry = split.map("offsets", number), index["entry"].astype(np.int64)
-        document = np.repeat(np.arange(len(entry)), index["num_spans"])
-        start = offsets[document] + index["span_start"]
-        end = start + index["span_length"]
-        if (end > offsets[document + 1]).any() or (start[1:] < end[:-1]).any():
-            raise ValueError("spans overlap or leave their document")
-        first_span = np.concatenate([[0], np.cumsum(index["num_spans"])])
+        role_of_span = (np.repeat(entry, index["num_spans"]), index["span_role"])
+        np.add.at(by_role[0], role_of_span, index["span_length"])
+        np.add.at(by_role[1], role_of_span, index["span_length"] * index["span_trained"])
         for first, last in blocks_of(np.diff(offsets), BLOCK_TOKENS):
-            begin, stop = int(offsets[first]), int(offsets[last])
-            ids = split.map("tokens", number)[begin:stop]
-            occurrences += np.bincount(ids, minlength=vocab_size)
-            spans = slice(first_span[first], first_span[last])
-            span_entry, role = entry[document[spans]], index["span_role"][spans]
-            supervised = np.concatenate([[0], np.cumsum(split.map("mask", number)[begin:stop] != 0)])
-            bounds = offsets[first : last + 1] - begin
-            for kind, before in enumerate((np.arange(stop - begin + 1), supervised)):  # tokens before each place
-                in_span = before[end[spans] - begin] - before[start[spans] - begin]
-                np.add.at(by_role[kind], (span_entry, role), in_span)
-                np.add.at(by_role[kind, :, -1], entry[first:last], np.diff(before[bounds]))
+            part, bounds = slice(offsets[first], offsets[last]), offsets[first : last + 1] - offsets[first]
+            occurrences += np.bincount(split.map("tokens", number)[part], minlength=vocab_size)
+            supervised = np.concatenate([[0], np.cumsum(split.map("mask", number)[part] != 0)])  # before each token
+            np.add.at(by_role[0, :, -1], entry[first:last], np.diff(bounds))
+            np.add.at(by_role[1, :, -1], entry[first:last], np.diff(supervised[bounds]))
     by_role[:, :, -1] -= by_role[:, :, :-1].sum(axis=2)  # tokens of a document that are in no span
     for key, found in zip(("tokens", "supervised"), by_role.sum(axis=2).tolist(), strict=True):
         if found != [line[key] for line in contents["entries"]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,9 +47,9 @@ def first_flagged(build: Build, items: Sequence[FlaggedItem]) -> list[tuple[Flag
     """The first FLAGGED_OF_SET `items` of each scored set, at most MAX_FLAGGED, and in which document of train each is
     (None: it was dropped)."""
     sources = [entry["source"] for entry in build.manifest["splits"]["train"]["entries"]]
-    of_set = {item.set: [other for other in items if other.set == item.set][:FLAGGED_OF_SET] for item in items}
     index, found = build["train"].index.select("doc", "row", "entry"), []
-    for item in [item for some in of_set.values() for item in some][:MAX_FLAGGED]:
+    by_set = groupby(items, key=lambda item: item.set)  # a listing has them in order
+    for item in [item for _, of_set in by_set for item in islice(of_set, FLAGGED_OF_SET)][:MAX_FLAGGED]:
         entries = [i for i, source in enumerate(sources) if source == item.rows[0].source]
         here = index.filter(pl.col("entry").is_in(entries), row=item.rows[0].source_row)
         found.append((item, here["doc"][0] if len(here) else None))
