@@ -101,8 +101,7 @@ def make_build_plan(
         if any(entry.entry.share for entry in planned):
             counts = share_rows([len(p.taken) for p in planned], [p.entry.share or 0 for p in planned])
             planned[:] = [replace(p, taken=p.taken[:count]) for p, count in zip(planned, counts, strict=True)]
-            none = next((p for p in planned if not p.taken), None)
-            if none:
+            if none := next((p for p in planned if not p.taken), None):
                 raise RecipeError(f"{none.entry.label} ({none.source.name}): its share of {sum(counts):,} rows is none")
         total = sum(len(entry.taken) for entry in planned)
         if total > MAX_ROWS:

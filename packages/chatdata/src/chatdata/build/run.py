@@ -11,7 +11,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -105,7 +105,7 @@ def build(
             scored = None
             if decontaminate != "off":
                 scored = read_scored(plan.splits["train"], plan.tasks, plan.locations, plan.tokenizer, against)
-            rendered = render(_show_rows(plan, units, missing, progress))
+            rendered = render(_show_rows(plan, units, paths.keys(), progress))
         if rendered and not plan.model_format:
             used = load_encoder(encoder, plan.tokenizer)
             report["encoder"] = {"name": used.name, "version": used.version}
@@ -156,8 +156,8 @@ def build(
     return manifest
 
 
-def _show_rows(plan: BuildPlan, units: list[Unit], missing: list[Unit], progress: Progress) -> OnRows:
-    """Shows how many rows are rendered, starting with those that were cached."""
+def _show_rows(plan: BuildPlan, units: list[Unit], cached: Container[str], progress: Progress) -> OnRows:
+    """Shows how many rows are rendered, starting with those of units whose keys are `cached`."""
     total, done = Counter[int](), Counter[int]()
     for unit in units:
         total[unit.source] += unit.num_rows
@@ -168,9 +168,8 @@ def _show_rows(plan: BuildPlan, units: list[Unit], missing: list[Unit], progress
         if len(total) > 1:
             progress("all sources", done.total(), total.total(), "rows")
 
-    not_cached = {unit.key for unit in missing}
     for unit in units:
-        if unit.key not in not_cached:
+        if unit.key in cached:
             on_rows(unit, unit.num_rows)
     return on_rows
 

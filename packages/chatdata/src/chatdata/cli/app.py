@@ -105,10 +105,5 @@ def cache(unused_days: float | None, as_json: bool) -> None:
         say(f"removed: {len(removed):,} work units, {megabytes(facts['removed_bytes'])}")
 
 
-main = partial(
-    run_command,
-    cli,
-    "chatdata",
-    "interrupted; no build was written, but rendered work units are kept: run the same command to resume",
-    only="build",
-)
+INTERRUPTED = "interrupted; no build was written, but rendered work units are kept: run the same command to resume"
+main = partial(run_command, cli, "chatdata", INTERRUPTED, only="build")

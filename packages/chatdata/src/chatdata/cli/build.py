@@ -89,10 +89,8 @@ def build(
     task_files: tuple[Path, ...],
     out: Path | None,
     workers: int | None,
-    engine: str,
     limit: int | None,
     dry_run: bool,
-    force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -145,9 +143,9 @@ def build(
         raise UsageError(f"--data-dir {data_dir}: no such folder")
     out = out or Path("out") / loaded.name
     if not dry_run:
-        check_out(out, force)
+        check_out(out, options["force"])
     workers = workers or available_cpus()
-    if workers > 1 and engine == "local" and not (dry_run or demo or limit):
+    if workers > 1 and options["engine"] == "local" and not (dry_run or demo or limit):
         start_early()
     locations = Locations(loaded.folder, data_dir, identity, words)
     if loaded.chat_format != NATIVE and not tokenizer:
@@ -177,7 +175,7 @@ def build(
         return
     gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all
     with shown_progress(quiet=as_json) as progress:
-        manifest = run_build(plan, out, force=force, workers=workers, engine=engine, progress=progress, **options)
+        manifest = run_build(plan, out, workers=workers, progress=progress, **options)
     if as_json:
         say_json({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]})
     else:

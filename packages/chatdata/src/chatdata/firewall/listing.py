@@ -1,5 +1,6 @@
 """What the firewall found, as plain data for report.json and for the listing that chateval reads."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,10 +64,9 @@ def summary(findings: Findings) -> dict[str, Any]:
     rows: dict[str, dict[str, set[int]]] = {}
     for hit in findings.hits:
         rows.setdefault(findings.places[hit.document]["task"], {}).setdefault(hit.item.set, set()).add(hit.document)
-    flagged = {name: len({h.item.item for h in findings.hits if h.item.set == name}) for name in findings.checked}
     return {
-        "checked": {name: {"items": n, "flagged": flagged[name]} for name, n in findings.num_items.items()},
-        "not_checked": dict(findings.not_checked),
+        "checked": {name: {"items": n["items"], "flagged": n["flagged"]} for name, n in _counts(findings).items()},
+        "not_checked": dict(findings.scored.not_checked),
         "rows": {task: {name: len(documents) for name, documents in sets.items()} for task, sets in rows.items()},
         "flagged_rows": len(findings.documents),
         "cpu_s": round(findings.cpu_s, 3),
@@ -80,17 +80,23 @@ def listing(findings: Findings, build_id: str) -> dict[str, Any]:
         rows = items.setdefault((hit.item.set, hit.item.item), [])
         rows.append({**findings.places[hit.document], "method": hit.method, "share": hit.share})
     in_order = sorted(items.items(), key=lambda found: (found[0][0], len(found[0][1]), found[0][1]))  # row 9, row 10
-    checked = {}
-    for name, source in findings.checked.items():
-        hits = [hit for hit in findings.hits if hit.item.set == name]
-        counts = {"flagged": len({hit.item.item for hit in hits}), "rows": len({hit.document for hit in hits})}
-        checked[name] = {"items": findings.num_items[name], **counts, "source": source.describe()}
+    sources = findings.scored.checked
     return {
         "format": "chatdata-firewall",
         "version": 1,
         "build_id": build_id,
-        "checked": checked,
-        "not_checked": dict(findings.not_checked),
+        "checked": {name: {**n, "source": sources[name].describe()} for name, n in _counts(findings).items()},
+        "not_checked": dict(findings.scored.not_checked),
         "flagged_rows": len(findings.documents),
         "items": [{"set": name, "item": item, "rows": rows} for (name, item), rows in in_order],
     }
+
+
+def _counts(findings: Findings) -> dict[str, dict[str, int]]:
+    """Of each checked set: its items, those that were found, and the training rows that hold any."""
+    num_items, counts = Counter(item.set for item in findings.scored.items), {}
+    for name in findings.scored.checked:
+        hits = [hit for hit in findings.hits if hit.item.set == name]
+        flagged, rows = {hit.item.item for hit in hits}, {hit.document for hit in hits}
+        counts[name] = {"items": num_items[name], "flagged": len(flagged), "rows": len(rows)}
+    return counts

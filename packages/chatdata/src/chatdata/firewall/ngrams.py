@@ -196,7 +196,7 @@ def find_texts(
     tokens: the documents, one after the other. A document has `num_tokens` tokens; only its first `num_kept` count.
     """
     ends = np.cumsum(num_tokens)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
     for first, last in blocks_of(num_tokens, CHUNK_TOKENS):
         begin = int(ends[first] - num_tokens[first])
         words, places = _words(table, tokens[begin : ends[last - 1]])
@@ -207,8 +207,6 @@ def find_texts(
                 document = np.searchsorted(ends, place, side="right")
                 kept = place - (ends - num_tokens)[document] < num_kept[document]
                 found.append(_texts_of(index.ngrams[size], document[kept], ngram[kept]))
-    if not found:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     documents, texts = (np.concatenate(parts) for parts in zip(*found, strict=True))
     pairs, counts = np.unique(documents * len(index.num_ngrams) + texts, return_counts=True)
     documents, texts = np.divmod(pairs, len(index.num_ngrams))

@@ -45,7 +45,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Findings:
-    """checked: scored set → its source; not_checked: scored set → why; num_items: checked set → its items.
+    """What was found of the `scored` items.
 
     places: flagged document → its task, source, file (None: generated, or a dataset), row in that file
     and row in the source, both from 0.
@@ -53,9 +53,7 @@ class Findings:
 
     hits: tuple[Hit, ...]
     places: Mapping[int, Mapping[str, Any]]
-    checked: Mapping[str, Source]
-    not_checked: Mapping[str, str]
-    num_items: Mapping[str, int]
+    scored: Scored
     cpu_s: float
 
     @property
@@ -85,10 +83,9 @@ def check(
     with ThreadPoolExecutor(num_threads) as threads:
         hits = list(_find(tokenizer, scored, store, in_train & ~about_words, threads))
         hits += _find_words(scored, store, row_maps, in_train & about_words, threads)
-    num_items = {name: sum(item.set == name for item in scored.items) for name in scored.checked}
     places = _places({hit.document for hit in hits}, row_maps)
     cpu_s = scored.cpu_s + time.process_time() - started
-    return Findings(tuple(hits), places, scored.checked, scored.not_checked, num_items, cpu_s)
+    return Findings(tuple(hits), places, scored, cpu_s)
 
 
 def _find(
