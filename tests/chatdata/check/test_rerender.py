@@ -19,7 +19,6 @@ from chatdata.check.verify import verify_full
 from chatdata.conversation import Reading
 from chatdata.document import Document
 from chatdata.errors import MissingSource, RecipeError
-from chatdata.recipe import load_recipe
 from chatdata.render import specification as render
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
@@ -27,9 +26,7 @@ from chatdata.tokenizer.bpe import Tokenizer
 
 
 def semantic(built: Path, **options: Any) -> list[str]:
-    tasks = load_tasks()
-    recipe = load_recipe(str(built.parent / "r.toml"), tasks)
-    return verify_semantic(built, Locations(Path()), tasks, recipe=recipe, **options)
+    return verify_semantic(built, Locations(Path()), load_tasks(), recipe=str(built.parent / "r.toml"), **options)
 
 
 def redo_digest(arrays: dict[str, Any], doc: int) -> None:
@@ -52,9 +49,13 @@ def test_semantic_through_the_command_line(built: Path, demo_mid: Path, chatdata
     source = built.parent / "i.jsonl"
     source.write_text(source.read_text().replace("me 3", "me 7"))
     result = chatdata("verify", built, "--level", "semantic", "--recipe", recipe, "--json")
+    here = [f"{built}/train: document {doc} (i.jsonl line 4): id at position 11 is 51" for doc in (0, 2)]
     assert (result.returncode, json.loads(result.stdout)["problems"]) == (
         3,
-        ["source i.jsonl: i.jsonl has another SHA-256 than the build's"],
+        [
+            "source i.jsonl: i.jsonl has another SHA-256 than the build's",
+            *(f"{document}, but rendered again 55" for document in here),
+        ],
     )
     result = chatdata("verify", built, "--recipe", recipe)
     assert (result.returncode, result.stderr) == (2, "Error: --recipe goes with --level semantic\n")

@@ -206,6 +206,18 @@ def test_first_use_downloads_once_and_main_stays_where_it_was(hub: Any, run: Run
     assert [entry["rows"] for entry in json.loads(offline.stdout)["splits"]["train"]] == [7, 5]
 
 
+def test_reproduce_downloads_the_commit_that_the_build_used(
+    hub: Any, run: Run, tmp_path: Path, chatdata: Callable[..., Any], bytecode: dict[str, str]
+) -> None:
+    hub.push("openai/gsm8k", {GSM8K: parquet(gsm8k_rows(0, 7))})
+    assert run(recipe("task = 'gsm8k'"), "first", hub.url).code == 0
+    hub.push("openai/gsm8k", {GSM8K: parquet(gsm8k_rows(100, 7))})
+    caches = {"HF_HOME": str(tmp_path / "hf2"), "CHATDATA_CACHE": str(tmp_path / "cache2"), "NO_PROXY": "127.0.0.1"}
+    env = os.environ | bytecode | caches | {"HF_ENDPOINT": hub.url}
+    result = chatdata("reproduce", "first", "--out", "again", "--workers", "1", env=env, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "first: equal to the byte\n"), result.stderr
+
+
 def test_what_the_hub_does_not_have(hub: Any, run: Run, tmp_path: Path) -> None:
     socratic = "socratic/train-00000-of-00001.parquet"
     gsm8k = hub.push("openai/gsm8k", dict.fromkeys([GSM8K, socratic], parquet(gsm8k_rows(0, 3))))

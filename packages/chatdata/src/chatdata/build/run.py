@@ -127,7 +127,7 @@ def build(
             seconds["firewall"] = time.perf_counter() - started - seconds["render"]
             if decontaminate == "drop":
                 dropped = findings.documents
-                dropping = {"decontaminate": "drop"} | ({"against": scored.against} if scored.against else {})
+                dropping = {"decontaminate": "drop", **scored.decided_by}
 
         # write splits
         splits: dict[str, Any] = {}

@@ -19,13 +19,13 @@ from chatdata.build.plan import BuildPlan, make_build_plan, mixture_order, permu
 from chatdata.check.diff import differences
 from chatdata.check.verify import shortened, verify_full
 from chatdata.document import Document
-from chatdata.errors import ChatdataError, RecipeError
+from chatdata.errors import ChatdataError, MissingSource, RecipeError
 from chatdata.progress import Progress, no_progress
 from chatdata.recipe import RULES, Recipe, load_recipe, parse_recipe, shipped_recipes
 from chatdata.render import specification as render
 from chatdata.render.format import NANOCHAT, PYTHON
 from chatdata.render.model_batch import render_row
-from chatdata.shards.read import Split, open_build
+from chatdata.shards.read import Build, Split, open_build
 from chatdata.sources.find import Locations, PlannedEntry
 from chatdata.sources.hub import fetch_url, nothing_fetched
 from chatdata.sources.source import Source
@@ -33,7 +33,7 @@ from chatdata.tasks.task import Task, call_task
 
 # of the index, compared with a rendering
 RECORDED = ("original_tokens", "num_turns", "num_tool_calls", "untrained_turns", "spans")
-REPLACED = ("max_tokens", "overflow", "chat_format")  # keys of a recipe that options of build replace
+REPLACED = ("max_tokens", "overflow", "invalid", "chat_format")  # keys of a recipe that options of build replace
 LEAST_DOCUMENTS = 100  # rendered again per split, however small the share
 
 
@@ -52,51 +52,63 @@ def verify_semantic(
     locations: Locations,
     tasks: Mapping[str, Task],
     *,
-    recipe: Recipe | None = None,
+    recipe: str | None = None,
     share: float = 0.01,
     progress: Progress = no_progress,
 ) -> list[str]:
     """Everything of full; then sources, order, and `share` of each split (at least 100 documents, one per entry).
 
-    recipe: says only where the files it names are; by default `recipe_of_build`, of whose addresses none is requested
-    that only the manifest names. Stops after full, or after the
-    sources, if these have problems: what follows would only repeat them.
-    Raises MissingSource for sources that cannot be found, RecipeError if `recipe` is not the build's.
+    Stops after full if that finds problems. recipe, errors: see `plan_of_build`.
     """
-    problems = verify_full(path, progress)
-    if problems:
+    if problems := verify_full(path, progress):
         return problems
     build = open_build(path)
-    if recipe is None:
-        recipe = recipe_of_build(build.manifest, tasks)
-        _check_addresses(recipe, tasks, locations)
-    recipe = _same_recipe(build.manifest, recipe)
-    recipe = _pinned(recipe, build.manifest)
-    limit = build.manifest["recipe"].get("limit")
-    plan = make_build_plan(recipe, dict(tasks), build.tokenizer, replace(locations, recipe_folder=recipe.folder), limit)
-    problems = _source_problems(path, plan, build.manifest["sources"])
-    if problems:
-        return problems
+    plan = plan_of_build(build, locations, tasks, recipe)
+    problems = _source_problems(build, plan)
     chosen: list[_Chosen] = []
     for name, entries in plan.splits.items():
-        found, wrong = _check_order(build[name], entries, recipe, share)
+        found, wrong = _check_order(build[name], entries, plan.recipe, share)
         chosen += found
         problems += wrong
     rendering = list(_check_rendering(plan, chosen, progress))
     return problems + shortened(rendering, "differences from what is rendered again")
 
 
-def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task]) -> Recipe:
-    """The shipped recipe that a build was made with, or else the one in its manifest, with files relative to here.
+def plan_of_build(build: Build, locations: Locations, tasks: Mapping[str, Task], recipe: str | None) -> BuildPlan:
+    """The plan that gives a build again: its recipe, its tokenizer, its sources at the commits that it used.
 
-    Raises RecipeError if this chatdata does not understand the manifest's recipe (a --task-file may be missing).
+    recipe: NAME or FILE, says only where the files it names are; by default `recipe_of_build`, of whose addresses none
+    is requested that only the manifest names.
+    Raises MissingSource for sources that cannot be found, RecipeError if `recipe` is not the build's.
     """
-    for name in shipped_recipes():
-        try:
-            return _same_recipe(manifest, load_recipe(name, tasks))
-        except RecipeError:
-            continue
+    loaded = recipe_of_build(build.manifest, tasks, recipe)
+    if recipe is None:
+        _check_addresses(loaded, tasks, locations)
+    pinned, limit = _pinned(loaded, build.manifest), build.manifest["recipe"].get("limit")
+    locations = replace(locations, recipe_folder=loaded.folder)
+    try:
+        plan = make_build_plan(pinned, dict(tasks), build.tokenizer, locations, limit)
+    except MissingSource as error:
+        flags = "--recipe FILE (paths are relative to it, by default to this folder), --data-dir, --identity or --words"
+        raise MissingSource(f"{error}; pass {flags}") from None
+    return replace(plan, recipe=loaded)  # without the commits: the manifest of a build has it as it was written
+
+
+def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task], given: str | None = None) -> Recipe:
+    """The recipe `given`, or the shipped one that a build was made with, or else the one in its manifest, with files
+    relative to here.
+
+    Raises RecipeError if `given` is another one, or if this chatdata does not understand the manifest's recipe (a
+    --task-file may be missing).
+    """
     wanted = manifest["recipe"]
+    rules = {key: wanted.get(key) for key in REPLACED}
+    for name in [given] if given else shipped_recipes():
+        try:
+            return _same_recipe(manifest, load_recipe(name, tasks, **rules))
+        except RecipeError:
+            if given:
+                raise
     table: dict[str, Any] = {key: wanted[key] for key in RULES if wanted.get(key) is not None}
     entries = {
         # the rows that val_share gives to val are no entry of a recipe
@@ -127,10 +139,8 @@ def _entry_table(entry: dict[str, Any], tasks: Mapping[str, Task]) -> dict[str, 
 
 
 def _same_recipe(manifest: dict[str, Any], recipe: Recipe) -> Recipe:
-    """`recipe` with what options of the build replaced. Raises RecipeError naming the first other difference."""
-    wanted = {k: v for k, v in manifest["recipe"].items() if k not in ("limit", "decontaminate", "against")}
-    replaced: dict[str, Any] = {key: wanted.get(key) for key in REPLACED}
-    recipe = replace(recipe, **replaced)
+    """`recipe`, if it is the build's. Raises RecipeError naming the first difference."""
+    wanted = {k: v for k, v in manifest["recipe"].items() if k not in ("limit", "decontaminate", "scored", "against")}
     for key, there, here in differences(wanted, recipe.resolved()):
         raise RecipeError(f"{recipe.name} is not the recipe of this build: {key} is {there} in the build, {here} here")
     return recipe
@@ -148,10 +158,11 @@ def _pinned(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:
     return replace(recipe, splits=splits)
 
 
-def _source_problems(path: Path, plan: BuildPlan, recorded: list[dict[str, Any]]) -> list[str]:
+def _source_problems(build: Build, plan: BuildPlan) -> list[str]:
     """Sources whose content is not the build's; where they are and what they are called may differ."""
+    recorded = build.manifest["sources"]
     if len(plan.sources) != len(recorded):
-        return [f"{path}: {len(recorded)} sources in the manifest, but its recipe has {len(plan.sources)}"]
+        return [f"{build.path}: {len(recorded)} sources in the manifest, but its recipe has {len(plan.sources)}"]
     problems = []
     for source, record in zip(plan.sources, recorded, strict=True):
         here = source.describe()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from chatdata.cli.build import build
-from chatdata.cli.check import check, diff, verify
+from chatdata.cli.check import check, diff, reproduce, verify
 from chatdata.cli.command import json_option, program, run_command, task_files_option
 from chatdata.cli.export import export
 from chatdata.cli.identity import identity_command
@@ -17,8 +17,8 @@ from chatdata.cli.tokenizer import tokenizer
 from chatdata.progress import say, say_json
 
 cli = program("chatdata", "Render chat conversations once, offline, to token shards with a parallel loss mask.")
-for command in (build, check, inspect, stats, verify, report, plan, diff, export, tokenizer, identity_command):
-    cli.add_command(command)
+for part in (build, check, inspect, stats, verify, reproduce, report, plan, diff, export, tokenizer, identity_command):
+    cli.add_command(part)
 
 
 @cli.command(name="tasks")

@@ -1,6 +1,7 @@
-"""Commands that compare: `chatdata check` checks files, `verify` a build; `diff` compares two builds."""
+"""Commands that compare: `check` checks files, `verify` a build, `reproduce` makes it again, `diff` compares two."""
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,47 @@ from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 
 
+def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where sources are that a build does not name; `_sources` reads them."""
+    for option in (
+        click.option("--task-file", type=FILE, multiple=True, help="As for build."),
+        click.option("--words", metavar="FILE|URL", help="The word list, if build was given one."),
+        click.option("--identity", type=FILE, help="The identity file, if build was given one."),
+        click.option("--data-dir", type=FILE, help="Folder of Hub clones, as for build."),
+        click.option("--recipe", metavar="NAME|FILE", help="The build's recipe file, if it names other files."),
+    ):
+        function = option(function)
+    return function
+
+
+def _sources(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `verify_semantic` and `reproduce` that say where sources are."""
+    from chatdata.sources.find import Locations
+    from chatdata.tasks.task import load_tasks
+
+    if given["data_dir"] and not given["data_dir"].is_dir():
+        raise UsageError(f"--data-dir {given['data_dir']}: no such folder")
+    locations = Locations(Path(), given["data_dir"], given["identity"], given["words"])
+    return {"locations": locations, "tasks": load_tasks(given["task_file"]), "recipe": given["recipe"]}
+
+
+def _tell(path: Path, said: str, problems: list[str], as_json: bool, **facts: Any) -> int:
+    """Print what was found out about a build. The exit code."""
+    if as_json:
+        say_json({"build": str(path), **facts, "problems": problems})
+    else:
+        for problem in problems:
+            say(problem, error=True)
+        say(f"{path}: {said}")
+    return 3 if problems else 0
+
+
 @command()
 @build_argument
 @click.option(
     "--level", type=click.Choice(["quick", "full", "semantic"]), default="quick", help="How much to check (see above)."
 )
-@click.option("--recipe", metavar="NAME|FILE", help="semantic: the build's recipe file, if it names other files.")
-@click.option("--data-dir", type=FILE, help="semantic: folder of Hub clones, as for build.")
-@click.option("--identity", type=FILE, help="semantic: the identity file, if build was given one.")
-@click.option("--words", metavar="FILE|URL", help="semantic: the word list, if build was given one.")
-@click.option("--task-file", type=FILE, multiple=True, help="semantic: as for build.")
+@_source_options
 @click.option(
     "--share",
     type=click.FloatRange(0, 1),
@@ -51,8 +83,6 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
     unused = [name for name, value in given.items() if value not in (None, ())]
     if unused and level != "semantic":
         raise UsageError(f"--{unused[0].replace('_', '-')} goes with --level semantic")
-    if given["data_dir"] and not given["data_dir"].is_dir():
-        raise UsageError(f"--data-dir {given['data_dir']}: no such folder")
     with shown_progress(quiet=as_json or level == "quick") as progress:
         if level == "quick":
             problems = verify_quick(path)
@@ -60,23 +90,49 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
             problems = verify_full(path, progress)
         else:
             from chatdata.check.rerender import verify_semantic
-            from chatdata.recipe import load_recipe
-            from chatdata.sources.find import Locations
-            from chatdata.tasks.task import load_tasks
 
-            tasks = load_tasks(given["task_file"])
-            loaded = load_recipe(given["recipe"], tasks) if given["recipe"] else None
-            locations = Locations(Path(), given["data_dir"], given["identity"], given["words"])
             share = 0.01 if given["share"] is None else given["share"]
-            problems = verify_semantic(path, locations, tasks, recipe=loaded, share=share, progress=progress)
-    if as_json:
-        say_json({"build": str(path), "level": level, "problems": problems})
-    else:
-        for problem in problems:
-            say(problem, error=True)
-        found = f"{len(problems):,} problem{'s'[: len(problems) != 1]}" if problems else "no damage found"
-        say(f"{path}: {found} ({level})")
-    return 3 if problems else 0
+            problems = verify_semantic(path, **_sources(given), share=share, progress=progress)
+    found = f"{len(problems):,} problem{'s'[: len(problems) != 1]}" if problems else "no damage found"
+    return _tell(path, f"{found} ({level})", problems, as_json, level=level)
+
+
+@command()
+@build_argument
+@click.option("--out", type=FILE, help="Folder to write the new build to.")
+@click.option("--sample", metavar="SHARE", type=click.FloatRange(0, 1), help="Render only this share; write nothing.")
+@_source_options
+@click.option("--against", multiple=True, metavar="FILE", help="Test items, if rows that hold them were dropped.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that render (default: one per core).")
+@json_option
+def reproduce(path: Path, out: Path | None, sample: float | None, as_json: bool, **given: Any) -> int:
+    """Make a build again from its manifest and compare the two. Exit code 3 if they differ.
+
+    The build has the recipe, the commits of Hub datasets, which are downloaded, and the tokenizer. Pass files that only
+    you have as for verify --level semantic. The new build is "equal to the byte" or "equal in every value"; otherwise
+    the first source, document and token that differ are shown. --sample checks the sources and the order of all
+    documents, and renders a share of them again, as verify --level semantic does.
+
+    Examples:
+      chatdata reproduce out/demo-mid --out out/again
+      chatdata reproduce out/mid --out out/again --data-dir hub --identity me.jsonl --workers 8
+      chatdata reproduce out/mid --sample 0.1 --data-dir hub --identity me.jsonl
+    """
+    from chatdata.build.engines import available_cpus
+    from chatdata.check.reproduce import reproduce as run_reproduce
+    from chatdata.check.rerender import verify_semantic
+    from chatdata.progress import shown_progress
+
+    if (out is None) == (sample is None) or (sample is not None and (given["against"] or given["workers"])):
+        raise UsageError("give --out FOLDER (with --against, --workers), or --sample SHARE")
+    with shown_progress(quiet=as_json) as progress:
+        if out is None:
+            problems = verify_semantic(path, **_sources(given), share=sample or 0, progress=progress)
+            result = "not equal" if problems else "equal in sources, order and what was rendered again"
+        else:
+            options = {"against": given["against"], "workers": given["workers"] or available_cpus()}
+            result, problems = run_reproduce(path, out, **_sources(given), **options, progress=progress)
+    return _tell(path, result, problems, as_json, out=out and str(out), result=result)
 
 
 @command()
@@ -126,7 +182,6 @@ def diff(a: Path, b: Path, as_json: bool) -> int:
     found = diff_builds(open_build(a), open_build(b))
     if as_json:
         say_json(found)
-    else:
-        for line in lines_of(found):
-            say(line)
+    for line in [] if as_json else lines_of(found):
+        say(line)
     return 0 if found["identical"] else 1

@@ -57,6 +57,12 @@ class Scored:
     against: list[dict[str, str]]
     cpu_s: float
 
+    @property
+    def decided_by(self) -> dict[str, Any]:
+        """For the manifest of a build that drops rows: set or file → SHA-256 of its files, and `against` if given."""
+        sets = {name: [file["sha256"] for file in source.describe()["files"]] for name, source in self.checked.items()}
+        return {"scored": sets} | ({"against": self.against} if self.against else {})
+
 
 def read_scored(
     train: Sequence[PlannedEntry],
