@@ -363,6 +363,22 @@ def test_an_error_in_a_worker_names_the_row(recipe: Path, tokenizer_file: Path, 
     assert re.fullmatch(expected, errors.strip().splitlines()[-1])
 
 
+def test_caches_of_two_machines_are_merged_by_copying(
+    recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, chats, words, validation = re.split(r"(?=\[\[)", RECIPE)
+    merged = tmp_path / "cache" / "units"
+    merged.mkdir(parents=True)
+    for part, text in (("first", chats + validation), ("second", words)):
+        monkeypatch.setenv("CHATDATA_CACHE", str(tmp_path / part))
+        (recipe.parent / "part.toml").write_text(head + text)
+        run(recipe.parent / "part.toml", byte_tokenizer, tmp_path / f"out-{part}")
+        shutil.copytree(cache_folder("units"), merged, dirs_exist_ok=True)
+    monkeypatch.setenv("CHATDATA_CACHE", str(tmp_path / "cache"))
+    _, report = run(recipe, byte_tokenizer, tmp_path / "out")
+    assert report["units"] == {"rendered": 0, "cached": NUM_UNITS, "damaged": 0}
+
+
 def test_ray_gives_the_same_bytes_though_a_worker_is_killed(
     recipe: Path, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
