@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -14,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import hub_server
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,16 +28,6 @@ from chatdata.sources.find import Locations, check_complete, resolve
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import train_tokenizer
 from chatdata.tokenizer.files import save_tokenizer
-
-
-def _load_hub_server() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hub_server = _load_hub_server()
 
 REFUSED = f"[Errno {errno.ECONNREFUSED}] Connection refused"
 GSM8K = "main/train-00000-of-00001.parquet"
@@ -608,7 +597,7 @@ def test_word_lists_come_from_files_and_https(monkeypatch: pytest.MonkeyPatch, a
 
 
 def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_download", lambda *_, **k: None if k else pytest.fail("a download"))
+    monkeypatch.setattr(hub_module, "download", lambda *_, **k: None if k else pytest.fail("a download"))
     monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("a request"))
     with hub_module.nothing_fetched(), pytest.raises(MissingSource):
         hub_module.fetch_url("http://localhost/words.txt", "give a file")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from chatdata import version_of
-from chatdata.cli.command import MaskPolicyChoice, examples, run_command, tokenizer_of
+from chatdata.cli.command import MaskPolicyChoice, examples, expect_option, run_command, tokenizer_of
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 from chattrain.errors import RunError
@@ -36,10 +36,12 @@ def cli(debug: bool) -> None:
     epilog=examples(
         "chattrain run --data out/demo-mid --init random:d4 --seq-len 256 --device-batch-size 16 --out runs/mid",
         "chattrain run --data out/demo-sft --init runs/mid --seq-len 768 --out runs/sft",
+        "chattrain run --data hf://datasets/OWNER/NAME --init random:d20 --out runs/mid --expect 0123456789ab",
         "torchrun --nproc-per-node 8 -m chattrain run --data out/mid --init random:d20 --out runs/mid --resume",
     )
 )
-@option("--data", type=PATH, required=True, help="A chatdata build.")
+@option("--data", required=True, metavar="BUILD", help="A chatdata build: its folder, or an address (hf://, s3://, …).")
+@expect_option
 @choice("--stage", "base", "mid", "sft", help="Stage policy (default: the build's stage).")
 @option(
     "--init",
@@ -76,6 +78,7 @@ def cli(debug: bool) -> None:
 @option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train on a build. SIGTERM and SIGINT save a checkpoint and exit 0."""
+    from chatdata.shards.address import is_address
     from chatdata.shards.read import open_build
     from chattrain import loop
     from chattrain.checkpoint import checkpoint_name
@@ -83,9 +86,10 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     from chattrain.run.start import StopRequest, join_ranks, memory_limited, prepare
     from chattrain.run.telemetry import RunRecord, draw_curve, lock_run, write_run
 
-    build = open_build(options["data"])
+    build = open_build(options["data"], options.pop("expect"))
     options["out"] = out = options["out"] or Path("runs") / (options["stage"] or build.manifest["stage"])
     settings = RunSettings(**options)
+    data = str(settings.data if is_address(settings.data) else Path(settings.data).resolve())
     with join_ranks(settings.device) as ranks, memory_limited(settings):
         is_first = ranks.is_first  # it alone writes and prints
         if dry_run:
@@ -97,7 +101,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
             ready = prepare(settings, build, ranks)
             num_steps = ready.recipe.num_steps
             if is_first:
-                write_run(out, RunRecord(str(settings.data.resolve()), ready.plan_record, ready.recipe))
+                write_run(out, RunRecord(data, ready.plan_record, ready.recipe))
             if is_first and not as_json:
                 _echo_plan(ready.plan.counts(), num_steps, ready.recipe.stage)
                 if settings.resume:
@@ -144,7 +148,7 @@ def _echo_plan(counts: dict[str, Any], num_steps: int, stage: str) -> None:
 @click.option("--step", type=int, required=True, help="The first step is 0.")
 @click.option("--data", type=PATH, help="The build, if it has moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None:
+def trace(run_folder: Path, step: int, data: str | None, as_json: bool) -> None:
     """Show which documents were in a step of a run."""
     from chattrain.run.trace import trace_step
 

@@ -162,10 +162,10 @@ def check(files: tuple[Path, ...], as_json: bool) -> int:
 
 
 @command()
-@click.argument("a", type=FILE)
-@click.argument("b", type=FILE)
+@click.argument("a")
+@click.argument("b")
 @json_option
-def diff(a: Path, b: Path, as_json: bool) -> int:
+def diff(a: str, b: str, as_json: bool) -> int:
     """Print how two builds differ.
 
     Compares recipe, sources, tokenizer, mixture and documents. Exit code 0 if the builds are identical, 1 if they

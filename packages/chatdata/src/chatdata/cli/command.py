@@ -6,7 +6,8 @@ import re
 import signal
 import sys
 import traceback
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,11 +23,29 @@ if TYPE_CHECKING:
 
 NO_HOME = "there is no home folder (no HOME, no entry in passwd): set CHATDATA_CACHE (and HF_HOME)"
 FILE = click.Path(path_type=Path)  # type of an option: a file or folder that may or may not exist
-build_argument = click.argument("path", metavar="BUILD", type=FILE)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+expect_option = click.option("--expect", metavar="BUILD_ID", help="Fail if it is another build (12 digits will do).")
 task_files_option = click.option(
     "--task-file", "task_files", type=FILE, multiple=True, help="Python file that defines your own TASK."
 )
+
+
+def build_argument(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
+    """Adds BUILD, a folder or an address, and --expect: `command` gets the build's folder on this machine as `path`."""
+
+    @click.argument("path", metavar="BUILD" if required else "[BUILD]", required=required)
+    @expect_option
+    @wraps(command)
+    def with_local_build(path: str | None, expect: str | None, **options: Any) -> Any:
+        from chatdata.shards.address import local_build
+
+        if path is None and expect is not None:
+            raise click.UsageError("--expect goes with a BUILD")
+        folder = None if path is None else local_build(path, expect, quiet=bool(options.get("as_json")))
+        return command(path=folder, **options)
+
+    return with_local_build
+
 
 # old → new names, for all three commands; an old name is refused with the new one in the message
 RENAMED_OPTIONS = {"--rows": "--layout"}

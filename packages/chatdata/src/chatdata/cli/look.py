@@ -1,5 +1,6 @@
 """Commands that show a build: `chatdata inspect`, `stats`, `report`, `plan`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from chatdata.progress import say, say_json
 
 
 @command()
-@click.argument("path", metavar="[BUILD]", required=False, type=FILE)
+@partial(build_argument, required=False)
 @click.option("--split", default="train", help="train or val.")
 @click.option("--doc", type=int, help="Show the document with this number.")
 @click.option("--task", help="Show the first documents of this task, or of entries of this name.")

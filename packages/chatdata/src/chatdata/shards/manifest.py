@@ -246,6 +246,18 @@ def build_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, P
             yield from ((kind, folder / name / files[kind]["file"], files[kind]) for kind in FILE_KINDS)
 
 
+def file_problem(file: Path, record: dict[str, Any], hashed: bool = True) -> str | None:
+    """What is wrong with a file by what the manifest says of it, nothing if that is nothing."""
+    if not file.is_file():
+        return "missing" if record else None
+    size = file.stat().st_size
+    if size != record.get("bytes", size):
+        return f"{size:,} bytes, but the manifest says {record['bytes']:,}"
+    return (
+        "SHA-256 differs from the manifest's" if record and hashed and file_sha256(file) != record["sha256"] else None
+    )
+
+
 def check_files(folder: Path, manifest: dict[str, Any]) -> tuple[list[str], dict[str, list[int]]]:
     """What is wrong with the files of a build, and for each split the shards whose documents can be read anyway.
 
@@ -260,12 +272,8 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> tuple[list[str], dict
         return [f"{path}: a link out of the build" for path in outside], {}
     wrong: dict[Path, str] = {}
     for kind, file, record in files:
-        if not file.is_file():
-            wrong |= {file: "missing"} if record else {}
-        elif (size := file.stat().st_size) != record.get("bytes", size):
-            wrong[file] = f"{size:,} bytes, but the manifest says {record['bytes']:,}"
-        elif record and kind not in LARGE_KINDS and file_sha256(file) != record["sha256"]:
-            wrong[file] = "SHA-256 differs from the manifest's"
+        if problem := file_problem(file, record, hashed=kind not in LARGE_KINDS):
+            wrong[file] = problem
     problems, readable = [f"{file}: {problem}" for file, problem in wrong.items()], dict[str, list[int]]()
     for name, split in manifest["splits"].items():
         readable[name] = []

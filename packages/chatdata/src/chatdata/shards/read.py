@@ -22,6 +22,7 @@ from chatdata.arrow import list_to_arrow, to_arrow, values_of
 from chatdata.document import IGNORED, Document
 from chatdata.errors import FormatError
 from chatdata.recipe import NATIVE
+from chatdata.shards.address import local_build
 from chatdata.shards.index import open_index, read_index
 from chatdata.shards.manifest import check_files, read_manifest
 from chatdata.shards.masks import check_policy, covered, ranges_of, select
@@ -37,12 +38,14 @@ if TYPE_CHECKING:
 INDEX_ROWS_AT_ONCE = 2**16  # smoltalk has 14 spans a document, so 10 MB
 
 
-def open_build(path: str | Path) -> Build:
+def open_build(path: str | Path, expect: str | None = None) -> Build:
     """Open a build for reading, after every check of `chatdata verify --level quick`: milliseconds, no token is read.
 
-    Raises FormatError if the folder is not a finished build, or one of its files is not what the manifest says.
+    path: its folder, or an address (`hf://datasets/OWNER/NAME`, `s3://…`): then it is fetched once, into the cache.
+    expect: its build_id, or at least the first 12 digits. Raises FormatError if the folder is not a finished build, one
+    of its files is not what the manifest says, or it is another build; and for an address see `local_build`.
     """
-    folder = Path(path)
+    folder = local_build(path, expect)
     manifest = read_manifest(folder)
     problems, _ = check_files(folder, manifest)
     if problems:

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from chatdata.disk import CACHE_UNUSABLE, cache_folder, writes_to
-from chatdata.errors import MissingSource, SourceError
+from chatdata.errors import ChatdataError, MissingSource, SourceError
 
 URL_TIMEOUT = 10  # seconds without an answer; the Hub's is HF_HUB_ETAG_TIMEOUT, 10 by default
 NOT_AGAIN = 30  # seconds before a host that did not answer is tried again: five missing sources wait once
@@ -47,10 +47,10 @@ def snapshot(repo: str, pattern: str, revision: str | None) -> tuple[Path, str]:
         # all files come from the commit that was cached first, or two splits could be of two versions of a dataset
         ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="dataset"), "refs", wanted)
         wanted = ref.read_text().strip() if ref.is_file() else wanted
-        folder = _download(repo, pattern, wanted, local_files_only=True)
+        folder = download(repo, [pattern], wanted, local_files_only=True)
         get_cached_repo_tree(repo, repo_type="dataset", revision=folder.name)
     except HFValidationError as error:
-        raise SourceError(_first_line(error)) from None
+        raise SourceError(first_line(error)) from None
     except LocalEntryNotFoundError:
         folder = _fetch(repo, pattern, wanted)
     except CachedRepoTreeNotFoundError:  # cached file by file, so only the Hub knows whether these are all
@@ -64,17 +64,39 @@ def snapshot(repo: str, pattern: str, revision: str | None) -> tuple[Path, str]:
 
 def _fetch(repo: str, pattern: str, revision: str) -> Path:
     """Ask the Hub once whether it has this, then download. Raises MissingSource or SourceError."""
+    with requests_to(f"{repo} is not in the Hub's cache and ", repo, revision):
+        commit_of(repo, revision)
+        return download(repo, [pattern], revision)
+
+
+def commit_of(repo: str, revision: str) -> str:
+    """The commit that a revision of dataset `repo` is at: one request."""
     from huggingface_hub import HfApi, constants
+
+    # `snapshot_download` has no timeout for this
+    return str(HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha)
+
+
+@contextmanager
+def requests_to(failed: str, repo: str, revision: str, doing: str = "cannot be downloaded from") -> Iterator[None]:
+    """What is inside asks the Hub for dataset `repo`, or another host ("").
+
+    failed: start of the message if the host cannot be reached or refuses. Raises MissingSource for that, SourceError if
+    the Hub has no such repository or revision.
+    """
+    from huggingface_hub import constants
     from huggingface_hub import errors as hf
 
-    host, not_here = constants.ENDPOINT, f"{repo} is not in the Hub's cache"
+    host = constants.ENDPOINT
     if not _may_fetch[-1]:
-        raise MissingSource(not_here)
+        raise MissingSource(failed.removesuffix(" and "))
     try:
-        _check_reachable(host)
-        with _quiet():  # snapshot_download has no timeout for this
-            HfApi().dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        return _download(repo, pattern, revision)
+        if repo:
+            _check_reachable(host)
+        with _quiet():
+            yield
+    except ChatdataError:
+        raise
     except hf.RevisionNotFoundError:
         raise SourceError(f'{repo} has no revision "{revision}" on the Hub') from None
     except hf.GatedRepoError:
@@ -82,15 +104,18 @@ def _fetch(repo: str, pattern: str, revision: str) -> Path:
     except hf.RepositoryNotFoundError:
         raise SourceError(f"{repo} is not a dataset on the Hub (or is private: `hf auth login`)") from None
     except hf.HfHubHTTPError as error:
-        raise MissingSource(f"{not_here} and the Hub refused it: {_hub_reason(error)}") from error
+        raise MissingSource(f"{failed}the Hub refused it: {_hub_reason(error)}") from error
     except hf.OfflineModeIsEnabled:
-        raise MissingSource(f"{not_here} and HF_HUB_OFFLINE is set") from None
+        raise MissingSource(f"{failed}HF_HUB_OFFLINE is set") from None
     except Exception as error:  # the HTTP client's, the disk's, or that of the library's transfer engine
+        if not repo:
+            raise MissingSource(f"{failed}{first_line(error)}") from error
         _note_unreachable(host, error)
-        raise MissingSource(f"{not_here} and cannot be downloaded from {host}: {_first_line(error)}") from error
+        raise MissingSource(f"{failed}{doing} {host}: {first_line(error)}") from error
 
 
-def _download(repo: str, pattern: str, revision: str, local_files_only: bool = False) -> Path:
+def download(repo: str, patterns: list[str], revision: str, local_files_only: bool = False) -> Path:
+    """Folder of the Hub's cache with the files that match, those that are not there fetched first."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented
 
@@ -100,7 +125,7 @@ def _download(repo: str, pattern: str, revision: str, local_files_only: bool = F
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{"disable": None, **kwargs})  # type: ignore[no-untyped-call]  # has no types
 
-    options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": [pattern], "tqdm_class": Bar}
+    options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": patterns, "tqdm_class": Bar}
     with _quiet():
         return Path(snapshot_download(repo, revision=revision, local_files_only=local_files_only, **options))
 
@@ -123,7 +148,7 @@ def _check_reachable(host: str) -> None:
 
 
 def _note_unreachable(host: str, error: Any) -> None:
-    _unreachable[host] = time.monotonic() + NOT_AGAIN, _first_line(error)
+    _unreachable[host] = time.monotonic() + NOT_AGAIN, first_line(error)
 
 
 def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
@@ -157,7 +182,7 @@ def load_split(folder: Path, subset: str, split: str) -> tuple[list[Path], Any]:
         if subsets := re.search(r"(?:Available|configs): \[(.*)\]", str(error)):
             raise SourceError(f'key "subset": must be one of {subsets[1]}') from None
         reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        raise SourceError(f"`datasets` cannot load it: {_first_line(reason or error)}") from error
+        raise SourceError(f"`datasets` cannot load it: {first_line(reason or error)}") from error
     # where rows differ in keys or types, datasets 4 and later has JSON: it takes strings like "0" or "null" for numbers
     if re.search(r"\bJson\(", repr(dataset.features)):
         raise SourceError("rows differ in keys or types, which `datasets` does not keep exactly; convert it to JSONL")
@@ -229,7 +254,7 @@ def fetch_url(url: str, instead: str) -> Path:
     except Exception as error:  # the HTTP client's, whose package differs between huggingface_hub 1 and 2; the disk's
         if not partial.exists():
             _note_unreachable(host, error)
-        raise MissingSource(f"cannot download {url}: {_first_line(error)}; {instead}") from None
+        raise MissingSource(f"cannot download {url}: {first_line(error)}; {instead}") from None
     finally:
         partial.unlink(missing_ok=True)
     return path
@@ -249,7 +274,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(logging.WARNING)
 
 
-def _first_line(error: Any) -> str:
+def first_line(error: Any) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

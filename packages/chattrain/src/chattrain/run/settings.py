@@ -13,7 +13,7 @@ from chattrain.checkpoint import Dtype, NonFinite
 class RunSettings:
     """None: the default of the stage or the device."""
 
-    data: Path
+    data: str | Path  # or an address
     out: Path
     init: str
     stage: str | None = None

@@ -27,7 +27,7 @@ PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 class RunRecord(msgspec.Struct, frozen=True):
     """run.json, written before step 0."""
 
-    data: str  # absolute path of the build
+    data: str  # absolute path of the build, or its address
     plan: PlanRecord
     recipe: Recipe
     format: str = FORMAT

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
+from chatdata.shards.address import cached_build
 from chatdata.shards.read import open_build
 from chattrain.checkpoint import PlanRecord, plan_record, require_same
 from chattrain.errors import RunError
@@ -15,7 +16,7 @@ from chattrain.reads import reads_of_step
 from chattrain.run.telemetry import LOG_NAME, TrainEntry, read_log, read_run
 
 
-def plan_again(record: PlanRecord, data: Path) -> TrainingPlan:
+def plan_again(record: PlanRecord, data: str | Path) -> TrainingPlan:
     """The recorded plan, made again from its build. Raises ResumeError unless it is the same, FormatError."""
     split = open_build(data)[record.split]
     chosen: dict[str, Any] = {"mask": record.mask, "seq_len": record.seq_len}
@@ -31,7 +32,7 @@ def plan_again(record: PlanRecord, data: Path) -> TrainingPlan:
     return made
 
 
-def trace_step(run: Path, step: int, data: Path | None = None) -> dict[str, Any]:
+def trace_step(run: Path, step: int, data: str | Path | None = None) -> dict[str, Any]:
     """What a step was trained on: its log entry, and name, task, row, position, tokens and sequence of each document.
 
     data: the build, if it is no longer at the recorded path. Raises RunError for a folder that is not a run and for a
@@ -41,7 +42,7 @@ def trace_step(run: Path, step: int, data: Path | None = None) -> dict[str, Any]
     num_steps = record.recipe.num_steps
     if not 0 <= step < num_steps:
         raise RunError(f"--step {step}: {run} has steps 0 … {num_steps - 1}")
-    plan = plan_again(record.plan, data or Path(record.data))
+    plan = plan_again(record.plan, data or cached_build(record.plan.build_id) or record.data)
     log = read_log(run) if (run / LOG_NAME).is_file() else []
     logged = next((entry for entry in log if isinstance(entry, TrainEntry) and entry.step == step), None)
     reads = reads_of_step(plan, step)

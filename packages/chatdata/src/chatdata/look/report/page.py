@@ -21,6 +21,7 @@ from chatdata.look.console import share
 from chatdata.look.ledger import ledger_lines
 from chatdata.look.report.collect import ROLES, report_numbers
 from chatdata.look.report.documents import FLAGGED, ShownDocument, first_flagged, shown_documents, spelled
+from chatdata.shards.address import cached_build
 from chatdata.shards.read import Build, open_build
 
 EXCERPT = 200  # characters of a document that holds a scored item, next to the item's name
@@ -28,8 +29,13 @@ MISSING = "a report needs Altair, its JavaScript and Jinja: `uv sync --extra rep
 
 
 def default_out(build: Path) -> Path:
-    """`<build>-report.html` next to the build: `chatdata verify` would report a file inside it as damage."""
+    """`<build>-report.html` next to the build: `chatdata verify` would report a file inside it as damage.
+
+    For a build in the cache, `<build_id>-report.html` here, with the first 12 digits.
+    """
     folder = _named(build)
+    if folder == cached_build(folder.name):
+        folder = Path.cwd() / folder.name[:12]
     return folder.with_name(f"{folder.name}-report.html")
 
 
