@@ -1,4 +1,4 @@
-"""docs/own_data.md: its files are written, its commands and scripts run in order, and what they print is compared.
+"""docs/own_data.md, docs/exports.md: files are written, commands and scripts run in order, what they print is compared.
 
 A line `…` stands for any lines. The model's folder is made here: a small tokenizer, trl's copy of the model's template,
 and random weights.
@@ -19,11 +19,20 @@ from pathlib import Path
 import pytest
 from chat_folders import qwen_folder, trl_template
 
-PAGE = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text(encoding="utf-8")
-FILES = re.findall(r"^```\w+ (\S+)\n(.*?)^```", PAGE, re.S | re.M)
-CONSOLE = "".join(re.findall(r"^```console\n(.*?)^```", PAGE, re.S | re.M))
-STEPS = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", CONSOLE, re.M)
+PAGES = {
+    name: (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text("utf-8") for name in ("own_data", "exports")
+}
 FAILS = {"chatdata check": 3}  # other commands end with 0
+
+
+def files_of(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```\w+ (\S+)\n(.*?)^```", PAGES[page], re.S | re.M)
+
+
+def steps_of(page: str) -> list[tuple[str, str]]:
+    """Commands and what they print."""
+    console = "".join(re.findall(r"^```console\n(.*?)^```", PAGES[page], re.S | re.M))
+    return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", console, re.M)
 
 
 def model_folder(folder: Path) -> None:
@@ -56,21 +65,18 @@ def matches(shown: list[str], printed: list[str]) -> bool:
     return re.fullmatch(pattern, "".join(line + "\n" for line in printed)) is not None
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, demo_mid: Path) -> Path:
-    folder = tmp_path_factory.mktemp("own")
-    shutil.copytree(demo_mid, folder / "out" / "demo-mid")
-    for name, text in FILES:
-        (folder / name).write_text(text, encoding="utf-8")
-    model_folder(folder / "Qwen3-0.6B")
-    return folder
-
-
-def test_every_command_prints_what_is_shown(folder: Path, command_line: Callable, offline: None) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_prints_what_is_shown(
+    page: str, demo_mid: Path, tmp_path: Path, command_line: Callable, offline: None
+) -> None:
     pytest.importorskip("trl", reason="trains with trl: uv sync")
-    for command, text in STEPS:
+    shutil.copytree(demo_mid, tmp_path / "out" / "demo-mid")
+    for name, text in files_of(page):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    model_folder(tmp_path / "Qwen3-0.6B")
+    for command, text in steps_of(page):
         shown = [line.rstrip() for line in text.rstrip().splitlines()]
-        code, printed = run(command, folder, command_line)
+        code, printed = run(command, tmp_path, command_line)
         lines = [line.rstrip() for line in printed.rstrip().splitlines()]
         failure = 1 if any(line.startswith("Error: ") for line in shown) else 0
         assert code == FAILS.get(" ".join(command.split()[:2]), failure), (command, printed)
@@ -78,6 +84,6 @@ def test_every_command_prints_what_is_shown(folder: Path, command_line: Callable
 
 
 def test_the_page_has_what_it_promises() -> None:
-    assert len(FILES) == 10 and len(STEPS) > 10
-    collate = re.search(r"^def collate.*?\n\n", PAGE, re.S | re.M)
+    assert len(files_of("own_data")) == 9 and len(steps_of("own_data")) > 10
+    collate = re.search(r"^def collate.*?\n\n", PAGES["own_data"], re.S | re.M)
     assert collate and len(collate[0].strip().splitlines()) <= 15

@@ -25,7 +25,7 @@ def test_what_is_printed(work: Path, to: str, command_line: Callable) -> None:
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     policy = "ignore" if to == "llmc" else "apply"
-    assert [line.split(": ")[0] for line in lines[:2]] == [f"{work}/d/train", f"{work}/d/val"]
+    assert [line.split(": ")[0] for line in lines[:2]] == ["d/train", "d/val"]
     assert all(line.endswith(f" supervised ({policy})") for line in lines[:2])
     assert "export train" in result.stderr
     as_json = command_line(f"chatdata export out/demo-sft --to {to} --out e --json", work)
@@ -81,7 +81,7 @@ def test_whole_or_not_at_all(
         patch.setattr("chatdata.shards.export.sync", fail)
         result = command_line(f"chatdata export out/demo-sft --to {to} --out d", work)
     interrupted = failure is KeyboardInterrupt
-    message = "interrupted" if interrupted else f"{work}/d: no space left on the disk; nothing was written there"
+    message = "interrupted" if interrupted else "d: no space left on the disk; nothing was written there"
     assert (result.returncode, result.stderr.splitlines()[-1]) == (130 if interrupted else 1, f"Error: {message}")
     assert os.listdir(work) == ["out"]
     (work / "d").mkdir()

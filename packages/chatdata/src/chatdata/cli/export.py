@@ -10,19 +10,19 @@ from chatdata.errors import UsageError
 from chatdata.progress import say, say_json, shown_progress
 
 NOTES = {  # what the files do not hold, and what their reader must be told
-    "datasets": """roles of spans are left out; task, name, row and doc are in documents/, one row for each row,
-unless --extra-columns put them into the rows, which LLaMA-Factory then refuses
-TRL cuts rows at max_length, by default 1,024 tokens: SFTConfig(max_length=None)""",
-    "olmo": """task, name, row and roles of spans are left out
+    "datasets": """Left out: roles of spans. task, name, row and doc of each row are in documents/,
+or with --extra-columns in the rows, which LLaMA-Factory refuses.
+TRL cuts rows at max_length, by default 1,024 tokens. SFTConfig(max_length=None) keeps them whole.""",
+    "olmo": """Left out: task, name, row and roles of spans.
 OLMo-core needs TokenizerConfig(vocab_size={vocab_size}, eos_token_id={eos}, bos_token_id={bos}, pad_token_id={eos}).
-It guesses where documents end unless NumpyPackedFSLDatasetConfig has use_array_if_local=False or, for its other
-data sets, OLMO_DATA_PREP_USE_ARRAY_IF_LOCAL=false is in the environment""",
-    "megatron": """task, name, row and roles of spans are left out; <split>_mask_document is the mask as a data set of
-its own: read with the same seed, sequence length and number of sequences, its labels are the mask of the targets
-leave tokenizer.pad undefined: Megatron takes all tokens of that id out of the loss""",
-    "llmc": """llm.c has no mask (every token is a target), no boundaries of documents, no task, name and row
-its C programs take at most 65,536 tokens in the vocabulary (here: {vocab_size:,}), and files of at least
-B * T * processes + 1 tokens""",
+It guesses where documents end. It reads the boundaries with use_array_if_local=False (NumpyPackedFSLDatasetConfig),
+or for other data sets with OLMO_DATA_PREP_USE_ARRAY_IF_LOCAL=false in the environment.""",
+    "megatron": """Left out: task, name, row and roles of spans. The mask is a second data set, <split>_mask_document:
+read with the same seed, sequence length and number of sequences, its labels are 1 where those of the first are targets.
+Leave tokenizer.pad undefined: Megatron takes every token of that id out of the loss.""",
+    "llmc": """Left out: the mask (every token is a target), boundaries of documents, task, name, row, roles of spans.
+llm.c's C programs take vocabularies of up to 65,536 tokens (this one: {vocab_size:,}), and files of at least
+B * T * processes + 1 tokens.""",
 }
 
 
@@ -55,12 +55,12 @@ def export(path: Path, to: str, out: Path, policy: Any, as_json: bool, **options
         raise UsageError("--to llmc takes no --mask: its files have none")
     check_free(out)
     check_replaceable(out)
-    build, out = open_build(path), out.resolve()
+    build, place = open_build(path), out.resolve()  # through links
     policy = policy or ("ignore" if to == "llmc" else STAGE_MASKS[build.manifest["stage"]])
-    with writes_to(out, NOTHING_WRITTEN), partial_folder(out) as growing, shown_progress(quiet=as_json) as progress:
+    with writes_to(out, NOTHING_WRITTEN), partial_folder(place) as growing, shown_progress(quiet=as_json) as progress:
         splits = export_build(build, to, growing, policy, progress, **(options if to == "datasets" else {}))
         check_free(out)
-        publish(growing, out)
+        publish(growing, place)
     ids, vocab_size = (build.manifest["tokenizer"][key] for key in ("special_ids", "vocab_size"))
     bos, eos = (ids.get(name, "(the model's)") for name in ("<|bos|>", "<|assistant_end|>"))
     notes = NOTES[to].format(vocab_size=vocab_size, bos=bos, eos=eos).splitlines()

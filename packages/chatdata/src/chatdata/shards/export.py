@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from gzip import GzipFile
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def _olmo(split: Split, folder: Path, pieces: Pieces) -> None:
         _copy(pieces(number), *paths)
         offsets = split.map("offsets", number)
         with GzipFile(paths[0].with_suffix(".csv.gz"), "wb", mtime=0) as file:
-            np.savetxt(file, np.stack([offsets[:-1], offsets[1:]], 1), "%d", ",")
+            file.write("".join(f"{start},{end}\n" for start, end in pairwise(offsets.tolist())).encode())
 
 
 def _megatron(split: Split, folder: Path, pieces: Pieces) -> None:
