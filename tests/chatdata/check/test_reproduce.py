@@ -142,6 +142,19 @@ def test_own_files_that_are_divided_and_options_of_build(
         again(folder / "out", "r.toml")
 
 
+def test_words_of_ones_own(folder: Path, build_in: Callable, byte_tokenizer: Tokenizer, command_line: Callable) -> None:
+    """The phrasings come with chatdata, the words do not."""
+    (folder / "w.txt").write_text("alpha\nbravo\ncharlie\n")
+    (folder / "r.toml").write_text('stage = "sft"\n[[train]]\ntask = "spelling_bee"\nwords = "w.txt"\nrows = 9\n')
+    build_in(folder, byte_tokenizer)
+    (folder / "elsewhere").mkdir()
+    line = "chatdata reproduce ../out --out again --workers 1"
+    result = command_line(line, folder / "elsewhere")
+    assert result.returncode == 1 and "spelling_bee train: w.txt: no such file; pass --words FILE" in result.stderr
+    result = command_line(f"{line} --words ../w.txt", folder / "elsewhere")
+    assert (result.returncode, result.stdout) == (0, "../out: equal to the byte\n")
+
+
 def test_a_chat_format(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Fine."}]
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

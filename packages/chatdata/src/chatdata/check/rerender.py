@@ -21,7 +21,7 @@ from chatdata.check.verify import shortened, verify_full
 from chatdata.document import Document
 from chatdata.errors import ChatdataError, MissingSource, RecipeError
 from chatdata.progress import Progress, no_progress
-from chatdata.recipe import RULES, Recipe, load_recipe, parse_recipe, shipped_recipes
+from chatdata.recipe import RULES, Recipe, file_label, load_recipe, parse_recipe, shipped_recipes
 from chatdata.render import specification as render
 from chatdata.render.format import NANOCHAT, PYTHON
 from chatdata.render.model_batch import render_row
@@ -110,12 +110,10 @@ def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task], given: 
             if given:
                 raise
     table: dict[str, Any] = {key: wanted[key] for key in RULES if wanted.get(key) is not None}
-    entries = {
+    for split in manifest["splits"]:
         # the rows that val_share gives to val are no entry of a recipe
-        split: [_entry_table(entry, tasks) for entry in wanted[split] if split == "train" or "val_share" not in entry]
-        for split in manifest["splits"]
-    }
-    table |= {split: tables for split, tables in entries.items() if tables}
+        entries = [entry for entry in wanted[split] if split == "train" or "val_share" not in entry]
+        table |= {split: [_entry_table(entry, tasks) for entry in entries]} if entries else {}
     table["shuffle"] = {split: wanted["shuffle"][split] for split in manifest["splits"] if split in wanted["shuffle"]}
     return _same_recipe(manifest, parse_recipe(table, "the build's recipe", Path("recipe.toml"), tasks))
 
@@ -131,10 +129,12 @@ def _check_addresses(recipe: Recipe, tasks: Mapping[str, Task], locations: Locat
 
 
 def _entry_table(entry: dict[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """An entry of a resolved recipe as a TOML file would have it: without nulls and implied keys."""
+    """An entry of a resolved recipe as a TOML file would have it: without nulls, implied keys and files of chatdata."""
     if entry.get("task") not in tasks:
         raise RecipeError(f"the build's task {entry.get('task')!r} is not a shipped one: pass its --task-file")
-    implied = ("split", "subset") if "path" in entry else ()
+    implied = {"split", "subset"} if "path" in entry else set()
+    files = {key: file_label(str(o.default)) for key, o in tasks[entry["task"]].options.items() if o.is_file}
+    implied |= {key for key, name in files.items() if entry.get(key) == name}
     return {key: value for key, value in entry.items() if value is not None and key not in implied}
 
 
