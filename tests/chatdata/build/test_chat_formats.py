@@ -218,6 +218,7 @@ def test_the_command_line(work: Path, tmp_path: Path, command_line: Callable) ->
             "chatdata stats out/q",
         ),
         *("chatdata report out/q --out q.html", "chatdata plan out/q --seq-len 256", "chatdata diff out/q out/q"),
+        "chatdata export out/q --to olmo --out olmo",
         "chatdata build --recipe plain.toml --chat-format qwen3 --tokenizer out/q --out out/again",
         "chattrain run --data out/q --init random:1x32x1 --out run --seq-len 256 --device-batch-size 2 --steps 2 "
         "--eval-every 2",

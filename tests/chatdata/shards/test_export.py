@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -332,6 +333,41 @@ def test_megatron_reads_it(small: chatdata.Build, wide: chatdata.Build, tmp_path
             expected = [getattr(document, {"text": "tokens"}.get(kind, kind)).tolist() for document in split]
             assert [read[i].tolist() for i in range(len(read))] == expected
             assert read.document_indices.tolist() == [0, 1, 2, 3]
+
+
+def test_the_mask_of_megatron_is_a_twin(demo_mid: Path, tmp_path: Path) -> None:
+    """GPTDataset over the mask draws the same sequences: its labels are the mask of the other's labels."""
+    gpt = pytest.importorskip("megatron.core.datasets.gpt_dataset", reason="needs megatron-core: uv sync")
+    import torch
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+    split = chatdata.open_build(demo_mid)["val"]
+    ids = split.build.manifest["tokenizer"]["special_ids"]
+    export(split.build, "megatron", tmp_path / "d")
+    tokenizer = SimpleNamespace(vocab_size=400, eod=ids["<|bos|>"], unique_identifiers={}, special_tokens_dict={})
+    given = {"random_seed": 3, "sequence_length": 64, "tokenizer": tokenizer, "path_to_cache": str(tmp_path / "cache")}
+    given |= dict.fromkeys(["reset_position_ids", "reset_attention_mask", "eod_mask_loss"], False)
+    twins = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for kind in ("text", "mask"):
+            blend = [([str(tmp_path / "d" / "val" / f"val_{kind}_document")], None), None, None]
+            config = gpt.GPTDatasetConfig(blend_per_split=blend, **given)
+            builder = BlendedMegatronDatasetBuilder(gpt.GPTDataset, [100, None, None], lambda: True, config)
+            twins.append(builder.build()[0])
+    finally:
+        torch.distributed.destroy_process_group()
+    text, mask = twins
+    assert len(text) == len(mask) >= 100
+    known = {i: split[int(i)] for i in text.document_index.tolist()}
+    for place in range(20):
+        # sequence `place` before Megatron's shuffle begins at this token of this document
+        number, start = text.sample_index[text.shuffle_index[place]].tolist()
+        document = known[int(text.document_index[number])]
+        seen = min(64, len(document) - start - 1)
+        assert text[place]["labels"][:seen].tolist() == document.tokens[start + 1 :][:seen].tolist()
+        assert mask[place]["labels"][:seen].tolist() == document.mask[start + 1 :][:seen].tolist()
+        assert text[place]["loss_mask"].all()
 
 
 def test_trl_trains_on_it(small: chatdata.Build, tmp_path: Path) -> None:
