@@ -10,9 +10,8 @@ from chatdata.errors import UsageError
 from chatdata.progress import say, say_json, shown_progress
 
 NOTES = {  # what the files do not hold, and what their reader must be told
-    "datasets": """Left out: roles of spans. task, name, row and doc of each row are in documents/,
-or with --extra-columns in the rows, which LLaMA-Factory refuses.
-TRL cuts rows at max_length, by default 1,024 tokens. SFTConfig(max_length=None) keeps them whole.""",
+    "datasets": """Left out: roles of spans. task, name, row, doc are in documents/ (with --extra-columns in the rows).
+LLaMA-Factory refuses extra columns. TRL cuts rows at max_length, 1,024 by default: SFTConfig(max_length=None).""",
     "olmo": """Left out: task, name, row and roles of spans.
 OLMo-core needs TokenizerConfig(vocab_size={vocab_size}, eos_token_id={eos}, bos_token_id={bos}, pad_token_id={eos}).
 It guesses where documents end. It reads the boundaries with use_array_if_local=False (NumpyPackedFSLDatasetConfig),
@@ -21,8 +20,7 @@ or for other data sets with OLMO_DATA_PREP_USE_ARRAY_IF_LOCAL=false in the envir
 read with the same seed, sequence length and number of sequences, its labels are 1 where those of the first are targets.
 Leave tokenizer.pad undefined: Megatron takes every token of that id out of the loss.""",
     "llmc": """Left out: the mask (every token is a target), boundaries of documents, task, name, row, roles of spans.
-llm.c's C programs take vocabularies of up to 65,536 tokens (this one: {vocab_size:,}), and files of at least
-B * T * processes + 1 tokens.""",
+llm.c's C programs take up to 65,536 ids (here: {vocab_size:,}), and files of at least B * T * processes + 1 tokens.""",
 }
 
 

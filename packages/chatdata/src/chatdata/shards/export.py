@@ -38,14 +38,13 @@ from chatdata.shards.read import Build, Split
 
 Piece = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some documents: tokens (dtype of the build), mask, lengths
 Pieces = Callable[[int], Iterator[Piece]]  # a shard, by its number
+Facts = dict[str, Counter[str]]  # split → documents, tokens, supervised
 PIECE_TOKENS = 2**20  # in memory at once, unless one document is longer; also a row group of Parquet
 MAX_LLMC_BYTES = 2**31 - 1  # of a file
 
 
-def export_build(
-    build: Build, to: str, folder: Path, policy: MaskPolicy, progress: Progress, **options: bool
-) -> dict[str, Counter[str]]:
-    """Write `build` into the empty `folder`, and return how many documents, tokens and supervised each split has.
+def export_build(build: Build, to: str, folder: Path, policy: MaskPolicy, progress: Progress, **options: bool) -> Facts:
+    """Write `build` into the empty `folder`.
 
     to: "datasets", "olmo", "megatron" or "llmc". policy: of labels and masks. Options of datasets: extra_columns puts
     task, name, row and doc into the rows, arrow writes what `datasets.load_from_disk` reads. Memory does not grow with
@@ -143,8 +142,7 @@ def _llmc(split: Split, folder: Path, pieces: Pieces) -> None:
     dtype = split.build.manifest["dtype"]
     for number, shard in enumerate(split.shards):
         if 1024 + shard["tokens"] * np.dtype(dtype).itemsize > MAX_LLMC_BYTES:
-            where = split.path("tokens", number)
-            raise BuildError(f"{where}: {shard['tokens']:,} tokens in one file, but llm.c reads files below 2 GiB")
+            raise BuildError(f"{split.path('tokens', number)}: too large, llm.c reads files below 2 GiB")
         with (folder / f"{split.name}_{number:06d}.bin").open("wb") as file:
             magic, version = (20240520, 1) if dtype == "<u2" else (20240801, 7)
             file.write(np.array([magic, version, shard["tokens"], *[0] * 253], "<i4").data)
