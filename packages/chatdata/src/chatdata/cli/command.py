@@ -107,7 +107,7 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
     """Run `cli`, print errors that a user can cause as one line, and exit.
 
     interrupted: message after Ctrl-C in the command `only` (default: in every command; others just say "interrupted").
-    Exit codes: 0 done, 1 anything wrong with data or a run, 2 usage, 3 verify or check found something, 130 stopped.
+    Exit codes: 0 done, 1 anything wrong with data or a run, 2 usage, 3 a check found something, 130 stopped.
     `--debug`, anywhere, shows the traceback of an error.
     """
     for stream in (sys.stdout, sys.stderr):
