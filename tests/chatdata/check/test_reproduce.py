@@ -60,8 +60,8 @@ def test_how_it_is_called(built: Path, tmp_path: Path, command_line: Callable) -
     (tmp_path / "elsewhere").mkdir()
     result = command_line(f"chatdata reproduce {built} --out x", tmp_path / "elsewhere")
     assert result.returncode == 1 and result.stderr.endswith(
-        "i.jsonl: no such file; `chatdata identity PERSONA --out FILE` makes one; pass --recipe FILE (paths are "
-        "relative to it, by default to this folder), --data-dir, --identity or --words\n"
+        "i.jsonl: no such file; `chatdata identity PERSONA --out FILE` makes one; pass --recipe (paths start "
+        "at it), --data-dir, --identity or --words\n"
     )
     assert not (tmp_path / "elsewhere" / "x").exists()
 
@@ -79,6 +79,7 @@ def test_a_changed_row(built: Path, command_line: Callable) -> None:
     result = command_line("chatdata reproduce out --out again --workers 1", built.parent)
     assert (result.returncode, result.stdout) == (3, "out: not equal\n")
     lines = result.stderr.splitlines()
+    assert "source i.jsonl: i.jsonl has another SHA-256 than the build's" in lines
     assert any(line.startswith("  i.jsonl.files.i.jsonl.sha256: ") for line in lines[lines.index("sources") :])
     first = lines.index("    identity row 3 (a document 0, b document 0): tokens from position 11 on")
     assert lines[first + 2].endswith("⟦me 7<|assistant_end|>⟧ …") and "train documents" in lines[:first]

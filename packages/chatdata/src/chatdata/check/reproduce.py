@@ -14,7 +14,7 @@ from typing import Any
 from chatdata.build.plan import BuildPlan
 from chatdata.build.run import build as run_build
 from chatdata.check.diff import diff_builds, differences, lines_of
-from chatdata.check.rerender import plan_of_build
+from chatdata.check.rerender import plan_of_build, source_problems
 from chatdata.check.verify import verify_full
 from chatdata.errors import BuildError, MissingSource
 from chatdata.firewall.scored import read_scored
@@ -47,6 +47,7 @@ def reproduce(
     plan, wanted = plan_of_build(build, locations, tasks, recipe), build.manifest["recipe"]
     if "scored" in wanted:
         plan = _with_scored_sets(plan, wanted["scored"], options.get("against", ()))
+    problems = source_problems(build, plan)
     run_build(plan, out, decontaminate=wanted.get("decontaminate", "off"), **options)
     again = open_build(out)
     keys = [key for key, _, _ in differences(build.manifest, again.manifest) if key != "build_id"]
@@ -56,7 +57,7 @@ def reproduce(
     if equal_indexes and all(INCIDENTAL.fullmatch(key) for key in keys):
         kinds = dict.fromkeys("another pyarrow wrote the index" if ".index." in key else key for key in keys)
         return f"equal in every value, but not to the byte: {', '.join(kinds)}", []
-    return "not equal", lines_of(diff_builds(build, again))
+    return "not equal", [*problems, *lines_of(diff_builds(build, again))]
 
 
 def _with_scored_sets(plan: BuildPlan, wanted: Mapping[str, list[str]], against: Sequence[str]) -> BuildPlan:

@@ -64,7 +64,7 @@ def verify_semantic(
         return problems
     build = open_build(path)
     plan = plan_of_build(build, locations, tasks, recipe)
-    problems = _source_problems(build, plan)
+    problems = source_problems(build, plan)
     chosen: list[_Chosen] = []
     for name, entries in plan.splits.items():
         found, wrong = _check_order(build[name], entries, plan.recipe, share)
@@ -89,8 +89,7 @@ def plan_of_build(build: Build, locations: Locations, tasks: Mapping[str, Task],
     try:
         plan = make_build_plan(pinned, dict(tasks), build.tokenizer, locations, limit)
     except MissingSource as error:
-        flags = "--recipe FILE (paths are relative to it, by default to this folder), --data-dir, --identity or --words"
-        raise MissingSource(f"{error}; pass {flags}") from None
+        raise MissingSource(f"{error}; pass --recipe (paths start at it), --data-dir, --identity or --words") from None
     return replace(plan, recipe=loaded)  # without the commits: the manifest of a build has it as it was written
 
 
@@ -158,7 +157,7 @@ def _pinned(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:
     return replace(recipe, splits=splits)
 
 
-def _source_problems(build: Build, plan: BuildPlan) -> list[str]:
+def source_problems(build: Build, plan: BuildPlan) -> list[str]:
     """Sources whose content is not the build's; where they are and what they are called may differ."""
     recorded = build.manifest["sources"]
     if len(plan.sources) != len(recorded):
