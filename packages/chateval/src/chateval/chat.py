@@ -1,6 +1,7 @@
 """Chat with a checkpoint in the terminal. Answers appear token by token, with tool calls and results in colour."""
 
 import codecs
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,13 +14,8 @@ from chateval.ask.generate import Prompt, Sampling, generate
 from chateval.ask.subject import Subject
 
 HELP = "/clear starts over, /quit or Ctrl-D exits."
-# how the start and end of a tool call and of its result are shown
-TOOL_MARKS = {
-    NANOCHAT.python.opening: " ⟨",
-    NANOCHAT.python.closing: "⟩",
-    NANOCHAT.output.opening: " → ",
-    NANOCHAT.output.closing: " ",
-}
+CALL, RESULT = NANOCHAT.python, NANOCHAT.output
+TOOL_MARKS = {CALL.opening: " ⟨", CALL.closing: "⟩", RESULT.opening: " → ", RESULT.closing: " "}
 
 
 def converse(subject: Subject, sampling: Sampling, says: Sequence[str]) -> None:
@@ -51,15 +47,10 @@ def _typed() -> Iterator[str]:
         import readline  # noqa: F401  (arrow keys and history in input())
 
         click.echo(HELP)
-    while True:
-        try:
-            text = input("you " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if text == "/quit":
-            return
-        if text:
-            yield text
+    with contextlib.suppress(EOFError):
+        while (text := input("you " if sys.stdin.isatty() else "").strip()) != "/quit":
+            if text:
+                yield text
 
 
 def _shower(tokenizer: Tokenizer) -> Callable[[int, int, bool], None]:
@@ -76,7 +67,7 @@ def _shower(tokenizer: Tokenizer) -> Callable[[int, int, bool], None]:
             click.echo(click.style(text, fg=colour), nl=False)
         else:
             click.echo(click.style(TOOL_MARKS.get(name, name), fg="cyan", dim=True), nl=False)
-            colour = {NANOCHAT.python.opening: "cyan", NANOCHAT.output.opening: "green"}.get(name)
+            colour = {CALL.opening: "cyan", RESULT.opening: "green"}.get(name)
         sys.stdout.flush()
 
     return show

@@ -7,21 +7,17 @@ from typing import Any
 
 import click
 
-from chatdata import version_of
-from chatdata.cli.command import examples, run_command
+from chatdata.cli.command import FILE, program, run_command
 from chatdata.disk import naming
 from chatdata.progress import say, say_json
 
-PATH = click.Path(path_type=Path)
 POSITIVE, NOT_NEGATIVE = click.IntRange(min=1), click.IntRange(min=0)
-option = partial(click.option, show_default=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(version_of("chateval"))
-@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
-def cli(debug: bool) -> None:
-    """Score chat models trained on chatdata builds, item by item, with confidence intervals and paired comparison."""
+cli = program(
+    "chateval",
+    "Score chat models trained on chatdata builds, item by item, with confidence intervals and paired comparison.",
+)
 
 
 def sampling_options(command: Any) -> Any:
@@ -29,38 +25,38 @@ def sampling_options(command: Any) -> Any:
     for add in (
         click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="Default: cuda if available."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on cuda."),
-        click.option("--seed", type=int, default=42, show_default=True, help="Random seed of draws."),
-        click.option("--max-new-tokens", type=POSITIVE, default=512, show_default=True, help="Longest answer."),
+        click.option("--seed", type=int, default=42, help="Random seed of draws."),
+        click.option("--max-new-tokens", type=POSITIVE, default=512, help="Longest answer."),
         click.option("--top-k", type=POSITIVE, help="Draw from the K most likely tokens only."),
     ):
         command = add(command)
     return command
 
 
-@cli.command(
-    epilog=examples(
-        "chateval run --checkpoint runs/sft --tasks mmlu,arc_easy,gsm8k --data-dir data --out scores/sft",
-        "chateval run --checkpoint runs/sft --tasks spelling_bee --words words.txt --limit 100",
-        "chateval run --checkpoint runs/sft --tasks humaneval --data-dir data --allow-code",
-        "torchrun --nproc-per-node 8 -m chateval run --checkpoint runs/sft --tasks mmlu --data-dir data",
-    )
-)
-@click.option("--checkpoint", type=PATH, required=True, help="A run folder, a checkpoint, or a transformers export.")
+@cli.command()
+@click.option("--checkpoint", type=FILE, required=True, help="A run folder, a checkpoint, or a transformers export.")
 @click.option("--tasks", required=True, metavar="A,B", help="Names from `chateval tasks`.")
-@click.option("--data-dir", type=PATH, help="Folder with clones of Hub datasets.")
+@click.option("--data-dir", type=FILE, help="Folder with clones of Hub datasets.")
 @click.option("--words", metavar="FILE|URL", help="Word list for the spelling tasks.")
-@click.option("--task-file", "task_files", type=PATH, multiple=True, help="A Python file that defines your own task.")
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="A Python file that defines your own task.")
 @click.option("--limit", type=POSITIVE, help="Only the first N rows of each task.")
-@click.option("--batch-size", type=POSITIVE, default=32, show_default=True, help="Questions per batch.")
-@option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 picks the most likely token.")
-@click.option("--draws", type=POSITIVE, default=1, show_default=True, help="Answers per generated question.")
+@click.option("--batch-size", type=POSITIVE, default=32, help="Questions per batch.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 picks the most likely token.")
+@click.option("--draws", type=POSITIVE, default=1, help="Answers per generated question.")
 @sampling_options
 @click.option("--allow-code", is_flag=True, help="Run programs that the model writes, in a sandbox.")
-@click.option("--firewall", type=PATH, help="A build's firewall.json: score items it was trained on separately.")
-@click.option("--out", type=PATH, help="Results folder, one per set of tasks (default: scores/<hash of the weights>).")
+@click.option("--firewall", type=FILE, help="A build's firewall.json: score items it was trained on separately.")
+@click.option("--out", type=FILE, help="Results folder, one per set of tasks (default: scores/<hash of the weights>).")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def run(**options: Any) -> None:
-    """Score a checkpoint. Run the same command again to continue an interrupted run."""
+    """Score a checkpoint. Run the same command again to continue an interrupted run.
+
+    Examples:
+      chateval run --checkpoint runs/sft --tasks mmlu,arc_easy,gsm8k --data-dir data --out scores/sft
+      chateval run --checkpoint runs/sft --tasks spelling_bee --words words.txt --limit 100
+      chateval run --checkpoint runs/sft --tasks humaneval --data-dir data --allow-code
+      torchrun --nproc-per-node 8 -m chateval run --checkpoint runs/sft --tasks mmlu --data-dir data
+    """
     from chatdata.progress import shown_progress
     from chateval.ask.generate import Sampling
     from chateval.ask.run import ScoringSettings, score
@@ -92,23 +88,25 @@ def run(**options: Any) -> None:
     say(f"{settings.out}: report.md")
 
 
-@cli.command(
-    name="compare",
-    epilog=examples("chateval compare scores/mid scores/sft", "chateval compare scores/mid scores/sft --json"),
-)
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
-@option(
+@cli.command()
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
+@click.option(
     "--examples", "num_examples", type=NOT_NEGATIVE, default=2, help="Items to show per task, both gained and lost."
 )
-@click.option("--markdown", type=PATH, help="Also write the comparison to this Markdown file.")
+@click.option("--markdown", type=FILE, help="Also write the comparison to this Markdown file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json: bool) -> None:
-    """Compare two results folders on the questions they share: what does B answer better or worse than A?"""
-    from chateval.results.compare import compare
+def compare(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json: bool) -> None:
+    """Compare two results folders on the questions they share: what does B answer better or worse than A?
+
+    Examples:
+      chateval compare scores/mid scores/sft
+      chateval compare scores/mid scores/sft --json
+    """
+    from chateval.results.compare import compare as compare_results
     from chateval.results.report import markdown_comparison, show_comparison
 
-    comparison = compare(a, b, num_examples)
+    comparison = compare_results(a, b, num_examples)
     if markdown is not None:
         with naming(markdown):
             markdown.write_text(markdown_comparison(comparison), encoding="utf-8")
@@ -118,13 +116,18 @@ def compare_results(a: Path, b: Path, num_examples: int, markdown: Path | None, 
         _print(show_comparison(comparison))
 
 
-@cli.command(epilog=examples("chateval chat --checkpoint runs/sft", "chateval chat --checkpoint runs/sft --say 'Hi!'"))
-@click.option("--checkpoint", type=PATH, required=True, help="A run folder, a checkpoint, or a transformers export.")
+@cli.command()
+@click.option("--checkpoint", type=FILE, required=True, help="A run folder, a checkpoint, or a transformers export.")
 @click.option("--say", "says", multiple=True, metavar="TEXT", help="Send this, print the answer and exit (repeatable).")
-@option("--temperature", type=click.FloatRange(min=0), default=0.6, help="0 picks the most likely token.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.6, help="0 picks the most likely token.")
 @sampling_options
 def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str | None, **options: Any) -> None:
-    """Chat with a checkpoint and see its tool calls. /clear starts over, /quit or Ctrl-D exits."""
+    """Chat with a checkpoint and see its tool calls. /clear starts over, /quit or Ctrl-D exits.
+
+    Examples:
+      chateval chat --checkpoint runs/sft
+      chateval chat --checkpoint runs/sft --say 'Hi!'
+    """
     from chateval.ask.generate import Sampling
     from chateval.ask.subject import load_subject
     from chateval.chat import converse
@@ -135,7 +138,7 @@ def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str
 
 
 @cli.command(name="tasks")
-@click.option("--task-file", "task_files", type=PATH, multiple=True, help="A Python file that defines your own task.")
+@click.option("--task-file", "task_files", type=FILE, multiple=True, help="A Python file that defines your own task.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     """List the tasks that a checkpoint can be scored on."""
@@ -147,9 +150,8 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
         for name, scored in task.scoring.sets.items() if task.scoring else ():
             kind = "letters" if task.scoring.letters else "code" if task.scoring.program else "generated"
             num_rows = scored.rows or task.splits.get(scored.subset, {}).get(scored.split, 0)
-            rows.append(
-                {"name": name, "kind": kind, "chance": scored.chance, "rows": num_rows, "summary": task.summary}
-            )
+            row = {"name": name, "kind": kind, "chance": scored.chance}
+            rows.append(row | {"rows": num_rows, "summary": task.summary})
     if as_json:
         say_json(rows)
     else:

@@ -7,21 +7,16 @@ Shapes: B rows, T positions a row, H query heads, K key/value heads (H a multipl
     attention         a sees a, b sees b, c sees c, each only backwards
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from chattrain.errors import AttentionError, ConfigError
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 AttentionForm = Literal["split", "flex"]
 
@@ -33,13 +28,13 @@ class PackedSequences:
     lengths: of every document in row order, over all B·T positions; the free end of a row counts as one document.
     positions: [B, T] int64, counting from 0 in each document.
     attention: the chosen form: (q, k, v, these documents) → as q.
-    block_mask: the documents as the flex form needs them.
+    block_mask: the documents as the flex form needs them, torch's BlockMask. Importing that takes seconds.
     """
 
     lengths: tuple[int, ...]
     positions: Tensor
-    attention: Callable[[Tensor, Tensor, Tensor, PackedSequences], Tensor]
-    block_mask: BlockMask | None = None
+    attention: Callable[[Tensor, Tensor, Tensor, "PackedSequences"], Tensor]
+    block_mask: Any = None
 
 
 def pack_sequences(
@@ -105,14 +100,14 @@ def _flex_attention(flex: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 
 
 @cache
-def _block_mask_maker(device_type: str) -> Callable[..., BlockMask]:
+def _block_mask_maker(device_type: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import create_block_mask
 
     # compiled, the B × T × T mask is never stored: 134 MB of booleans at 32 × 2048
     return torch.compile(create_block_mask) if device_type == "cuda" else create_block_mask
 
 
-def _block_mask(starts: Tensor) -> BlockMask:
+def _block_mask(starts: Tensor) -> Any:
     """starts: [B, T], where the document of each position starts, which names it."""
 
     def same_document_backwards(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

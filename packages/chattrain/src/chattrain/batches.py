@@ -63,17 +63,14 @@ def check_micro_batches(plan: TrainingPlan, num_ranks: int, device_batch_size: i
     if num_ranks < 1 or device_batch_size < 1:
         raise PlanError(f"{num_ranks} ranks × device batch size {device_batch_size}: both must be at least 1")
     if plan.order == "nanochat" and (num_ranks, device_batch_size) != (plan.num_ranks, plan.device_batch_size):
-        raise PlanError(
-            f"order nanochat was planned for {plan.num_ranks} ranks × device batch size {plan.device_batch_size}, "
-            f"not {num_ranks} × {device_batch_size}: its batches depend on both"
-        )
+        planned = f"{plan.num_ranks} ranks × device batch size {plan.device_batch_size}"
+        given = f"{num_ranks} × {device_batch_size}: its batches depend on both"
+        raise PlanError(f"order nanochat was planned for {planned}, not {given}")
     at_once = num_ranks * device_batch_size
     if plan.step_sequences % at_once:
-        raise PlanError(
-            f"a step of {plan.step_sequences} sequences cannot be cut for {num_ranks} ranks × device batch size "
-            f"{device_batch_size}: --total-batch-tokens must be a multiple of {at_once} × {plan.seq_len} = "
-            f"{at_once * plan.seq_len:,}"
-        )
+        cut = f"a step of {plan.step_sequences} sequences cannot be cut for {num_ranks} ranks × device batch size"
+        right = f"must be a multiple of {at_once} × {plan.seq_len} = {at_once * plan.seq_len:,}"
+        raise PlanError(f"{cut} {device_batch_size}: --total-batch-tokens {right}")
 
 
 def read_step(
@@ -100,10 +97,8 @@ def read_step(
     wider = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE if width and pin else width
     rows = read_rows(plan, first, first + share, wider)
     inputs, targets = (t.pin_memory() if pin else t for t in (rows.inputs, rows.targets))
-    batches = (
-        Batch(inputs[a:b], targets[a:b], None if rows.lengths is None else rows.lengths[a:b])
-        for a, b in ((a, a + device_batch_size) for a in range(0, share, device_batch_size))
-    )
+    cuts = (slice(start, start + device_batch_size) for start in range(0, share, device_batch_size))
+    batches = (Batch(inputs[cut], targets[cut], rows.lengths and rows.lengths[cut]) for cut in cuts)
     num_tokens, num_targets = int(plan.tokens_per_step[position]), int(plan.targets_per_step[position])
     return Step(step, tuple(batches), num_tokens, num_targets, _digest(rows, rank * share, width))
 
@@ -113,9 +108,8 @@ def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = Non
 
     width: W for pad, by default what the longest document of these sequences needs.
     """
-    is_stream = plan.layout == "stream"
-    rows = _stream_rows(plan, first, last) if is_stream else _document_rows(plan, first, last, width)
-    inputs, targets, lengths = rows
+    stream = plan.layout == "stream"
+    inputs, targets, lengths = _stream_rows(plan, first, last) if stream else _document_rows(plan, first, last, width)
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), lengths)
 
 
@@ -148,7 +142,6 @@ def _stream_rows(plan: TrainingPlan, first: int, last: int) -> Rows:
 
 def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None) -> Rows:
     """Whole documents: each has a position for every token but its last, so no target crosses into another document."""
-    assert plan.packing is not None
     split, place = plan.split, _places(plan, first, last, width)
     # in other chat formats id 0: what is never a target may be any token
     padding = split.build.manifest["tokenizer"]["special_ids"].get(NANOCHAT.padding, 0)
@@ -181,7 +174,6 @@ class _Places:
 
 
 def _places(plan: TrainingPlan, first: int, last: int, width: int | None) -> _Places:
-    assert plan.packing is not None
     bounds = plan.packing.bounds[first : last + 1]
     placed = slice(bounds[0], bounds[-1])
     starts = plan.split.offsets[plan.packing.documents[placed]]
@@ -215,7 +207,6 @@ def _step_width(plan: TrainingPlan, position: int) -> int | None:
     """W of pad: the same for every rank and micro-batch, however the step is cut; in order nanochat one per batch."""
     if plan.layout != "pad" or plan.order == "nanochat":
         return None
-    assert plan.packing is not None
     step = slice(position * plan.step_sequences, (position + 1) * plan.step_sequences)
     return int(plan.packing.lengths[step].max()) - 1  # pad has one document a sequence
 

@@ -23,14 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chatdata.disk import Count, Positive, decode, file_sha256, sync
+from chatdata.disk import Count, Positive, convert, decode, file_sha256, sync
 from chatdata.packing.epoch import Layout, Order, TrainingPlan
 from chatdata.packing.layouts import Long
 from chatdata.shards.manifest import Sha256
 from chatdata.shards.masks import MaskPolicy
 from chatdata.tokenizer.bpe import Tokenizer
-from chattrain.errors import CheckpointError, NonFiniteError, ResumeError, first_line
-from chattrain.model import ModelConfig, parse_config
+from chatdata.tokenizer.files import load_tokenizer
+from chattrain.errors import CheckpointError, NonFiniteError, ResumeError, RunError, first_line
+from chattrain.model import ModelConfig, Tensors, parse_config
 
 FORMAT, VERSION = "chattrain-checkpoint", 2  # 2: with SHA-256, and "layout" in the plan
 PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
@@ -57,6 +58,10 @@ class Recipe(msgspec.Struct, frozen=True):
     dtype: Dtype
     non_finite: NonFinite
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_steps > MAX_STEPS:
+            raise RunError(f"{self.num_steps:,} steps: must be at most {MAX_STEPS:,}")
 
 
 class PlanRecord(msgspec.Struct, frozen=True):
@@ -95,18 +100,12 @@ def require_same(saved: Mapping[str, Any], current: PlanRecord | Recipe) -> None
     for name, value in msgspec.structs.asdict(current).items():
         if saved.get(name) != value:
             kind = "plan" if isinstance(current, PlanRecord) else "recipe"
-            raise ResumeError(
-                f"the {kind} changed: {name} was {saved.get(name)!r} and is now {value!r}; "
-                "a run continues only on the same build, with the same plan and recipe"
-            )
+            change = f"{name} was {saved.get(name)!r} and is now {value!r}"
+            same = "a run continues only on the same build, with the same plan and recipe"
+            raise ResumeError(f"the {kind} changed: {change}; {same}")
 
 
-class _Version(msgspec.Struct):
-    format: str
-    version: Count
-
-
-class _State(_Version):
+class _State(msgspec.Struct):
     step: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEPS)]
     config: dict[str, Any]
     plan: dict[str, Any]
@@ -141,13 +140,10 @@ class Checkpoint:
 
     def native_tokenizer(self) -> Tokenizer:
         """Raises CheckpointError if the checkpoint was trained in another chat format, TokenizerError."""
-        from chatdata.tokenizer.files import load_tokenizer
-
         tokenizer = load_tokenizer(self.path / "tokenizer", native=False)
         if tokenizer.missing_special_tokens:
-            raise CheckpointError(
-                f"{self.path}: trained in another chat format than nanochat's; only that one is scored and exported"
-            )
+            other = "trained in another chat format than nanochat's; only that one is scored and exported"
+            raise CheckpointError(f"{self.path}: {other}")
         return tokenizer
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
@@ -165,28 +161,19 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+def require_finite(tensors: Tensors, step: int) -> None:
     """Raise NonFiniteError naming the first of `tensors`, weights or optimizer state, that holds NaN or infinity.
 
     step: how many are done. Costs a third of writing the tensors: an infinity norm keeps NaN and copies nothing.
     """
     for name, tensor in tensors.items():
         if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(tensor.detach(), math.inf)):
-            raise NonFiniteError(
-                f"after {step:,} steps {name} is not finite: no checkpoint is written, earlier ones are kept "
-                "(a lower --lr-scale may help)"
-            )
+            kept = "no checkpoint is written, earlier ones are kept (a lower --lr-scale may help)"
+            raise NonFiniteError(f"after {step:,} steps {name} is not finite: {kept}")
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    config: ModelConfig,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    plan: Any,
-    recipe: Any,
-    tokenizer: Path,
+    folder: Path, step: int, config: ModelConfig, weights: Tensors, optimizer: Tensors, plan, recipe, tokenizer: Path
 ) -> Path:
     """Write the checkpoint of `step` into `folder`; return its path. Raises CheckpointError if it cannot.
 
@@ -246,15 +233,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if last is None:
             raise CheckpointError(f"{path}: neither a checkpoint (no state.json) nor a run with checkpoints/")
         return last
-    data = file.read_bytes()
-    found = decode(data, _Version, str(file), CheckpointError)
-    if (found.format, found.version) != (FORMAT, VERSION):
-        raise CheckpointError(
-            f"{path}: {found.format} version {found.version}; this chattrain reads {FORMAT} version {VERSION}: "
-            "read it with the chattrain that wrote it"
-        )
-    state = decode(data, _State, str(file), CheckpointError)
-    if state.sha256 != _state_sha256(decode(data, dict, str(file), CheckpointError)):
+    values = decode(file.read_bytes(), dict, str(file), CheckpointError)
+    if (found := (values.get("format"), values.get("version"))) != (FORMAT, VERSION):
+        ours = f"{FORMAT} version {VERSION}: read it with the chattrain that wrote it"
+        raise CheckpointError(f"{path}: {found[0]} version {found[1]}; this chattrain reads {ours}")
+    state = convert(values, _State, str(file), CheckpointError)
+    if state.sha256 != _state_sha256(values):
         raise CheckpointError(f"{file}: does not match its sha256: it was changed after the run")
     if re.fullmatch(NAME, path.name) and path.name != checkpoint_name(state.step):
         raise CheckpointError(f"{file}: step {state.step}, but the folder is {path.name}: it was renamed")

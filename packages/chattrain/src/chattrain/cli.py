@@ -1,88 +1,39 @@
 """The command line. Heavy imports are inside the functions that need them, so that `--help` is fast."""
 
-import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
-from chatdata import version_of
-from chatdata.cli.command import MaskPolicyChoice, examples, expect_option, run_command, tokenizer_of
+from chatdata.cli.command import FILE, check_free, expect_option, program, run_command, tokenizer_of
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
-from chattrain.errors import RunError
+from chattrain.run.settings import RunSettings, settings_options
 
-PATH = click.Path(path_type=Path)
-POSITIVE = click.IntRange(min=1)
-LONG, NON_FINITE = ("error", "drop", "truncate"), ("raise", "skip")
-option = partial(click.option, show_default=True)
+cli = program("chattrain", "Train small chat models on chatdata builds: streamed by stage policy, exact, resumable.")
 
 
-def choice(name: str, *values: str, **options: Any) -> Any:
-    """An option with one of these values."""
-    return option(name, type=click.Choice(values), **options)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(version_of("chattrain"))
-@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
-def cli(debug: bool) -> None:
-    """Train small chat models on chatdata builds: streamed by stage policy, exact, resumable."""
-
-
-@cli.command(
-    epilog=examples(
-        "chattrain run --data out/demo-mid --init random:d4 --seq-len 256 --device-batch-size 16 --out runs/mid",
-        "chattrain run --data out/demo-sft --init runs/mid --seq-len 768 --out runs/sft",
-        "chattrain run --data hf://datasets/OWNER/NAME --init random:d20 --out runs/mid --expect 0123456789ab",
-        "torchrun --nproc-per-node 8 -m chattrain run --data out/mid --init random:d20 --out runs/mid --resume",
-    )
-)
-@option("--data", required=True, metavar="BUILD", help="A chatdata build: its folder, or an address (hf://, s3://, …).")
+@cli.command()
+@settings_options
 @expect_option
-@choice("--stage", "base", "mid", "sft", help="Stage policy (default: the build's stage).")
-@option(
-    "--init",
-    required=True,
-    metavar="random:dN|CHECKPOINT",
-    help="Fresh weights (also random:LAYERSxWIDTHxHEADS), a checkpoint or a run.",
-)
-@option("--out", type=PATH, help="Run folder (default: runs/<stage>).")
-@option("--seq-len", type=POSITIVE, default=2048, help="T, positions of a sequence.")
-@option("--device-batch-size", type=POSITIVE, default=8, help="B, sequences at a time.")
-@option("--total-batch-tokens", type=POSITIVE, help="Positions of a step (default: B · T · ranks).")
-@option("--steps", type=POSITIVE, help="Steps of the whole schedule (default: --epochs times the plan).")
-@option("--epochs", type=POSITIVE, default=1, help="Passes over the plan.")
-@option(
-    "--stop-at", type=click.IntRange(min=0), help="End a longer schedule after this many steps (0: save the start)."
-)
-@option("--lr-scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Multiply every learning rate.")
-@option("--save-every", type=POSITIVE, help="Steps between checkpoints (there is always one at the end).")
-@option("--keep-last", type=POSITIVE, default=2, help="Checkpoints to keep.")
-@option("--eval-every", type=POSITIVE, help="Steps between validations: bits per byte, in total and per task.")
-@choice("--layout", "stream", "pack", "pad", help="Default: the stage's.")
-@option("--mask", type=MaskPolicyChoice(), help="Which tokens are targets (default: the stage's policy).")
-@choice("--order", "plan", "nanochat", default="plan", help="Our plan, or the batches that nanochat's loaders make.")
-@choice("--long", *LONG, default="error", help="What to do with documents of more than T + 1 tokens (pack and pad).")
-@choice("--non-finite", *NON_FINITE, default="raise", help="What to do if a step's loss or gradient is not finite.")
-@choice("--device", "cpu", "cuda", "mps", help="Default: cuda if available.")
-@choice("--dtype", "float32", "bfloat16", help="Default: bfloat16 on cuda, else float32.")
-@option("--compile/--no-compile", default=None, help="torch.compile (default: on cuda).")
-@option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more compute.")
-@option("--seed", type=int, default=42, help="For fresh weights and the order of sequences.")
-@option("--resume", is_flag=True, help="Continue from OUT's last checkpoint (from the start if it has none).")
-@option("--tensorboard", is_flag=True, help="Also write TensorBoard files (`uv sync --extra tensorboard`).")
-@option("--dry-run", is_flag=True, help="Print plan, parameters, memory and time of one real step, then stop.")
-@option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--dry-run", is_flag=True, help="Print plan, parameters, memory and time of one real step, then stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def run(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Train on a build. SIGTERM and SIGINT save a checkpoint and exit 0."""
+    """Train on a build. SIGTERM and SIGINT save a checkpoint and exit 0.
+
+    Examples:
+      chattrain run --data out/demo-mid --init random:d4 --seq-len 256 --device-batch-size 16 --out runs/mid
+      chattrain run --data out/demo-sft --init runs/mid --seq-len 768 --out runs/sft
+      chattrain run --data hf://datasets/OWNER/NAME --init random:d20 --out runs/mid --expect 0123456789ab
+      torchrun --nproc-per-node 8 -m chattrain run --data out/mid --init random:d20 --out runs/mid --resume
+    """
     from chatdata.shards.address import is_address
     from chatdata.shards.read import open_build
     from chattrain import loop
     from chattrain.checkpoint import checkpoint_name
-    from chattrain.run.settings import RunSettings
     from chattrain.run.start import StopRequest, join_ranks, memory_limited, prepare
     from chattrain.run.telemetry import RunRecord, draw_curve, lock_run, write_run
 
@@ -126,30 +77,31 @@ def _echo_dry_run(numbers: dict[str, Any]) -> None:
     memory, step = numbers["memory_bytes"], numbers["step"]
     _echo_plan(numbers["plan"], numbers["steps"], numbers["stage"])
     say(f"model: {numbers['parameters']:,} parameters, {numbers['flops_per_token']:,} FLOPs per token")
-    say(
-        f"memory: weights and gradients {memory['weights_and_gradients'] / 2**20:,.0f} MiB, optimizer "
-        f"{memory['optimizer'] / 2**20:,.0f} MiB, peak of one step {memory['peak_of_one_step'] / 2**20:,.0f} MiB"
-    )
+    say("memory: " + ", ".join(f"{name.replace('_', ' ')} {size / 2**20:,.0f} MiB" for name, size in memory.items()))
     say(f"one step on {numbers['device']}: {step['duration_s']} s, {step['tokens_per_s']:,} tokens/s")
     say(f"the run: about {numbers['estimated_duration_s']:,} s")
 
 
 def _echo_plan(counts: dict[str, Any], num_steps: int, stage: str) -> None:
-    say(
-        f"stage {stage}: {num_steps:,} steps; an epoch: {counts['steps']:,} steps, {counts['sequences']:,} sequences, "
-        f"{counts['input_tokens']:,} input tokens, {counts['targets']:,} targets of {counts['documents']:,} documents"
-    )
+    epoch = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in ("steps", "sequences", "input_tokens"))
+    targets = f"{counts['targets']:,} targets of {counts['documents']:,} documents"
+    say(f"stage {stage}: {num_steps:,} steps; an epoch: {epoch}, {targets}")
     left = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts["left_out"].items() if value)
     say(f"left out of an epoch: {left or 'nothing'}")
 
 
-@cli.command(epilog=examples("chattrain trace runs/mid --step 120", "chattrain trace runs/sft --step 7 --json"))
-@click.argument("run_folder", metavar="RUN", type=PATH)
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=FILE)
 @click.option("--step", type=int, required=True, help="The first step is 0.")
-@click.option("--data", type=PATH, help="The build, if it has moved.")
+@click.option("--data", type=FILE, help="The build, if it has moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def trace(run_folder: Path, step: int, data: str | None, as_json: bool) -> None:
-    """Show which documents were in a step of a run."""
+def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None:
+    """Show which documents were in a step of a run.
+
+    Examples:
+      chattrain trace runs/mid --step 120
+      chattrain trace runs/sft --step 7 --json
+    """
     from chattrain.run.trace import trace_step
 
     found = trace_step(run_folder, step, data)
@@ -164,12 +116,16 @@ def trace(run_folder: Path, step: int, data: str | None, as_json: bool) -> None:
         say(f"{document['sequence']:>8}  {document['doc']:>8}  {tokens:>13}  {document['row']:>8}  {document['name']}")
 
 
-@cli.command(epilog=examples("chattrain export runs/sft --out exported --verify"))
-@click.argument("checkpoint", type=PATH)
-@click.option("--out", type=PATH, required=True, help="Folder to write.")
+@cli.command()
+@click.argument("checkpoint", type=FILE)
+@click.option("--out", type=FILE, required=True, help="Folder to write.")
 @click.option("--verify", is_flag=True, help="Load the export with transformers and compare logits and config.")
 def export(checkpoint: Path, out: Path, verify: bool) -> None:
-    """Write a checkpoint (or a run's last one) as transformers' NanoChat."""
+    """Write a checkpoint (or a run's last one) as transformers' NanoChat.
+
+    Examples:
+      chattrain export runs/sft --out exported --verify
+    """
     from chatdata.render.format import NANOCHAT
     from chattrain.checkpoint import read_checkpoint
     from chattrain.nanochat.export import export_transformers
@@ -182,37 +138,31 @@ def export(checkpoint: Path, out: Path, verify: bool) -> None:
     say(f"{out}: {found.path.name} as NanoChat{', verified against transformers' if verify else ''}")
 
 
-@cli.command(
-    name="import-nanochat",
-    epilog=examples("chattrain import-nanochat base_checkpoints/d20 --tokenizer tokenizer.pkl --out runs/d20-base"),
-)
-@click.argument("folder", type=PATH)
-@click.option("--tokenizer", type=PATH, required=True, help="The tokenizer that the model was trained with.")
-@click.option("--out", type=PATH, required=True, help="Run folder to write, for --init.")
+@cli.command()
+@click.argument("folder", type=FILE)
+@click.option("--tokenizer", type=FILE, required=True, help="The tokenizer that the model was trained with.")
+@click.option("--out", type=FILE, required=True, help="Run folder to write, for --init.")
 def import_nanochat(folder: Path, tokenizer: Path, out: Path) -> None:
-    """Convert nanochat's model_<step>.pt and meta_<step>.json (December 2025) to a checkpoint."""
+    """Convert nanochat's model_<step>.pt and meta_<step>.json (December 2025) to a checkpoint.
+
+    Examples:
+      chattrain import-nanochat base_checkpoints/d20 --tokenizer tokenizer.pkl --out runs/d20-base
+    """
     from chatdata.tokenizer.files import save_tokenizer
     from chattrain.checkpoint import require_finite, save_checkpoint
     from chattrain.nanochat.checkpoints import import_nanochat as read
     from chattrain.run.telemetry import lock_run
 
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out}: already exists; choose another --out")
+    check_free(out)
     weights, config, step = read(folder)
     loaded = tokenizer_of(tokenizer)
     if loaded.vocab_size != config.vocab_size:
-        raise UsageError(
-            f"{tokenizer} has {loaded.vocab_size:,} tokens, the model {config.vocab_size:,}; "
-            "give the tokenizer that the model was trained with"
-        )
+        sizes = f"{tokenizer} has {loaded.vocab_size:,} tokens, the model {config.vocab_size:,}"
+        raise UsageError(f"{sizes}; give the tokenizer that the model was trained with")
     require_finite(weights, step)
-    folder_of_tokenizer = out / ".tokenizer"
-    with lock_run(out):
-        try:
-            save_tokenizer(loaded, folder_of_tokenizer)
-            path = save_checkpoint(out / "checkpoints", step, config, weights, {}, {}, {}, folder_of_tokenizer)
-        finally:
-            shutil.rmtree(folder_of_tokenizer, ignore_errors=True)
+    with lock_run(out), TemporaryDirectory(dir=out) as folder_of_tokenizer:
+        save_tokenizer(loaded, Path(folder_of_tokenizer))
+        path = save_checkpoint(out / "checkpoints", step, config, weights, {}, {}, {}, Path(folder_of_tokenizer))
     say(f"{path}: step {step}, {config.n_layer} layers, width {config.n_embd}")
 
 

@@ -33,6 +33,7 @@ def token_byte_counts(tokenizer: Tokenizer) -> np.ndarray:
     return counts
 
 
+@torch.no_grad()
 def bits_per_byte(
     model: GPT,
     forward: Forward,
@@ -59,11 +60,8 @@ def bits_per_byte(
         if first == last:
             continue
         rows = read_rows(plan, first, last)
-        with torch.no_grad():
-            hidden = forward(rows.inputs, rows.lengths)
-            losses = position_losses(
-                hidden, model.lm_head.weight, rows.targets.to(ranks.device), model.config.vocab_size
-            )
+        hidden, targets = forward(rows.inputs, rows.lengths), rows.targets.to(ranks.device)
+        losses = position_losses(hidden, model.lm_head.weight, targets, model.config.vocab_size)
         read = rows.targets.numpy()
         counts = byte_counts[np.maximum(read, 0)] * (read >= 0)
         counted = counts > 0

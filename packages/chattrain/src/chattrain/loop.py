@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -62,13 +63,8 @@ def read_ahead(
         return read_step(plan, step, rank, num_ranks, device_batch_size, pin)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        ahead = None
-        for step in steps:
-            following = thread.submit(read, step)
-            if ahead is not None:
-                yield ahead.result()
-            ahead = following
-        if ahead is not None:
+        reading = (thread.submit(read, step) for step in steps)
+        for ahead, _following in pairwise(chain(reading, [None])):
             yield ahead.result()
 
 
@@ -106,7 +102,7 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
     for number, batch in enumerate(step.batches):
         last = number + 1 == len(step.batches)
         # gradients travel once a step, with the last micro-batch
-        with contextlib.nullcontext() if last or ranks.num_ranks == 1 else learner.called.no_sync():  # type: ignore[operator]
+        with contextlib.nullcontext() if last or ranks.num_ranks == 1 else learner.called.no_sync():
             total += backward(learner, batch, max(step.num_targets, 1)).cpu().double()  # mps has no float64
     loss = float(ranks.sum(total)) / max(step.num_targets, 1)
     digest = int(ranks.sum(torch.tensor(step.digest, dtype=torch.int64)))
@@ -116,10 +112,9 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
         require_finite(dict(model.named_parameters()), step.number)
     if not finite and recipe.non_finite == "raise":
         names = name_documents(reads_of_step(plan, step.number))
-        raise NonFiniteError(
-            f"step {step.number}: loss {loss}, gradient norm {gradient_norm}, from {names} of {plan.split.name}; "
-            "nothing was updated (--non-finite skip leaves such steps out)"
-        )
+        found = f"loss {loss}, gradient norm {gradient_norm}, from {names} of {plan.split.name}"
+        after = "nothing was updated (--non-finite skip leaves such steps out)"
+        raise NonFiniteError(f"step {step.number}: {found}; {after}")
     schedule = SCHEDULES[recipe.stage]
     rate = multiplier(schedule, step.number, recipe.num_steps)
     if finite:
@@ -133,9 +128,8 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
 def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
     """Do the remaining steps; return how many are done in all. Saves at the end and when asked to stop."""
     learner, plan, recipe, ranks = run.learner, run.plan, run.recipe, run.learner.ranks
-    done, end = run.start, recipe.num_steps
-    if settings.stop_at is not None:
-        end = min(end, settings.stop_at)
+    done = run.start
+    end = recipe.num_steps if settings.stop_at is None else min(recipe.num_steps, settings.stop_at)
     if done >= end:
         if end == 0:  # only the starting weights are wanted, to compare others with
             _save(run, settings, 0)
@@ -153,19 +147,12 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
             result = train_step(learner, recipe, plan, step)
             done, duration_s = step.number + 1, time.perf_counter() - started
             tokens_per_s = step.num_tokens / duration_s
-            entry = TrainEntry(
-                **asdict(result),
-                step=step.number,
-                tokens=step.num_tokens,
-                targets=step.num_targets,
-                tokens_per_s=round(tokens_per_s, 1),
-                mfu=mfu(learner.model.config, plan.seq_len, tokens_per_s / ranks.num_ranks, ranks.device),
-                memory_bytes=peak_memory(ranks.device),
-                data_wait_share=round(wait_s / duration_s, 5),
-            )
-            write(entry)
-            note = f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s"
-            progress(recipe.stage, done, end, "steps", note)
+            counts = {"step": step.number, "tokens": step.num_tokens, "targets": step.num_targets}
+            share_of_peak = mfu(learner.model.config, plan.seq_len, tokens_per_s / ranks.num_ranks, ranks.device)
+            speed = {"tokens_per_s": round(tokens_per_s, 1), "mfu": share_of_peak}
+            speed |= {"memory_bytes": peak_memory(ranks.device), "data_wait_share": round(wait_s / duration_s, 5)}
+            write(TrainEntry(**asdict(result), **counts, **speed))
+            progress(recipe.stage, done, end, "steps", f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
             stopped = stop.agreed(ranks)
             if run.val_plan is not None and not stopped and (done % settings.eval_every == 0 or done == end):
                 stopped = _evaluate(run, settings, done, write, stop)
@@ -217,15 +204,10 @@ def dry_run(run: Run, device_batch_size: int) -> dict[str, Any]:
     state = sum(t.numel() * t.element_size() for t in optimizer_tensors(learner.model, learner.optimizers).values())
     memory = {"weights_and_gradients": 2 * parameters * 4, "optimizer": state}
     memory["peak_of_one_step"] = peak_memory(ranks.device)
-    recipe, counts = run.recipe, run.plan.counts()
-    numbers = {"plan": counts, "steps": recipe.num_steps, "stage": recipe.stage, "dtype": recipe.dtype}
-    return numbers | {
-        "device": str(ranks.device),
-        "ranks": ranks.num_ranks,
-        "parameters": parameters,
-        "flops_per_token": flops_per_token(learner.model.config, run.plan.seq_len),
-        "memory_bytes": memory,
-        "step": {"duration_s": round(duration_s, 3), "tokens_per_s": round(step.num_tokens / duration_s)},
-        "first_loss": result.loss,
-        "estimated_duration_s": round(duration_s * (recipe.num_steps - run.start), 1),
-    }
+    recipe, flops = run.recipe, flops_per_token(learner.model.config, run.plan.seq_len)
+    numbers = {"plan": run.plan.counts(), "steps": recipe.num_steps, "stage": recipe.stage, "dtype": recipe.dtype}
+    numbers |= {"device": str(ranks.device), "ranks": ranks.num_ranks}
+    numbers |= {"parameters": parameters, "flops_per_token": flops, "memory_bytes": memory}
+    numbers["step"] = {"duration_s": round(duration_s, 3), "tokens_per_s": round(step.num_tokens / duration_s)}
+    left_s = round(duration_s * (recipe.num_steps - run.start), 1)
+    return numbers | {"first_loss": result.loss, "estimated_duration_s": left_s}

@@ -98,6 +98,7 @@ def random_config(name: str, vocab_size: int, sequence_len: int) -> ModelConfig:
     return ModelConfig(sequence_len, vocab_size, depth, heads, heads, width)
 
 
+Tensors = Mapping[str, Tensor]  # by name
 Rotary = tuple[Tensor, Tensor]  # cos and sin of the positions, see rotary_tables
 
 
@@ -211,12 +212,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": Embedding(config.vocab_rows, config.n_embd),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            }
-        )
+        blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer = nn.ModuleDict({"wte": Embedding(config.vocab_rows, config.n_embd), "h": blocks})
         self.lm_head = Linear(config.n_embd, config.vocab_rows, bias=False)
 
     def forward(
@@ -276,7 +273,7 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     return weights
 
 
-def check_weights(weights: Mapping[str, Tensor], config: ModelConfig, where: str) -> None:
+def check_weights(weights: Tensors, config: ModelConfig, where: str) -> None:
     """Raise WeightsError unless `weights` are exactly the model's, by name and shape (`where` names their source)."""
     shapes = parameter_shapes(config)
     if unknown := set(weights) - set(shapes):
@@ -289,7 +286,7 @@ def check_weights(weights: Mapping[str, Tensor], config: ModelConfig, where: str
 
 
 def load_model(
-    config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu", recompute: bool = False
+    config: ModelConfig, weights: Tensors, device: torch.device | str = "cpu", recompute: bool = False
 ) -> GPT:
     """A model holding a copy of `weights` in fp32. Raises WeightsError for unknown, missing, wrongly shaped tensors."""
     check_weights(weights, config, "model weights")

@@ -8,7 +8,7 @@ fp32. The rest is the same in nanochat, in torch with adjust_lr_fn="original", a
     update ← Newton-Schulz, 5 steps, of update / norm; × sqrt(max(1, rows / columns)); no weight decay (torch: 0.1)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from chattrain.errors import WeightsError, named
-from chattrain.model import GPT
+from chattrain.model import GPT, Tensors
 
 MATRIX_LR = 0.02
 EMBEDDING_LR = 0.2
@@ -37,11 +37,9 @@ class Schedule:
     momentum_steps: int  # over this many steps
 
 
-SCHEDULES = {
-    "base": Schedule(lr_fraction=1.0, lr_constant=0.8, momentum=(0.85, 0.95), momentum_steps=300),
-    "mid": Schedule(lr_fraction=1.0, lr_constant=0.8, momentum=(0.85, 0.95), momentum_steps=300),
-    "sft": Schedule(lr_fraction=0.02, lr_constant=0.0, momentum=(0.95, 0.95), momentum_steps=1),
-}
+FULL = Schedule(lr_fraction=1.0, lr_constant=0.8, momentum=(0.85, 0.95), momentum_steps=300)
+TUNING = Schedule(lr_fraction=0.02, lr_constant=0.0, momentum=(0.95, 0.95), momentum_steps=1)
+SCHEDULES = {"base": FULL, "mid": FULL, "sft": TUNING}
 
 
 def multiplier(schedule: Schedule, step: int, num_steps: int) -> float:
@@ -129,7 +127,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: Tensors) -> None:
     """Restore what `optimizer_tensors` returned. Raises WeightsError for unknown or missing names and wrong shapes."""
     slots = {
         f"{name}/{key}": (parameter, optimizer, key)

@@ -55,7 +55,6 @@ def reads_of_sequences(plan: TrainingPlan, first: int, last: int) -> Reads:
         return Reads(sequence, packing.documents[placed], np.zeros_like(lengths), lengths)
     if plan.order == "plan":
         return _reads_of_line(plan.split.offsets, sequences, sequences * plan.seq_len, plan.seq_len + 1)
-    assert plan.rank_offsets is not None and plan.num_ranks is not None and plan.device_batch_size is not None
     steps, rest = np.divmod(sequences, plan.step_sequences)
     ranks, rows = np.divmod(rest, plan.device_batch_size)
     starts = steps * line_tokens(plan) + rows * plan.seq_len

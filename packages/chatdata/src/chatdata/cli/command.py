@@ -176,11 +176,6 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def examples(*lines: str) -> str:
-    """Examples at the end of a command's --help."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
 def _stop(message: str, code: int) -> NoReturn:
     say(f"Error: {message}", error=True)
     sys.exit(code)

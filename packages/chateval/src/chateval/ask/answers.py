@@ -48,7 +48,6 @@ def answer_letters(subject: Subject, draws: Sequence[Draw]) -> Iterator[dict[str
 
 def answer_texts(subject: Subject, task: Task, draws: Sequence[Draw], sampling: Sampling) -> Iterator[dict[str, Any]]:
     """Generated answers, graded by the task's own file, each as it ends."""
-    assert task.scoring is not None and task.scoring.grade is not None
     for draw, completion, line in _generated(subject, draws, sampling):
         grade = call_task(task, task.scoring.grade, draw.question.row, answer_text(subject, completion))
         line |= {"extracted": grade.extracted, "gold": grade.gold, "correct": grade.correct}
@@ -61,12 +60,10 @@ def answer_programs(
     subject: Subject, task: Task, draws: Sequence[Draw], sampling: Sampling, isolation: Isolation
 ) -> Iterator[dict[str, Any]]:
     """Generated programs, run in the sandbox with their tests."""
-    assert task.scoring is not None and task.scoring.program is not None
-    write_program = task.scoring.program
 
     def run(draw: Draw, completion: Completion, line: dict[str, Any]) -> dict[str, Any]:
         text = answer_text(subject, completion)
-        outcome = run_code(isolation, call_task(task, write_program, draw.question.row, text))
+        outcome = run_code(isolation, call_task(task, task.scoring.program, draw.question.row, text))
         cut = "" if completion.ending in WHOLE_ENDINGS else f"{completion.ending}, "
         line |= {"extracted": text, "gold": "its tests pass", "correct": outcome.passed}
         return line | {"ending": cut + outcome.ending, "detail": outcome.detail}
@@ -92,12 +89,9 @@ def answer_text(subject: Subject, completion: Completion) -> str:
     inside = {
         i for start, end in pairwise(delimiters) if closing.get(tokens[start]) == tokens[end] for i in range(start, end)
     }
-    kept = [
-        token
-        for i, (token, is_forced) in enumerate(zip(tokens, completion.forced, strict=True))
-        if i not in inside and not is_forced and token in subject.tokenizer.token_bytes
-    ]
-    return subject.tokenizer.decode(kept)
+    hidden = inside | {i for i, is_forced in enumerate(completion.forced) if is_forced}
+    texts = subject.tokenizer.token_bytes
+    return subject.tokenizer.decode([token for i, token in enumerate(tokens) if i not in hidden and token in texts])
 
 
 def _head(draw: Draw) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from chateval.ask.subject import Subject, prompt_logits
 
 # assistant_end and bos end an answer; the others say why it was cut
 Ending = Literal["assistant_end", "bos", "max_tokens", "context"]
+OnToken = Callable[[int, int, bool], None]  # takes the number of the prompt, a token, and whether it was forced
 
 DROP_SHARE = 0.25  # copy the cache without its finished rows once they are this share: copying at every end costs more
 
@@ -84,14 +85,11 @@ class _Row:
 
 
 def generate(
-    subject: Subject,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    on_token: Callable[[int, int, bool], None] | None = None,
+    subject: Subject, prompts: Sequence[Prompt], sampling: Sampling, on_token: OnToken | None = None
 ) -> Iterator[tuple[int, Completion]]:
     """Continue all `prompts` as one batch; yield (number of the prompt, answer) as each answer ends.
 
-    on_token: called with (number of the prompt, token, forced) for each token, to show it immediately.
+    on_token: called for each token, to show it immediately.
     A prompt that fills the model's positions ends immediately, with ending "context".
     """
     special = subject.tokenizer.special_ids

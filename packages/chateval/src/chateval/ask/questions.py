@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from chatdata.recipe import Entry, scored_entry
 from chatdata.render.specification import render_conversation, render_for_completion
 from chatdata.sources.find import Locations, resolve
 from chatdata.sources.source import Source
-from chatdata.tasks.task import Scoring, Task, call_task
+from chatdata.tasks.task import Task, call_task
 from chatdata.tokenizer.bpe import Tokenizer
 from chateval.errors import UsageError
 
@@ -104,7 +104,6 @@ def load_questions(
 
 
 def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokenizer, limit: int | None) -> ScoredTask:
-    scoring = cast(Scoring, task.scoring)
     num_rows = entry.rows if source.make_row else source.num_rows
     order = permutation(num_rows) if task.permuted else np.arange(num_rows)
     chosen = order[list(select(num_rows, None, None, None, limit))]
@@ -117,21 +116,19 @@ def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokeni
             questions[number] = _question(name, item, task, row, tokenizer)
         except ChatdataError as error:
             raise error.at(f"{name}: {source.where(number)}") from error
+    scoring = task.scoring
     kind: Kind = "categorical" if scoring.letters else "code" if scoring.program else "generative"
-    chance = scoring.sets[name].chance
     in_order = [questions[number] for number in chosen.tolist()]
-    return ScoredTask(name, kind, chance, task, source.describe(), num_rows, in_order)
+    return ScoredTask(name, kind, scoring.sets[name].chance, task, source.describe(), num_rows, in_order)
 
 
 def _question(name: str, item: str, task: Task, row: Any, tokenizer: Tokenizer) -> Question:
-    scoring = cast(Scoring, task.scoring)
     conversation = parse_conversation(call_task(task, task.to_conversation, row))
     prompt = render_for_completion(tokenizer, conversation)
-    subject = call_task(task, itemgetter(scoring.subject_key), row) if scoring.subject_key else None
-    letters: tuple[str, ...] = ()
-    gold: Any = ""
-    if scoring.letters is not None:
-        letters, gold = tuple(call_task(task, scoring.letters, row)), conversation["messages"][-1]["content"]
+    subject = call_task(task, itemgetter(task.scoring.subject_key), row) if task.scoring.subject_key else None
+    letters, gold = (), ""
+    if task.scoring.letters is not None:
+        letters, gold = tuple(call_task(task, task.scoring.letters, row)), conversation["messages"][-1]["content"]
         if len(letters) < 2 or gold not in letters:
             raise TaskError(f"the answer {gold!r} must be one of at least two letters, not of {', '.join(letters)}")
     return Question(name, item, subject, row, conversation, prompt, tokenizer, letters, gold)

@@ -7,7 +7,7 @@ the lines are sorted into the tasks' order.
 """
 
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -52,7 +52,7 @@ def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: P
     Raises UsageError, MissingSource, ScoringError, ResultsError (the folder of another run), SandboxError.
     """
     tasks = load_tasks(settings.task_files)
-    isolation = _isolation(settings, [name for name, task in scored_sets(tasks).items() if task.scoring.program])  # type: ignore[union-attr]
+    isolation = _isolation(settings, [name for name, task in scored_sets(tasks).items() if task.scoring.program])
     scored = load_questions(settings.tasks, tasks, subject.tokenizer, settings.data_dir, settings.words, settings.limit)
     run = describe_run(subject, settings, scored)
     if settings.firewall is not None:
@@ -72,8 +72,10 @@ def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: P
                 num_done, num_draws = 0, sum(map(len, batches))
                 progress(task.name, num_done, num_draws, "answers")
                 for batch in batches:
-                    for line in _answer_missing(subject, task, batch, settings, isolation, done):
-                        append_item(file, line)
+                    missing = {draw.key for draw in batch} - done
+                    for line in _answers(subject, task, batch, settings, isolation) if missing else ():
+                        if (line["task"], line["item"], line["draw"]) in missing:
+                            append_item(file, line)
                     num_done += len(batch)
                     progress(task.name, num_done, num_draws, "answers")
     ranks.wait()
@@ -119,34 +121,20 @@ def _write_new_run(out: Path, run: Run) -> None:
         write_run(out, run)
 
 
-def _answer_missing(
-    subject: Subject,
-    task: ScoredTask,
-    batch: Sequence[Draw],
-    settings: ScoringSettings,
-    isolation: Isolation | None,
-    done: Set[tuple[str, str, int]],
+def _answers(
+    subject: Subject, task: ScoredTask, batch: Sequence[Draw], settings: ScoringSettings, isolation: Isolation | None
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a batch that are not `done`. Raises ScoringError if the batch does not fit in memory."""
-    missing = {draw.key for draw in batch} - done
-    if not missing:
-        return
+    """The lines of a batch. Raises ScoringError if the batch does not fit in memory."""
     try:
         if task.kind == "categorical":
-            lines = answer_letters(subject, batch)
+            yield from answer_letters(subject, batch)
         elif task.kind == "generative":
-            lines = answer_texts(subject, task.task, batch, settings.sampling)
+            yield from answer_texts(subject, task.task, batch, settings.sampling)
         else:
-            assert isolation is not None
-            lines = answer_programs(subject, task.task, batch, settings.sampling, isolation)
-        for line in lines:
-            if (line["task"], line["item"], line["draw"]) in missing:
-                yield line
+            yield from answer_programs(subject, task.task, batch, settings.sampling, isolation)
     except torch.OutOfMemoryError:
-        raise ScoringError(
-            f"{task.name}: out of memory with {len(batch)} questions at once; "
-            "run it again with a smaller --batch-size to continue"
-        ) from None
+        remedy = "run it again with a smaller --batch-size to continue"
+        raise ScoringError(f"{task.name}: out of memory with {len(batch)} questions at once; {remedy}") from None
 
 
 def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from chatdata.document import IGNORED, Document
 from chatdata.tokenizer.bpe import Tokenizer
@@ -19,7 +20,7 @@ from chattrain.checkpoint import read_checkpoint
 from chattrain.evaluate import token_byte_counts
 from chattrain.loss import position_losses
 from chattrain.model import GPT, ModelConfig, load_model
-from chattrain.nanochat.export import is_export, read_export
+from chattrain.nanochat.export import BY_VOCABULARY, is_export, read_export
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +59,7 @@ class Subject:
 def prompt_logits(subject: Subject, prompts: Sequence[Sequence[int]], cache: KeyValueCache | None = None) -> Tensor:
     """Logits [B, V] after each of B prompts. Padding is on the right, where no earlier position sees it."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = torch.tensor(prompt)
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     hidden = subject.hidden(tokens.to(subject.device), cache=cache)
     return subject.logits(hidden[torch.arange(len(prompts)), lengths - 1])
 
@@ -80,10 +79,8 @@ def gold_losses(subject: Subject, documents: Sequence[Document]) -> list[tuple[f
         inputs[i, : len(tokens) - 1] = tokens[:-1]
         targets[i, : len(tokens) - 1][counted] = tokens[1:][counted]
     hidden = subject.hidden(torch.from_numpy(inputs).to(subject.device))
-    model = subject.model
-    losses = position_losses(
-        hidden.float(), model.lm_head.weight, torch.from_numpy(targets).to(subject.device), model.config.vocab_size
-    )
+    model, on_device = subject.model, torch.from_numpy(targets).to(subject.device)
+    losses = position_losses(hidden.float(), model.lm_head.weight, on_device, model.config.vocab_size)
     num_bytes = byte_counts[np.maximum(targets, 0)] * (targets != IGNORED)
     return list(zip(losses.cpu().double().sum(1).tolist(), num_bytes.sum(1).tolist(), strict=True))
 
@@ -105,10 +102,8 @@ def load_subject(path: Path, device: torch.device, dtype: str | None = None) -> 
         config, weights, step = checkpoint.config, checkpoint.weights(), checkpoint.step
         tokenizer = checkpoint.native_tokenizer()
     if tokenizer.vocab_size != config.vocab_size:
-        raise ScoringError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model {config.vocab_size:,}; "
-            "they must come from the same training run"
-        )
+        sizes = f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {config.vocab_size:,}"
+        raise ScoringError(f"{path}: {sizes}; they must come from the same training run")
     digest = hash_weights(weights, config, tokenizer)
     model = load_model(config, weights, device).eval()
     activations = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -123,7 +118,7 @@ def hash_weights(weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: 
     digest = hashlib.sha256(json.dumps([asdict(config), tokenizer.canary_sha256], sort_keys=True).encode())
     for name in sorted(weights):
         tensor = weights[name].detach().float()
-        if name in ("transformer.wte.weight", "lm_head.weight"):
+        if name in BY_VOCABULARY:
             tensor = tensor[: config.vocab_size]
         digest.update(name.encode())
         digest.update(tensor.contiguous().cpu().numpy())

@@ -4,7 +4,7 @@ Scores are compared item by item, because both answered the same questions. Two 
 difficulty of the questions as noise twice, and miss most real differences.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from chateval.errors import ResultsError
-from chateval.results.figures import Results, compute_results, finished_items
+from chateval.results.figures import Answers, Results, compute_results, finished_items
 from chateval.results.intervals import mcnemar_exact, paired_bootstrap
 from chateval.results.items import Item, read_items
 from chateval.results.run_file import changes, read_run
@@ -97,10 +97,9 @@ def compare(a: Path, b: Path, examples: int = 5) -> Comparison:
             raise ResultsError(f"{a} and {b} cannot be compared: {'; '.join(changed)}")
     items_a, items_b = read_items(a), read_items(b)
     finished_a, finished_b = finished_items(run_a, items_a)[0], finished_items(run_b, items_b)[0]
-    tasks = {
-        name: _compare_task(name, finished_a[name], finished_b[name], run_a.tasks[name].draws, examples)
-        for name in shared
-    }
+    tasks = {}
+    for name in shared:
+        tasks[name] = _compare_task(name, finished_a[name], finished_b[name], run_a.tasks[name].draws, examples)
     if not any(task.items for task in tasks.values()):
         raise ResultsError(f"{a} and {b} have no finished item in common, in {', '.join(shared)}")
     side_a = _side(a, compute_results(run_a, items_a), shared)
@@ -113,9 +112,7 @@ def _side(folder: Path, results: Results, shared: Sequence[str]) -> Side:
     return Side(str(folder), results.checkpoint, results.step, results.weights_sha256, *core, others)
 
 
-def _compare_task(
-    task: str, a: Mapping[str, list[Item]], b: Mapping[str, list[Item]], draws: int, examples: int
-) -> TaskComparison:
+def _compare_task(task: str, a: Answers, b: Answers, draws: int, examples: int) -> TaskComparison:
     shared = [item for item in a if item in b]
     for item in shared:
         for first, second in zip(a[item], b[item], strict=True):
@@ -129,23 +126,18 @@ def _compare_task(
     )
     right = [item for item, more in zip(shared, num_right_b > num_right_a, strict=True) if more]
     wrong = [item for item, less in zip(shared, num_right_b < num_right_a, strict=True) if less]
-    mean_a = mean_b = difference = interval = None
+    counts = {"items": len(shared), "turned_right": len(right), "turned_wrong": len(wrong)}
+    counts |= {"only_in_a": len(a) - len(shared), "only_in_b": len(b) - len(shared)}
+    scores = dict.fromkeys(("accuracy_a", "accuracy_b", "difference", "interval", "p"))
     if shared:
-        mean_a, mean_b = float(num_right_a.mean()) / draws, float(num_right_b.mean()) / draws
-        difference = float((num_right_b - num_right_a).mean()) / draws
-        interval = paired_bootstrap(num_right_a / draws, num_right_b / draws)
+        scores |= {"accuracy_a": float(num_right_a.mean()) / draws, "accuracy_b": float(num_right_b.mean()) / draws}
+        scores["difference"] = float((num_right_b - num_right_a).mean()) / draws
+        scores["interval"] = paired_bootstrap(num_right_a / draws, num_right_b / draws)
+        scores["p"] = mcnemar_exact(len(wrong), len(right)) if draws == 1 else None
     return TaskComparison(
-        items=len(shared),
         draws=draws,
-        accuracy_a=mean_a,
-        accuracy_b=mean_b,
-        difference=difference,
-        interval=interval,
-        p=mcnemar_exact(len(wrong), len(right)) if shared and draws == 1 else None,
-        turned_right=len(right),
-        turned_wrong=len(wrong),
-        only_in_a=len(a) - len(shared),
-        only_in_b=len(b) - len(shared),
+        **counts,
+        **scores,
         examples_right=tuple(_turned(a[item], b[item], to=True) for item in right[:examples]),
         examples_wrong=tuple(_turned(a[item], b[item], to=False) for item in wrong[:examples]),
     )

@@ -5,7 +5,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,14 +14,12 @@ from chateval.results.intervals import CHAT_CORE_CHANCE, chat_core, wilson_inter
 from chateval.results.items import Item
 from chateval.results.run_file import RUN_NAME, Run, RunTask
 
+Answers = dict[str, list[Item]]  # the draws of each item of a task
 RESULTS_NAME, RESULTS_FORMAT, VERSION = "results.json", "chateval-results", 1
 
 # Fields that the items of one kind of scoring must have
-SCORING_FIELDS = {
-    "categorical": ("tie", "margin", "letter_mass"),
-    "generative": ("flexible_correct", "tool_calls", "tool_failures"),
-    "code": (),
-}
+SCORING_FIELDS = {"categorical": ("tie", "margin", "letter_mass"), "code": ()}
+SCORING_FIELDS |= {"generative": ("flexible_correct", "tool_calls", "tool_failures")}
 
 
 @dataclass(frozen=True)
@@ -95,19 +93,18 @@ def compute_results(run: Run, items: Iterable[Item]) -> Results:
     """
     finished, unfinished = finished_items(run, items)
     flagged = run.firewall.flagged if run.firewall else {}
-    tasks = {
-        name: _task_result(task, finished[name], unfinished[name], flagged.get(name))
-        for name, task in run.tasks.items()
-    }
+    tasks = {}
+    for name, task in run.tasks.items():
+        tasks[name] = _task_result(task, finished[name], unfinished[name], flagged.get(name))
     # under a limit a task may be complete, but it is not what ChatCORE means
     whole = {name for name, task in run.tasks.items() if task.rows in (None, task.items)}
     accuracy = {n: t.score.accuracy for n, t in tasks.items() if n in whole and t.complete and t.score.items}
-    core = chat_core(accuracy)  # type: ignore[arg-type]
+    core = chat_core(accuracy)
     missing = tuple(name for name in CHAT_CORE_CHANCE if name not in accuracy)
     return Results(run.weights_sha256, run.checkpoint, run.step, tasks, core, missing)
 
 
-def finished_items(run: Run, items: Iterable[Item]) -> tuple[dict[str, dict[str, list[Item]]], dict[str, int]]:
+def finished_items(run: Run, items: Iterable[Item]) -> tuple[dict[str, Answers], dict[str, int]]:
     """Per task: the draws of each finished item in order, and the number of unfinished items.
 
     Raises ResultsError for items that the run does not list, or without a field that their scoring needs.
@@ -127,51 +124,35 @@ def finished_items(run: Run, items: Iterable[Item]) -> tuple[dict[str, dict[str,
     for name, task in run.tasks.items():
         if len(grouped[name]) > task.items:
             raise ResultsError(f"{name}: {len(grouped[name])} items, but {RUN_NAME} lists {task.items}")
-        finished[name] = {
-            item: [draws[draw] for draw in range(task.draws)]
-            for item, draws in grouped[name].items()
-            if len(draws) == task.draws
-        }
+        whole = {item: draws for item, draws in grouped[name].items() if len(draws) == task.draws}
+        finished[name] = {item: [draws[draw] for draw in range(task.draws)] for item, draws in whole.items()}
         unfinished[name] = len(grouped[name]) - len(finished[name])
     return finished, unfinished
 
 
-def _task_result(
-    task: RunTask, items: Mapping[str, list[Item]], unfinished: int, flagged: Sequence[str] | None
-) -> TaskResult:
+def _task_result(task: RunTask, items: Answers, unfinished: int, flagged: Sequence[str] | None) -> TaskResult:
     """`flagged`: items that training documents hold; None if that was not checked."""
     answers = [answer for draws in items.values() for answer in draws]
     by_subject = defaultdict(list)
     for answer in answers:
-        if answer.subject is not None:
-            by_subject[answer.subject].append(answer)
+        by_subject[answer.subject].append(answer)
+    held = None if flagged is None else set(flagged)
     gold = [answer for answer in answers if None not in (answer.gold_nats, answer.gold_bytes)]
     gold_bytes = sum(_values(gold, "gold_bytes"))
+    asked = {"scoring": task.scoring, "chance": task.chance, "draws": task.draws, "expected": task.items}
     return TaskResult(
-        scoring=task.scoring,
-        chance=task.chance,
-        draws=task.draws,
-        expected=task.items,
+        **asked,
         unfinished=unfinished,
         score=_score(answers, task.draws),
-        subjects={subject: _score(by_subject[subject], task.draws) for subject in sorted(by_subject)},
+        subjects={subject: _score(by_subject[subject], task.draws) for subject in sorted(by_subject.keys() - {None})},
         endings=dict(sorted(Counter(answer.ending for answer in answers).items())),
         bits_per_byte=math.fsum(_values(gold, "gold_nats")) / (math.log(2) * gold_bytes) if gold_bytes else None,
         bits_per_byte_answers=len(gold),
         mean_generated_tokens=_mean(answers, "num_tokens"),
-        **_flagged_figures(answers, task.draws, flagged),
+        clean=None if held is None else _score([each for each in answers if each.item not in held], task.draws),
+        flagged=None if held is None else _score([each for each in answers if each.item in held], task.draws),
         **_scoring_figures(answers, task),
     )
-
-
-def _flagged_figures(answers: Sequence[Item], draws: int, flagged: Sequence[str] | None) -> dict[str, Any]:
-    if flagged is None:
-        return {}
-    held = set(flagged)
-    return {
-        "clean": _score([answer for answer in answers if answer.item not in held], draws),
-        "flagged": _score([answer for answer in answers if answer.item in held], draws),
-    }
 
 
 def _scoring_figures(answers: Sequence[Item], task: RunTask) -> dict[str, Any]:

@@ -7,10 +7,8 @@ from statistics import NormalDist
 import numpy as np
 
 # The six tasks of ChatCORE and what guessing scores on each (karpathy/nanochat@790f3be:scripts/chat_eval.py)
-CHAT_CORE_CHANCE = {
-    **dict.fromkeys(("arc_easy", "arc_challenge", "mmlu"), 0.25),
-    **dict.fromkeys(("gsm8k", "humaneval", "spelling_bee"), 0.0),
-}
+CHAT_CORE_CHANCE = dict.fromkeys(("arc_easy", "arc_challenge", "mmlu"), 0.25)
+CHAT_CORE_CHANCE |= dict.fromkeys(("gsm8k", "humaneval", "spelling_bee"), 0.0)
 CHUNK_COUNTS = 1 << 20  # resampled counts that paired_bootstrap holds at a time: 8 MiB of int64
 
 

@@ -98,10 +98,8 @@ def read_items(out: Path) -> list[Item]:
             item, place = _checked(value, where), f"{path.name} line {number}"
             first, first_place = found.setdefault(item.key, (item, place))
             if first != item:
-                raise ResultsError(
-                    f"{out}: {first_place} and {place} are both {item.task} item {item.item!r} draw {item.draw}, "
-                    "and differ"
-                )
+                name = f"{item.task} item {item.item!r} draw {item.draw}"
+                raise ResultsError(f"{out}: {first_place} and {place} are both {name}, and differ")
     return [item for item, _ in found.values()]
 
 
@@ -118,10 +116,9 @@ def _checked(value: Any, where: str) -> Item:
         again = {"correct": item.ending.rpartition(", ")[2] == "passed"}
     for key, right in again.items():
         if getattr(item, key) is not right:
-            raise ResultsError(
-                f'{where}, key "{key}": is {json.dumps(not right)}, but gold is {shown(item.gold)}, extracted '
-                f"{shown(item.extracted)} and ending {shown(item.ending)}; delete the line and run again"
-            )
+            answer = f"gold is {shown(item.gold)}, extracted {shown(item.extracted)} and ending {shown(item.ending)}"
+            grade = f'{where}, key "{key}": is {json.dumps(not right)}'
+            raise ResultsError(f"{grade}, but {answer}; delete the line and run again")
     return item
 
 

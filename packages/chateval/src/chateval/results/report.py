@@ -1,11 +1,10 @@
 """Results and comparisons for people: terminal tables, report.md, scores.png, `compare --markdown`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
 
 from chatdata.disk import naming
 from chatdata.errors import printable
@@ -13,17 +12,7 @@ from chateval.results.compare import Comparison, Side
 from chateval.results.figures import RESULTS_NAME, Results, Score, TaskResult, compute_results
 from chateval.results.items import read_items
 from chateval.results.run_file import Run, json_bytes, read_run, write_json
-from chateval.results.tables import (
-    escape_markdown,
-    markdown_list,
-    markdown_table,
-    percent,
-    terminal_lines,
-    terminal_table,
-)
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from chateval.results.tables import escape_markdown, markdown_list, markdown_table, terminal_lines, terminal_table
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # column names, rows
 
@@ -51,27 +40,23 @@ def write_report(out: Path) -> Results:
     """
     run = read_run(out)
     results = compute_results(run, read_items(out))
-    if _is_reported(out, results):
-        return results
-    with naming(out):
-        picture = draw_scores(results, out / PICTURE_NAME)
-        (out / REPORT_NAME).write_text(markdown_report(run, results, picture is not None), encoding="utf-8")
-        write_json(out / RESULTS_NAME, results.to_json())  # last: it vouches for the other two
+    if not _is_reported(out, results):
+        with naming(out):
+            picture = draw_scores(results, out / PICTURE_NAME)
+            (out / REPORT_NAME).write_text(markdown_report(run, results, picture is not None), encoding="utf-8")
+            write_json(out / RESULTS_NAME, results.to_json())  # last: it vouches for the other two
     return results
 
 
 def _is_reported(out: Path, results: Results) -> bool:
     """Whether write_report has nothing to do. The picture may be missing because matplotlib came later."""
     names = [RESULTS_NAME, REPORT_NAME, *([PICTURE_NAME] if find_spec("matplotlib") else [])]
-    if not all((out / name).is_file() for name in names):
-        return False
-    return (out / RESULTS_NAME).read_bytes() == json_bytes(results.to_json())
+    there = all((out / name).is_file() for name in names)
+    return there and (out / RESULTS_NAME).read_bytes() == json_bytes(results.to_json())
 
 
 def show_results(results: Results) -> RenderableType:
     """For the terminal: scores per task, then incomplete tasks and ChatCORE."""
-    from rich.console import Group
-
     tables = [terminal_table(*_score_table(results))]
     if _checked(results):
         tables.append(terminal_table(*_firewall_table(results)))
@@ -100,19 +85,18 @@ def markdown_report(run: Run, results: Results, picture: bool = False) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
 def _score_table(results: Results) -> Table:
     columns = ("task", "items", "right %", "95 %", "chance", "flexible", "bits/byte")
-    rows = [
-        (
-            name,
-            str(task.score.items) if task.complete else f"{task.score.items}/{task.expected}",
-            *_score_cells(task.score),
-            percent(task.chance or None),
-            percent(task.flexible.accuracy if task.flexible else None),
-            "–" if task.bits_per_byte is None else f"{task.bits_per_byte:.3f}",
-        )
-        for name, task in results.tasks.items()
-    ]
+    rows = []
+    for name, task in results.tasks.items():
+        items = str(task.score.items) if task.complete else f"{task.score.items}/{task.expected}"
+        flexible = percent(task.flexible.accuracy if task.flexible else None)
+        bits = "–" if task.bits_per_byte is None else f"{task.bits_per_byte:.3f}"
+        rows.append((name, items, *_score_cells(task.score), percent(task.chance or None), flexible, bits))
     return columns, rows
 
 
@@ -121,7 +105,6 @@ def _firewall_table(results: Results) -> Table:
         (name, kind, str(score.items), *_score_cells(score))
         for name, task in _checked(results).items()
         for kind, score in (("clean", task.clean), ("flagged", task.flagged))
-        if score is not None
     ]
     return ("firewall", "", "items", "right %", "95 %"), rows
 
@@ -193,9 +176,9 @@ def draw_scores(results: Results, path: Path) -> Path | None:
     tasks = {name: task for name, task in results.tasks.items() if task.score.accuracy is not None}
     figure = Figure(figsize=(8, 1.1 + 0.5 * max(1, len(tasks))), layout="constrained")
     axes = figure.subplots()
-    for place, task in enumerate(tasks.values()):
+    labels = []
+    for place, (name, task) in enumerate(tasks.items()):
         accuracy, (low, high) = task.score.accuracy, task.score.interval
-        assert accuracy is not None
         fill = {"color": BAR_COLOUR} if task.complete else INCOMPLETE
         axes.barh(place, 100 * accuracy, height=0.6, **fill)
         whiskers = [[100 * (accuracy - low)], [100 * (high - accuracy)]]
@@ -204,10 +187,7 @@ def draw_scores(results: Results, path: Path) -> Path | None:
             ends = [place - 0.4, place + 0.4]
             axes.plot([100 * task.chance] * 2, ends, color=CHANCE_COLOUR, linestyle="--", linewidth=2)
         axes.text(102, place, "{}  ({})".format(*_score_cells(task.score)), va="center", fontsize=9)
-    labels = [
-        printable(name) + ("" if task.complete else f"\n{task.score.items} of {task.expected}")
-        for name, task in tasks.items()
-    ]
+        labels.append(printable(name) + ("" if task.complete else f"\n{task.score.items} of {task.expected}"))
     axes.set_yticks(range(len(tasks)), labels, parse_math=False)
     axes.set(xlim=(0, 100), ylim=(len(tasks) - 0.4, -0.6), xlabel="right answers, % (95 % interval; dashed: chance)")
     axes.set_title(printable(results.checkpoint)[-90:], loc="left", fontsize=10, parse_math=False)
@@ -220,8 +200,6 @@ def draw_scores(results: Results, path: Path) -> Path | None:
 
 def show_comparison(comparison: Comparison) -> RenderableType:
     """A table of at most 80 columns for the terminal, then what was not compared, ChatCORE and the legend."""
-    from rich.console import Group
-
     notes = ["", *_comparison_notes(comparison), LEGEND]
     table = terminal_table(*_comparison_table(comparison))
     return Group(terminal_lines([*_labels(comparison), ""]), table, terminal_lines(notes))

@@ -113,9 +113,8 @@ def read_firewall(path: Path, tasks: Mapping[str, RunTask]) -> Firewall:
     for name in common:
         scored = convert(tasks[name].source, Source, f"the source of {name}", ScoringError)
         if _hashes(listed.checked[name].source) != _hashes(scored):
-            raise ScoringError(
-                f"{path}: its {name} was read from other files than the {name} scored here; use one --data-dir"
-            )
+            other = f"its {name} was read from other files than the {name} scored here"
+            raise ScoringError(f"{path}: {other}; use one --data-dir")
     flagged = {name: sorted(found.item for found in listed.items if found.set == name) for name in common}
     return Firewall(hashlib.sha256(data).hexdigest(), listed.build_id, flagged)
 

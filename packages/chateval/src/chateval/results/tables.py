@@ -1,39 +1,27 @@
-"""Text and tables for people, on a terminal and in Markdown. All rounding is here and in report.py."""
-
-from __future__ import annotations
+"""Text and tables for people, on a terminal and in Markdown. All rounding is in report.py."""
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from chatdata.errors import printable
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
-
-
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def terminal_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table within 80 columns: the first column is folded if it must be, the others are never cut."""
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-    for number, column in enumerate(columns):
-        first = number == 0
-        table.add_column(column, justify="left" if first else "right", no_wrap=not first, overflow="fold")
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True, overflow="fold")
     for row in rows:
         table.add_row(*(escape(printable(cell)) for cell in row))
     return table
 
 
 def terminal_lines(lines: Iterable[str]) -> Text:
-    from rich.text import Text
-
     return Text("\n".join(map(printable, lines)))
 
 

@@ -14,6 +14,7 @@ import os
 import resource
 import select
 import socket
+import struct
 import sys
 from pathlib import Path
 
@@ -78,8 +79,7 @@ def build_root(settings: dict) -> None:
     """Build a new root folder and leave the host's for good. Raises OSError naming the mount that failed."""
     if os.getpid() != 1:  # started by hand, it would take apart the machine's mounts
         raise OSError("not process 1 of a new process namespace")
-    with Path("/proc/self/oom_score_adj").open("w") as file:  # when memory runs out, the kernel kills this first
-        file.write("1000")
+    Path("/proc/self/oom_score_adj").write_text("1000")  # when memory runs out, the kernel kills this first
     socket.sethostname("sandbox")
     os.umask(0o022)
     # Everything is built on a tmpfs over /tmp that only this mount namespace sees: the host needs no cleanup.
@@ -150,14 +150,8 @@ def give_up_privileges(uid: int, program: bytes) -> None:
     check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "PR_SET_DUMPABLE")  # the code must not look into process 1
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     instructions = ctypes.create_string_buffer(program)
-    filter_struct = FilterProgram(len(program) // 8, ctypes.cast(instructions, ctypes.c_void_p))
-    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filter_struct), 0, 0), "PR_SET_SECCOMP")
-
-
-class FilterProgram(ctypes.Structure):
-    """struct sock_fprog."""
-
-    _fields_ = [("num_instructions", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
+    filter_program = struct.pack("HP", len(program) // 8, ctypes.addressof(instructions))  # struct sock_fprog
+    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter_program, 0, 0), "PR_SET_SECCOMP")
 
 
 def start_interpreter(settings: dict, channel: socket.socket) -> None:

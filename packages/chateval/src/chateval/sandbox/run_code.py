@@ -151,12 +151,14 @@ def run_code(isolation: Isolation, program: str, timeout_s: float = 10.0, limits
     started = time.monotonic()
     channel, inner = socket.socketpair()
     with channel, inner:
-        settings = _settings(isolation, limits, inner.fileno())
+        settings = {name: getattr(isolation, name) for name in ("binds", "links", "covered")}
+        settings |= {"channel": inner.fileno(), "filter": build_filter(os.uname().machine).hex()}
+        settings["uid"] = secrets.choice(UNUSED_UIDS) if isolation.as_root else UNPRIVILEGED
+        settings |= {"folder_bytes": limits.folder_bytes, "rlimits": _rlimits(limits, isolation.as_root)}
         command = [*isolation.command, json.dumps(settings)]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        process = subprocess.Popen(
-            command, bufsize=0, pass_fds=[inner.fileno()], env={}, cwd="/", start_new_session=True, **pipes
-        )
+        apart = {"env": {}, "cwd": "/", "start_new_session": True}
+        process = subprocess.Popen(command, bufsize=0, pass_fds=[inner.fileno()], **pipes, **apart)
         inner.close()
         with process:
             try:
@@ -262,27 +264,12 @@ def _last_line(text: bytes) -> str:
     return "".join(c if c.isprintable() else "?" for c in lines[-1][:MAX_DETAIL]) if lines else ""
 
 
-def _settings(isolation: Isolation, limits: Limits, channel: int) -> dict[str, object]:
-    return {
-        **{name: getattr(isolation, name) for name in ("binds", "links", "covered")},
-        "channel": channel,
-        "uid": secrets.choice(UNUSED_UIDS) if isolation.as_root else UNPRIVILEGED,
-        "filter": build_filter(os.uname().machine).hex(),
-        "folder_bytes": limits.folder_bytes,
-        "rlimits": _rlimits(limits, isolation.as_root),
-    }
-
-
 def _rlimits(limits: Limits, as_root: bool) -> dict[str, tuple[int, int]]:
     """Soft and hard limits by their names in `resource`."""
     same_user = 1 if as_root else 2  # process 1; in a user namespace also unshare, which waits outside
-    values = {
-        "RLIMIT_AS": limits.memory_bytes,
-        "RLIMIT_NPROC": limits.num_processes + same_user,
-        "RLIMIT_FSIZE": limits.file_bytes,
-        "RLIMIT_NOFILE": 64,
-        **dict.fromkeys(("RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE"), 0),
-    }
+    values = {"RLIMIT_AS": limits.memory_bytes, "RLIMIT_NPROC": limits.num_processes + same_user}
+    values |= {"RLIMIT_FSIZE": limits.file_bytes, "RLIMIT_NOFILE": 64}
+    values |= dict.fromkeys(("RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE"), 0)
     rlimits = {name: (value, value) for name, value in values.items()}
     return {**rlimits, "RLIMIT_CPU": (math.ceil(limits.cpu_s), math.ceil(limits.cpu_s) + 1)}  # SIGXCPU, then SIGKILL
 

@@ -21,25 +21,13 @@ import socket
 import struct
 
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-NUMBERS = {  # in the order of AUDIT_ARCH
-    "clone": (56, 220),
-    "clone3": (435, 435),
-    "socket": (41, 198),
-    "unshare": (272, 97),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-    "semget": (64, 190),
-    "io_uring_setup": (425, 425),
-    "keyctl": (250, 219),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-}
-SPECIAL = ("clone", "clone3", "socket")  # denied depending on their arguments; all others always
+# (number on x86_64, on aarch64), as in AUDIT_ARCH. These three are denied depending on their arguments, the rest always
+SPECIAL = {"clone": (56, 220), "clone3": (435, 435), "socket": (41, 198)}
+DENIED = {"unshare": (272, 97), "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194)}
+DENIED |= {"msgget": (68, 186), "semget": (64, 190), "io_uring_setup": (425, 425), "keyctl": (250, 219)}
+DENIED |= {"add_key": (248, 217), "request_key": (249, 218), "bpf": (321, 280), "perf_event_open": (298, 241)}
+DENIED |= {"userfaultfd": (323, 282)}
+NUMBERS = SPECIAL | DENIED
 NEW_NAMESPACE = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 X32 = 0x40000000  # set in the numbers of x86_64's x32 calls, which would pass every rule below
 
@@ -53,33 +41,17 @@ def build_filter(machine: str) -> bytes:
     number = {name: numbers[list(AUDIT_ARCH).index(machine)] for name, numbers in NUMBERS.items()}
     deny = _instruction(RETURN, ERRNO | errno.EPERM)
     allow = _instruction(RETURN, ALLOW)
-    program = [
-        _instruction(LOAD, ARCHITECTURE),
-        _instruction(EQUAL, AUDIT_ARCH[machine], 1, 0),
-        _instruction(RETURN, KILL),
-        _instruction(LOAD, NUMBER),
-        _instruction(AT_LEAST, X32, 0, 1),
-        deny,
-        _instruction(EQUAL, number["clone3"], 0, 1),
-        _instruction(RETURN, ERRNO | errno.ENOSYS),
-    ]
-    for name in NUMBERS:
-        if name not in SPECIAL:
-            program += [_instruction(EQUAL, number[name], 0, 1), deny]
-    program += [
-        _instruction(EQUAL, number["clone"], 0, 4),
-        _instruction(LOAD, ARGUMENT_0),
-        _instruction(ANY_BIT, NEW_NAMESPACE, 0, 1),
-        deny,
-        allow,
-        _instruction(EQUAL, number["socket"], 0, 5),
-        _instruction(LOAD, ARGUMENT_0),
-        _instruction(EQUAL, socket.AF_UNIX, 3, 0),
-        _instruction(EQUAL, socket.AF_INET, 2, 0),
-        _instruction(EQUAL, socket.AF_INET6, 1, 0),
-        deny,
-        allow,
-    ]
+    program = [_instruction(LOAD, ARCHITECTURE), _instruction(EQUAL, AUDIT_ARCH[machine], 1, 0)]
+    program += [_instruction(RETURN, KILL), _instruction(LOAD, NUMBER), _instruction(AT_LEAST, X32, 0, 1), deny]
+    program += [_instruction(EQUAL, number["clone3"], 0, 1), _instruction(RETURN, ERRNO | errno.ENOSYS)]
+    for name in DENIED:
+        program += [_instruction(EQUAL, number[name], 0, 1), deny]
+    program += [_instruction(EQUAL, number["clone"], 0, 4), _instruction(LOAD, ARGUMENT_0)]
+    program += [_instruction(ANY_BIT, NEW_NAMESPACE, 0, 1), deny, allow]
+    program += [_instruction(EQUAL, number["socket"], 0, 5), _instruction(LOAD, ARGUMENT_0)]
+    for family, skip in ((socket.AF_UNIX, 3), (socket.AF_INET, 2), (socket.AF_INET6, 1)):
+        program.append(_instruction(EQUAL, family, skip, 0))
+    program += [deny, allow]
     return b"".join(program)
 
 

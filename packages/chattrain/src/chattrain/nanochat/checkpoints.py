@@ -19,13 +19,9 @@ COMPILED_PREFIX = "_orig_mod."  # torch.compile's wrapper puts it before every n
 
 
 # what newer checkpoints have in their config or among their tensors: the architecture of January 2026 and later
-NEWER = {
-    "window_pattern": "sliding windows of attention",
-    "resid_lambdas": "scaled residuals",
-    "x0_lambdas": "residuals from the embedding",
-    "value_embeds": "value embeddings",
-    "ve_gate": "gated value embeddings",
-}
+NEWER = {"window_pattern": "sliding windows of attention", "resid_lambdas": "scaled residuals"}
+NEWER |= {"x0_lambdas": "residuals from the embedding", "value_embeds": "value embeddings"}
+NEWER |= {"ve_gate": "gated value embeddings"}
 
 
 class _Meta(msgspec.Struct):
@@ -41,12 +37,10 @@ def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig,
     for the architecture of 2026, ConfigError for a wrong model config, and WeightsError for unknown, missing or wrongly
     shaped tensors.
     """
-    folder = Path(folder)
-    step = _last_step(folder, "model", "pt")
-    if (meta_step := _last_step(folder, "meta", "json")) != step:
+    step, model_path = _last(Path(folder), "model", "pt")
+    meta_step, meta_path = _last(Path(folder), "meta", "json")
+    if meta_step != step:
         raise ImportNanochatError(f"{folder}: the last model is of step {step}, the last meta file of step {meta_step}")
-    model_path = next(path for path in folder.glob("model_*.pt") if _step(path) == step)
-    meta_path = next(path for path in folder.glob("meta_*.json") if _step(path) == step)
 
     meta = decode(meta_path.read_bytes(), _Meta, str(meta_path), ImportNanochatError)
     if meta.step not in (None, step):
@@ -72,19 +66,13 @@ def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig,
 def _refuse_newer(names: Iterable[str], where: str) -> None:
     for name in names:
         if meaning := next((meaning for known, meaning in NEWER.items() if known in name), None):
-            raise ImportNanochatError(
-                f"{where} {name}: {meaning}, so it is of nanochat's architecture since January 2026; chattrain has the "
-                "one of December 2025 (790f3be)"
-            )
+            ours = "chattrain has the one of December 2025 (790f3be)"
+            newer = f"{meaning}, so it is of nanochat's architecture since January 2026"
+            raise ImportNanochatError(f"{where} {name}: {newer}; {ours}")
 
 
-def _last_step(folder: Path, kind: str, suffix: str) -> int:
-    steps = [_step(path) for path in folder.glob(f"{kind}_*.{suffix}")]
-    if not any(step is not None for step in steps):
+def _last(folder: Path, kind: str, suffix: str) -> tuple[int, Path]:
+    matches = ((re.fullmatch(rf"{kind}_(\d+)", path.stem), path) for path in folder.glob(f"{kind}_*.{suffix}"))
+    if not (found := [(int(match[1]), path) for match, path in matches if match]):
         raise ImportNanochatError(f"{folder}: no {kind}_<step>.{suffix} in it: must be a nanochat checkpoint folder")
-    return max(step for step in steps if step is not None)
-
-
-def _step(path: Path) -> int | None:
-    match = re.fullmatch(r"(?:model|meta)_(\d+)", path.stem)
-    return int(match[1]) if match else None
+    return max(found)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from chatdata.disk import check_replaceable
 from chattrain.checkpoint import TOKENIZER_FILES, write_tensors
 from chattrain.errors import ExportError, VerifyError, first_line
-from chattrain.model import NORM_EPS, ROPE_THETA, SOFTCAP, ModelConfig, check_weights, load_model
+from chattrain.model import NORM_EPS, ROPE_THETA, SOFTCAP, ModelConfig, Tensors, check_weights, load_model
 
 MAX_LOGIT_DIFFERENCE = 1e-5  # fp32, sdpa on both sides; the same model measured 0 to 2e-6
 BY_VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # parameters with a row for each token
@@ -26,12 +25,12 @@ VERIFY_ROWS, VERIFY_LENGTH = 2, 128
 
 
 def export_transformers(
-    weights: Mapping[str, Tensor],
+    weights: Tensors,
     config: ModelConfig,
-    out: str | Path,
+    out: Path,
     bos_id: int,
     assistant_end_id: int,
-    tokenizer_dir: str | Path | None = None,
+    tokenizer_dir: Path | None = None,
     verify: bool = True,
 ) -> None:
     """Write a folder that transformers loads as NanoChat: fp32 weights, config, generation config, tokenizer files.
@@ -40,7 +39,6 @@ def export_transformers(
     verify: check it with `verify_export` (needs transformers) before renaming it to `out`.
     Raises WeightsError for weights that do not fit the config, ExportError if nothing can be written, VerifyError.
     """
-    out = Path(out)
     check_weights(weights, config, "export")
     for name, token in (("bos", bos_id), ("assistant_end", assistant_end_id)):
         if not 0 <= token < config.vocab_size:
@@ -48,7 +46,7 @@ def export_transformers(
     check_replaceable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"export: {out} exists and is not an empty folder: choose another or remove it")
-    if tokenizer_dir is not None and not (Path(tokenizer_dir) / "tokenizer.json").is_file():
+    if tokenizer_dir is not None and not (tokenizer_dir / "tokenizer.json").is_file():
         raise ExportError(f"export: no tokenizer.json in {tokenizer_dir}: must be a tokenizer folder of chatdata")
     if verify:
         _check_verifiable(config)
@@ -61,8 +59,8 @@ def export_transformers(
         _write_json(partial / "config.json", head | transformers_config(config, bos_id, assistant_end_id))
         _write_json(partial / "generation_config.json", generation_config(bos_id, assistant_end_id))
         for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
-            if (Path(tokenizer_dir) / name).is_file():
-                shutil.copyfile(Path(tokenizer_dir) / name, partial / name)
+            if (tokenizer_dir / name).is_file():
+                shutil.copyfile(tokenizer_dir / name, partial / name)
         if verify:
             verify_export(partial, weights, config, bos_id, assistant_end_id)
         partial.replace(out)
@@ -82,7 +80,7 @@ def transformers_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def transformers_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def transformers_weights(weights: Tensors, config: ModelConfig) -> dict[str, Tensor]:
     """The weights under transformers' names, without the padding rows: one left in has a logit of 0, which can win."""
     names = transformers_names(config)
     return {
@@ -107,9 +105,8 @@ def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         tensors = load_file(folder / "model.safetensors")
         config = ModelConfig(**{ours: fields[theirs] for ours, theirs in SIZES.items()})
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ExportError(
-            f"{folder}: not an export of chattrain: {type(error).__name__} {first_line(error)}"
-        ) from error
+        reason = f"{type(error).__name__} {first_line(error)}"
+        raise ExportError(f"{folder}: not an export of chattrain: {reason}") from error
     free = ("bos_token_id", "eos_token_id", "initializer_range", "use_cache")  # nothing the hidden states depend on
     for name, value in ({"model_type": "nanochat"} | transformers_config(config, 0, 0)).items():
         if name not in free and fields.get(name) != value:
@@ -125,27 +122,13 @@ def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 def transformers_config(config: ModelConfig, bos_id: int, assistant_end_id: int) -> dict[str, object]:
     """Every field of NanoChatConfig, none left to its default: those of eps, intermediate size and ids are not ours."""
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "max_position_embeddings": config.sequence_len,
-        "hidden_act": "relu2",
-        "attention_dropout": 0.0,
-        "rms_norm_eps": NORM_EPS,
-        "initializer_range": 0.02,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
-        "use_cache": True,
-        "final_logit_softcapping": SOFTCAP,
-        "attention_bias": False,
-        "bos_token_id": bos_id,
-        "eos_token_id": [assistant_end_id, bos_id],
-        "pad_token_id": None,  # a pad id here would freeze that row of the embedding in further training
-        "tie_word_embeddings": False,
-    }
+    sizes = {theirs: getattr(config, ours) for ours, theirs in SIZES.items()} | {"intermediate_size": 4 * config.n_embd}
+    block = {"hidden_act": "relu2", "attention_dropout": 0.0, "attention_bias": False, "rms_norm_eps": NORM_EPS}
+    block["rope_parameters"] = {"rope_type": "default", "rope_theta": ROPE_THETA}
+    head = {"final_logit_softcapping": SOFTCAP, "tie_word_embeddings": False}
+    # a pad id here would freeze that row of the embedding in further training
+    ids = {"bos_token_id": bos_id, "eos_token_id": [assistant_end_id, bos_id], "pad_token_id": None}
+    return sizes | block | head | ids | {"initializer_range": 0.02, "use_cache": True}
 
 
 def generation_config(bos_id: int, assistant_end_id: int) -> dict[str, object]:
@@ -154,7 +137,7 @@ def generation_config(bos_id: int, assistant_end_id: int) -> dict[str, object]:
 
 
 def verify_export(
-    folder: str | Path, weights: Mapping[str, Tensor], config: ModelConfig, bos_id: int, assistant_end_id: int
+    folder: str | Path, weights: Tensors, config: ModelConfig, bos_id: int, assistant_end_id: int
 ) -> float:
     """Loads the folder with transformers (fp32, sdpa attention) and returns the largest difference of logits.
 
@@ -176,13 +159,11 @@ def verify_export(
             raise VerifyError(f"verify: {folder}: {problem.replace('_', ' ')} {sorted(names)} when loading")
 
     expected = transformers_config(config, bos_id, assistant_end_id)
-    known_fields = {f.name for f in dataclasses.fields(NanoChatConfig)} - {
-        f.name for f in dataclasses.fields(PreTrainedConfig)
-    }
-    if new := sorted(known_fields - set(expected)):
+    known, common = ({field.name for field in dataclasses.fields(kind)} for kind in (NanoChatConfig, PreTrainedConfig))
+    if new := sorted(known - common - set(expected)):
         raise VerifyError(f"verify: this transformers has config fields {new} that the export does not write")
-    generation = generation_config(bos_id, assistant_end_id)
-    for source, fields in ((theirs.config, expected), (theirs.generation_config, generation)):
+    generation = theirs.generation_config, generation_config(bos_id, assistant_end_id)
+    for source, fields in ((theirs.config, expected), generation):
         for name, value in fields.items():
             if (found := getattr(source, name, "nothing")) != value:
                 raise VerifyError(f"verify: {folder}: {type(source).__name__}.{name} is {found!r}, must be {value!r}")
@@ -199,10 +180,9 @@ def verify_export(
     difference = (our_logits - their_logits).abs().max().item()
     num_other = (our_logits.argmax(-1) != their_logits.argmax(-1)).sum().item()
     if not difference <= MAX_LOGIT_DIFFERENCE or num_other:  # "not <=" also catches NaN
-        raise VerifyError(
-            f"verify: {folder}: logits differ by {difference:.3g} (at most {MAX_LOGIT_DIFFERENCE}), "
-            f"{num_other} of {tokens.numel()} arg-max are others"
-        )
+        others = f"{num_other} of {tokens.numel()} arg-max are others"
+        most = f"(at most {MAX_LOGIT_DIFFERENCE})"
+        raise VerifyError(f"verify: {folder}: logits differ by {difference:.3g} {most}, {others}")
     return difference
 
 

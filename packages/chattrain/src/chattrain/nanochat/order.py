@@ -47,7 +47,6 @@ def make_nanochat_plan(
 
 def line_tokens(plan: TrainingPlan) -> int:
     """Tokens a micro-batch takes off its rank's line."""
-    assert plan.device_batch_size is not None
     return plan.device_batch_size * plan.seq_len + 1
 
 
@@ -77,11 +76,9 @@ def _padded(split: Split, seq_len: int, num_ranks: int, device_batch_size: int) 
     if not num_steps:
         raise too_small(split, len(lengths), seq_len, step_sequences)
     if lengths.max() > seq_len + 1:
-        raise PlanError(
-            f"document {lengths.argmax()} of {split.name} has {lengths.max()} tokens, more than sequence length "
-            f"{seq_len} + 1; order nanochat cuts nothing: build with --max-tokens, "
-            f"or use a sequence length of at least {lengths.max() - 1}"
-        )
+        long = f"document {lengths.argmax()} of {split.name} has {lengths.max()} tokens"
+        remedy = f"build with --max-tokens, or use a sequence length of at least {lengths.max() - 1}"
+        raise PlanError(f"{long}, more than sequence length {seq_len} + 1; order nanochat cuts nothing: {remedy}")
     used = num_steps * step_sequences
     # sequence (step, rank, j) is the rank's next document: j first, then steps
     documents = np.arange(used).reshape(num_steps, device_batch_size, num_ranks).transpose(0, 2, 1).reshape(-1)

@@ -3,13 +3,11 @@
 Ranks are one process each under torchrun, with gloo on CPU and nccl on GPU; without torchrun there is a single one.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -23,16 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, TrainingPlan, plan_epoch
 from chatdata.shards.read import Build
-from chattrain.checkpoint import (
-    MAX_STEPS,
-    Checkpoint,
-    PlanRecord,
-    Recipe,
-    last_checkpoint,
-    plan_record,
-    read_checkpoint,
-    require_same,
-)
+from chattrain.checkpoint import PlanRecord, Recipe, last_checkpoint, plan_record, read_checkpoint, require_same
 from chattrain.errors import DeviceError, RankError, ResumeError, RunError, first_line
 from chattrain.model import GPT, initial_weights, load_model, random_config
 from chattrain.nanochat.order import make_nanochat_plan
@@ -73,9 +62,7 @@ def find_device(wanted: str | None) -> torch.device:
         raise DeviceError(f"device {name!r}: must be one of {', '.join(available)}")
     if not available[name]:
         raise DeviceError(f"device {name!r} is not available: torch {torch.__version__} does not find one")
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(name)
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
 
 
 @contextmanager
@@ -114,11 +101,10 @@ def memory_limited(settings: RunSettings) -> Iterator[None]:
     except RuntimeError as error:  # only cuda has a class of its own for it
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
-        size = settings.device_batch_size
-        raise DeviceError(
-            f"out of memory with --device-batch-size {size} at --seq-len {settings.seq_len}: try a smaller one "
-            f"(--total-batch-tokens keeps the steps as they are){'' if settings.recompute else ', or --recompute'}"
-        ) from error
+        sizes = f"--device-batch-size {settings.device_batch_size} at --seq-len {settings.seq_len}"
+        remedy = "try a smaller one (--total-batch-tokens keeps the steps as they are)"
+        more = "" if settings.recompute else ", or --recompute"
+        raise DeviceError(f"out of memory with {sizes}: {remedy}{more}") from error
 
 
 SAME_SIGNAL_S = 2  # one Ctrl-C often comes twice, from the terminal and forwarded by a launcher
@@ -130,13 +116,11 @@ class StopRequest:
     asked, _asked_at = False, 0.0
 
     @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+    def listening(self) -> Iterator["StopRequest"]:
+        with ExitStack() as stack:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                stack.callback(signal.signal, number, signal.signal(number, self._ask))
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
         if self.asked and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
@@ -190,8 +174,6 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     num_steps = settings.steps or plan.num_steps * settings.epochs
     if plan.order == "nanochat" and num_steps > plan.num_steps:
         raise RunError(f"order nanochat has only the {plan.num_steps} steps of its first epoch, not {num_steps}")
-    if num_steps > MAX_STEPS:
-        raise RunError(f"{num_steps:,} steps: must be at most {MAX_STEPS:,}")
     dtype = settings.dtype or ("bfloat16" if on_cuda else "float32")
     recipe = Recipe(settings.init, stage, num_steps, settings.lr_scale, dtype, settings.non_finite, settings.seed)
 
@@ -208,14 +190,14 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
         weights = initial_weights(config, settings.seed)
     else:
         found = read_checkpoint(Path(settings.init))
-        _require_same_tokenizer(found, build)
+        _require_same_tokenizer(found.path, build)
         config = replace(found.config, sequence_len=max(found.config.sequence_len, settings.seq_len))
         weights = found.weights()
 
     model = load_model(config, weights, ranks.device, settings.recompute)
     compiled = on_cuda if settings.compile is None else settings.compile
     # One graph for one width is fastest. Batches of pad differ in width: torch compiles at most 8, then runs without.
-    called: nn.Module = torch.compile(model, dynamic=plan.layout == "pad") if compiled else model  # type: ignore[assignment]
+    called = torch.compile(model, dynamic=plan.layout == "pad") if compiled else model
     if ranks.num_ranks > 1:
         # as views of DDP's buckets gradients are held once, not twice: 2.2 GB less at d20
         devices = [ranks.device] if on_cuda else None
@@ -232,24 +214,21 @@ def _make_plans(
 ) -> tuple[TrainingPlan, TrainingPlan | None]:
     """The plans of the train split and, if the run validates, of the val split."""
     layout, mask = settings.layout or STAGE_LAYOUTS[stage], settings.mask or STAGE_MASKS[stage]
-    plan_split = partial(
-        plan_epoch, layout=layout, mask=mask, seq_len=settings.seq_len, seed=settings.seed, long=settings.long
-    )
+    shared = {"mask": mask, "seq_len": settings.seq_len}
+    plan_split = partial(plan_epoch, layout=layout, seed=settings.seed, long=settings.long, **shared)
     micro_tokens = num_ranks * settings.device_batch_size * settings.seq_len  # of one micro-batch on every rank
     step_tokens = settings.total_batch_tokens or micro_tokens
     if step_tokens % micro_tokens:
         factors = f"{num_ranks} × {settings.device_batch_size} × {settings.seq_len}"
-        raise RunError(
-            f"--total-batch-tokens {step_tokens:,} must be a multiple of {micro_tokens:,}: {factors} "
-            "(ranks × device batch size × sequence length)"
-        )
+        least = f"{micro_tokens:,}: {factors} (ranks × device batch size × sequence length)"
+        raise RunError(f"--total-batch-tokens {step_tokens:,} must be a multiple of {least}")
     if settings.order == "plan":
         plan = plan_split(build.splits["train"], step_sequences=step_tokens // settings.seq_len)
     elif settings.total_batch_tokens or settings.layout:
         raise RunError("--order nanochat fixes layout and batch: it goes without --layout and --total-batch-tokens")
     else:
         ranks = {"num_ranks": num_ranks, "device_batch_size": settings.device_batch_size}
-        plan = make_nanochat_plan(build.splits["train"], mask=mask, seq_len=settings.seq_len, **ranks)
+        plan = make_nanochat_plan(build.splits["train"], **shared, **ranks)
     if settings.eval_every is None:
         return plan, None
     if "val" not in build.splits:
@@ -257,14 +236,13 @@ def _make_plans(
     return plan, plan_split(build.splits["val"], step_sequences=1)
 
 
-def _require_same_tokenizer(checkpoint: Checkpoint, build: Build) -> None:
-    """Raise RunError unless the tokenizers of checkpoint and build give the same ids for the canary texts."""
+def _require_same_tokenizer(path: Path, build: Build) -> None:
+    """Raise RunError unless the checkpoint's tokenizer and the build's give the same ids for the canary texts."""
     from chatdata.cli.command import tokenizer_of
 
-    theirs = tokenizer_of(checkpoint.path / "tokenizer", chat_format=build.manifest["chat_format"])
+    theirs = tokenizer_of(path / "tokenizer", chat_format=build.manifest["chat_format"])
     ours = build.manifest["tokenizer"]
     if (theirs.vocab_size, theirs.canary_sha256) != (ours["vocab_size"], ours["canary_sha256"]):
-        raise RunError(
-            f"{checkpoint.path} was trained with another tokenizer ({theirs.vocab_size:,} tokens) than {build.path} "
-            f"was built with ({ours['vocab_size']:,}); build with --tokenizer {checkpoint.path / 'tokenizer'}"
-        )
+        trained = f"{path} was trained with another tokenizer ({theirs.vocab_size:,} tokens)"
+        built = f"{build.path} was built with ({ours['vocab_size']:,}); build with --tokenizer {path / 'tokenizer'}"
+        raise RunError(f"{trained} than {built}")

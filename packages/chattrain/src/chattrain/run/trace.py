@@ -21,9 +21,8 @@ def plan_again(record: PlanRecord, data: str | Path) -> TrainingPlan:
     split = open_build(data)[record.split]
     chosen: dict[str, Any] = {"mask": record.mask, "seq_len": record.seq_len}
     if record.order == "nanochat":
-        made = make_nanochat_plan(
-            split, **chosen, num_ranks=record.num_ranks, device_batch_size=record.device_batch_size
-        )
+        ranks = {"num_ranks": record.num_ranks, "device_batch_size": record.device_batch_size}
+        made = make_nanochat_plan(split, **chosen, **ranks)
     else:
         if record.layout != "stream":
             chosen |= {"seed": record.seed, "long": record.long}
