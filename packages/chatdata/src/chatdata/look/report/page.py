@@ -78,10 +78,8 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
 
     from chatdata.look.report.charts import MEASURES, chart_specs
 
-    loader, undefined = jinja2.FunctionLoader(_file), jinja2.StrictUndefined
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
-    )
+    settings: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FunctionLoader(_file), undefined=jinja2.StrictUndefined, **settings)
     environment.filters |= {"count": lambda n: f"{n:,}", "share": share, "options": _options, "in_words": ledger_lines}
     scripts = [_inline(_vega()), _inline(_file("page.js"))]
     return environment.get_template("page.html").render(
