@@ -15,13 +15,12 @@ from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chatdata import __version__
+from chatdata import version_of
 from chatdata.build.engines import ENGINES, OnRows, start_workers
 from chatdata.build.plan import BuildPlan, invalid_rows, number_documents, place_of, rows_in_order
 from chatdata.build.units import FAST_ENCODER_BYTES, Renderer, Unit, cut_units, find_units, load_encoder, read_unit
@@ -202,16 +201,13 @@ def _manifest(
 
 def _run_facts(seconds: dict[str, float], splits: dict[str, Any]) -> dict[str, Any]:
     """For report.json: what two runs of the same build may differ in."""
-    versions = {"chatdata": __version__}
-    for tool in ("numpy", "pyarrow", "tiktoken", "huggingface_hub"):
-        with suppress(PackageNotFoundError):  # sources of files only need no Hub
-            versions[tool] = version(tool)
+    packages = ("chatdata", "numpy", "pyarrow", "tiktoken", "huggingface_hub")
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "duration_s": {key: round(value, 3) for key, value in seconds.items()},
         "tokens_per_s": round(sum(split["tokens"] for split in splits.values()) / seconds["total"]),
         "host": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
-        "versions": versions,
+        "versions": {name: version_of(name) for name in packages},
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, command, json_option, task_files_option, tokenizer_of
+from chatdata.cli.command import FILE, choice, command, json_option, task_files_option, tokenizer_of
 from chatdata.disk import write_whole
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
@@ -20,9 +20,7 @@ NO_TOKENIZER = (
 
 @command()
 @click.argument("files", nargs=-1, type=FILE, metavar="[FILE]...")
-@click.option(
-    "--stage", type=click.Choice(["mid", "sft", "base"]), help="Stage to build (default: the recipe's; of FILEs sft)."
-)
+@choice("--stage", "mid", "sft", "base", help="Stage to build (default: the recipe's; of FILEs sft).")
 @click.option(
     "--val",
     "val_share",
@@ -40,7 +38,7 @@ NO_TOKENIZER = (
 @task_files_option
 @click.option("--out", type=FILE, help="Folder to write (default: out/<recipe>).")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that render (default: one per core).")
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Where to render.")
+@choice("--engine", "local", "ray", default="local", help="Where to render.")
 @click.option(
     "--encoder",
     type=click.Choice(["auto", "tiktoken", "fastokens", "gigatoken"]),
@@ -55,10 +53,8 @@ NO_TOKENIZER = (
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Read at most this many rows per entry.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Longest document (default: the recipe's).")
-@click.option(
-    "--overflow", type=click.Choice(["keep", "truncate", "drop", "error"]), help="What happens to longer ones."
-)
-@click.option("--invalid", type=click.Choice(["error", "drop"]), help="What happens to rows that cannot be used.")
+@choice("--overflow", "keep", "truncate", "drop", "error", help="What happens to longer ones.")
+@choice("--invalid", "error", "drop", help="What happens to rows that cannot be used.")
 @click.option(
     "--decontaminate",
     type=click.Choice(["report", "drop", "off"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, build_argument, command, json_option
+from chatdata.cli.command import FILE, build_argument, choice, command, json_option
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 
@@ -49,9 +49,7 @@ def _tell(path: Path, said: str, problems: list[str], as_json: bool, **facts: An
 
 @command()
 @build_argument
-@click.option(
-    "--level", type=click.Choice(["quick", "full", "semantic"]), default="quick", help="How much to check (see above)."
-)
+@choice("--level", "quick", "full", "semantic", default="quick", help="How much to check (see above).")
 @_source_options
 @click.option(
     "--share",

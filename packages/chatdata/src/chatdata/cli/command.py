@@ -74,6 +74,11 @@ def program(name: str, about: str) -> Group:
 command = partial(click.command, cls=Command)
 
 
+def choice(name: str, *values: str, **options: Any) -> Callable[..., Any]:
+    """An option that takes one of these values."""
+    return click.option(name, type=click.Choice(values), **options)
+
+
 class MaskPolicyChoice(click.Choice[str]):
     """A mask policy. The names are repeated here because importing them would load numpy for `--help`."""
 

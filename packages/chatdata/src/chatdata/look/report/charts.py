@@ -77,9 +77,7 @@ def frequency(vocabulary: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any
     return _chart("frequency", rows, 300, f"{vocabulary['split']}: occurrences of the vocabulary's tokens by rank")
 
 
-def _chart(
-    kind: str, rows: list[dict[str, Any]], height: int, description: str, coloured: Sequence[str] = ()
-) -> dict[str, Any]:
+def _chart(kind: str, rows: list[Any], height: int, description: str, coloured: Sequence[str] = ()) -> dict[str, Any]:
     """coloured: values that have the page's colours --c0 … in this order. The page has its own key, because Vega's does
     not fold on a phone."""
     specs = json.loads(resources.files("chatdata.look.report").joinpath("charts.json").read_text(encoding="utf-8"))

@@ -126,9 +126,6 @@ def spelled(tokenizer: Tokenizer, token_id: int) -> str:
     """A token as people can read it: blanks and control characters as pictures, bytes that are not text as hex."""
     data = tokenizer.token_bytes.get(token_id)
     if data is None:
-        return next(name for name, special_id in tokenizer.special_ids.items() if special_id == token_id)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in data)
+        return tokenizer.decode_token(token_id)
+    text = data.decode(errors="backslashreplace")
     return text.translate(_CONTROLS).translate({ord(" "): "␣", ord("\t"): "␉", ord("\n"): "␤"})
