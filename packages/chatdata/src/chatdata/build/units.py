@@ -187,21 +187,20 @@ def _render_native(
     """
     tokenizer = renderer.tokenizer
     encoder = load_encoder(renderer.encoder_name, tokenizer)
+
+    def render(pieces: Pieces) -> RenderedBatch:
+        ids, counts = encoder.encode_batch(pieces.texts)
+        if encoder.name != "tiktoken":
+            checked["checked"] += encoders.check_some(encoder, tokenizer, pieces.texts, (ids, counts), source.name)
+        return render_batch(pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size)
+
     done = 0
     for pieces in pieces_of_rows(source, rows, raw).split(MAX_CHARS):
-        batch = None
-        while batch is None:
-            try:
-                ids, counts = encoder.encode_batch(pieces.texts)
-                if encoder.name != "tiktoken":
-                    found = encoders.check_some(encoder, tokenizer, pieces.texts, (ids, counts), source.name)
-                    checked["checked"] += found
-                batch = render_batch(pieces, ids, counts, tokenizer.special_ids, tokenizer.dtype, tokenizer.vocab_size)
-            except ChatdataError:
-                num_invalid = len(pieces.notes)
-                pieces = _encodable(encoder, tokenizer, source, rows[done : done + len(pieces)], pieces)
-                if len(pieces.notes) == num_invalid:
-                    raise
+        try:
+            batch = render(pieces)
+        except ChatdataError:
+            pieces = _encodable(encoder, tokenizer, source, rows[done : done + len(pieces)], pieces)
+            batch = render(pieces)
         checked["texts"] += len(pieces.texts)
         yield batch, bool(batch.untrained_turns.any() or (pieces.codes & UNTRAINED).any())
         done += len(pieces)
