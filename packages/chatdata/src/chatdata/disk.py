@@ -54,6 +54,12 @@ def check_file(out: Path) -> None:
         raise UsageError(f"--out {out}: there is no folder {out.parent}")
 
 
+def check_free(out: Path) -> None:
+    """Raise BuildError if `out` exists and is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BuildError(f"{out}: already exists; choose another --out")
+
+
 def check_replaceable(out: Path) -> None:
     """Raise UsageError if no finished folder can be renamed to `out`: it is a mount point, or the process is in it."""
     place, mounts, listed = out.resolve(), Path("/proc/self/mountinfo"), set[str]()

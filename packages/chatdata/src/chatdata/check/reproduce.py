@@ -3,8 +3,6 @@
 `--sample` compares a share of the documents and writes nothing: that is rerender.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +14,8 @@ from chatdata.build.run import build as run_build
 from chatdata.check.diff import diff_builds, differences, lines_of
 from chatdata.check.rerender import plan_of_build, source_problems
 from chatdata.check.verify import verify_full
-from chatdata.errors import BuildError, MissingSource
+from chatdata.disk import check_free
+from chatdata.errors import MissingSource
 from chatdata.firewall.scored import read_scored
 from chatdata.progress import no_progress
 from chatdata.shards.read import open_build
@@ -39,8 +38,7 @@ def reproduce(
     Raises BuildError if there is anything in `out`; MissingSource if a source cannot be found, or the scored items
     whose rows the build dropped; and what `plan_of_build` and `build` raise.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BuildError(f"{out}: already exists; choose another --out")
+    check_free(out)
     if problems := verify_full(path, options.get("progress") or no_progress):
         return "damaged", problems
     build = open_build(path)

@@ -5,8 +5,6 @@ rendered with the one-conversation renderer and tiktoken. This uses none of the 
 build, because a fault there would repeat itself here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

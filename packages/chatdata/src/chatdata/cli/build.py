@@ -10,7 +10,7 @@ import click
 from chatdata.cli.command import FILE, choice, command, json_option, task_files_option, tokenizer_of
 from chatdata.disk import write_whole
 from chatdata.errors import UsageError
-from chatdata.progress import say, say_json
+from chatdata.progress import say, say_json, shown_progress
 
 NO_TOKENIZER = (
     "no tokenizer given: pass --tokenizer with a tokenizer.json, nanochat's tokenizer.pkl, a .tiktoken "
@@ -107,7 +107,6 @@ def build(
     from chatdata.build.run import check_out
     from chatdata.demo.tokenizer import demo_tokenizer
     from chatdata.look.build import show_plan, show_result
-    from chatdata.progress import shown_progress
     from chatdata.recipe import NATIVE, load_recipe
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks

@@ -9,7 +9,7 @@ import click
 
 from chatdata.cli.command import FILE, build_argument, choice, command, json_option
 from chatdata.errors import UsageError
-from chatdata.progress import say, say_json
+from chatdata.progress import say, say_json, shown_progress
 
 
 def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +76,6 @@ def verify(path: Path, level: str, as_json: bool, **given: Any) -> int:
       chatdata verify out/mid --level semantic --data-dir hub --identity me.jsonl
     """
     from chatdata.check.verify import verify_full, verify_quick
-    from chatdata.progress import shown_progress
 
     unused = [name for name, value in given.items() if value not in (None, ())]
     if unused and level != "semantic":
@@ -119,7 +118,6 @@ def reproduce(path: Path, out: Path | None, sample: float | None, as_json: bool,
     from chatdata.build.engines import available_cpus
     from chatdata.check.reproduce import reproduce as run_reproduce
     from chatdata.check.rerender import verify_semantic
-    from chatdata.progress import shown_progress
 
     if (out is None) == (sample is None) or (sample is not None and (given["against"] or given["workers"])):
         raise UsageError("give --out FOLDER (with --against, --workers), or --sample SHARE")
@@ -147,7 +145,6 @@ def check(files: tuple[Path, ...], as_json: bool) -> int:
       chatdata check chats.jsonl --json
     """
     from chatdata.check.files import check_files, lines_of_check
-    from chatdata.progress import shown_progress
 
     gc.set_threshold(100_000)  # rows are parsed into a hundred objects each, without cycles: a fifth of the time
     with shown_progress(quiet=as_json) as progress:

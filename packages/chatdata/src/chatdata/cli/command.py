@@ -15,7 +15,7 @@ import click
 
 from chatdata import version_of
 from chatdata.disk import DISK_ERRORS, describe_os_error, home_path
-from chatdata.errors import BuildError, printable
+from chatdata.errors import printable
 from chatdata.progress import say
 
 if TYPE_CHECKING:
@@ -100,12 +100,6 @@ def tokenizer_of(path: Path, *, native: bool = True, chat_format: str = "nanocha
     if (path / "manifest.json").is_file():
         open_build(path)
     return load_tokenizer(path, native=native) if chat_format == "nanochat" else read_folder(path)
-
-
-def check_free(out: Path) -> None:
-    """Raise BuildError if `out` exists and is not an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BuildError(f"{out}: already exists; choose another --out")
 
 
 def run_command(cli: click.Group, name: str, interrupted: str, only: str | None = None) -> None:

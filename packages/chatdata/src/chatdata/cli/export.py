@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, check_free, command, json_option
+from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, command, json_option
+from chatdata.disk import check_free, check_replaceable, writes_to
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json, shown_progress
 
@@ -43,7 +44,6 @@ def export(path: Path, to: str, out: Path, policy: Any, as_json: bool, **options
     """
     from chatdata import open_build
     from chatdata.build.run import NOTHING_WRITTEN, partial_folder, publish
-    from chatdata.disk import check_replaceable, writes_to
     from chatdata.packing.epoch import STAGE_MASKS
     from chatdata.shards.export import export_build
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.cli.command import FILE, Group, check_free, json_option, tokenizer_of
+from chatdata.cli.command import FILE, Group, json_option, tokenizer_of
+from chatdata.disk import check_free
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 
