@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -73,10 +73,9 @@ def _render_here(renderer: Renderer, waiting: deque[Unit], on_rows: OnRows) -> l
 
 
 def _take(waiting: deque[Unit]) -> Unit | None:
-    try:
+    with suppress(IndexError):
         return waiting.popleft()  # atomic: several threads take units
-    except IndexError:
-        return None
+    return None
 
 
 @contextmanager

@@ -75,11 +75,9 @@ def make_build_plan(
         except MissingSource as error:
             if str(error) not in missing:
                 missing.append(str(error))
-    if len(missing) > 1:
-        listed = "; ".join(f"({i}) {message}" for i, message in enumerate(missing, start=1))
-        raise MissingSource(f"{len(missing)} sources are missing: {listed}")
     if missing:
-        raise MissingSource(missing[0])
+        listed = "; ".join(f"({i}) {message}" for i, message in enumerate(missing, start=1))
+        raise MissingSource(f"{len(missing)} sources are missing: {listed}" if len(missing) > 1 else missing[0])
     divided = cache(sides)
     splits: dict[str, list[PlannedEntry]] = {split: [] for split in recipe.splits}
     for split, entry in ((split, entry) for split, entries in recipe.splits.items() for entry in entries):

@@ -235,9 +235,8 @@ def choose(entry: np.ndarray, share: float) -> np.ndarray:
     entry: [documents], the entry of each. Chosen by a hash of the number: always the same ones, evenly spread.
     """
     number = np.arange(len(entry), dtype=np.uint64)
-    with np.errstate(over="ignore"):  # splitmix64's last step; multiplying is meant to wrap
-        number = (number + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-        number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    number = (number + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's last step; wraps
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     order = np.argsort(number ^ (number >> np.uint64(31)), kind="stable")
     count = min(len(entry), max(LEAST_DOCUMENTS, math.ceil(share * len(entry))))
     _, first = np.unique(entry[order], return_index=True)  # per entry, the document of the lowest hash
@@ -319,11 +318,8 @@ def _compare(
         if len(differs):
             i = differs[0]
             yield f"{here}: {what} at position {i:,} is {one[i]}, but rendered again {other[i]}"
-    facts = {
-        **{name: counts.get(name, 0) for name in RECORDED},
-        "original_tokens": len(original),
-        "spans": [span._asdict() for span in expected.spans],
-    }
+    facts: dict[str, Any] = {**dict.fromkeys(RECORDED, 0), **counts, "original_tokens": len(original)}
+    facts["spans"] = [span._asdict() for span in expected.spans]
     for name in RECORDED:
         if chosen.recorded[name] != facts[name]:
             yield f"{here}: {name} is {chosen.recorded[name]} in the index, but rendered again {facts[name]}"
