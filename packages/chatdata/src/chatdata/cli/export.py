@@ -1,33 +1,20 @@
 """`chatdata export`."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, command, json_option
+from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, choice, command, json_option
 from chatdata.disk import check_free, check_replaceable, writes_to
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json, shown_progress
 
-NOTES = {  # what the files do not hold, and what their reader must be told
-    "datasets": """Left out: roles of spans. task, name, row, doc are in documents/ (with --extra-columns in the rows).
-LLaMA-Factory refuses extra columns. TRL cuts rows at max_length, 1,024 by default: SFTConfig(max_length=None).""",
-    "olmo": """Left out: task, name, row and roles of spans.
-OLMo-core needs TokenizerConfig(vocab_size={vocab_size}, eos_token_id={eos}, bos_token_id={bos}, pad_token_id={eos}).
-It guesses where documents end. It reads the boundaries with use_array_if_local=False (NumpyPackedFSLDatasetConfig),
-or for other data sets with OLMO_DATA_PREP_USE_ARRAY_IF_LOCAL=false in the environment.""",
-    "megatron": """Left out: task, name, row and roles of spans. The mask is a second data set, <split>_mask_document:
-read with the same seed, sequence length and number of sequences, its labels are 1 where those of the first are targets.
-Leave tokenizer.pad undefined: Megatron takes every token of that id out of the loss.""",
-    "llmc": """Left out: the mask (every token is a target), boundaries of documents, task, name, row, roles of spans.
-llm.c's C programs take up to 65,536 ids (here: {vocab_size:,}), and files of at least B * T * processes + 1 tokens.""",
-}
-
 
 @command()
 @build_argument
-@click.option("--to", type=click.Choice(list(NOTES)), required=True, help="Whose files to write.")
+@choice("--to", "datasets", "olmo", "megatron", "llmc", required=True, help="Whose files to write.")
 @click.option("--out", type=FILE, required=True, help="Folder to write.")
 @click.option("--mask", "policy", type=MaskPolicyChoice(), help="Mask policy (default: the stage's).")
 @click.option("--extra-columns", is_flag=True, help="datasets: put task, name, row and doc into the rows.")
@@ -61,7 +48,8 @@ def export(path: Path, to: str, out: Path, policy: Any, as_json: bool, **options
         publish(growing, place)
     ids, vocab_size = (build.manifest["tokenizer"][key] for key in ("special_ids", "vocab_size"))
     bos, eos = (ids.get(name, "(the model's)") for name in ("<|bos|>", "<|assistant_end|>"))
-    notes = NOTES[to].format(vocab_size=vocab_size, bos=bos, eos=eos).splitlines()
+    texts = tomllib.loads(Path(__file__).with_name("export_notes.toml").read_text(encoding="utf-8"))
+    notes = texts[to].format(vocab_size=vocab_size, bos=bos, eos=eos).splitlines()
     if as_json:
         say_json({"out": str(out), "to": to, "mask": policy, "splits": splits, "notes": notes})
         return
