@@ -25,6 +25,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from chatdata.arrow import map_batches
 from chatdata.disk import DAY_S, MACHINE, file_sha256
@@ -138,8 +139,6 @@ def render_unit(renderer: Renderer, unit: Unit, progress: Callable[[int], None] 
 
     Errors that a row causes name its file and row (or line).
     """
-    import pyarrow as pa
-
     source, tokenizer = renderer.sources[unit.source], renderer.tokenizer
     stage, model_format = "base" if source.task.kind == "text" else "chat", load_format(renderer.chat_format, tokenizer)
     rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, stage, chat_format=renderer.chat_format)
@@ -269,8 +268,6 @@ def find_units(folder: Path, keys: set[str]) -> tuple[dict[str, Path], int]:
 
 def take_unit(path: Path) -> bool:
     """Whether the unit is whole and the one it is called. If so, it is marked as used now; if not, it is removed."""
-    import pyarrow as pa
-
     key, _, content = path.stem.partition("-")
     whole = False
     try:

@@ -82,6 +82,7 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
     environment = jinja2.Environment(loader=jinja2.FunctionLoader(_file), undefined=jinja2.StrictUndefined, **settings)
     environment.filters |= {"count": lambda n: f"{n:,}", "share": share, "options": _options, "in_words": ledger_lines}
     scripts = [_inline(_vega()), _inline(_file("page.js"))]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     return environment.get_template("page.html").render(
         name=_named(build.path).name,
         manifest=build.manifest,
@@ -101,7 +102,7 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
         style=_file("page.css"),
         scripts=scripts,
         **firewall,
-        hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+        hashes=" ".join(f"'sha256-{digest}'" for digest in digests),
     )
 
 
@@ -130,13 +131,7 @@ def _vega() -> str:
 
 def _inline(script: str) -> str:
     """A script that is safe inside script tags: nothing in it closes them or opens a comment."""
-    import markupsafe
-
-    return markupsafe.Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\r\n", "\n"))
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\r\n", "\n")
 
 
 def _options(entry: dict[str, Any]) -> str:
