@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, check_free, expect_option, program, run_command, tokenizer_of
+from chatdata.cli.command import FILE, expect_option, program, run_command, tokenizer_of
+from chatdata.disk import check_free
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 from chattrain.run.settings import RunSettings, settings_options
