@@ -85,5 +85,3 @@ def test_every_command_prints_what_is_shown(
 
 def test_the_page_has_what_it_promises() -> None:
     assert len(files_of("own_data")) == 9 and len(steps_of("own_data")) > 10
-    collate = re.search(r"^def collate.*?\n\n", PAGES["own_data"], re.S | re.M)
-    assert collate and len(collate[0].strip().splitlines()) <= 15

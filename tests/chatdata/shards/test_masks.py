@@ -196,7 +196,7 @@ def many(build_of: Build) -> tuple[Split, dict[str, np.ndarray]]:
 @pytest.mark.parametrize("at_once", [7, 2**16])
 def test_policies_agree_with_a_walk_over_the_tokens(many, monkeypatch, at_once: int) -> None:
     split, expected = many
-    monkeypatch.setattr("chatdata.shards.read.INDEX_ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr("chatdata.shards.maps.INDEX_ROWS_AT_ONCE", at_once)
     fresh = open_build(split.build.path)["train"]
     for policy, mask in expected.items():
         assert np.array_equal(fresh.mask(0, fresh.num_tokens, policy), mask), policy

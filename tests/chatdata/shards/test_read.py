@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import chatdata
 from chatdata.build.plan import make_build_plan
@@ -74,6 +77,120 @@ def test_views_copy_nothing(small: chatdata.Build) -> None:
     assert np.shares_memory(document.mask, train.map("mask", 0))
     assert np.shares_memory(train.tokens(0, 5), train.map("tokens", 0))
     assert not document.tokens.flags.writeable
+
+
+# views
+
+
+def test_views_of_documents(small: chatdata.Build) -> None:
+    train = small["train"]
+    numbers = [3, 11, 0, 3]
+    booleans = np.arange(12) % 5 == 0
+    for chosen, expected in [
+        (numbers, numbers),
+        (np.array(numbers), numbers),
+        (pl.Series(numbers), numbers),
+        ([-1], [11]),
+        (booleans, [0, 5, 10]),
+        (booleans.tolist(), [0, 5, 10]),
+        (slice(8, None, -3), [8, 5, 2]),
+        ([], []),
+    ]:
+        view = train[chosen]
+        assert view.documents.tolist() == expected and len(view) == len(expected)
+        assert [d.tokens.tolist() for d in view] == [train[i].tokens.tolist() for i in expected]
+        assert view.num_tokens == sum(len(train[i]) for i in expected)
+        assert view.index["doc"].to_list() == view.index_table()["doc"].to_pylist() == expected
+        assert view.to_dataset().to_list() == [train.to_dataset()[i] for i in expected]
+        assert view.names == train.names
+    view = train[numbers]
+    assert np.shares_memory(view[1].tokens, train[11].tokens)
+    assert view[1:][[2, 0]].documents.tolist() == [3, 11] and view[1:].whole is train
+    assert view[-1].tokens.tolist() == train[3].tokens.tolist()
+    for bad in ([12], [True], "a", [0.5]):
+        with pytest.raises(IndexError):
+            train[bad]
+    with pytest.raises(IndexError, match="document 4 of 4 in train"):
+        view[4]
+    with pytest.raises(IndexError, match="tokens 0 … 1 of 0 in train"):
+        train[[]].tokens(0, 1)
+    assert repr(view) == f"View('train', 4 documents, {view.num_tokens} tokens)"
+
+
+def test_filters(small: chatdata.Build) -> None:
+    train = small["train"]
+    short = train.filter(pl.col("num_tokens") < 10)
+    assert sorted(len(document) for document in short) == [6, 7, 8, 9]
+    assert short.filter(pl.col("name") == "conversations", pl.col("row") > 1).index["row"].sort().to_list() == [2, 3]
+    assert len(train.filter(pl.col("name") == "gsm8k")) == 0
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Tokenizer) -> chatdata.Split:
+    """30 documents of two turns in shards of at most 100 tokens."""
+    folder = tmp_path_factory.mktemp("talks")
+    turns = [[("user", "a" * n), ("assistant", "b"), ("user", "c"), ("assistant", "d" * (n % 4))] for n in range(30)]
+    rows = [json.dumps([{"role": role, "content": text} for role, text in talk]) for talk in turns]
+    (folder / "c.jsonl").write_text("\n".join(rows))
+    (folder / "r.toml").write_text('stage = "sft"\n[[train]]\ntask = "conversations"\npath = "c.jsonl"\n')
+    tasks = load_tasks()
+    plan = make_build_plan(load_recipe(str(folder / "r.toml"), tasks), tasks, byte_tokenizer, Locations(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chatdata.shards.write.MAX_SHARD_TOKENS", 100)
+        build(plan, folder / "out")
+    return chatdata.open_build(folder / "out")["train"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 29)), st.sampled_from(["apply", "ignore", "last-turn"]), st.data())
+def test_a_view_reads_like_a_split_of_its_documents(
+    talks, numbers: list[int], policy: str, data: st.DataObject
+) -> None:
+    view = talks[numbers]
+    whole = talks.mask(0, talks.num_tokens, policy)
+    tokens = [token for i in numbers for token in talks[i].tokens.tolist()]
+    mask = [bit for i in numbers for bit in whole[talks.offsets[i] : talks.offsets[i + 1]].tolist()]
+    assert np.diff(view.offsets).tolist() == [len(talks[i]) for i in numbers] and view.offsets[-1] == len(tokens)
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(tokens))] * 2)))
+    assert view.tokens(start, stop).tolist() == tokens[start:stop]
+    assert view.mask(start, stop, policy).tolist() == mask[start:stop]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 70), st.integers(0, 30), st.sampled_from(["apply", "ignore", "last-turn"]))
+def test_filter_then_to_dataset(talks, num_tokens: int, row: int, policy: str) -> None:
+    """The same as a filter of the dataset, whose rows have their lengths and places."""
+    view = talks.filter((pl.col("num_tokens") <= num_tokens) | (pl.col("row") == row))
+    rows = zip(talks.index["row"].to_list(), talks.to_dataset(policy).to_list(), strict=True)
+    expected = [found for number, found in rows if len(found["input_ids"]) <= num_tokens or number == row]
+    assert view.to_dataset(policy).to_list() == expected
+
+
+def test_datasets_of_views_have_names_of_their_own(talks) -> None:
+    names = [talks[chosen].to_dataset()._fingerprint for chosen in ([1, 2], [2, 1], [1, 2], slice(None))]
+    assert names[0] == names[2] and len({*names}) == 3 and names[3] == talks.to_dataset()._fingerprint
+
+
+def test_splits_are_pickled_without_their_arrays(talks) -> None:
+    view = talks[[5, 6]]
+    assert view[0].text() and len(talks.index) == 30 and talks._maps
+    for split in (talks, view):
+        again = pickle.loads(pickle.dumps(split))
+        assert not again._maps and [d.text() for d in again] == [d.text() for d in split]
+    assert pickle.loads(pickle.dumps(talks.build)) == talks.build
+
+
+def test_notebooks_show_tables(talks) -> None:
+    build = talks.build
+    entry = {"name": "<b>&", "documents": 1500, "tokens": 3000, "supervised": 1000}
+    shown = {**build.manifest, "splits": {"train": {**build.manifest["splits"]["train"], "entries": [entry, entry]}}}
+    html = chatdata.Build(build.path, shown)["train"]._repr_html_()
+    assert "<tr><td>&lt;b&gt;&amp;</td><td>3,000</td><td>6,000</td><td>33.3%</td></tr>" in html
+    assert "30 documents, " in html and "color" not in html and "<b>" not in html
+    html = build._repr_html_()
+    assert f"Build: build_id {build.manifest['build_id']}, stage sft, chat_format nanochat" in html
+    assert "<td>conversations</td><td>30</td>" in html
+    assert talks[:3]._repr_html_ is None  # a notebook shows its repr
 
 
 def test_files_are_what_the_format_says(small: chatdata.Build) -> None:

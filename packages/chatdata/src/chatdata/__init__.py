@@ -11,11 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chatdata.document import Document
-    from chatdata.render.specification import render_conversation, render_for_completion
-    from chatdata.shards.read import Build, Split, open_build
-    from chatdata.tokenizer.bpe import Tokenizer
-    from chatdata.tokenizer.files import load_tokenizer
+    from chatdata.document import Document as Document
+    from chatdata.packing.torch import to_torch as to_torch
+    from chatdata.render.specification import render_conversation as render_conversation
+    from chatdata.render.specification import render_for_completion as render_for_completion
+    from chatdata.shards.read import Build as Build
+    from chatdata.shards.read import Split as Split
+    from chatdata.shards.read import open_build as open_build
+    from chatdata.tokenizer.bpe import Tokenizer as Tokenizer
+    from chatdata.tokenizer.files import load_tokenizer as load_tokenizer
 
 
 def version_of(package: str) -> str:
@@ -27,17 +31,6 @@ def version_of(package: str) -> str:
 
 
 __version__ = version_of("chatdata")
-__all__ = [
-    "Build",
-    "Document",
-    "Split",
-    "Tokenizer",
-    "load_tokenizer",
-    "open_build",
-    "render_conversation",
-    "render_for_completion",
-]
-
 _HOMES = {
     "Build": "shards.read",
     "Document": "document",
@@ -47,7 +40,9 @@ _HOMES = {
     "open_build": "shards.read",
     "render_conversation": "render.specification",
     "render_for_completion": "render.specification",
+    "to_torch": "packing.torch",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

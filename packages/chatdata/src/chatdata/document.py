@@ -73,12 +73,15 @@ class Document:
             style = "background:#c8ecc8;color:#0b3d0b" if supervised else "color:#666"
             pieces.append(f'<span style="{style}">{html.escape(text)}</span>')
         note = f"{len(self)} tokens, {self.num_supervised} supervised (green)"
-        return (
-            f'<div style="border:1px solid #ccc;padding:6px;margin:4px 0"><small>{note}</small>'
-            f'<pre style="white-space:pre-wrap;margin:4px 0 0">{"".join(pieces)}</pre></div>'
-        )
+        return framed(note, f'<pre style="white-space:pre-wrap;margin:4px 0 0">{"".join(pieces)}</pre>')
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise TypeError("this Document was made without a tokenizer, so its text cannot be shown")
         return self.tokenizer
+
+
+def framed(note: str, content: str) -> str:
+    """HTML for a notebook, light or dark: a note (text) above content (HTML)."""
+    frame = "border:1px solid #888;padding:6px;margin:4px 0"
+    return f'<div style="{frame}"><small>{html.escape(note)}</small>{content}</div>'

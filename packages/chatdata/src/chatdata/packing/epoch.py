@@ -77,7 +77,6 @@ class TrainingPlan:
 
 def plan_epoch(
     split: Split,
-    *,
     layout: Layout,
     mask: MaskPolicy,
     seq_len: int,

@@ -1,30 +1,27 @@
-"""Reading a build; docs/format.md describes the format.
-
-OUT/manifest.json                        written last, by rename
-OUT/{train,val}/tokens-00000.npy         `<u2` or `<u4` [num_tokens]
-OUT/{train,val}/mask-00000.npy           `|u1` [num_tokens], 0 or 1, aligned with the token
-OUT/{train,val}/offsets-00000.npy        `<i8` [num_documents + 1], 0 … num_tokens
-OUT/{train,val}/index-00000.parquet      one row per document
-"""
+"""Reading a build. docs/format.md describes its files, maps.py reads their arrays."""
 
 from __future__ import annotations
 
+import html
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast, overload
 
 import numpy as np
+import xxhash
 
-from chatdata.arrow import list_to_arrow, to_arrow, values_of
-from chatdata.document import IGNORED, Document
+from chatdata.arrow import list_to_arrow, to_arrow
+from chatdata.document import IGNORED, Document, framed
 from chatdata.errors import FormatError
 from chatdata.recipe import NATIVE
 from chatdata.shards.address import local_build
-from chatdata.shards.index import open_index, read_index
+from chatdata.shards.index import read_index
 from chatdata.shards.manifest import check_files, read_manifest
+from chatdata.shards.maps import Shards
 from chatdata.shards.masks import check_policy, covered, ranges_of, select
 
 if TYPE_CHECKING:
@@ -32,10 +29,12 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
-    from chatdata.shards.masks import DocumentSpans, MaskPolicy, Ranges
+    from chatdata.shards.masks import MaskPolicy, Ranges
     from chatdata.tokenizer.bpe import Tokenizer
 
-INDEX_ROWS_AT_ONCE = 2**16  # smoltalk has 14 spans a document, so 10 MB
+    Chosen = slice | Sequence[int] | np.ndarray  # or anything else that numpy takes as an array: a polars column
+
+VIEW_DOCUMENTS = 2**10  # a shard, also in one Arrow array of lists: fewer than 2^31 tokens
 
 
 def open_build(path: str | Path, expect: str | None = None) -> Build:
@@ -81,75 +80,61 @@ class Build:
         sizes = ", ".join(f"{name}: {len(split):,} documents" for name, split in self.splits.items())
         return f"Build({str(self.path)!r}, stage {self.manifest['stage']}, {sizes})"
 
+    def _repr_html_(self) -> str:
+        note = "Build: " + ", ".join(f"{key} {self.manifest[key]}" for key in ("build_id", "stage", "chat_format"))
+        return framed(note, "".join(split._repr_html_() for split in self.splits.values()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Build, (self.path, self.manifest)  # not the memory maps: each process opens its own
+
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class Split(Shards):
     """The documents of one split, memory-mapped. `split[i]` is a Document, `split.index` a polars frame."""
 
     build: Build
-    name: str
-    shards: list[dict[str, Any]]  # of the manifest
-    _maps: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
     _ranges: dict[str, Ranges] = field(default_factory=dict, init=False, repr=False)
-
-    def path(self, kind: str, number: int) -> Path:
-        return self.build.path / self.name / self.shards[number]["files"][kind]["file"]
-
-    def map(self, kind: str, number: int) -> np.ndarray:
-        """The memory-mapped array of a shard: kind "tokens", "mask" or "offsets"."""
-        key = (kind, number)
-        if key not in self._maps:
-            try:
-                array = np.load(self.path(kind, number), mmap_mode="r", allow_pickle=False)
-            except ValueError as error:
-                raise FormatError(f"{self.path(kind, number)}: not a readable .npy file: {error}") from None
-            self._maps[key] = array.view(np.ndarray)
-        return self._maps[key]
-
-    @cached_property
-    def _first_documents(self) -> np.ndarray:
-        return np.cumsum([0, *(shard["documents"] for shard in self.shards)])
-
-    @cached_property
-    def _first_tokens(self) -> np.ndarray:
-        return np.cumsum([0, *(shard["tokens"] for shard in self.shards)])
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self._first_tokens[-1])
-
-    @cached_property
-    def offsets(self) -> np.ndarray:
-        """Where documents start in the split (int64 [documents + 1]), over all shards."""
-        parts = [self.map("offsets", n)[:-1] + self._first_tokens[n] for n in range(len(self.shards))]
-        return np.concatenate([*parts, [self.num_tokens]]).astype(np.int64)
 
     def __len__(self) -> int:
         return int(self._first_documents[-1])
 
     @overload
-    def __getitem__(self, i: SupportsIndex) -> Document: ...
+    def __getitem__(self, i: SupportsIndex) -> Document: ...  # type: ignore[overload-overlap]
 
     @overload
-    def __getitem__(self, i: slice) -> list[Document]: ...
+    def __getitem__(self, i: Chosen) -> View: ...
 
-    def __getitem__(self, i: SupportsIndex | slice) -> Document | list[Document]:
-        """Document `i` (views of the maps: nothing is copied), or a list of documents for a slice."""
-        if isinstance(i, slice):
-            return [self._document(j) for j in range(*i.indices(len(self)))]
-        i = operator.index(i)
+    def __getitem__(self, i: SupportsIndex | Chosen) -> Document | View:
+        """Document `i`, or the View of a slice, of document numbers or of a boolean per document. Nothing is copied.
+
+        Raises IndexError for a number out of range and for booleans of another length.
+        """
+        try:
+            i = operator.index(cast(SupportsIndex, i))
+        except TypeError:
+            whole, documents = self._chosen(cast(slice, i))
+            lengths = np.diff(whole.offsets)[documents]
+            parts = np.split(lengths, range(VIEW_DOCUMENTS, len(lengths), VIEW_DOCUMENTS))
+            shards = [{"documents": len(part), "tokens": int(part.sum())} for part in parts]
+            return View(self.build, self.name, shards, whole, documents)
         if not -len(self) <= i < len(self):
             raise IndexError(f"document {i} of {len(self):,} in {self.name}")
-        return self._document(i % len(self))
+        start, stop = self.offsets[i % len(self) :][:2].tolist()
+        return Document(self.tokens(start, stop), self.mask(start, stop), tokenizer=self.build.tokenizer)
+
+    def filter(self, *predicates: pl.Expr) -> View:
+        """The View of the documents for which polars expressions over `named_index` are all true.
+
+        split.filter(pl.col("name") == "gsm8k", pl.col("num_tokens") <= 512)
+        """
+        return self[self.named_index.with_row_index("at").filter(*predicates)["at"].to_numpy()]
+
+    def _chosen(self, i: Chosen) -> tuple[Split, np.ndarray]:
+        """The whole split, and the numbers in it of documents of this one."""
+        return self, np.arange(len(self))[i]
 
     def __iter__(self) -> Iterator[Document]:
-        return (self._document(i) for i in range(len(self)))
-
-    def _document(self, i: int) -> Document:
-        number = int(np.searchsorted(self._first_documents, i, side="right")) - 1
-        start, stop = self.map("offsets", number)[i - self._first_documents[number] :][:2].tolist()
-        tokens, mask = (self.map(kind, number)[start:stop] for kind in ("tokens", "mask"))
-        return Document(tokens, mask, tokenizer=self.build.tokenizer)
+        return (self[i] for i in range(len(self)))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the split: a view within one shard, a copy if the range crosses shards."""
@@ -174,36 +159,8 @@ class Split:
         check_policy(policy)
         kind = "no-tools" if policy == "tools-only" else policy  # both need the python parts
         if kind not in self._ranges:
-            self._ranges[kind] = ranges_of(policy, self._spans())
+            self._ranges[kind] = ranges_of(policy, self.spans())
         return select(policy, stored, covered(self._ranges[kind], starts, counts))
-
-    def _spans(self) -> Iterator[DocumentSpans]:
-        """The spans of all documents, a piece of the index at a time."""
-        first = 0
-        for number in range(len(self.shards)):
-            with open_index(self.path("index", number)) as file:
-                for batch in file.iter_batches(INDEX_ROWS_AT_ONCE, columns=["spans"]):
-                    lists = batch.column("spans")
-                    document = np.repeat(np.arange(len(lists)), values_of(lists.value_lengths()))
-                    spans = np.stack([values_of(field).astype(np.int64) for field in lists.flatten().flatten()[:3]])
-                    bounds = self.offsets[first : first + len(lists) + 1]
-                    start, stop = bounds[document] + spans[1], bounds[document] + spans[1] + spans[2]
-                    if (stop > bounds[document + 1]).any() or (start[1:] < stop[:-1]).any():
-                        raise FormatError(f"{self.path('index', number)}: spans overlap or leave their document")
-                    yield bounds, document, spans
-                    first += len(lists)
-
-    def _range(self, kind: str, start: int, stop: int) -> np.ndarray:
-        if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start} … {stop} of {self.num_tokens:,} in {self.name}")
-        number = int(np.searchsorted(self._first_tokens[:-1], start, side="right")) - 1
-        pieces = []
-        while True:
-            first, last = self._first_tokens[number : number + 2].tolist()
-            pieces.append(self.map(kind, number)[start - first : min(stop, last) - first])
-            if stop <= last:
-                return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-            start, number = last, number + 1
 
     def to_dataset(self, policy: MaskPolicy = "apply") -> datasets.Dataset:
         """The split for `datasets` and TRL, one row per document: aligned lists of equal length, not shifted.
@@ -211,8 +168,8 @@ class Split:
         input_ids (uint16 or uint32), labels (int32: the id where the mask under `policy` is 1, else -100) and
         assistant_masks (uint8). transformers' models shift the labels themselves. With labels TRL (1.16) neither
         tokenizes nor masks; without them (older releases) it derives the same from assistant_masks. input_ids and the
-        stored mask are memory maps of the shards; labels take 4 bytes of memory per token. Raises PlanError for an
-        unknown policy.
+        stored mask are memory maps of the shards (copies for a View); labels take 4 bytes of memory per token. Raises
+        PlanError for an unknown policy.
         """
         import pyarrow as pa
         from datasets import Dataset
@@ -224,18 +181,18 @@ class Split:
             "assistant_masks": pa.uint8(),
         }
         tables = [pa.schema([(name, pa.list_(kind)) for name, kind in types.items()]).empty_table()]
-        first = 0
-        for number, shard in enumerate(self.shards):
-            tokens, stored, offsets = (self.map(kind, number) for kind in ("tokens", "mask", "offsets"))
-            mask = self.apply_policy(policy, stored, np.array([first]), np.array([len(stored)]))
+        for first, last in pairwise(self._first_documents):
+            bounds = self.offsets[first : last + 1]
+            tokens, mask = self.tokens(bounds[0], bounds[-1]), self.mask(bounds[0], bounds[-1], policy)
             labels = tokens.astype(np.int32)
             labels[mask == 0] = IGNORED
-            columns = [list_to_arrow(to_arrow(values), np.diff(offsets)) for values in (tokens, labels, mask)]
+            columns = [list_to_arrow(to_arrow(values), np.diff(bounds)) for values in (tokens, labels, mask)]
             tables.append(pa.table(columns, names=list(types)))
-            first += shard["tokens"]
         # without a fingerprint, the dataset would hash all of its bytes for one
-        name = f"{self.build.manifest['build_id'][:32]}-{self.name}-{policy}"
-        return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=name)
+        about = (
+            f"{self.build.manifest['build_id']} {self.name} {policy} ".encode() + self._chosen(slice(None))[1].tobytes()
+        )
+        return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=xxhash.xxh3_128_hexdigest(about))
 
     def index_table(self) -> pa.Table:
         """The index as a pyarrow table (see `index_schema`), without polars. Raises FormatError if it is damaged."""
@@ -262,3 +219,54 @@ class Split:
 
         names = pl.col("entry").replace_strict(dict(enumerate(self.names)), default=None, return_dtype=pl.String)
         return self.index.with_columns(name=names)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {len(self):,} documents, {self.num_tokens:,} tokens)"
+
+    def _repr_html_(self) -> str:
+        entries, keys = self.build.manifest["splits"][self.name]["entries"], ("documents", "tokens", "supervised")
+        sums = {name: [sum(e[key] for e in entries if e["name"] == name) for key in keys] for name in self.names}
+        rows = ["<th>name</th><th>documents</th><th>tokens</th><th>supervised</th>"]
+        for name, (documents, tokens, supervised) in sums.items():
+            cells = (html.escape(name), f"{documents:,}", f"{tokens:,}", f"{supervised / max(tokens, 1):.1%}")
+            rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+        return framed(repr(self), "".join(["<table>", *(f"<tr>{row}</tr>" for row in rows), "</table>"]))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class View(Split):
+    """Some documents of a split, read where they are; to everything else that reads a split, a split like others.
+
+    `tokens`, `mask` and `offsets` count tokens as if the documents were written one after the other. `index` has their
+    rows of the whole index: its column `doc` is the number in the whole split.
+    """
+
+    whole: Split
+    documents: np.ndarray  # int64, numbers in `whole`, in any order
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(np.diff(self.whole.offsets)[self.documents])])
+
+    def _chosen(self, i: Chosen) -> tuple[Split, np.ndarray]:
+        return self.whole, self.documents[i]
+
+    def _runs(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where tokens [start, stop) are in the whole split: first token of each run, tokens of each."""
+        first, last = np.searchsorted(self.offsets, start, side="right") - 1, np.searchsorted(self.offsets, stop)
+        cuts = np.clip(self.offsets[first : last + 1], start, stop)
+        moved = self.whole.offsets[self.documents[first:last]] - self.offsets[first:last]
+        return cuts[:-1] + moved, np.diff(cuts)
+
+    def _read(self, kind: str, start: int, stop: int) -> np.ndarray:
+        starts, counts = self._runs(start, stop)
+        pieces = [self.whole._read(kind, at, at + n) for at, n in zip(starts.tolist(), counts.tolist(), strict=True)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate([self.whole._read(kind, 0, 0), *pieces])
+
+    def mask(self, start: int, stop: int, policy: MaskPolicy = "apply") -> np.ndarray:
+        return self.whole.apply_policy(policy, self._range("mask", start, stop), *self._runs(start, stop))
+
+    def index_table(self) -> pa.Table:
+        return self.whole.index_table().take(self.documents)
+
+    _repr_html_ = None  # type: ignore[assignment]  # the manifest does not count its documents
