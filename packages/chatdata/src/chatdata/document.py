@@ -83,5 +83,5 @@ class Document:
 
 def framed(note: str, content: str) -> str:
     """HTML for a notebook, light or dark: a note (text) above content (HTML)."""
-    frame = "border:1px solid #888;padding:6px;margin:4px 0"
+    frame = "border:1px solid #ccc;padding:6px;margin:4px 0"
     return f'<div style="{frame}"><small>{html.escape(note)}</small>{content}</div>'
