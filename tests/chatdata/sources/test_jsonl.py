@@ -23,8 +23,7 @@ from chatdata.sources.jsonl import (
     array_segments,
     jsonl_segments,
     lines_of,
-    read_array,
-    read_jsonl,
+    read_segments,
 )
 from chatdata.sources.source import Source
 from chatdata.tasks import load_tasks
@@ -124,7 +123,7 @@ def test_blank_lines_count_as_lines_and_not_as_rows(tmp_path: Path) -> None:
     with (tmp_path / "x.jsonl").open("rb") as file:
         segments = jsonl_segments(file)
         file.seek(0)
-        ((rows, values),) = read_jsonl(file, segments, 0, np.array([True, False, True]))
+        ((rows, values),) = read_segments(file, segments, 0, np.array([True, False, True]))
     assert (segments[0].num_rows, rows.tolist(), values) == (3, [0, 2], [[0], [2]])
 
 
@@ -146,7 +145,7 @@ def test_rows_of_an_array_are_what_json_says(
         assert segments is not None and sum(segment.num_rows for segment in segments) == len(values)
         first = data.draw(st.integers(0, len(values) - 1))
         wanted = np.array(data.draw(st.lists(st.booleans(), min_size=1, max_size=len(values) - first)))
-        read = list(read_array(file, segments, first, wanted))
+        read = list(read_segments(file, segments, first, wanted))
     rows = [row for part, _ in read for row in part.tolist()]
     assert rows == (np.flatnonzero(wanted) + first).tolist()
     assert repr([value for _, part in read for value in part]) == repr([values[row] for row in rows])

@@ -14,8 +14,7 @@ With `"trained": False` a part is not trained, nor is the end of an assistant me
 `parse_conversation` turns every accepted form into this one and refuses all others (table in docs/conversations.md).
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from chatdata.errors import ConversationError
 from chatdata.messages import Part, Reasoning, as_parts, check_surrogates, read_message
@@ -23,14 +22,11 @@ from chatdata.records import METADATA_KEYS, REFUSED_KEYS, messages_of
 from chatdata.tool_calls import Call, signatures
 
 __all__ = ["METADATA_KEYS", "REFUSED_KEYS", "Part", "Reasoning", "check_surrogates", "parse_conversation"]
-Role = Literal["system", "user", "assistant"]
-
 Consecutive = Literal["error", "merge"]
 Invalid = Literal["error", "drop"]
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """How a recipe entry wants its rows read (docs/recipes.md has the keys)."""
 
     ignore: tuple[str, ...] = ()  # keys of a row that are left out
@@ -47,7 +43,7 @@ AS_WRITTEN = Reading()
 class Message(TypedDict):
     """`trained` is for assistant_end and for string content; parts have their own."""
 
-    role: Role
+    role: Literal["system", "user", "assistant"]
     content: str | list[Part]
     trained: NotRequired[Literal[False]]
 

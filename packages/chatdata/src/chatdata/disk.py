@@ -125,13 +125,12 @@ def cache_folder(name: str) -> Path:
 # what to do about an error, which the system's own words do not say
 REMEDIES = {
     errno.EACCES: "choose another path, or change its permissions",
-    errno.EDQUOT: "free some space, then call again",
     errno.EEXIST: "choose another path",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EISDIR: "name a file",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOENT: "check the path: its folder must be there",
-    errno.ENOSPC: "free some space, then call again",
+    **dict.fromkeys((errno.EDQUOT, errno.ENOSPC), "free some space, then call again"),
     errno.ENOTDIR: "a part of this path is a file",
     errno.EROFS: "choose a path that can be written to",
 }
@@ -169,21 +168,20 @@ def writes_to(folder: Path, full: str, unusable: str = "") -> Iterator[None]:
     """
     from tempfile import TemporaryFile
 
+    is_usable = not unusable
     try:
         if unusable:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                TemporaryFile(dir=folder).close()
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                reason = (error.strerror or str(error)).lower()
-                raise BuildError(f"{folder}: cannot be written ({reason}){unusable}") from None
+            folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
+            is_usable = True
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"{folder}: no space left on the disk{full}") from None
-        raise
+        if is_usable:
+            raise
+        reason = (error.strerror or str(error)).lower()
+        raise BuildError(f"{folder}: cannot be written ({reason}){unusable}") from None
 
 
 def decode(

@@ -5,8 +5,8 @@ number of the text. A missing answer equals nothing, not even a missing gold ans
 """
 
 import re
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from typing import NamedTuple
 
 # 1,234.5 · -7 · .5 · $40: the sign of a number, not of a subtraction like 10-3
 _NUMBER = r"(?<![\w.])-?\$?-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
@@ -15,8 +15,7 @@ _FINAL = re.compile(rf"####\s*({_NUMBER})(?![\d/^*+-]|[eE,.]\d)")
 _ANY = re.compile(_NUMBER)
 
 
-@dataclass(frozen=True)
-class Grade:
+class Grade(NamedTuple):
     """One graded answer: strict (the score) and flexible (stored with it)."""
 
     gold: str

@@ -3,12 +3,12 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct, defstruct
+from msgspec.structs import replace
 
 from chatdata.conversation import AS_WRITTEN, REFUSED_KEYS, Consecutive, Invalid, Reading, Reasoning
 from chatdata.disk import MAX_COUNT, convert, decode
@@ -20,13 +20,10 @@ Stage = Literal["base", "mid", "sft"]
 Overflow = Literal["keep", "truncate", "drop", "error"]
 ZeroSupervised = Literal["keep", "drop", "error"]
 STAGES, OVERFLOW, ZERO_SUPERVISED = get_args(Stage), get_args(Overflow), get_args(ZeroSupervised)
+MAX_FLOAT = sys.float_info.max
 MAX_ROWS = 100_000_000  # of a split: a row takes 33 bytes of memory before it is rendered, 100 in all
 MAX_ENTRIES = 2**15  # of a split, epochs expanded: the index numbers them in int16
 RECIPE_FOLDERS = (Path(__file__).with_name("recipes"), Path(__file__).with_name("demo"))
-RULES = (
-    *("stage", "seed", "max_tokens", "overflow", "zero_supervised"),
-    *("reasoning", "consecutive", "invalid", "chat_format"),
-)
 NATIVE = "nanochat"  # the chat format that needs no library
 
 Above0 = Annotated[float, Meta(gt=0, description="a number above 0")]
@@ -38,12 +35,10 @@ class Shuffle(Struct, frozen=True, forbid_unknown_fields=True):
     val: bool = True
 
 
-class RecipeTable(Struct, forbid_unknown_fields=True):
-    """A recipe file."""
+class Rules(Struct, frozen=True, kw_only=True):
+    """What holds for the whole of a stage."""
 
     stage: Stage
-    train: Annotated[list[dict[str, Any]], Meta(min_length=1, description="one or more [[train]] entries")]
-    val: Annotated[list[dict[str, Any]], Meta(min_length=1, description="one or more [[val]] entries")] = []
     seed: Annotated[int, Meta(ge=0)] = 42
     max_tokens: Annotated[int, Meta(ge=2)] | None = None  # bos and one more
     overflow: Overflow = "keep"
@@ -51,57 +46,58 @@ class RecipeTable(Struct, forbid_unknown_fields=True):
     reasoning: Reasoning = "keep"
     consecutive: Consecutive = "error"
     invalid: Invalid = "error"
-    chat_format: str = NATIVE
+    chat_format: str = NATIVE  # "nanochat", a name of the library renderers, or "template"
+
+
+RULES = Rules.__struct_fields__
+
+
+class RecipeTable(Rules, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A recipe file."""
+
+    train: Annotated[list[dict[str, Any]], Meta(min_length=1, description="one or more [[train]] entries")]
+    val: Annotated[list[dict[str, Any]], Meta(min_length=1, description="one or more [[val]] entries")] = []
     shuffle: Shuffle = Shuffle()
 
 
-class EntryHead(Struct):
+class EntryHead(Struct, frozen=True):
     task: str
 
 
-class EntryTable(EntryHead, forbid_unknown_fields=True, kw_only=True):
-    """An entry of a recipe, without its task's options."""
+class EntryKeys(EntryHead, frozen=True):
+    """What is taken from a task."""
 
     split: str = "train"
     subset: str = ""
-    rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)] = 1
-    start: Place = 0
-    stop: Place = 0
+    rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)] | None = None
+    start: Place | None = None
+    stop: Place | None = None
     epochs: Above0 = 1
     share: Above0 | None = None
     val_share: Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")] | None = None
     name: Annotated[str, Meta(min_length=1, description="a text that is not empty")] = ""
-    path: str = ""
-    repo: str = ""
-    revision: str = ""
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+
+class EntryTable(EntryKeys, frozen=True, forbid_unknown_fields=True):
+    """An entry of a recipe file, without its task's options."""
+
     ignore: list[str] = []
     columns: dict[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(EntryKeys, frozen=True):
     """One line of the expanded recipe: a task, a split, and the positions taken from it.
 
     epochs: 1, or below 1 for the first part of the positions. val_share: the rows are divided by a hash of their
-    content (build/divide.py); in_val tells which side these are.
+    content (build/divide.py); in_val tells which side these are. name: the task's if the recipe gives none.
     """
 
-    task: str
-    split: str
-    subset: str
-    start: int | None = None
-    stop: int | None = None
-    rows: int | None = None
-    path: str | None = None
-    repo: str | None = None
-    revision: str | None = None
     reading: Reading = AS_WRITTEN
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = {}
     file_options: tuple[str, ...] = ()
-    name: str = ""  # the task's if the recipe gives none
-    epochs: float = 1
-    share: float | None = None
-    val_share: float | None = None
     in_val: bool = False
 
     @property
@@ -122,20 +118,10 @@ class Entry:
         return {**{key: getattr(self, key) for key in keys}, **given, **options}
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Rules, frozen=True, kw_only=True):
     """What goes into a stage, read and checked: docs/recipes.md has the keys."""
 
     name: str
-    stage: str
-    seed: int
-    max_tokens: int | None
-    overflow: str
-    zero_supervised: str
-    reasoning: str
-    consecutive: str
-    invalid: str
-    chat_format: str  # "nanochat", a name of the library renderers, or "template"
     shuffle: Mapping[str, bool]
     splits: Mapping[str, tuple[Entry, ...]]  # "train", and "val" if the recipe has one
     folder: Path  # relative paths start here
@@ -239,9 +225,7 @@ def _check_numbers(table: dict[str, Any], shown: str) -> None:
             waiting += [(f"{key}.{name}".lstrip("."), inner) for name, inner in value.items()]
         elif isinstance(value, list):
             waiting += [(f"{key}[{i}]", inner) for i, inner in enumerate(value)]
-        elif isinstance(value, int | float) and not abs(value) <= (
-            MAX_COUNT if isinstance(value, int) else sys.float_info.max
-        ):
+        elif isinstance(value, int | float) and not abs(value) <= (MAX_COUNT if isinstance(value, int) else MAX_FLOAT):
             raise RecipeError(f"{shown}, key {json.dumps(key)}: must be a number from -{MAX_COUNT:,} to {MAX_COUNT:,}")
 
 
@@ -259,27 +243,22 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
     unused = next((key for key in idle if key in table), None) if task.generate or "path" in table else None
     strange = next((key for key in read.columns if key not in COLUMN_KEYS), "")
     refused = next((key for key in read.ignore if key in REFUSED_KEYS), "")
+    unread = next((key for key in ("ignore", "columns") if key in table and not task.rows_are_conversations), None)
+    too_many = read.share and table.keys() & {"rows", "epochs"}
+    twice = len(set(read.columns.values())) < len(read.columns)
+    lowest = min(read.start or 0, read.stop or 0)
     rows = "is generated" if task.generate else 'reads its "path"'
     kind = "plain text" if stage == "base" else "conversations"
     for wrong, text in (
         (task.scored_only, f': "{name}" is only for scoring, never in a build'),
         ((task.kind == "text") != (stage == "base"), f': "{name}" is {task.kind}, but stage {stage} takes {kind}'),
         (unused, f', key "{unused}": does nothing, because "{name}" {rows}'),
-        *(
-            (key in table and not task.rows_are_conversations, f', key "{key}": does nothing with "{name}"')
-            for key in ("ignore", "columns")
-        ),
-        (
-            read.share and table.keys() & {"rows", "epochs"},
-            ', key "share": decides the rows, in place of rows and epochs',
-        ),
+        (unread, f', key "{unread}": does nothing with "{name}"'),
+        (too_many, ', key "share": decides the rows, in place of rows and epochs'),
         (strange, f', key "columns": "{strange}"{nearest(strange, COLUMN_KEYS)}'),
-        (
-            len(set(read.columns.values())) < len(read.columns),
-            ', key "columns": the same key of the rows under two names',
-        ),
+        (twice, ', key "columns": the same key of the rows under two names'),
         (refused, f', key "ignore": "{refused}" {REFUSED_KEYS.get(refused)}'),
-        (task.generate and min(read.start, read.stop) < 0, ": start and stop of a generated task cannot be negative"),
+        (task.generate and lowest < 0, ": start and stop of a generated task cannot be negative"),
         (task.generate and not table.keys() & {"rows", "stop"}, f': "{name}" is generated and needs the key "rows"'),
     ):
         if wrong:
@@ -290,22 +269,13 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
         raise RecipeError(f'{here}, key "subset": "{subset}"{nearest(subset, list(splits))}')
     if splits and read.split not in splits[subset]:
         raise RecipeError(f'{here}, key "split": "{read.split}"{nearest(read.split, list(splits[subset]))}')
-    given: dict[str, Any] = {key: table.get(key) for key in ("start", "stop", "rows", "path", "repo", "revision")}
+    taken = {key: getattr(read, key) for key in EntryKeys.__struct_fields__}
     return Entry(
-        task=name,
-        split=read.split,
-        subset=subset,
-        **given,
-        name=read.name or name,
-        epochs=read.epochs,
-        share=read.share,
-        val_share=read.val_share,
+        **taken | {"subset": subset, "name": read.name or name},
         reading=Reading(
-            ignore=tuple(sorted(set(read.ignore))),
-            columns=tuple(sorted(read.columns.items())),
-            reasoning=recipe.reasoning,
-            consecutive=recipe.consecutive,
-            invalid=recipe.invalid,
+            tuple(sorted(set(read.ignore))),
+            tuple(sorted(read.columns.items())),
+            **{key: getattr(recipe, key) for key in ("reasoning", "consecutive", "invalid")},
             tools="signatures" if recipe.chat_format == NATIVE else "given",
         ),
         options={key: table.get(key, option.default) for key, option in task.options.items()},

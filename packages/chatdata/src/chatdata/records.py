@@ -35,12 +35,9 @@ _ANSWERS = {
     "question": ("answer", "response", "answers"),
     "query": ("answer", "response", "answers"),
 }
-COLUMN_KEYS = (  # which the recipe key `columns` may give to a record's keys
-    *MESSAGE_KEYS,
-    *_ANSWERS,
-    *dict.fromkeys(name for names in _ANSWERS.values() for name in names),
-    *("input", "context", "history", "system", "system_prompt", "tools", "functions"),
-)
+_OTHERS = ("input", "context", "history", "system", "system_prompt", "tools", "functions")
+# which the recipe key `columns` may give to a record's keys
+COLUMN_KEYS = (*MESSAGE_KEYS, *_ANSWERS, *dict.fromkeys(sum(_ANSWERS.values(), ())), *_OTHERS)
 _TREE = "a tree of replies; write the path from its root to one leaf as messages"
 _NO_CHATS = {  # what no key of makes a conversation
     **dict.fromkeys(("replies", "parent_id", "message_tree_id"), _TREE),

@@ -5,13 +5,14 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from chatdata.build.divide import in_val_rows
 from chatdata.disk import MAX_COUNT

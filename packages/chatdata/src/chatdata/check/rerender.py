@@ -5,13 +5,14 @@ rendered with the one-conversation renderer and tiktoken. This uses none of the 
 build, because a fault there would repeat itself here.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 
 from chatdata.build.plan import BuildPlan, make_build_plan, mixture_order, permutation
 from chatdata.check.diff import differences
@@ -88,7 +89,8 @@ def plan_of_build(build: Build, locations: Locations, tasks: Mapping[str, Task],
         plan = make_build_plan(pinned, dict(tasks), build.tokenizer, locations, limit)
     except MissingSource as error:
         raise MissingSource(f"{error}; pass --recipe (paths start at it), --data-dir, --identity or --words") from None
-    return replace(plan, recipe=loaded)  # without the commits: the manifest of a build has it as it was written
+    # without the commits: the manifest of a build has it as it was written
+    return dataclasses.replace(plan, recipe=loaded)
 
 
 def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task], given: str | None = None) -> Recipe:

@@ -34,8 +34,6 @@ def _corpus() -> Iterator[str]:
         seen.add(entry.label)
         task = tasks[entry.task]
         source = resolve(entry, task, Locations(recipe.folder))
-        num_rows = ROWS_PER_ENTRY if source.make_row else min(source.num_rows, ROWS_PER_ENTRY)
-        wanted = np.zeros(num_rows if source.make_row else source.num_rows, dtype=bool)
-        wanted[:num_rows] = True
-        for _, row in source.read(wanted):
+        num_rows = ROWS_PER_ENTRY if source.make_row else source.num_rows
+        for _, row in source.read(np.arange(num_rows) < ROWS_PER_ENTRY):
             yield from texts_of(task.to_conversation(row))

@@ -13,15 +13,15 @@ import json
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chatdata.conversation import Conversation, Role
+from chatdata.conversation import Conversation
 from chatdata.disk import check_file, decode, naming, write_whole
 from chatdata.errors import BuildError, PersonaError, UsageError
 from chatdata.identity.persona import SENTENCE_ENDS, Persona
+from chatdata.tasks.task import one_turn
 
 PHRASINGS = Path(__file__).with_name("phrasings.toml")
 NUM_TURNS = (1, 1, 1, 2, 2, 3)  # each as likely: half of the conversations have one question
@@ -33,8 +33,7 @@ class Exchange(NamedTuple):
     answer: str
 
 
-@dataclass(frozen=True)
-class _Deck:
+class _Deck(NamedTuple):
     """The exchanges of a subject, or of one value of it (a language, a fact)."""
 
     language: str
@@ -115,9 +114,7 @@ def write_conversations(conversations: Iterable[Conversation], out: Path) -> Non
 
 
 def _conversation(exchanges: Sequence[Exchange]) -> Conversation:
-    roles: tuple[Role, Role] = ("user", "assistant")
-    turns = [turn for exchange in exchanges for turn in zip(roles, exchange, strict=True)]
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+    return {"messages": [message for exchange in exchanges for message in one_turn(*exchange)["messages"]]}
 
 
 @lru_cache(maxsize=1)

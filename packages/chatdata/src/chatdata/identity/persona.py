@@ -76,8 +76,7 @@ def parse_persona(table: dict[str, Any], shown: str) -> Persona:
     """The persona of a TOML table. shown: the file's name in messages. Raises PersonaError."""
     read = convert(table, PersonaTable, shown, PersonaError)
     facts = tuple(
-        Fact((), (fact,)) if isinstance(fact, str) else Fact(_texts(fact.question), _texts(fact.answer))
-        for fact in read.facts
+        Fact((), (f,)) if isinstance(f, str) else Fact(_texts(f.question), _texts(f.answer)) for f in read.facts
     )
     told = [text for fact in facts for text in fact.questions or fact.answers]
     for key, texts in (("languages", read.languages), ("facts", told)):

@@ -10,7 +10,6 @@ where the calculator says something else, the model learns one thing and meets a
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow, to_numpy
+from chatdata.arrow import list_to_arrow, strings_to_arrow, to_arrow, to_numpy
 from chatdata.calculator import calculate, compare_outputs
 from chatdata.errors import CalculatorError, FormatError
 from chatdata.render.format import NANOCHAT, OUTPUT, PYTHON, USER
@@ -35,8 +34,7 @@ TALLY_DTYPE = np.dtype([("kind", "u1"), ("number", "<u4")])  # kind: place in TA
 OUTCOMES = ("equal", "point_zero", "format", "rounding", "different", "no_output")
 
 
-@dataclass(frozen=True)
-class RenderedBatch:
+class RenderedBatch(NamedTuple):
     """Rendered documents back to back.
 
     `tokens` and `mask` are [num_tokens]. `spans` (SPAN_DTYPE) has `num_spans` rows per document, starts counted within
@@ -118,7 +116,6 @@ def render_batch(
     spans["start"] = (body_begin - np.repeat(bos, pieces.counts))[has_span]
     spans["length"] = body[has_span]
     spans["trained"] = supervised[has_span]
-    conversation = np.repeat(np.arange(len(pieces)), pieces.counts)
     return RenderedBatch(
         tokens=tokens,
         mask=mask,
@@ -127,30 +124,21 @@ def render_batch(
         **{name: np.add.reduceat(counts, first_piece, dtype=np.int64) for name, counts in of_pieces.items()},
         spans=spans,
         digests=digests_of(tokens, mask, num_tokens),
-        **facts_of(pieces.texts, role, conversation, len(pieces), pieces.notes, pieces.tallies),
+        **facts_of(pieces),
     )
 
 
-def facts_of(
-    texts: list[str],
-    roles: np.ndarray,
-    conversation: np.ndarray,
-    num_conversations: int,
-    notes: list[tuple[int, str]],
-    tallies: list[tuple[int, int, int]],
-) -> dict[str, Any]:
-    """Notes and tallies of a RenderedBatch: those of the rows, as in Pieces, and of the calls among the pieces."""
-    replayed, other_tools = replay_calls(texts, roles, conversation)
-    notes = sorted([*replayed, *notes], key=itemgetter(0))
-    tallies = sorted([*((i, TALLIES.index("other_tools"), n) for i, n in other_tools.items()), *tallies])
-    num_notes, num_tallies = (
-        np.bincount(np.array([found[0] for found in facts], dtype=np.int64), minlength=num_conversations)
-        for facts in (notes, tallies)
-    )
+def facts_of(pieces: Pieces) -> dict[str, Any]:
+    """Notes and tallies of a RenderedBatch: those of the rows, and of the calls among the pieces."""
+    conversation = np.repeat(np.arange(len(pieces)), pieces.counts)
+    replayed, other_tools = replay_calls(pieces.texts, pieces.codes & ROLE, conversation)
+    notes = sorted([*replayed, *pieces.notes], key=itemgetter(0))
+    tallies = sorted([*((i, TALLIES.index("other_tools"), n) for i, n in other_tools.items()), *pieces.tallies])
+    of_notes, of_tallies = (np.fromiter((found[0] for found in facts), np.int64) for facts in (notes, tallies))
     return {
-        "num_notes": num_notes,
+        "num_notes": np.bincount(of_notes, minlength=len(pieces)),
         "notes": [note for _, note in notes],
-        "num_tallies": num_tallies,
+        "num_tallies": np.bincount(of_tallies, minlength=len(pieces)),
         "tallies": np.array([tally[1:] for tally in tallies], dtype=TALLY_DTYPE),
     }
 
@@ -225,17 +213,16 @@ def _calculate(call: str) -> str | None:
 
 def arrow_schema(dtype: np.dtype) -> pa.Schema:
     """Of batches on disk: a row per document. Lists of fixed-width values: read back as views of the mapped file."""
-    return pa.schema(
-        [
-            ("tokens", pa.list_(pa.from_numpy_dtype(dtype))),
-            ("mask", pa.list_(pa.uint8())),
-            *((name, pa.int32()) for name in COUNTS),
-            ("spans", pa.list_(pa.binary(SPAN_DTYPE.itemsize))),
-            ("digest", pa.binary(16)),
-            ("notes", pa.list_(pa.string())),
-            ("tallies", pa.list_(pa.binary(TALLY_DTYPE.itemsize))),
-        ]
-    )
+    fields = {
+        "tokens": pa.list_(pa.from_numpy_dtype(dtype)),
+        "mask": pa.list_(pa.uint8()),
+        **dict.fromkeys(COUNTS, pa.int32()),
+        "spans": pa.list_(pa.binary(SPAN_DTYPE.itemsize)),
+        "digest": pa.binary(16),
+        "notes": pa.list_(pa.string()),
+        "tallies": pa.list_(pa.binary(TALLY_DTYPE.itemsize)),
+    }
+    return pa.schema(fields)
 
 
 def to_record_batch(batch: RenderedBatch) -> pa.RecordBatch:
@@ -243,10 +230,10 @@ def to_record_batch(batch: RenderedBatch) -> pa.RecordBatch:
         "tokens": list_to_arrow(to_arrow(batch.tokens), batch.num_tokens),
         "mask": list_to_arrow(to_arrow(batch.mask), batch.num_tokens),
         **{name: to_arrow(getattr(batch, name).astype(np.int32)) for name in COUNTS},
-        "spans": list_to_arrow(bytes_to_arrow(batch.spans), batch.num_spans),
-        "digest": bytes_to_arrow(batch.digests),
+        "spans": list_to_arrow(to_arrow(batch.spans), batch.num_spans),
+        "digest": to_arrow(batch.digests),
         "notes": list_to_arrow(strings_to_arrow(batch.notes), batch.num_notes),
-        "tallies": list_to_arrow(bytes_to_arrow(batch.tallies), batch.num_tallies),
+        "tallies": list_to_arrow(to_arrow(batch.tallies), batch.num_tallies),
     }
     return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
 

@@ -10,6 +10,7 @@ only on the one before it (`python_end` can only be reached from inside an assis
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,7 @@ from chatdata.render.spans import WHOLE_DOCUMENT, Problem, check_spans, differin
 BLOCK_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the size of the shard
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(NamedTuple):
     """What a build's manifest says its documents keep to. `stage` base means plain text: bos, then text. Of other chat
     formats than nanochat's the delimiters are not known: mask and spans are held to each other."""
 
@@ -37,8 +37,7 @@ class Rules:
     chat_format: str = NATIVE
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One kind of problem: in which file (a shard's "tokens", "mask" or "index"), in which documents (int64 [n],
     counted within the shard, ascending), at which position in each (int64 [n], WHOLE_DOCUMENT for none)."""
 
@@ -79,10 +78,8 @@ def check_documents(
                 found.setdefault((file, kind), []).append((documents, positions))
         if progress:
             progress(end)
-    return [
-        Finding(file, kind, *first_of_each(*map(np.concatenate, zip(*parts, strict=True))))
-        for (file, kind), parts in found.items()
-    ]
+    places = {key: first_of_each(*map(np.concatenate, zip(*parts, strict=True))) for key, parts in found.items()}
+    return [Finding(*key, *place) for key, place in places.items()]
 
 
 def raise_defect(findings: list[Finding], numbers: np.ndarray, where: Callable[[int], str]) -> None:
@@ -221,7 +218,11 @@ def _check_mask(block: _Block, grammar: Grammar, broken: np.ndarray) -> Iterator
     lengths = np.stack([block.gap, block.event != END], axis=1).ravel()
     values = np.stack([grammar.text_mask[block.previous], grammar.delimiter_mask[block.event]], axis=1).ravel()
     expected = np.repeat(values, lengths)
-    _allow_untrained(expected, block)
+    if "span_trained" in block.index:
+        expected[untrained(block.offsets, block.index)] = 0
+    if "untrained_turns" in block.index:  # the index says which documents have some; _check_turns counts them
+        ends = _ends_of_turns(block)
+        expected[ends] = block.mask[ends] & 1
     if np.array_equal(block.mask, expected):
         return
     wrong = np.flatnonzero((block.mask != expected) & (block.mask <= 1))
@@ -240,16 +241,6 @@ def _check_mask(block: _Block, grammar: Grammar, broken: np.ndarray) -> Iterator
         else:
             kind = f"{NAMES[event]} {'not ' if should else ''}supervised"
         yield "mask", kind, documents[found], (wrong - block.offsets[documents])[found]
-
-
-def _allow_untrained(expected: np.ndarray, block: _Block) -> None:
-    """Set `expected` to 0 in the untrained spans of the index, and to the mask itself at each assistant_end of
-    documents that have untrained turns: _check_turns counts these."""
-    if "span_trained" in block.index:
-        expected[untrained(block.offsets, block.index)] = 0
-    if "untrained_turns" in block.index:
-        ends = _ends_of_turns(block)
-        expected[ends] = block.mask[ends] & 1
 
 
 def _ends_of_turns(block: _Block) -> np.ndarray:

@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from chatdata.arrow import bytes_to_arrow, list_to_arrow, strings_to_arrow, to_arrow
+from chatdata.arrow import list_to_arrow, strings_to_arrow, to_arrow
 from chatdata.document import Span
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
-from chatdata.render.batch import SPAN_DTYPE, TALLY_DTYPE, Mismatch, RenderedBatch, digests_of
+from chatdata.render.batch import SPAN_DTYPE, Mismatch, RenderedBatch, digests_of
 from chatdata.render.contract import Rules, check_documents, raise_defect
 from chatdata.render.pieces import INVALID, TALLIES, blocks_of
 from chatdata.render.spans import untrained_index
@@ -23,8 +23,7 @@ INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "
 DROP_REASONS = ("", "overflow", "zero_supervised", "invalid", "contaminated")
 
 
-@dataclass(frozen=True, eq=False)
-class RowMap:
+class RowMap(NamedTuple):
     """Where the rows of one source are in a build.
 
     row_at: int32 [rows], task position → row. document_of: int32 [rows], row → document of the build, -1 for none.
@@ -58,9 +57,8 @@ class RenderedDocuments:
         self.digests = np.concatenate([block.digests for block in blocks])
         num_tallies = np.concatenate([block.num_tallies for block in blocks])
         self.tally_document = np.repeat(np.arange(len(num_tallies), dtype=np.int32), num_tallies)
-        self.tally_kind, self.tally_number = (
-            np.concatenate([block.tallies[name] for block in blocks]) for name in TALLY_DTYPE.names or ()
-        )
+        tallies = [block.tallies for block in blocks]
+        self.tally_kind, self.tally_number = (np.concatenate([of[key] for of in tallies]) for key in ("kind", "number"))
         self._num_spans = np.concatenate([block.num_spans for block in blocks])
         self._token_starts = np.concatenate([_starts(block.num_tokens) for block in blocks])  # within the block
         self._span_starts = np.concatenate([_starts(block.num_spans) for block in blocks])
@@ -130,11 +128,9 @@ class RenderedDocuments:
     def gather(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, mask) of the chosen documents back to back."""
         places = self._places(chosen, self._token_starts, self.num_tokens)
-        tokens, mask = [block.tokens for block in self._blocks], [block.mask for block in self._blocks]
-        return (
-            np.concatenate([tokens[block][start:stop] for block, start, stop in places]),
-            np.concatenate([mask[block][start:stop] for block, start, stop in places]),
-        )
+        columns = [block.tokens for block in self._blocks], [block.mask for block in self._blocks]
+        tokens, mask = (np.concatenate([of[block][start:stop] for block, start, stop in places]) for of in columns)
+        return tokens, mask
 
     def _places(self, chosen: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> list[tuple[int, int, int]]:
         block = np.searchsorted(self._first, chosen, side="right") - 1
@@ -157,26 +153,24 @@ class RenderedDocuments:
             fields = [to_arrow(spans[name]) for name in Span._fields]
             structs = pa.StructArray.from_arrays([*fields[:-1], fields[-1].cast(pa.bool_())], Span._fields)
             tasks = pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[entries]), strings_to_arrow(names))
-            yield pa.table(
-                {
-                    "doc": to_arrow(np.arange(first + start, first + start + len(documents))),
-                    "row": to_arrow(columns["row"][part]),
-                    "task_position": to_arrow(columns["task_position"][part]),
-                    "task": tasks,
-                    "entry": to_arrow(entries.astype(np.int16)),
-                    **{name: to_arrow(getattr(self, name)[documents].astype(np.int32)) for name in INDEX_COUNTS},
-                    "truncated": to_arrow(self.truncated[documents].view(np.uint8)).cast(pa.bool_()),
-                    "digest": bytes_to_arrow(self.digests[documents]),
-                    "spans": list_to_arrow(structs, num_spans),
-                }
-            )
+            table = {
+                "doc": to_arrow(np.arange(first + start, first + start + len(documents))),
+                "row": to_arrow(columns["row"][part]),
+                "task_position": to_arrow(columns["task_position"][part]),
+                "task": tasks,
+                "entry": to_arrow(entries.astype(np.int16)),
+                **{name: to_arrow(getattr(self, name)[documents].astype(np.int32)) for name in INDEX_COUNTS},
+                "truncated": to_arrow(self.truncated[documents].view(np.uint8)).cast(pa.bool_()),
+                "digest": to_arrow(self.digests[documents]),
+                "spans": list_to_arrow(structs, num_spans),
+            }
+            yield pa.table(table)
 
     def spans(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Spans of the chosen documents (SPAN_DTYPE), clipped where a document is cut, and how many each has."""
         places = self._places(chosen, self._span_starts, self._num_spans)
-        parts = [
-            block.spans.view(f"V{SPAN_DTYPE.itemsize}") for block in self._blocks
-        ]  # structured ones are joined field by field, slowly
+        # as bytes: structures are joined field by field, slowly
+        parts = [block.spans.view(f"V{SPAN_DTYPE.itemsize}") for block in self._blocks]
         spans = np.concatenate([parts[block][start:stop] for block, start, stop in places]).view(SPAN_DTYPE)
         document = np.repeat(np.arange(len(chosen)), self._num_spans[chosen])
         left = self.num_tokens[chosen][document] - spans["start"].astype(np.int64)  # tokens from the span's start on
@@ -187,14 +181,8 @@ class RenderedDocuments:
 
 def check_cut(documents: RenderedDocuments, recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Hold truncated documents to the contract; whole ones were held to it when they were rendered."""
-    rules = Rules(
-        tokenizer.special_ids,
-        tokenizer.vocab_size,
-        recipe.stage,
-        recipe.max_tokens,
-        overflow="truncate",
-        chat_format=recipe.chat_format,
-    )
+    words = {"overflow": "truncate", "chat_format": recipe.chat_format}
+    rules = Rules(tokenizer.special_ids, tokenizer.vocab_size, recipe.stage, recipe.max_tokens, **words)
     cut = np.flatnonzero(documents.truncated)
     for first, last in blocks_of(documents.num_tokens[cut], GATHER_TOKENS):
         part = cut[first:last]

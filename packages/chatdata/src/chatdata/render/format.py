@@ -53,15 +53,10 @@ class ChatFormat:
     @cached_property
     def delimiters(self) -> dict[str, bool]:
         """Every special token of a document, and whether it is supervised."""
-        user, python, output = self.user, self.python, self.output
-        return {
-            self.bos: False,
-            **dict.fromkeys((user.opening, user.closing), user.supervised),
-            self.assistant_start: False,
-            self.assistant_end: True,
-            **dict.fromkeys((python.opening, python.closing), python.supervised),
-            **dict.fromkeys((output.opening, output.closing), output.supervised),
-        }
+        user, python, output = (
+            dict.fromkeys((span.opening, span.closing), span.supervised) for span in self.spans if span.opening
+        )
+        return {self.bos: False, **user, self.assistant_start: False, self.assistant_end: True, **python, **output}
 
     @cached_property
     def followers(self) -> dict[str, set[str]]:

@@ -49,10 +49,8 @@ def to_messages(conversation: Conversation) -> tuple[Messages, list[list[Piece]]
             messages.append(said | ({"tool_calls": calls} if calls else {}))
             sought = [part["text"] for part in turn[: len(turn) - len(calls)]]
             sought += [call["function"]["name"] for call in calls]
-            found = [
-                Piece(PART_ROLES[part["type"]], text, part.get("trained", True))
-                for part, text in zip(turn, sought, strict=True)
-            ]
+            roles = [(PART_ROLES[part["type"]], part.get("trained", True)) for part in turn]
+            found = [Piece(role, text, is_trained) for (role, is_trained), text in zip(roles, sought, strict=True)]
             end = found[-1].trained if found else trained
             pieces.append([piece for piece in found if piece.text.strip()] or [Piece(TEXT, "", end)])
     return messages, pieces

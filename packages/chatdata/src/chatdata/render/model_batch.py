@@ -12,7 +12,7 @@ from chatdata.errors import ChatdataError
 from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, check_ids, digests_of, facts_of
 from chatdata.render.format import PART_ROLES, PYTHON, USER
 from chatdata.render.model_format import ModelFormat, render_in_format
-from chatdata.render.pieces import INVALID, TALLIES
+from chatdata.render.pieces import INVALID, TALLIES, Pieces
 from chatdata.sources.source import Rows, Source
 from chatdata.tasks.task import call_task
 
@@ -56,6 +56,7 @@ def render_rows(model_format: ModelFormat, source: Source, rows: np.ndarray, raw
         if not isinstance(content, str):
             parts += [(i, USER, ""), *((i, PART_ROLES[part["type"]], part["text"]) for part in content)]
     places, roles, texts = zip(*parts, strict=True)
+    codes = np.array(roles, dtype=np.uint8)
     tallies = [(i, k, of[name]) for i, of in enumerate(counts) for k, name in enumerate(TALLIES) if of[name]]
     tokens, mask = (np.concatenate([getattr(d, name) for d in documents]) for name in ("tokens", "mask"))
     check_ids(tokens, tokenizer.vocab_size)
@@ -69,5 +70,5 @@ def render_rows(model_format: ModelFormat, source: Source, rows: np.ndarray, raw
         num_spans=np.array([len(document.spans) for document in documents]),
         spans=np.array([tuple(span) for document in documents for span in document.spans], SPAN_DTYPE),
         digests=digests_of(tokens, mask, num_tokens),
-        **facts_of(list(texts), np.array(roles), np.array(places), len(rows), notes, tallies),
+        **facts_of(Pieces(list(texts), codes, np.bincount(places, minlength=len(rows)), notes, tallies)),
     )

@@ -25,6 +25,7 @@ from chatdata.recipe import NATIVE
 from chatdata.render.format import PYTHON, REASONING, TEXT
 from chatdata.render.messages import Messages, Piece, Tools, to_messages
 from chatdata.render.template import Layout, compile_template, generation_prompt, lay_by_template
+from chatdata.sources.hub import first_line
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.folder import FolderTokenizer
 from chatdata.tool_calls import tools_of
@@ -69,17 +70,13 @@ def load_format(name: str, tokenizer: Tokenizer) -> ModelFormat | None:
     try:
         renderer = create_renderer(tokenizer, config)
     except Exception as error:  # it asserts that tokens are there
-        raise TokenizerError(f"{tokenizer.name} is no tokenizer for {name}: {_first_line(error)}") from None
+        raise TokenizerError(f"{tokenizer.name} is no tokenizer for {name}: {first_line(error)}") from None
 
     def by_name(messages: Messages, tools: Tools) -> Layout:
         rendered = renderer.render(messages, tools=tools)
         return Layout(rendered.token_ids, np.array(rendered.message_indices), np.array(rendered.sampled_mask, bool))
 
     return ModelFormat(f"renderers:{name}@{version('renderers')}", by_name, tokenizer)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def render_in_format(model_format: ModelFormat, conversation: Conversation) -> tuple[Document, Counter[str]]:
@@ -98,7 +95,7 @@ def render_in_format(model_format: ModelFormat, conversation: Conversation) -> t
     except ChatdataError:
         raise
     except Exception as error:  # templates raise what they want; renderers ValueError, TypeError and others
-        raise ConversationError(f"the chat format refuses it: {_first_line(error)}") from None
+        raise ConversationError(f"the chat format refuses it: {first_line(error)}") from None
     left_out: Counter[str] = Counter()
     of, flat = np.full(len(ids), -1), list[Piece]()  # of: the place of each token's piece in `flat`
     by_owner = np.argsort(owner, kind="stable")
@@ -178,17 +175,13 @@ def canary_conversations() -> Iterator[Any]:
     """Conversations with what formats differ in: system texts, white space, letters, calls, reasoning and tools."""
     schema = {"type": "object", "properties": {}}
     tools = tools_of([{"name": "get_weather", "description": "<b>für</b> 汉字", "parameters": schema}])
-    shapes = ("text", "text", "reasoning text", "python output text", "reasoning python output reasoning text")
+    call = "python python_output"
+    shapes = ("text", "text", "reasoning text", f"{call} text", f"reasoning {call} reasoning text")
     for text in ("Hi", "  wide  ", "two\n\nlines\n", "Größe 汉字 🤖", '{"a": "b"}', "it's 3.14"):
-        parts_of = {
-            "text": ("text", text),
-            "output": ("python_output", text),
-            "reasoning": ("reasoning", f"why {text}?"),
-        }
-        parts_of["python"] = ("python", f"get_weather(city={text!r}, days=2)")
+        other = {"reasoning": f"why {text}?", "python": f"get_weather(city={text!r}, days=2)"}
         for number, shape in enumerate(shapes):
             user = {"role": "user", "content": text}
-            parts = [dict(zip(("type", "text"), parts_of[word], strict=True)) for word in shape.split()]
+            parts = [{"type": kind, "text": other.get(kind, text)} for kind in shape.split()]
             system = [{"role": "system", "content": text}] if number % 2 else []
             earlier = [user, {"role": "assistant", "content": text}] if number != 1 else []
             messages = [*system, *earlier, user, {"role": "assistant", "content": parts}]

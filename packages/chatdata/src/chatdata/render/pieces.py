@@ -15,16 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from chatdata.arrow import to_numpy
-from chatdata.conversation import (
-    AS_WRITTEN,
-    METADATA_KEYS,
-    REFUSED_KEYS,
-    Message,
-    Reading,
-    check_surrogates,
-    parse_conversation,
-)
+from chatdata.conversation import AS_WRITTEN, Message, Reading, parse_conversation
 from chatdata.errors import ChatdataError
+from chatdata.messages import check_surrogates
+from chatdata.records import METADATA_KEYS, REFUSED_KEYS
 from chatdata.render.format import PART_ROLES, TEXT, USER, written
 from chatdata.render.specification import merged_turns
 from chatdata.sources.source import Rows, Source
@@ -115,10 +109,8 @@ def _take_messages(messages: list[Message], texts: list[str], codes: bytearray) 
             codes.append(USER if trained is None else TEXT if trained else TEXT | UNTRAINED)
         else:
             texts.extend([written(part) for part in content] or [""])
-            codes.extend(
-                [PART_ROLES[part["type"]] | (0 if part.get("trained", True) else UNTRAINED) for part in content]
-                or [TEXT]
-            )
+            roles = [PART_ROLES[part["type"]] | (0 if part.get("trained", True) else UNTRAINED) for part in content]
+            codes.extend(roles or [TEXT])
         if trained is not None:
             codes[first] |= OPENS
             codes[-1] |= CLOSES if trained else CLOSES | END_UNTRAINED

@@ -23,6 +23,7 @@ import numpy as np
 from chatdata.conversation import AS_WRITTEN, Message, Part, Reading, check_surrogates, parse_conversation
 from chatdata.document import Document, Span
 from chatdata.errors import ConversationError
+from chatdata.messages import as_parts
 from chatdata.render.format import NANOCHAT, PART_ROLES, TEXT, USER, written
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -95,11 +96,8 @@ def _render_messages(tokenizer: Tokenizer, messages: list[Message]) -> tuple[lis
             add_span(USER, content)
             continue
         add_delimiter(NANOCHAT.assistant_start)
-        if isinstance(content, str):
-            add_span(TEXT, content, trained)
-        else:
-            for part in content:
-                add_span(PART_ROLES[part["type"]], written(part), part.get("trained", True))
+        for part in as_parts(content, trained):
+            add_span(PART_ROLES[part["type"]], written(part), part.get("trained", True))
         add_delimiter(NANOCHAT.assistant_end, trained)
     return ids, mask, spans
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BufferedReader
@@ -52,61 +53,49 @@ class SourceFile:
     @cached_property
     def sha256(self) -> str:
         with self.open() as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self.check(file)
-        return digest
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def open(self) -> BufferedReader:
-        """Open the file. Raises SourceError if it is not the one that was opened first, or has not its content."""
-        file = self.path.open("rb")
-        status = os.fstat(file.fileno())
-        if not self.state and 0 <= time.time_ns() - status.st_ctime_ns < TICK_NS:
-            time.sleep(TICK_NS / 1e9)
-        if self.state and self.state[-1] != _state_of(status):
-            # only touched, or on another machine whose file system numbers files differently?
-            if self.__dict__.get("sha256") != hashlib.file_digest(file, "sha256").hexdigest():
-                raise SourceError(f"{self.name}: {CHANGED}")
-            file.seek(0)
-        self.state[:] = [_state_of(status)]
-        return file
+    @contextmanager
+    def open(self) -> Iterator[BufferedReader]:
+        """The open file. Raises SourceError if it is not the one that was opened first, or has not its content; at the
+        end also if it was replaced or written to meanwhile."""
+        with self.path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not self.state and 0 <= time.time_ns() - status.st_ctime_ns < TICK_NS:
+                time.sleep(TICK_NS / 1e9)
+            if self.state and self.state[-1] != _state_of(status):
+                # only touched, or on another machine whose file system numbers files differently?
+                if self.__dict__.get("sha256") != hashlib.file_digest(file, "sha256").hexdigest():
+                    raise SourceError(f"{self.name}: {CHANGED}")
+                file.seek(0)
+            self.state[:] = [_state_of(status)]
+            try:
+                yield file
+            except Exception:  # perhaps only because it changed
+                self._check(file)
+                raise
+            self._check(file)
 
-    def check(self, file: BufferedReader) -> None:
-        """Raise SourceError if the open `file` was replaced or written to since it was opened."""
+    def _check(self, file: BufferedReader) -> None:
         if self.state != [_state_of(os.fstat(file.fileno()))]:
             raise SourceError(f"{self.name}: {CHANGED}")
 
     @cached_property
-    def _array(self) -> list[Segment] | None:
-        """Segments of a .json file, unless it is JSON lines."""
-        if self.path.suffix != ".json":
-            return None
-        with self.open() as file:
-            segments = array_segments(file, self.name)
-            self.check(file)
-        return segments
-
-    @property
-    def suffix(self) -> str:
-        """That of the path, but .jsonl for a .json file of JSON lines."""
-        return ".jsonl" if self.path.suffix == ".json" and self._array is None else self.path.suffix
-
-    @cached_property
     def segments(self) -> list[Segment]:
-        if self._array is not None:
-            return self._array
+        suffix = self.path.suffix
         with self.open() as file:
-            if self.suffix == ".jsonl":
-                segments = jsonl_segments(file)
-            elif self.suffix != ".parquet":
-                segments = [Segment(1, size)] if (size := self.state[0][0]) else []
-            else:
-                segments, metadata = [], open_parquet(self.name, file).metadata
-                for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
-                    num_parts = max(1, min(MAX_GROUP_PARTS, group.total_byte_size // SEGMENT_BYTES, group.num_rows))
-                    cuts = [group.num_rows * i // num_parts for i in range(num_parts + 1)]
-                    segments += [Segment(b - a, group.total_byte_size // num_parts) for a, b in pairwise(cuts)]
-            self.check(file)
-        return segments
+            if suffix == ".json" and (segments := array_segments(file, self.name)) is not None:
+                return segments
+            if suffix in (".json", ".jsonl"):
+                return jsonl_segments(file)
+            if suffix != ".parquet":
+                return [Segment(1, size)] if (size := self.state[0][0]) else []
+            segments, metadata = [], open_parquet(self.name, file).metadata
+            for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
+                num_parts = max(1, min(MAX_GROUP_PARTS, group.total_byte_size // SEGMENT_BYTES, group.num_rows))
+                cuts = [group.num_rows * i // num_parts for i in range(num_parts + 1)]
+                segments += [Segment(b - a, group.total_byte_size // num_parts, unit="row") for a, b in pairwise(cuts)]
+            return segments
 
     @cached_property
     def num_rows(self) -> int:
@@ -114,11 +103,11 @@ class SourceFile:
 
     def places(self, rows: np.ndarray) -> Iterator[Place]:
         """The place of each of `rows` (ascending)."""
-        if self.suffix == ".jsonl":
+        unit = self.segments[0].unit if self.segments else ""
+        if unit == "line":
             with self.open() as file:
                 yield from (Place(self.name, "line", line) for line in lines_of(file, self.segments, rows))
         else:
-            unit = "row" if self.suffix in (".parquet", ".json") else ""
             yield from (Place(self.name, unit, row) for row in rows.tolist())
 
 

@@ -5,12 +5,12 @@ reads no row before it has found every source; sources/source.py then reads them
 """
 
 import re
-from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from chatdata.disk import home_path
 from chatdata.errors import MissingSource, SourceError
@@ -25,8 +25,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAKE_IDENTITY = "; `chatdata identity PERSONA --out FILE` makes one"
 
 
-@dataclass(frozen=True)
-class Locations:
+class Locations(Struct, frozen=True):
     """Where to look: the command line's folders and files."""
 
     recipe_folder: Path
@@ -35,8 +34,7 @@ class Locations:
     words: str | None = None
 
 
-@dataclass(frozen=True)
-class PlannedEntry:
+class PlannedEntry(Struct, frozen=True):
     """An entry with its task, the source of its rows, and which of the source's task positions it takes.
 
     side: int32, ascending, the task positions on its side of a source that is divided by val_share. taken: of these,
@@ -88,42 +86,34 @@ def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
         form = f"(JSONL or Parquet, a conversation per line{MAKE_IDENTITY if identity else ''})"
         raise MissingSource(f"no file given: {flag} {form}")
     pattern = f"{escape(entry.subset or 'data')}/{escape(entry.split)}-*.parquet"
-    fetch = _fetch_command(repo, entry.revision, f"--include '{pattern}' ")
-    looked = ""
-    if locations.data_dir is not None:
-        clone = locations.data_dir / repo
-        files = sorted(clone.glob(pattern))
-        if files:
-            source = _hub_source(repo, entry, task, clone, files, None)
-            check_complete(files, str(clone), f"; {fetch}")
-            return source
-        looked = f"no {pattern} in {clone}; "
-    if task.hub is None and task.kind == "conversation":
-        return _chat_source(repo, entry, task, locations)
-    folder, revision = _snapshot(repo, pattern, entry, looked, fetch)
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise MissingSource(f"{looked}{repo} at {revision[:12]} has no file {pattern}")
-    check_complete(files, f"{repo} at {revision[:12]}")
-    return _hub_source(repo, entry, task, folder, files, revision)
-
-
-def _chat_source(repo: str, entry: Entry, task: Task, locations: Locations) -> Source:
-    """A dataset of any layout: the whole repository is downloaded, and `datasets` finds the files of the split."""
     clone = locations.data_dir / repo if locations.data_dir is not None else None
-    fetch = _fetch_command(repo, entry.revision, "")
-    if clone is not None and clone.is_dir():
-        folder, revision = clone, None
-        _check_repository(folder, str(clone), f"; {fetch}")
+    is_usual = clone is not None and any(clone.glob(pattern))
+    any_layout = task.hub is None and task.kind == "conversation" and not is_usual
+    if any_layout:  # all of the repository; `datasets` finds the files of the split
+        pattern = "*"
+    looked, remedy, revision = "", f"; {_fetch_command(repo, entry.revision, pattern)}", None
+    if clone is not None and (is_usual or (any_layout and clone.is_dir())):
+        folder, place = clone, str(clone)
     else:
-        looked = f"no folder {clone}; " if clone is not None else ""
-        folder, revision = _snapshot(repo, "*", entry, looked, fetch)
-        _check_repository(folder, f"{repo} at {revision[:12]}")
-    try:
-        files, dataset = hub.load_split(folder, entry.subset, entry.split)
-    except SourceError as error:
-        raise error.at(repo) from error.__cause__
-    return _hub_source(repo, entry, task, folder.resolve(), files, revision, dataset)
+        if clone is not None:
+            looked = f"no folder {clone}; " if any_layout else f"no {pattern} in {clone}; "
+        folder, revision = _snapshot(repo, pattern, entry, looked, remedy)
+        place, remedy = f"{repo} at {revision[:12]}", ""
+    files, dataset = sorted(folder.glob(pattern)), None
+    if any_layout:
+        _check_repository(folder, place, remedy)
+        try:
+            files, dataset = hub.load_split(folder, entry.subset, entry.split)
+        except SourceError as error:
+            raise error.at(repo) from error.__cause__
+        folder = folder.resolve()
+    elif not files:
+        raise MissingSource(f"{looked}{place} has no file {pattern}")
+    else:
+        check_complete(files, place, remedy)
+    named = tuple(_source_file(path, path.relative_to(folder).as_posix()) for path in files)
+    name = " ".join(part for part in (repo, entry.subset, entry.split) if part)
+    return Source(name, task, named, revision, dataset, reading=entry.reading)
 
 
 def check_complete(files: list[Path], what: str, remedy: str = "") -> None:
@@ -157,26 +147,19 @@ def _check_repository(folder: Path, what: str, remedy: str = "") -> None:
         check_complete(files, f"{what}: {place.as_posix()}", remedy)
 
 
-def _fetch_command(repo: str, revision: str | None, include: str) -> str:
+def _fetch_command(repo: str, revision: str | None, pattern: str) -> str:
     pinned = f"--revision {revision} " if revision else ""
+    include = f"--include '{pattern}' " if pattern != "*" else ""
     return f"hf download {repo} --repo-type dataset {pinned}{include}--local-dir DIR/{repo}, then --data-dir DIR"
 
 
-def _snapshot(repo: str, pattern: str, entry: Entry, looked: str, fetch: str) -> tuple[Path, str]:
+def _snapshot(repo: str, pattern: str, entry: Entry, looked: str, remedy: str) -> tuple[Path, str]:
     try:
         return hub.snapshot(repo, pattern, entry.revision)
     except MissingSource as error:
-        raise MissingSource(f"{looked}{error}; {fetch}") from error.__cause__
+        raise MissingSource(f"{looked}{error}{remedy}") from error.__cause__
     except SourceError as error:  # the Hub has no such thing: no command would download it
         raise MissingSource(f"{looked}{error}") from None
-
-
-def _hub_source(
-    repo: str, entry: Entry, task: Task, root: Path, files: list[Path], revision: str | None, dataset: Any = None
-) -> Source:
-    named = tuple(_source_file(path, path.relative_to(root).as_posix()) for path in files)
-    name = " ".join(part for part in (repo, entry.subset, entry.split) if part)
-    return Source(name, task, named, revision, dataset, reading=entry.reading)
 
 
 def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:

@@ -263,7 +263,7 @@ def fetch_url(url: str, instead: str) -> Path:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the libraries log (retries, hints, errors they also raise), unless their log level was set."""
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    loggers = map(logging.getLogger, ("huggingface_hub", "datasets"))
     changed = [logger for logger in loggers if logger.level == logging.WARNING]
     for logger in changed:
         logger.setLevel(logging.CRITICAL)

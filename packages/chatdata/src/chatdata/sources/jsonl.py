@@ -7,7 +7,7 @@ then names the line: what json takes is what is accepted.
 import json
 import re
 from collections.abc import Callable, Iterator
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class Segment(NamedTuple):
     num_bytes: int
     offset: int = 0  # bytes before it in a JSONL file
     line: int = 0  # lines before it
+    unit: str = ""  # in which a row's place is counted, as in Place
 
 
 def jsonl_segments(lines: BufferedReader) -> list[Segment]:
@@ -43,10 +44,10 @@ def jsonl_segments(lines: BufferedReader) -> list[Segment]:
         offset += len(line)
         num_rows += not line.isspace()  # a blank line is not a row
         if offset - begin >= SEGMENT_BYTES:
-            segments.append(Segment(num_rows, offset - begin, begin, begin_line))
+            segments.append(Segment(num_rows, offset - begin, begin, begin_line, "line"))
             num_rows, begin, begin_line = 0, offset, number
     if num_rows:
-        segments.append(Segment(num_rows, offset - begin, begin, begin_line))
+        segments.append(Segment(num_rows, offset - begin, begin, begin_line, "line"))
     return segments
 
 
@@ -65,6 +66,7 @@ def array_segments(file: BufferedReader, name: str) -> list[Segment] | None:
             json.loads(next((line for line in file if line.strip()), b""))
         except (ValueError, RecursionError):
             raise SourceError(f"{name}: neither an array of rows nor JSON lines: {error}") from None
+        file.seek(0)
         return None
     begin = end = data.find(b"[") + 1
     for row in rows:
@@ -72,9 +74,9 @@ def array_segments(file: BufferedReader, name: str) -> list[Segment] | None:
         begin, end = start if num_rows == 0 else begin, start + len(memoryview(row))
         num_rows += 1
         if end - begin >= SEGMENT_BYTES:
-            segments.append(Segment(num_rows, end - begin, begin))
+            segments.append(Segment(num_rows, end - begin, begin, unit="row"))
             num_rows = 0
-    return [*segments, Segment(num_rows, end - begin, begin)] if num_rows else segments
+    return [*segments, Segment(num_rows, end - begin, begin, unit="row")] if num_rows else segments
 
 
 def lines_of(file: BufferedReader, segments: list[Segment], rows: np.ndarray) -> Iterator[int]:
@@ -90,19 +92,29 @@ def lines_of(file: BufferedReader, segments: list[Segment], rows: np.ndarray) ->
         first += segment.num_rows
 
 
-def read_array(file: BufferedReader, segments: list[Segment], first: int, wanted: np.ndarray) -> Batches:
-    """As `read_jsonl`, from a .json file with one array."""
+def read_segments(file: BufferedReader, segments: list[Segment], first: int, wanted: np.ndarray) -> Batches:
+    """(rows, parsed rows) of the `wanted` ones (bool [n]) from row `first` on, of JSONL or a .json file with one array.
+
+    The value of a row that cannot be parsed is a SourceError.
+    """
     row = 0
     for segment in segments:
         low, high = max(row, first), min(row + segment.num_rows, first + len(wanted))
         rows = np.flatnonzero(wanted[low - first : high - first]) + low if low < high else np.zeros(0, np.int64)
         if len(rows):
             file.seek(segment.offset)
-            texts = msgspec.json.decode(b"[" + file.read(segment.num_bytes) + b"]", type=list[msgspec.Raw])
-            for start in range(0, len(rows), ROWS_PER_BATCH):
-                part = rows[start : start + ROWS_PER_BATCH]
+            texts = _texts(file.read(segment.num_bytes), segment)
+            for part in np.array_split(rows, -(-len(rows) // ROWS_PER_BATCH)):
                 yield part, _parse_lines([bytes(texts[i]) for i in (part - row).tolist()])
         row += segment.num_rows
+
+
+def _texts(data: bytes, segment: Segment) -> list[Any]:
+    """The rows of a segment, not yet parsed."""
+    if segment.unit == "row":
+        return msgspec.json.decode(b"[" + data + b"]", type=list[msgspec.Raw])
+    data = data if segment.offset else data.removeprefix(_BOM)
+    return [line for line in BytesIO(data) if not line.isspace()]
 
 
 def read_text(opened: BufferedReader, segments: list[Segment], first: int, wanted: np.ndarray) -> Batches:
@@ -112,35 +124,6 @@ def read_text(opened: BufferedReader, segments: list[Segment], first: int, wante
     except UnicodeDecodeError as error:
         row = SourceError(f"not UTF-8 at byte {error.start}")
     yield np.zeros(1, dtype=np.int64), [row]
-
-
-def read_jsonl(lines: BufferedReader, segments: list[Segment], first: int, wanted: np.ndarray) -> Batches:
-    """(rows, parsed rows) of the `wanted` ones (bool [n]) from row `first` on.
-
-    The value of a row that cannot be parsed is a SourceError.
-    """
-    row = 0
-    for segment in segments:  # the last one that starts at or before `first`
-        if row + segment.num_rows > first:
-            break
-        row += segment.num_rows
-    stop, rows, kept = first + len(wanted), [], []
-    is_wanted = wanted.tolist()
-    lines.seek(segment.offset)
-    for number, line in enumerate(lines, start=segment.line + 1):
-        if line.isspace():
-            continue
-        if row >= first and is_wanted[row - first]:
-            rows.append(row)
-            kept.append(line.removeprefix(_BOM) if number == 1 else line)
-            if len(rows) == ROWS_PER_BATCH:
-                yield np.array(rows), _parse_lines(kept)
-                rows, kept = [], []
-        row += 1
-        if row >= stop:
-            break
-    if rows:
-        yield np.array(rows), _parse_lines(kept)
 
 
 def _parse_lines(kept: list[bytes]) -> list[Any]:

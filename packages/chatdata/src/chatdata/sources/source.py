@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import BufferedReader
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from chatdata.arrow import to_arrow, without_nulls
 from chatdata.conversation import AS_WRITTEN, Reading
 from chatdata.errors import SourceError
 from chatdata.sources.file import Place, SourceFile, open_parquet
-from chatdata.sources.jsonl import ROWS_PER_BATCH, read_array, read_jsonl, read_text
+from chatdata.sources.jsonl import ROWS_PER_BATCH, read_segments, read_text
 from chatdata.tasks.task import Task, call_task
 
 ROWS_PER_SEGMENT = 4096  # where rows do not come from our own reading of files
@@ -46,12 +47,10 @@ class Source:
     @cached_property
     def make_row(self) -> Callable[[int], Any] | None:
         """position → raw row of a generated task, else None."""
-        files = [(file, file.open()) for file in self.option_files.values()]
-        make_row = self.task.generate(self.split, self.options) if self.task.generate else None
-        for file, opened in files:
-            file.check(opened)
-            opened.close()
-        return make_row
+        with ExitStack() as files:
+            for file in self.option_files.values():
+                files.enter_context(file.open())
+            return self.task.generate(self.split, self.options) if self.task.generate else None
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker makes its own generator if it is a closure; a partial travels, with the word list it has read
@@ -118,18 +117,13 @@ class Source:
                     if file.path.suffix == ".parquet":
                         batches = _read_parquet(file, opened, begin, wanted[run])
                     else:
-                        read = {".jsonl": read_jsonl, ".json": read_array}.get(file.suffix, read_text)
+                        read = read_segments if file.path.suffix in (".jsonl", ".json") else read_text
                         batches = read(opened, file.segments, begin, wanted[run])
-                    try:
-                        for rows, raw in batches:
-                            if self.reading.invalid == "error" and SourceError in (kinds := list(map(type, raw))):
-                                bad = kinds.index(SourceError)
-                                raise raw[bad].at(self.where(int(rows[bad]) + offset))
-                            yield rows + offset, self._without_ignored(raw) if self.reading.ignore else raw
-                    except SourceError:
-                        file.check(opened)
-                        raise
-                    file.check(opened)
+                    for rows, raw in batches:
+                        if self.reading.invalid == "error" and SourceError in (kinds := list(map(type, raw))):
+                            bad = kinds.index(SourceError)
+                            raise raw[bad].at(self.where(int(rows[bad]) + offset))
+                        yield rows + offset, self._without_ignored(raw) if self.reading.ignore else raw
 
     def _without_ignored(self, raw: Rows) -> Rows:
         if not isinstance(raw, list):
@@ -151,7 +145,7 @@ class Source:
         options = {key: str(value) for key, value in self.options.items() if key not in self.option_files}
         described: dict[str, Any] = {"options": options, "split": self.split}
         described["option_files"] = {key: file.sha256 for key, file in self.option_files.items()}
-        described["reading"] = asdict(self.reading)
+        described["reading"] = self.reading._asdict()
         if self.dataset is not None or self.task.generate is not None:
             return described | {"first": first, "rows": self.rows_sha256}
         files = self.files_of(first, num_rows)
@@ -183,17 +177,11 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """For the manifest: name, revision, files with bytes and SHA-256; SHA-256 of a user's task, of a dataset."""
-        files = (*self.files, *self.option_files.values())
-        described: dict[str, Any] = {
-            "name": self.name,
-            "revision": self.revision,
-            "files": [{"name": file.name, "sha256": file.sha256, "bytes": file.state[0][0]} for file in files],
-        }
-        if self.task.code_sha256:
-            described["task_code_sha256"] = self.task.code_sha256
-        if self.rows_sha256:
-            described["rows_sha256"] = self.rows_sha256
-        return described
+        read = (*self.files, *self.option_files.values())
+        files = [{"name": file.name, "sha256": file.sha256, "bytes": file.state[0][0]} for file in read]
+        more = {"task_code_sha256": self.task.code_sha256, "rows_sha256": self.rows_sha256}
+        given = {key: value for key, value in more.items() if value}
+        return {"name": self.name, "revision": self.revision, "files": files, **given}
 
 
 # file → (row, batch that starts there, batches after it): where reading a file stopped, if there is more of it

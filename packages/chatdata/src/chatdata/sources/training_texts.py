@@ -8,6 +8,7 @@ import numpy as np
 
 from chatdata.conversation import REFUSED_KEYS, parse_conversation
 from chatdata.errors import ChatdataError, SourceError
+from chatdata.messages import as_parts
 from chatdata.records import MESSAGE_KEYS
 from chatdata.sources.file import SourceFile
 from chatdata.sources.source import Source
@@ -48,7 +49,4 @@ def texts_of(record: Any) -> Iterator[str]:
         keys = MESSAGE_KEYS if any(record.get(key) for key in MESSAGE_KEYS) else record
         record = {key: value for key, value in record.items() if key in keys or key in REFUSED_KEYS}
     for message in parse_conversation(record)["messages"]:
-        if isinstance(message["content"], str):
-            yield message["content"]
-        else:
-            yield from (part["text"] for part in message["content"])
+        yield from (part["text"] for part in as_parts(message["content"], trained=True))

@@ -11,23 +11,20 @@ from typing import Any
 
 from chatdata.tasks.mmlu import LETTERS, to_conversation
 from chatdata.tasks.task import ScoredSet, Scoring, Task
-from chatdata.tasks.words import TEST_SEED_OFFSET
+from chatdata.tasks.words import drawn
 
 FACTS = Path(__file__).parent / "texts" / "choice_facts.jsonl"
 
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str, Any]]:
-    facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
-    offset = TEST_SEED_OFFSET if split == "test" else 0
+    return drawn(split, _make_row, [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()])
 
-    def make_row(position: int) -> dict[str, Any]:
-        draw = random.Random(offset + position)
-        fact = draw.choice(facts)
-        choices = [fact["correct"], *fact["wrong"]]
-        draw.shuffle(choices)
-        return {"question": fact["question"], "choices": choices, "answer": choices.index(fact["correct"])}
 
-    return make_row
+def _make_row(draw: random.Random, facts: list[dict[str, Any]]) -> dict[str, Any]:
+    fact = draw.choice(facts)
+    choices = [fact["correct"], *fact["wrong"]]
+    draw.shuffle(choices)
+    return {"question": fact["question"], "choices": choices, "answer": choices.index(fact["correct"])}
 
 
 TASK = Task(

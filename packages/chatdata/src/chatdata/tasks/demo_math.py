@@ -7,7 +7,7 @@ The first two numbers decide whether a problem is train or test (one pair in ten
 problem is never trained on.
 """
 
-import hashlib
+import operator
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -16,49 +16,39 @@ from typing import Any
 
 from chatdata.tasks.gsm8k import grade, to_conversation
 from chatdata.tasks.task import ScoredSet, Scoring, Task
-from chatdata.tasks.words import TEST_SEED_OFFSET
+from chatdata.tasks.words import drawn, is_test_word
 
 TEXTS = Path(__file__).parent / "texts"
+FILES = ("math_templates.txt", "names.txt", "items.txt")
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _OPERATION = re.compile(r"<<(\{\w\})([-+*])(\{\w\})=\{(\w)\}>>")
 
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str, str]]:
-    templates = [line.split("\t") for line in _lines("math_templates.txt")]
-    names, items = _lines("names.txt"), _lines("items.txt")
-    offset = TEST_SEED_OFFSET if split == "test" else 0
+    templates, *values = ((TEXTS / name).read_text(encoding="utf-8").splitlines() for name in FILES)
+    return drawn(split, _make_row, split == "test", [line.split("\t") for line in templates], *values)
 
-    def make_row(position: int) -> dict[str, str]:
-        draw = random.Random(offset + position)
-        question, answer = draw.choice(templates)
-        values: dict[str, Any] = {"name": draw.choice(names), "item": draw.choice(items)}
-        while True:
-            a, b = draw.randint(2, 99), draw.randint(2, 99)
-            if "{a}-{b}" in answer and a <= b:
-                a, b = max(a, b) + 1, min(a, b)
-            if is_test_pair(a, b) == (split == "test"):
-                break
-        values |= {"a": a, "b": b, "c": draw.randint(2, 9)}
-        for left, operator, right, result in _OPERATION.findall(answer):
-            values[result] = _apply(operator, values[left[1]], values[right[1]])
-        return {
-            "question": question.format(**values).replace("\\n", "\n"),
-            "answer": answer.format(**values).replace("\\n", "\n"),
-        }
 
-    return make_row
+def _make_row(
+    draw: random.Random, is_test: bool, templates: list[list[str]], names: list[str], items: list[str]
+) -> dict[str, str]:
+    question, answer = draw.choice(templates)
+    values: dict[str, Any] = {"name": draw.choice(names), "item": draw.choice(items)}
+    while True:
+        a, b = draw.randint(2, 99), draw.randint(2, 99)
+        if "{a}-{b}" in answer and a <= b:
+            a, b = max(a, b) + 1, min(a, b)
+        if is_test_pair(a, b) == is_test:
+            break
+    values |= {"a": a, "b": b, "c": draw.randint(2, 9)}
+    for left, operation, right, result in _OPERATION.findall(answer):
+        values[result] = _OPERATIONS[operation](values[left[1]], values[right[1]])
+    question, answer = (text.format(**values).replace("\\n", "\n") for text in (question, answer))
+    return {"question": question, "answer": answer}
 
 
 def is_test_pair(a: int, b: int) -> bool:
-    digest = hashlib.blake2b(f"{a},{b}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % 10 == 0
-
-
-def _apply(operator: str, left: int, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right}[operator]
-
-
-def _lines(name: str) -> list[str]:
-    return (TEXTS / name).read_text(encoding="utf-8").splitlines()
+    return is_test_word(f"{a},{b}")
 
 
 TASK = Task(

@@ -13,18 +13,13 @@ import re
 from typing import Any
 
 from chatdata.grading import Grade, final_number, grade_number
-from chatdata.tasks.task import ScoredSet, Scoring, Task
+from chatdata.tasks.task import ScoredSet, Scoring, Task, one_turn
 
 _ANNOTATION = re.compile(r"<<([^>]+)>>")
 
 
 def to_conversation(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": answer_parts(row["answer"])},
-        ]
-    }
+    return one_turn(row["question"], answer_parts(row["answer"]))
 
 
 def answer_parts(answer: str) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ https://huggingface.co/datasets/openai/openai_humaneval (MIT). A row:
 import re
 from typing import Any
 
-from chatdata.tasks.task import ScoredSet, Scoring, Task
+from chatdata.tasks.task import ScoredSet, Scoring, Task, one_turn
 
 # inline code; a fence at the start of a line, whatever is after it; a fence elsewhere with nothing or "python" after it
 _OPENING = re.compile(
@@ -27,8 +27,7 @@ _FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|[^\n]*)\n?", re.MULT
 
 
 def to_conversation(row: dict[str, Any]) -> dict[str, Any]:
-    solution = f"{row['prompt']}\n{row['canonical_solution']}"
-    return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": solution}]}
+    return one_turn(row["prompt"], f"{row['prompt']}\n{row['canonical_solution']}")
 
 
 def program(row: dict[str, Any], text: str) -> str:
@@ -37,9 +36,8 @@ def program(row: dict[str, Any], text: str) -> str:
     Whatever passes by the rule of karpathy/nanochat@790f3be:tasks/humaneval.py passes by this one.
     """
     name, prompt = row["entry_point"], row["prompt"].replace("\r\n", "\n")
-    before, *function = re.split(
-        rf"^(?:@.*\n)*(?:async )?def {re.escape(name)}\b", prompt, maxsplit=1, flags=re.MULTILINE
-    )
+    start = rf"^(?:@.*\n)*(?:async )?def {re.escape(name)}\b"
+    before, *function = re.split(start, prompt, maxsplit=1, flags=re.MULTILINE)
     if not function:
         before = "\n".join(line for line in prompt.splitlines() if line.startswith(("import ", "from ")))
     parts = [before.strip("\n"), answer_code(text, name)]
@@ -69,9 +67,8 @@ def answer_code(text: str, name: str) -> str:
     # a fence that is left in the code, outside of its strings, is no Python
     candidates.sort(key=lambda code: any(token["fence"] for token in _CODE.finditer(code)))
     word = re.escape(name)
-    defines = re.compile(
-        rf"^\s*(?:async\s+)?(?:def|class)\s+{word}\b|^{word}\s*(?::.*)?=(?!=)|\bimport\b.*\b{word}\b", re.MULTILINE
-    )
+    names = rf"^\s*(?:async\s+)?(?:def|class)\s+{word}\b|^{word}\s*(?::.*)?=(?!=)|\bimport\b.*\b{word}\b"
+    defines = re.compile(names, re.MULTILINE)
     return next((code for code in candidates if defines.search(code)), candidates[0]).strip()
 
 

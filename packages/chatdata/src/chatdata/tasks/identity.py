@@ -5,13 +5,8 @@ Same forms as the task `conversations`; `chatdata identity PERSONA --out FILE` m
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pebble, a tiny chat model."}]
 """
 
-from chatdata.tasks.conversations import to_conversation
-from chatdata.tasks.task import Task
+from dataclasses import replace
 
-TASK = Task(
-    name="identity",
-    summary="who the assistant is: --identity FILE or path",
-    licence="yours",
-    to_conversation=to_conversation,
-    rows_are_conversations=True,
-)
+from chatdata.tasks import conversations
+
+TASK = replace(conversations.TASK, name="identity", summary="who the assistant is: --identity FILE or path")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chatdata.errors import TaskError
+from chatdata.tasks.task import one_turn
 
 _START, _END = "Multiple Choice question: ", "\nRespond only with the letter of the correct answer."
 
@@ -19,8 +20,7 @@ def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str
     if answer not in letters:
         raise TaskError(f'key "answer": {answer!r} is not one of its choices {", ".join(letters)}')
     options = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
-    prompt = f"{_START}{question}\n{options}{_END}"
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+    return one_turn(f"{_START}{question}\n{options}{_END}", answer)
 
 
 def question_and_choices(prompt: str, letters: Sequence[str]) -> tuple[str, ...]:

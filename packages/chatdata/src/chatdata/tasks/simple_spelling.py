@@ -6,31 +6,21 @@ Draws: karpathy/nanochat@790f3be:tasks/spellingbee.py (SimpleSpelling).
 
 import random
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from chatdata.grading import Grade
-from chatdata.tasks.task import ScoredSet, Scoring, Task
-from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, shuffled_words, split_words
+from chatdata.tasks.task import ScoredSet, Scoring, Task, one_turn
+from chatdata.tasks.words import WORD_OPTIONS, drawn, shuffled_words, split_words
 
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], str]:
     path = options["words"]
     words = split_words(shuffled_words(path, path.stat().st_ctime_ns), path, split, options["holdout"])
-    return partial(_make_row, words, TEST_SEED_OFFSET if split == "test" else 0)
-
-
-def _make_row(words: list[str], offset: int, position: int) -> str:
-    return random.Random(offset + position).choice(words)
+    return drawn(split, random.Random.choice, words)
 
 
 def to_conversation(word: str) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": f"Spell the word: {word}"},
-            {"role": "assistant", "content": f"{word}:{','.join(word)}"},
-        ]
-    }
+    return one_turn(f"Spell the word: {word}", f"{word}:{','.join(word)}")
 
 
 def grade(word: str, text: str) -> Grade:

@@ -7,14 +7,8 @@ https://huggingface.co/datasets/HuggingFaceTB/smol-smoltalk (Apache-2.0). A row:
      "source": "smol-magpie-ultra-short"}
 """
 
-from typing import Any
-
+from chatdata.tasks.conversations import to_conversation
 from chatdata.tasks.task import Task
-
-
-def to_conversation(row: dict[str, Any]) -> dict[str, Any]:
-    return row
-
 
 TASK = Task(
     name="smoltalk",

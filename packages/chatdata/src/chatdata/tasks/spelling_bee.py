@@ -8,14 +8,13 @@ letter of the word, else any letter); phrasings and the answer's wording are our
 
 import random
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from chatdata.errors import SourceError
 from chatdata.grading import Grade, grade_number
-from chatdata.tasks.task import Option, ScoredSet, Scoring, Task
-from chatdata.tasks.words import TEST_SEED_OFFSET, WORD_OPTIONS, read_words, split_words
+from chatdata.tasks.task import Option, ScoredSet, Scoring, Task, one_turn
+from chatdata.tasks.words import WORD_OPTIONS, drawn, read_words, split_words
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 PHRASINGS = Path(__file__).parent / "texts" / "spelling_phrasings.txt"
@@ -29,12 +28,10 @@ def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str
         raise SourceError(
             f"{options['words'].name}: the word {quoted!r} cannot be quoted in the call '…'.count('…'); leave it out"
         )
-    phrasings = read_phrasings(options["phrasings"])
-    return partial(_make_row, words, phrasings, TEST_SEED_OFFSET if split == "test" else 0)
+    return drawn(split, _make_row, words, read_phrasings(options["phrasings"]))
 
 
-def _make_row(words: list[str], phrasings: list[str], offset: int, position: int) -> dict[str, str]:
-    draw = random.Random(offset + position)
+def _make_row(draw: random.Random, words: list[str], phrasings: list[str]) -> dict[str, str]:
     word = draw.choice(words)
     letter = draw.choice(word) if draw.random() < 0.9 else draw.choice(ALPHABET)
     phrasing = draw.choice(phrasings)
@@ -68,7 +65,7 @@ def to_conversation(row: dict[str, str]) -> dict[str, Any]:
         {"type": "python_output", "text": str(count)},
         {"type": "text", "text": f"\nBoth agree.\n#### {count}"},
     ]
-    return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}]}
+    return one_turn(row["question"], parts)
 
 
 def grade(row: dict[str, str], text: str) -> Grade:

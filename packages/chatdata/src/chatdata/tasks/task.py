@@ -123,6 +123,11 @@ def _task_again(name: str, file: Path | None, code_sha256: str | None) -> Task:
     return task
 
 
+def one_turn(question: str, answer: Any) -> dict[str, Any]:
+    """The conversation of a question and its answer, a text or parts."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
 def call_task(task: Task, function: Callable[..., Any], row: Any, *arguments: Any) -> Any:
     """Call one of a task's functions on a row. Anything that goes wrong is a ChatdataError: tasks are users' code.
 
@@ -145,9 +150,8 @@ def load_tasks(task_files: tuple[Path, ...] = ()) -> dict[str, Task]:
 
     Raises TaskError if a file does not define TASK, cannot be imported, or repeats a name.
     """
-    shipped = (
-        import_module(f"chatdata.tasks.{name}") for _, name, _ in pkgutil.iter_modules([str(Path(__file__).parent)])
-    )
+    names = (name for _, name, _ in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    shipped = (import_module(f"chatdata.tasks.{name}") for name in names)
     tasks = {module.TASK.name: module.TASK for module in shipped if hasattr(module, "TASK")}
     for path in task_files:
         task = _load_task_file(path)

@@ -1,17 +1,19 @@
-"""The word list of both spelling tasks: reading it, and which words are kept for scoring."""
+"""Rows that are made: how they are drawn, the word list of both spelling tasks, and what is kept for scoring."""
 
 import hashlib
 import random
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import filterfalse
 from pathlib import Path
+from typing import Any, TypeVar
 
 from chatdata.errors import SourceError
 from chatdata.tasks.task import Option
 
 # dwyl/english-words (Unlicense), the list nanochat spells from
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt"
+T = TypeVar("T")
 TEST_SEED_OFFSET = 10_000_000  # test rows draw from seeds no training row reaches
 
 WORD_OPTIONS = {
@@ -19,6 +21,15 @@ WORD_OPTIONS = {
     "words_sha256": Option(str),
     "holdout": Option(bool, False),
 }
+
+
+def drawn(split: str, make_row: Callable[..., T], *given: Any) -> Callable[[int], T]:
+    """position → make_row(draw, *given), the same draws on every machine. Can be pickled."""
+    return partial(_draw, TEST_SEED_OFFSET if split == "test" else 0, make_row, given)
+
+
+def _draw(offset: int, make_row: Callable[..., T], given: tuple[Any, ...], position: int) -> T:
+    return make_row(random.Random(offset + position), *given)
 
 
 def read_words(path: Path) -> list[str]:

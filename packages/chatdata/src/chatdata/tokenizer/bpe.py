@@ -6,6 +6,7 @@ Loading and saving are in files.py.
 import hashlib
 import os
 import re
+import tomllib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,16 +33,9 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-# Texts whose ids identify a tokenizer by its behaviour: equal files with different code, or equal sizes with different
-# merges, differ here. Never change one: the hash of their ids is in every manifest.
-CANARY_TEXTS = (
-    "Hello, world! It's 2026-01-31 and we'll spell s,t,r,a,w,b,e,r,r,y.",
-    "def f(x):\n    return x**2 + 10.5\n\n\n\tprint(f(1234567890))  \r\n",
-    "#### 1,234 = 5/6 * 7 - 8.90 % (A) <|bos|> <|assistant_end|>",
-    "Größe, naïve, año, İstanbul, Ελληνικά, Русский, עברית, العربية, हिन्दी",
-    "汉字与标点，日本語のテキスト、한국어 문장. ٣٤ ५६ ⅷ ½ 🤖👩‍👩‍👧 \u200b\u2028e\u0301",
-    "  leading and trailing   \n \n\x00\x1f~",
-)
+# texts whose ids identify a tokenizer, and what encoders could differ in
+CANARIES = tomllib.loads(Path(__file__).with_name("canaries.toml").read_text(encoding="utf-8"))
+CANARY_TEXTS = tuple(CANARIES["texts"])
 
 MAX_UINT16_VOCAB = 65_536
 MAX_VOCAB = 2**20  # readers make arrays of this length; the largest vocabularies in use have 262,144 tokens
@@ -102,9 +96,9 @@ class Tokenizer:
                 f"{name}: the split pattern loses text ({lost[0]!r} for one); it must match every character, whatever "
                 "comes after it, for example by ending in |\\s+|."
             )
-        self.canary_sha256 = self._hash_canaries()
 
-    def _hash_canaries(self) -> str:
+    @cached_property
+    def canary_sha256(self) -> str:
         digest = hashlib.sha256()
         for text in CANARY_TEXTS:
             ids = self.encode_ordinary(text)

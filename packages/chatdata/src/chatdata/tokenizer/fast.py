@@ -12,9 +12,8 @@ import base64
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,6 +33,7 @@ _LONG_WHITE_SPACE = re.compile(rf"(?<!\s)\s{{{_LONG}}}")
 _BYTES_BEFORE_RELOAD = 2**28
 
 _NEW, _ALIKE, _NUMERAL = range(3)  # what is known of a code point
+_KINDS = np.full(0x110000, _NEW, np.uint8)  # filled in as code points are met: all at once takes 0.4 s
 
 
 def fastokens_route(tokenizer: Tokenizer) -> EncodeBatch:
@@ -110,10 +110,9 @@ def _join(texts: list[str]) -> bytes | None:
     return data if data.count(_END.encode()) == len(texts) and _CUT.encode() not in data else None
 
 
-def _without(texts: list[str], numbers: Iterable[int]) -> list[str]:
+def _without(texts: list[str], numbers: set[int]) -> list[str]:
     """The texts, those of the given numbers empty."""
-    left_out = set(numbers)
-    return ["" if i in left_out else text for i, text in enumerate(texts)]
+    return ["" if i in numbers else text for i, text in enumerate(texts)]
 
 
 def _cuts_between_digits(buffer: np.ndarray) -> np.ndarray:
@@ -135,17 +134,10 @@ def _texts_with_other_numerals(buffer: np.ndarray, ends: np.ndarray) -> set[int]
     b, c, d = (buffer.take(leads + i, mode="clip").astype(np.uint32) & 0x3F for i in (1, 2, 3))
     of_two, of_three, of_four = (a & 0x1F) << 6 | b, (a & 0x0F) << 12 | b << 6 | c, (a & 7) << 18 | b << 12 | c << 6 | d
     code_points = np.where(a < 0xE0, of_two, np.where(a < 0xF0, of_three, of_four))
-    kinds = _kinds_of_code_points()
-    for new in np.unique(code_points[kinds[code_points] == _NEW]):
+    for new in np.unique(code_points[_KINDS[code_points] == _NEW]):
         category = unicodedata.category(chr(new))
-        kinds[new] = _NUMERAL if category == "Cn" or category.startswith("N") else _ALIKE
-    return set(np.searchsorted(ends, leads[kinds[code_points] == _NUMERAL]).tolist())
-
-
-@cache
-def _kinds_of_code_points() -> np.ndarray:
-    """uint8 [0x110000], filled in as code points are met: all at once takes 0.4 s."""
-    return np.full(0x110000, _NEW, np.uint8)
+        _KINDS[new] = _NUMERAL if category == "Cn" or category.startswith("N") else _ALIKE
+    return set(np.searchsorted(ends, leads[_KINDS[code_points] == _NUMERAL]).tolist())
 
 
 def _texts_with_inner_newline_at_end(texts: list[str], last: np.ndarray) -> set[int]:

@@ -62,15 +62,16 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     The files of a FolderTokenizer are written as they are.
     Raises TokenizerError if `tokenizers` gives other ids for some canary text.
     """
-    if isinstance(tokenizer, FolderTokenizer):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in tokenizer.files.items():
-            (folder / name).write_text(text, encoding="utf-8", newline="")
-        return
+    files = tokenizer.files if isinstance(tokenizer, FolderTokenizer) else _files(tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+
+
+def _files(tokenizer: Tokenizer) -> dict[str, str]:
     contents = json.dumps(_contents(tokenizer), ensure_ascii=False, separators=(",", ":"))
     if not tokenizer.is_as_saved:
         _compare_with_tokenizers(tokenizer, contents)
-    folder.mkdir(parents=True, exist_ok=True)
     is_native = not tokenizer.missing_special_tokens
     named = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "pad_token": "<|assistant_end|>"}
     config = {
@@ -79,46 +80,22 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    files = {"tokenizer.json": contents, "tokenizer_config.json": json.dumps(config, indent=1) + "\n"}
     template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-    for name, text in (
-        ("tokenizer.json", contents),
-        ("tokenizer_config.json", json.dumps(config, indent=1) + "\n"),
-        *([("chat_template.jinja", template)] if is_native else []),
-    ):
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    return files | ({"chat_template.jinja": template} if is_native else {})
 
 
 def _contents(tokenizer: Tokenizer) -> dict[str, Any]:
     """What goes into tokenizer.json: `tokenizers` gives the tokenizer's ids for every text that it does not refuse."""
-    vocab, merges = tokenizer.spelled
-    model = {
-        "type": "BPE",
-        **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
-        **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
-        # tiktoken looks up a whole piece before it merges; so must tokenizers
-        "ignore_merges": True,
-        "vocab": vocab,
-        "merges": merges,
-    }
+    contents: dict[str, Any] = json.loads(Path(__file__).with_name("blank_tokenizer.json").read_text(encoding="utf-8"))
     off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": token_id, "content": name, **off, "special": True}
-        for name, token_id in sorted(tokenizer.special_ids.items(), key=itemgetter(1))
-    ]
-    pattern = {"Regex": tokenizer.pattern_of_tokenizers}
-    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": model,
-    }
+    special = sorted(tokenizer.special_ids.items(), key=itemgetter(1))
+    contents["added_tokens"] = [{"id": token_id, "content": name, **off, "special": True} for name, token_id in special]
+    contents["normalizer"] = {"type": "NFC"} if tokenizer.nfc else None
+    contents["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = tokenizer.pattern_of_tokenizers
+    # tiktoken looks up a whole piece before it merges, so the model has ignore_merges
+    contents["model"]["vocab"], contents["model"]["merges"] = tokenizer.spelled
+    return contents
 
 
 def _compare_with_tokenizers(tokenizer: Tokenizer, contents: str) -> None:
@@ -174,14 +151,15 @@ def read_json(path: Path) -> Tokenizer:
         first = max(*model["vocab"].values(), *special_ids.values()) + 1 if lacking else 0
         model["vocab"] |= {char: first + i for i, char in enumerate(lacking)}
         vocab = {token: rank for token, rank in model["vocab"].items() if token not in special_ids}
-        tokenizer = _of_vocabulary(vocab, pattern, special_ids, path, nfc=normalizer is not None)
+        others = pattern, special_ids, str(path), normalizer is not None
+        tokenizer = Tokenizer(_ranks_of(vocab, path), *others)
         model["merges"] = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
         if contents == _contents(tokenizer):
             tokenizer.is_as_saved = True
             return tokenizer
         kept = ranks_of_merges(vocab, model["merges"], bool(model.get("ignore_merges")))
         if len(kept) < len(vocab):
-            tokenizer = _of_vocabulary(kept, pattern, special_ids, path, nfc=normalizer is not None)
+            tokenizer = Tokenizer(_ranks_of(kept, path), *others)
         tokenizer.num_bytes_appended = len(lacking)
     except (KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(f"{path}: not a tokenizer.json: {type(error).__name__} {error}") from None
@@ -194,15 +172,12 @@ def read_json(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _of_vocabulary(
-    vocab: dict[str, int], pattern: str, special_ids: dict[str, int], path: Path, nfc: bool
-) -> Tokenizer:
+def _ranks_of(vocab: dict[str, int], path: Path) -> dict[bytes, int]:
     try:
-        ranks = {bytes(map(TO_BYTE.__getitem__, token)): rank for token, rank in vocab.items()}
+        return {bytes(map(TO_BYTE.__getitem__, token)): rank for token, rank in vocab.items()}
     except KeyError:
         odd = next(token for token in vocab if not TO_BYTE.keys() >= set(token))
         raise TokenizerError(f"{path}: token {odd!r} is not in the byte-level alphabet") from None
-    return Tokenizer(ranks, pattern, special_ids, str(path), nfc)
 
 
 def _split_pattern(pre_tokenizer: Any) -> str:

@@ -55,7 +55,6 @@ class FolderTokenizer(Tokenizer):
         self.control_pattern = re.compile("|".join(re.escape(added[i].content) for i in self.control_ids) or "(?!)")
         self.vocab_size = max(self.raw.get_vocab().values()) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= MAX_UINT16_VOCAB else "<u4")
-        self.canary_sha256 = self._hash_canaries()
 
     def encode(self, text: str, **_: Any) -> list[int]:
         """Ids of `text`; added tokens spelled in it become those tokens."""

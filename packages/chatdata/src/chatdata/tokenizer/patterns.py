@@ -14,8 +14,7 @@ Three of these are translated. tiktoken's X{1,3}+ gives nothing back, Oniguruma'
 """
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Target = Literal["tokenizers", "tiktoken"]
 MAX_DEPTH = 20
@@ -40,8 +39,7 @@ _SAMPLES += "\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\
 _CODE_POINT = re.compile(r"([^\x00-\x7f])|\\x\{(\w+)\}|\\u(\w{4})")
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """A piece of a pattern.
 
     times: how often it repeats inside. one: it is a character or class with its count. simple: it does not look around,
@@ -75,9 +73,8 @@ def covering(pattern: str) -> tuple[str, str]:
     codes = [ord(char) if char else int(x or u, 16) for char, x, u in _CODE_POINT.findall(pattern)]
     near = {code + i for code in codes for i in (-1, 0, 1)}  # where a range ends, the other side may be lost
     near = {code for code in near | set(range(256)) if 0 <= code < 0xD800 or 0xE000 <= code < 0x110000}
-    return "|".join(part.text for part in _read(pattern, "tokenizers") if part.simple), "".join(
-        map(chr, sorted(near))
-    ) + _SAMPLES
+    alternatives = [part.text for part in _read(pattern, "tokenizers") if part.simple]
+    return "|".join(alternatives), "".join(map(chr, sorted(near))) + _SAMPLES
 
 
 def _read(pattern: str, target: Target) -> list[_Part]:

@@ -25,32 +25,14 @@ class _EncodingUnpickler(pickle.Unpickler):
         raise TokenizerError(f"names the class {module}.{name}; only tiktoken.core.Encoding is admitted")
 
 
-_SIZES = {ord(code.code): code.arg.n if code.arg else 0 for code in pickletools.opcodes if code.name != "PUT"}
-_WIDTHS = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4}
-_WIDTHS |= {pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
-
-
 def _check_sizes(data: bytes) -> None:
     """Raise ValueError if an operation is longer than the file or numbers more objects than it can hold.
 
-    The unpickler makes room before it reads: 10 bytes with object number 2^28 would take 4 GB. 0.05 s for nanochat's.
+    The unpickler makes room before it reads: 10 bytes with object number 2^28 would take 4 GB. 0.06 s for nanochat's.
     """
-    at, stop, long_binput = 0, ord("."), ord("r")
-    while data[at] != stop:
-        size = _SIZES[data[at]]
-        if data[at] == long_binput and int.from_bytes(data[at + 1 : at + 5], "little") > len(data):
+    for operation, argument, at in pickletools.genops(data):
+        if operation.name in ("PUT", "LONG_BINPUT") and not 0 <= (argument or 0) <= len(data):
             raise ValueError(f"byte {at} numbers more objects than the file has bytes")
-        if size in _WIDTHS:
-            start = at + 1 + _WIDTHS[size]
-            at = start + int.from_bytes(data[at + 1 : start], "little")
-        elif size == pickletools.UP_TO_NEWLINE:
-            for _ in range(2 if data[at] in b"ci" else 1):  # a class has a line for its module, too
-                at = data.index(b"\n", at + 1)
-            at += 1
-        else:
-            at += 1 + size
-        if at >= len(data):
-            raise ValueError(f"it ends inside an operation, at byte {len(data)}")
 
 
 def read_pickle(path: Path) -> Tokenizer:
