@@ -161,12 +161,10 @@ def _take_plain(conversation: Any, texts: list[str], codes: bytearray) -> bool:
 
 def pieces_of_rows(source: Source, rows: np.ndarray, raw: Rows) -> Pieces:
     """Raw rows as pieces: a table of well-formed conversations column by column, anything else row by row."""
-    pieces = None
     if source.task.rows_are_conversations and not isinstance(raw, list) and not source.reading.columns:
         with suppress(UnicodeDecodeError):
-            pieces = pieces_of_table(raw)
-    if pieces is not None:
-        return pieces
+            if (pieces := pieces_of_table(raw)) is not None:
+                return pieces
     records = source.rows_of(rows, raw)
     try:
         return _pieces_of_records(source, records)
