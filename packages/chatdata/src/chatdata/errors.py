@@ -84,6 +84,11 @@ def nearest(word: str, valid: list[str] | tuple[str, ...]) -> str:
     return f'; did you mean "{close[0]}"?' if close else f"; valid: {', '.join(valid)}"
 
 
+def first_line(error: object) -> str:
+    """The first line of an error of a library, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def general(reason: str) -> str:
     """A reason without what differs from row to row: numbers, texts in single quotes, and advice after a semicolon."""
     alike = re.sub(r"(?<!\w)('[^']*')|\d+", lambda found: "'…'" if found[1] else "N", reason)

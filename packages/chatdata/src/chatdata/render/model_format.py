@@ -20,12 +20,11 @@ import numpy as np
 
 from chatdata.conversation import Conversation
 from chatdata.document import Document, Span
-from chatdata.errors import BuildError, ChatdataError, ConversationError, TokenizerError, UsageError
+from chatdata.errors import BuildError, ChatdataError, ConversationError, TokenizerError, UsageError, first_line
 from chatdata.recipe import NATIVE
 from chatdata.render.format import PYTHON, REASONING, TEXT
 from chatdata.render.messages import Messages, Piece, Tools, to_messages
 from chatdata.render.template import Layout, compile_template, generation_prompt, lay_by_template
-from chatdata.sources.hub import first_line
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.folder import FolderTokenizer
 from chatdata.tool_calls import tools_of

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from chatdata.disk import CACHE_UNUSABLE, DAY_S, MACHINE, cache_folder, sync, write_whole, writes_to
-from chatdata.errors import FormatError, MissingSource, UsageError
+from chatdata.errors import FormatError, MissingSource, UsageError, first_line
 from chatdata.progress import Progress, no_progress, say, shown_progress
 from chatdata.shards.manifest import build_files, file_problem, read_manifest
-from chatdata.sources.hub import commit_of, download, first_line, requests_to
+from chatdata.sources.hub import commit_of, download, requests_to
 
 AT_ONCE = 8  # files transferred at the same time
 ABANDONED_S = 7 * DAY_S  # what another machine has not finished by then is removed

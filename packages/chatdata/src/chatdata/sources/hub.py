@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from chatdata.disk import CACHE_UNUSABLE, cache_folder, writes_to
-from chatdata.errors import ChatdataError, MissingSource, SourceError
+from chatdata.errors import ChatdataError, MissingSource, SourceError, first_line
 
 URL_TIMEOUT = 10  # seconds without an answer; the Hub's is HF_HUB_ETAG_TIMEOUT, 10 by default
 NOT_AGAIN = 30  # seconds before a host that did not answer is tried again: five missing sources wait once
@@ -272,10 +272,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger in changed:
             logger.setLevel(logging.WARNING)
-
-
-def first_line(error: Any) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _hub_reason(error: Any) -> str:
