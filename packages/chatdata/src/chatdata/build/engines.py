@@ -201,8 +201,7 @@ def _start_worker(renderer: Renderer) -> None:
 
 def _end_with_parent() -> None:
     """A worker whose build was killed by SIGKILL would wait for its next unit for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         wait([parent.sentinel])
         os._exit(1)
 

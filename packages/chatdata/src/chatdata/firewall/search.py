@@ -84,8 +84,7 @@ def check(
         hits = list(_find(tokenizer, scored, store, in_train & ~about_words, threads))
         hits += _find_words(scored, store, row_maps, in_train & about_words, threads)
     places = _places({hit.document for hit in hits}, row_maps)
-    cpu_s = scored.cpu_s + time.process_time() - started
-    return Findings(tuple(hits), places, scored, cpu_s)
+    return Findings(tuple(hits), places, scored, scored.cpu_s + time.process_time() - started)
 
 
 def _find(

@@ -108,10 +108,8 @@ def coloured(document: Document) -> Text:
     """The document for a terminal: supervised text in bold green, the rest dim. Without colour, ⟦ ⟧ mark it."""
     if not console().is_terminal:
         return Text(printable(document.conversation_markup()))
-    text = Text()
-    for supervised, run in document.runs():
-        text.append(printable(run), style=SUPERVISED_STYLE if supervised else "dim")
-    return text
+    runs = ((printable(run), SUPERVISED_STYLE if supervised else "dim") for supervised, run in document.runs())
+    return Text.assemble(*runs)
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:

@@ -37,9 +37,8 @@ def report_numbers(build: Build) -> dict[str, Any]:
         try:
             counts[name], roles = count_split(split)
         except (IndexError, ValueError) as error:  # ids, entries or spans out of range, or sums that differ
-            raise FormatError(
-                f"{build.path / name}: damaged: {error}; `chatdata verify --level full` lists the damage"
-            ) from None
+            damage = f"{build.path / name}: damaged: {error}; `chatdata verify --level full` lists the damage"
+            raise FormatError(damage) from None
         lengths, entry = np.diff(split.offsets), split.index["entry"].to_numpy()
         tasks = stats["splits"][name]
         for row in tasks:
