@@ -95,10 +95,8 @@ def build(
         if encoder == "auto" and sum(unit.num_bytes for unit in missing) < FAST_ENCODER_BYTES:
             encoder = "tiktoken"
         renderer = Renderer(plan.sources, plan.tokenizer, encoder, cache, plan.recipe.chat_format)
-        with (
-            writes_to(cache, CACHE_FULL, CACHE_UNUSABLE if missing else ""),
-            start_workers(renderer, missing, engine, workers) as render,
-        ):
+        unusable = CACHE_UNUSABLE if missing else ""
+        with writes_to(cache, CACHE_FULL, unusable), start_workers(renderer, missing, engine, workers) as render:
             with writes_to(out, NOTHING_WRITTEN):
                 save_tokenizer(plan.tokenizer, growing / "tokenizer")
             scored = None
