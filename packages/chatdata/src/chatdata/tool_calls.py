@@ -155,8 +155,7 @@ def _signature(tool: Any, where: str) -> str:
     description = " ".join(str(function.get("description") or "").split())
     if described:
         description = f"{description.removesuffix('.')}. {'; '.join(described)}".removeprefix(". ")
-    comment = f"# {description}\n" if description else ""
-    return comment + _written(name, required + optional)
+    return (f"# {description}\n" if description else "") + _written(name, required + optional)
 
 
 def _annotation(schema: Any, where: str) -> str:

@@ -20,17 +20,14 @@ A plan that cannot be made, or cut for these ranks, is chatdata's PlanError.
 
 from collections.abc import Iterable
 
+from chatdata.errors import first_line as first_line
+
 
 def named(names: Iterable[str], most: int = 4) -> str:
     """Names for a one-line message: sorted, the first few and how many more, "none" if there are none."""
     listed = sorted(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return (", ".join(listed[:most]) or "none") + more
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, for a one-line message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class ChattrainError(ValueError):

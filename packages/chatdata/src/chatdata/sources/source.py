@@ -143,9 +143,8 @@ class Source:
     def content(self, first: int, num_rows: int) -> Any:
         """What decides rows [first, first + num_rows), as plain data without paths: equal means equal rows."""
         options = {key: str(value) for key, value in self.options.items() if key not in self.option_files}
-        described: dict[str, Any] = {"options": options, "split": self.split}
+        described: dict[str, Any] = {"options": options, "split": self.split, "reading": self.reading._asdict()}
         described["option_files"] = {key: file.sha256 for key, file in self.option_files.items()}
-        described["reading"] = self.reading._asdict()
         if self.dataset is not None or self.task.generate is not None:
             return described | {"first": first, "rows": self.rows_sha256}
         files = self.files_of(first, num_rows)

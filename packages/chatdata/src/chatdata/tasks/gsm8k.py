@@ -31,8 +31,7 @@ def answer_parts(answer: str) -> list[dict[str, str]]:
             continue
         # at the last "=", because an expression may contain one; without any the output is empty
         expression, _, result = piece.rpartition("=") if "=" in piece else (piece, "", "")
-        parts.append({"type": "python", "text": expression})
-        parts.append({"type": "python_output", "text": result})
+        parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
     return parts
 
 

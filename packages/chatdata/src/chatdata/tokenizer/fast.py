@@ -73,8 +73,7 @@ def gigatoken_route(tokenizer: Tokenizer) -> EncodeBatch:
 
     def encode_batch(texts: list[str]) -> Ids:
         nonlocal fast, num_bytes
-        apart: set[int] = set()
-        kept, data = texts, _join(texts)
+        apart, kept, data = set[int](), texts, _join(texts)
         if data is None:
             apart = {i for i, text in enumerate(texts) if _MARK_OR_SURROGATE.search(text)}
             kept = _without(texts, apart)
