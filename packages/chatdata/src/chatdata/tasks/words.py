@@ -60,8 +60,7 @@ def shuffled_words(path: Path, changed_ns: int) -> tuple[str, ...]:
 
 def is_test_word(word: str) -> bool:
     """A word is kept for scoring when the 8-byte BLAKE2b of its UTF-8, little-endian, is 0 modulo 10."""
-    digest = hashlib.blake2b(word.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % 10 == 0
+    return int.from_bytes(hashlib.blake2b(word.encode("utf-8"), digest_size=8).digest(), "little") % 10 == 0
 
 
 @lru_cache(maxsize=1)  # used by train, by test and by both spelling tasks: 0.4 s
