@@ -442,6 +442,7 @@ def test_command_line_run_trace_and_dry_run(builds: dict[str, Path], tmp_path: P
     assert keys | {"gradient_norm", "batch"} <= set(log[1]) and log[1]["mfu"] == "unknown"
     traced = json.loads(chattrain("trace", out, "--step", 1, "--json"))
     assert traced["log"] == log[2]
+    assert json.loads(chattrain("trace", out, "--step", 1, "--data", f"file://{builds['sft']}", "--json")) == traced
     plan = prepared(settings_for(builds, "sft", out)).plan
     expected = [
         plan.packing.documents[a:b].tolist()

@@ -94,9 +94,9 @@ def _echo_plan(counts: dict[str, Any], num_steps: int, stage: str) -> None:
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=FILE)
 @click.option("--step", type=int, required=True, help="The first step is 0.")
-@click.option("--data", type=FILE, help="The build, if it has moved.")
+@click.option("--data", metavar="BUILD", help="The build, if it has moved: its folder, or an address.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def trace(run_folder: Path, step: int, data: Path | None, as_json: bool) -> None:
+def trace(run_folder: Path, step: int, data: str | None, as_json: bool) -> None:
     """Show which documents were in a step of a run.
 
     Examples:
