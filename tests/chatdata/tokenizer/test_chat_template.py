@@ -171,3 +171,22 @@ def test_what_a_template_refuses(auto: Any) -> None:
     ]:
         with pytest.raises(jinja2.exceptions.TemplateError, match=error):
             auto.apply_chat_template(messages)
+
+
+def test_padding_is_known_by_position(byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The pad token ends documents, too: a collator that goes by the id takes their ends for padding."""
+    save_tokenizer(byte_tokenizer, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|assistant_end|>"
+    assert tokenizer(["a", "abc"], padding=True)["attention_mask"] == [[1, 0, 0], [1, 1, 1]]
+    chats = [[USER, says("Red.")], [USER, says("A long story.")]]
+    documents = [render_conversation(byte_tokenizer, {"messages": chat}) for chat in chats]
+    rows = [{"input_ids": document.tokens.tolist()} for document in documents]
+    labelled = [{**row, "labels": row["input_ids"]} for row in rows]
+    end, lengths = tokenizer.pad_token_id, [len(document) for document in documents]
+    by_position = transformers.DataCollatorForSeq2Seq(tokenizer)(labelled)
+    by_id = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
+    for row, length in enumerate(lengths):
+        assert by_position["labels"][row, length - 1] == end and (by_position["labels"][row, length:] == -100).all()
+        assert by_id["labels"][row, length - 1] == -100
+    assert end not in by_id["labels"]

@@ -32,7 +32,8 @@ def to_torch(
 
     documents: item i is document i, whole. Lengths differ: `collate_fn=dataset.collate` pads a batch to its longest.
     pad, pack, stream: item i is sequence i of chattrain's plan with T = `seq_len`. It has T + 1 tokens for T targets:
-    input_ids[:-1] and labels[1:] are chattrain's inputs and targets, so G items in order are its step of G sequences.
+    labels[1:] are chattrain's targets and input_ids[:-1] its inputs, but for the last token of a sequence's last
+    document, which chattrain does not feed. So G items in order are its step of G sequences.
         pad      one document and padding
         pack     several documents and padding. All but the last are without their last token, a target but no input:
                  its label is where the next document begins
