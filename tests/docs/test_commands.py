@@ -203,7 +203,7 @@ def can_run(context: click.Context, folder: Path) -> bool:
     """Whether all files that a line reads exist, and it needs no cluster."""
     given = context.params
     reads = [value for key, value in given.items() if isinstance(value, Path) and key not in ("out", "markdown")]
-    reads += [value for key, value in given.items() if key in ("path", "data", "a", "b") and value]  # builds
+    reads += [value for key, value in given.items() if key in ("path", "data", "a", "b", "address") and value]  # builds
     reads += [*given.get("task_files", ()), *given.get("files", ()), *([given["words"]] if given.get("words") else [])]
     reads += [init for init in [given.get("init")] if init and not init.startswith("random:")]
     reads += [file.partition(":")[0] for file in given.get("against") or ()]

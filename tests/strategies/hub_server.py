@@ -5,16 +5,27 @@
     GET HEAD  /datasets/OWNER/NAME/resolve/REV/PATH     a file, or from a byte on (Range)
     GET HEAD  /files/PATH                               a file outside any repository
 
+and those of `create_commit`:
+
+    POST      /api/repos/create                         409 if it is there
+    POST      /api/validate-yaml
+    POST      /api/datasets/OWNER/NAME/preupload/REV    data files go to LFS
+    POST      /datasets/OWNER/NAME.git/info/lfs/objects/batch
+    PUT       /lfs/SHA256
+    POST      /api/datasets/OWNER/NAME/commit/REV       lines of JSON
+
 Every request is recorded; a connection can be cut half way through a file; a silent server accepts and never answers.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
 import socket
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -28,6 +39,9 @@ class HubServer:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
         self.refs: dict[str, dict[str, str]] = {}
         self.files: dict[str, bytes] = {}
+        self.lfs: dict[str, bytes] = {}  # SHA-256 → content that was uploaded
+        self.private: set[str] = set()  # repositories that need the token "secret"
+        self.on_put: Callable[[], None] = lambda: None  # called before a file is taken
         self.hidden: set[str] = set()  # paths answered with 404 although the listing names them
         self.cuts: dict[str, int] = {}  # path → connections still to be cut half way, or ALWAYS
         self.down = False  # every answer is 503
@@ -77,6 +91,16 @@ class HubServer:
 
             do_HEAD = do_GET
 
+            def do_POST(self) -> None:
+                path = unquote(urlsplit(self.path).path)
+                hub.requests.append((self.command, path))
+                body = self.rfile.read(int(self.headers["Content-Length"])) if "Content-Length" in self.headers else b""
+                while self.headers.get("Transfer-Encoding") == "chunked" and (size := int(self.rfile.readline(), 16)):
+                    body += self.rfile.read(size + 2)[:-2]
+                hub._take(self, path, body)
+
+            do_PUT = do_POST
+
             def log_message(self, *_: object) -> None:
                 pass
 
@@ -89,7 +113,8 @@ class HubServer:
             content = self.files.get(path.removeprefix("/files/"))
             return _refuse(request, "") if content is None else self._send_file(request, path, content, {})
         match = re.fullmatch(r"(?:/api)?/datasets/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)(?:/(.+))?", path)
-        if match is None or match[1] not in self.commits:
+        has_token = request.headers.get("Authorization") == "Bearer secret"
+        if match is None or match[1] not in self.commits or (match[1] in self.private and not has_token):
             return _refuse(request, "RepoNotFound")
         repo, what, revision, name = match.groups()
         commit = self.refs[repo].get(revision, revision)
@@ -103,6 +128,53 @@ class HubServer:
         if name not in files or path in self.hidden:
             return _refuse(request, "EntryNotFound")
         return self._send_file(request, path, files[name], {"X-Repo-Commit": commit})
+
+    def _take(self, request: BaseHTTPRequestHandler, path: str, body: bytes) -> None:
+        """A step of a push."""
+        if path == "/api/validate-yaml":
+            return _send_json(request, {"errors": [], "warnings": []})
+        if path.startswith("/lfs/"):
+            self.on_put()
+            self.lfs[hashlib.sha256(body).hexdigest()] = body
+            return _send_json(request, {})
+        if request.headers.get("Authorization") != "Bearer secret":
+            return _refuse(request, "", 401)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if repo in self.commits:
+                return _send_json(request, {"url": f"{self.url}/datasets/{repo}"}, 409)
+            self.private |= {repo} if asked.get("visibility") == "private" else set()
+            self.push(repo, {".gitattributes": b"*.npy filter=lfs"})
+            return _send_json(request, {"url": f"{self.url}/datasets/{repo}"})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                if one["oid"] not in self.lfs:
+                    one["actions"] = {"upload": {"href": f"{self.url}/lfs/{one['oid']}"}}
+            return _send_json(request, {"transfer": "basic", "objects": objects})
+        repo, what, revision = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(preupload|commit)/(.+)", path).groups()
+        old = self.commits[repo][self.refs[repo][revision]]
+        if what == "preupload":
+            named = json.loads(body)["files"]
+            modes = [(f["path"], "lfs" if f["path"].endswith((".npy", ".parquet")) else "regular") for f in named]
+            answer = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes]
+            return _send_json(request, {"files": answer})
+        header, *lines = (json.loads(line) for line in body.splitlines())
+        if header["value"].get("parentCommit", self.refs[repo][revision]) != self.refs[repo][revision]:
+            return _refuse(request, "", 412)
+        files = dict(old)
+        for line in lines:
+            key, value = line["key"], line["value"]
+            if key == "deletedFile":
+                del files[value["path"]]
+            else:
+                content = self.lfs[value["oid"]] if key == "lfsFile" else base64.b64decode(value["content"])
+                files[value["path"]] = content
+        commit = self.push(repo, files, revision)
+        return _send_json(
+            request, {"success": True, "commitOid": commit, "commitUrl": f"{self.url}/datasets/{repo}/commit/{commit}"}
+        )
 
     def _send_file(self, request: BaseHTTPRequestHandler, path: str, content: bytes, headers: dict[str, str]) -> None:
         start = int((re.match(r"bytes=(\d+)-", request.headers.get("Range", "")) or ["", "0"])[1])
@@ -172,9 +244,9 @@ def _tree_entry(path: str, content: bytes) -> dict[str, object]:
     return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
-def _send_json(request: BaseHTTPRequestHandler, value: object) -> None:
+def _send_json(request: BaseHTTPRequestHandler, value: object, status: int = 200) -> None:
     body = json.dumps(value).encode()
-    request.send_response(200)
+    request.send_response(status)
     request.send_header("Content-Type", "application/json")
     request.send_header("Content-Length", str(len(body)))
     request.end_headers()

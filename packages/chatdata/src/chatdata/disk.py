@@ -39,9 +39,6 @@ _TOML_TEXTS = re.compile(  # strings of several lines, strings, comments
 MAX_COUNT = 2**53 - 1  # exact as a float as well; a build of this size is 16 petabytes
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
-DAY_S = 86_400
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the running kernel; only Linux has it
-MACHINE = _BOOT_ID.read_text()[:8] if _BOOT_ID.is_file() else secrets.token_hex(4)
 _NOUNS: dict[Any, str] = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 _NOUNS |= {NoneType: "null", list: "a list", tuple: "a list"}
 

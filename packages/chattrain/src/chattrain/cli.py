@@ -31,7 +31,6 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
       chattrain run --data hf://datasets/OWNER/NAME --init random:d20 --out runs/mid --expect 0123456789ab
       torchrun --nproc-per-node 8 -m chattrain run --data out/mid --init random:d20 --out runs/mid --resume
     """
-    from chatdata.shards.address import is_address
     from chatdata.shards.read import open_build
     from chattrain import loop
     from chattrain.checkpoint import checkpoint_name
@@ -41,7 +40,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     build = open_build(options["data"], options.pop("expect"))
     options["out"] = out = options["out"] or Path("runs") / (options["stage"] or build.manifest["stage"])
     settings = RunSettings(**options)
-    data = str(settings.data if is_address(settings.data) else Path(settings.data).resolve())
+    data = str(settings.data if "://" in str(settings.data) else Path(settings.data).resolve())
     with join_ranks(settings.device) as ranks, memory_limited(settings):
         is_first = ranks.is_first  # it alone writes and prints
         if dry_run:

@@ -24,7 +24,16 @@ from chatdata import version_of
 from chatdata.build.engines import ENGINES, OnRows, start_workers
 from chatdata.build.plan import BuildPlan, invalid_rows, number_documents, place_of, rows_in_order
 from chatdata.build.units import FAST_ENCODER_BYTES, Renderer, Unit, cut_units, find_units, load_encoder, read_unit
-from chatdata.disk import CACHE_UNUSABLE, cache_folder, check_replaceable, file_sha256, sync, write_json, writes_to
+from chatdata.disk import (
+    CACHE_UNUSABLE,
+    cache_folder,
+    check_free,
+    check_replaceable,
+    file_sha256,
+    sync,
+    write_json,
+    writes_to,
+)
 from chatdata.errors import BuildError, ChatdataError, UsageError
 from chatdata.firewall.listing import CHOICES, listing, summary
 from chatdata.firewall.scored import read_scored
@@ -263,6 +272,17 @@ def partial_folder(out: Path) -> Iterator[Path]:
         if partial.exists() and partial.stat().st_ino == os.fstat(handle).st_ino:
             _remove(partial)
         os.close(handle)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end. Raises BuildError if `out` exists and is not empty."""
+    check_free(out)
+    check_replaceable(out)
+    with writes_to(out, NOTHING_WRITTEN), partial_folder(out.resolve()) as growing:  # through links
+        yield growing
+        check_free(out)
+        publish(growing, out.resolve())
 
 
 def publish(partial: Path, out: Path) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from chatdata.arrow import map_batches
-from chatdata.disk import DAY_S, MACHINE, file_sha256
+from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, TokenizerError
 from chatdata.recipe import NATIVE
 from chatdata.render.batch import RenderedBatch, arrow_schema, from_record_batch, render_batch, to_record_batch
@@ -56,6 +56,9 @@ RENDERING_CODE = (
 )
 UNIT_FORMAT = 3
 UNIT_SUFFIX, PARTIAL_SUFFIX = ".arrow", ".tmp"
+DAY_S = 86_400
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the running kernel; only Linux has it
+MACHINE = _BOOT_ID.read_text()[:8] if _BOOT_ID.is_file() else secrets.token_hex(4)
 
 
 @dataclass(frozen=True)

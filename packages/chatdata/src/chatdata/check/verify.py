@@ -77,11 +77,8 @@ def _tokenizer_problems(build: Build) -> list[str]:
         found = {key: getattr(tokenizer, key) for key in ("vocab_size", "special_ids", "canary_sha256")}
     except (ChatdataError, OSError) as error:
         return [str(error)]
-    return [
-        f"{build.path / 'tokenizer'}: {key} differs from the manifest's"
-        for key, value in found.items()
-        if value != recorded[key]
-    ]
+    wrong = [key for key, value in found.items() if value != recorded[key]]
+    return [f"{build.path / 'tokenizer'}: {key} differs from the manifest's" for key in wrong]
 
 
 def rules_of(manifest: dict[str, Any]) -> Rules:

@@ -13,11 +13,13 @@ from chatdata.cli.command import json_option, program, run_command, task_files_o
 from chatdata.cli.export import export
 from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
+from chatdata.cli.share import pull, push
 from chatdata.cli.tokenizer import tokenizer
 from chatdata.progress import say, say_json
 
 cli = program("chatdata", "Render chat conversations once, offline, to token shards with a parallel loss mask.")
-for part in (build, check, inspect, stats, verify, reproduce, report, plan, diff, export, tokenizer, identity_command):
+reading = (inspect, stats, verify, reproduce, report, plan, diff, export)
+for part in (build, check, *reading, push, pull, tokenizer, identity_command):
     cli.add_command(part)
 
 
@@ -62,19 +64,14 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
 
 
 @cli.command()
-@click.option(
-    "--prune",
-    "unused_days",
-    metavar="DAYS",
-    type=click.FloatRange(min=0),
-    help="Remove work units unused for DAYS (0: all).",
-)
+@click.option("--prune", "unused_days", metavar="DAYS", type=click.FloatRange(min=0), help="Remove unused units.")
 @json_option
 def cache(unused_days: float | None, as_json: bool) -> None:
     """Print the size of the cache of work units, or prune it.
 
-    A build renders missing units again. The cache is $CHATDATA_CACHE, by default `chatdata` in the XDG cache folder. It
-    also holds downloaded word lists, which are small and are never removed.
+    --prune removes the units that no build has used for DAYS (0: all). A build renders missing units again. The cache
+    is $CHATDATA_CACHE, by default `chatdata` in the XDG cache folder. It also holds downloaded word lists, which are
+    small, and the builds fetched from an address, in `builds`: these are never removed.
 
     Examples:
       chatdata cache
@@ -88,21 +85,16 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     folder = cache_folder("units")
     removed = prune(folder, unused_days) if unused_days is not None else []
     left = cached_units(folder)
-    facts: dict[str, Any] = {
-        "folder": str(folder),
-        "units": len(left),
-        "bytes": sum(unit.num_bytes for unit in left),
-        "removed_units": len(removed),
-        "removed_bytes": sum(unit.num_bytes for unit in removed),
-        "oldest_use": left[0].last_used if left else None,
-    }
+    num_bytes, removed_bytes = (sum(unit.num_bytes for unit in units) for units in (left, removed))
+    facts: dict[str, Any] = {"folder": str(folder), "units": len(left), "bytes": num_bytes}
+    facts |= {"removed_units": len(removed), "removed_bytes": removed_bytes}
     if as_json:
-        say_json(facts)
+        say_json(facts | {"oldest_use": left[0].last_used if left else None})
         return
     oldest = f", the longest unused for {(time.time() - left[0].last_used) / 86_400:.1f} days" if left else ""
-    say(f"{folder}: {len(left):,} work units, {megabytes(facts['bytes'])}{oldest}")
+    say(f"{folder}: {len(left):,} work units, {megabytes(num_bytes)}{oldest}")
     if removed:
-        say(f"removed: {len(removed):,} work units, {megabytes(facts['removed_bytes'])}")
+        say(f"removed: {len(removed):,} work units, {megabytes(removed_bytes)}")
 
 
 INTERRUPTED = "interrupted; no build was written, but rendered work units are kept: run the same command to resume"

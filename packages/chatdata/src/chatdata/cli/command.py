@@ -39,8 +39,6 @@ def build_argument(command: Callable[..., Any], required: bool = True) -> Callab
     def with_local_build(path: str | None, expect: str | None, **options: Any) -> Any:
         from chatdata.shards.address import local_build
 
-        if path is None and expect is not None:
-            raise click.UsageError("--expect goes with a BUILD")
         folder = None if path is None else local_build(path, expect, quiet=bool(options.get("as_json")))
         return command(path=folder, **options)
 

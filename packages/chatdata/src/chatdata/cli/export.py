@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, choice, command, json_option
-from chatdata.disk import check_free, check_replaceable, writes_to
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json, shown_progress
 
@@ -30,7 +29,7 @@ def export(path: Path, to: str, out: Path, policy: Any, as_json: bool, **options
       chatdata export out/demo-sft --to megatron --mask last-turn --out out/megatron
     """
     from chatdata import open_build
-    from chatdata.build.run import NOTHING_WRITTEN, partial_folder, publish
+    from chatdata.build.run import new_folder
     from chatdata.packing.epoch import STAGE_MASKS
     from chatdata.shards.export import export_build
 
@@ -38,14 +37,10 @@ def export(path: Path, to: str, out: Path, policy: Any, as_json: bool, **options
         raise UsageError("--extra-columns and --arrow go with --to datasets")
     if policy and to == "llmc":
         raise UsageError("--to llmc takes no --mask: its files have none")
-    check_free(out)
-    check_replaceable(out)
-    build, place = open_build(path), out.resolve()  # through links
+    build = open_build(path)
     policy = policy or ("ignore" if to == "llmc" else STAGE_MASKS[build.manifest["stage"]])
-    with writes_to(out, NOTHING_WRITTEN), partial_folder(place) as growing, shown_progress(quiet=as_json) as progress:
+    with new_folder(out) as growing, shown_progress(quiet=as_json) as progress:
         splits = export_build(build, to, growing, policy, progress, **(options if to == "datasets" else {}))
-        check_free(out)
-        publish(growing, place)
     ids, vocab_size = (build.manifest["tokenizer"][key] for key in ("special_ids", "vocab_size"))
     bos, eos = (ids.get(name, "(the model's)") for name in ("<|bos|>", "<|assistant_end|>"))
     texts = tomllib.loads(Path(__file__).with_name("export_notes.toml").read_text(encoding="utf-8"))

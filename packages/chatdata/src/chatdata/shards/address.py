@@ -1,19 +1,18 @@
 """Builds at an address: `hf://datasets/OWNER/NAME[@REVISION]`, or a folder of any fsspec store (`s3://`, `gs://` …).
 
 A build is fetched once, into `builds/<build_id>` of the cache, whole or not at all: its files come into
-`builds/.tmp-<machine>/<build_id>`, each is compared with the manifest's SHA-256, and the folder is renamed. One process
+`builds/.tmp-<host>/<build_id>`, each is compared with the manifest's SHA-256, and the folder is renamed. One process
 fetches at a time; it takes over the whole files of a fetch that was killed. `builds/.addresses` holds which build was
-found last at an address.
+found last at an address. A push sends the data first and the manifest last; on the Hub, all in one commit.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
+import platform
 import re
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,14 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chatdata.disk import CACHE_UNUSABLE, DAY_S, MACHINE, cache_folder, sync, write_whole, writes_to
-from chatdata.errors import FormatError, MissingSource, UsageError, first_line
+from chatdata.disk import CACHE_UNUSABLE, cache_folder, file_sha256, sync, write_whole, writes_to
+from chatdata.errors import BuildError, FormatError, MissingSource, UsageError, first_line
 from chatdata.progress import Progress, no_progress, say, shown_progress
 from chatdata.shards.manifest import build_files, file_problem, read_manifest
 from chatdata.sources.hub import commit_of, download, requests_to
 
-AT_ONCE = 8  # files transferred at the same time
-ABANDONED_S = 7 * DAY_S  # what another machine has not finished by then is removed
+# names that files of some build have
+OURS = r"(train|val)/(tokens|mask|offsets|index)-\d{5}\.\w+|tokenizer/[^/]+|(manifest|report|firewall)\.json"
 
 
 @dataclass(frozen=True)
@@ -47,22 +46,16 @@ def place_of(address: str) -> Place:
     from fsspec.core import url_to_fs
 
     address = address.rstrip("/")
-    if address.startswith("hf://"):
-        found = re.fullmatch(r"hf://(?:datasets/)?([^/@]+/[^/@]+)(?:@(.+))?", address)
-        if found is None:
-            raise UsageError(f"{address}: must be hf://datasets/OWNER/NAME[@REVISION]")
+    if found := re.fullmatch(r"hf://(?:datasets/)?([^/@]+/[^/@]+)(?:@(.+))?", address):
         repo, revision = found[1], found[2] or "main"
         return Place(f"hf://datasets/{repo}@{revision}", repo, revision)
-    options = {"auto_mkdir": True} if address.startswith("file:") else {}
+    if address.startswith("hf://") or "://" not in address:
+        raise UsageError(f"{address}: must be hf://datasets/OWNER/NAME[@REVISION], or a folder like s3://BUCKET/mid")
     try:
-        store, root = url_to_fs(address, **options)
+        store, root = url_to_fs(address, **({"auto_mkdir": True} if address.startswith("file:") else {}))
     except (ImportError, ValueError) as error:  # fsspec names the package
         raise UsageError(f"{address}: {first_line(error)}") from None
     return Place(address, store=store, root=root)
-
-
-def is_address(path: str | Path) -> bool:
-    return "://" in str(path)
 
 
 def local_build(address: str | Path, expect: str | None = None, *, quiet: bool = False) -> Path:
@@ -74,11 +67,10 @@ def local_build(address: str | Path, expect: str | None = None, *, quiet: bool =
     Raises MissingSource if the address cannot be reached and was not fetched before, SourceError if the Hub has no such
     repository, FormatError if there is no build, it is damaged or not the expected one, UsageError.
     """
-    if is_address(address):
-        return _fetched(place_of(str(address)), expect, quiet)
+    folder = _fetched(place_of(str(address)), expect, quiet) if "://" in str(address) else Path(address)
     if expect is not None:
-        _require(address, read_manifest(Path(address))["build_id"], expect)
-    return Path(address)
+        _require(address, read_manifest(folder), expect)
+    return folder
 
 
 def cached_build(build_id: str) -> Path | None:
@@ -87,9 +79,9 @@ def cached_build(build_id: str) -> Path | None:
     return folder if (folder / "manifest.json").is_file() else None
 
 
-def _require(where: str | Path, build_id: str, expect: str | None) -> None:
-    if expect is not None and (len(expect) < 12 or not build_id.startswith(expect)):
-        raise FormatError(f"{where}: build {build_id}, but expected {expect}")
+def _require(where: str | Path, manifest: dict[str, Any], expect: str | None) -> None:
+    if expect is not None and (len(expect) < 12 or not manifest["build_id"].startswith(expect)):
+        raise FormatError(f"{where}: build {manifest['build_id']}, but expected {expect}")
 
 
 def _fetched(place: Place, expect: str | None, quiet: bool) -> Path:
@@ -108,80 +100,128 @@ def _fetched(place: Place, expect: str | None, quiet: bool) -> Path:
         if folder is None:
             raise
         say(f"{error}; using the build fetched before, {folder.name}", error=True)
-    _require(place.name, folder.name, expect)
     return folder
 
 
 def _fetch(place: Place, expect: str | None, quiet: bool) -> Path:
-    """The folder of the build, fetched unless the cache has it."""
+    """The folder of the build, fetched unless the cache has it. Raises FormatError for the first damaged file."""
     builds = cache_folder("builds")
-    first = builds / f".tmp-{MACHINE}"
+    first = builds / f".tmp-{platform.node()}"
     with writes_to(builds / ".addresses", CACHE_UNUSABLE, CACHE_UNUSABLE), (builds / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for old in builds.glob(".tmp-*"):
-            if time.time() - old.stat().st_mtime > ABANDONED_S:
-                shutil.rmtree(old, ignore_errors=True)
-        first.mkdir(exist_ok=True)
         _get_files(place, {"manifest.json": 0}, first, no_progress)
         try:
             manifest = read_manifest(first)
         except FormatError as error:
             raise FormatError(str(error).replace(str(first), place.name)) from None
-        _require(place.name, manifest["build_id"], expect)
-        folder = builds / manifest["build_id"]
-        if not folder.is_dir():
-            partial = first / folder.name
-            _fill(place, manifest, partial, quiet)
-            (first / "manifest.json").replace(partial / "manifest.json")
-            for path in (*partial.rglob("*"), partial):
-                sync(path)
-            with suppress(FileExistsError):  # another machine with the same cache was faster
-                partial.rename(folder)
-            shutil.rmtree(first)
+        _require(place.name, manifest, expect)
+        folder, partial = builds / manifest["build_id"], first / manifest["build_id"]
+        if folder.is_dir():
+            return folder
+        files = {path.relative_to(partial).as_posix(): record for _, path, record in build_files(partial, manifest)}
+        del files["manifest.json"]
+        wanted = {name: r.get("bytes", 0) for name, r in files.items() if not r or file_problem(partial / name, r)}
+        with shown_progress(quiet) as progress:
+            _get_files(place, wanted, partial, progress)
+        for name, record in files.items():
+            if problem := file_problem(partial / name, record):
+                raise FormatError(f"{place.name}/{name}: {problem}; the build was not fetched")
+        shutil.rmtree(partial / ".cache", ignore_errors=True)  # the Hub library's notes
+        (first / "manifest.json").replace(partial / "manifest.json")
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        with suppress(OSError):  # another host with the same cache was faster
+            partial.rename(folder)
+        shutil.rmtree(first)
     return folder
 
 
-def _fill(place: Place, manifest: dict[str, Any], partial: Path, quiet: bool) -> None:
-    """Fetch all files of a build but its manifest. Raises FormatError for the first that is not what that says."""
-    for name in ("tokenizer", *manifest["splits"]):
-        (partial / name).mkdir(parents=True, exist_ok=True)
-    files = {path.relative_to(partial).as_posix(): record for _, path, record in build_files(partial, manifest)}
-    del files["manifest.json"]
-    wanted = {n: r.get("bytes", 0) for n, r in files.items() if not r or file_problem(partial / n, r)}
-    with shown_progress(quiet) as progress:
-        fetched = _get_files(place, wanted, partial, progress)
-    for name, record in files.items():
-        if problem := file_problem(partial / name, record):
-            if fetched:
-                (fetched / name).resolve().unlink(missing_ok=True)  # in the Hub's cache it would stay damaged
-            raise FormatError(f"{place.name}/{name}: {problem}; the build was not fetched")
-
-
-def _get_files(place: Place, sizes: dict[str, int], into: Path, progress: Progress) -> Path | None:
-    """Files that are at an address, linked or copied into a folder. Returns where they are in the Hub's cache."""
-    source = download(place.repo, list(sizes), place.revision) if place.repo else None
+def _get_files(place: Place, sizes: dict[str, int], into: Path, progress: Progress) -> None:
+    """Copy files into a folder, and remove those there that are not at the address."""
 
     def get(name: str) -> None:
-        target = into / name
-        target.unlink(missing_ok=True)
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            if source is None:
-                place.store.get_file(f"{place.root}/{name}", str(target))
-                return
-            try:
-                os.link((source / name).resolve(), target)
-            except OSError:  # another disk
-                shutil.copyfile(source / name, target)
+            place.store.get_file(f"{place.root}/{name}", str(into / name))
 
-    transfer("fetch", sizes, get, progress)
-    return source
+    for name in sizes:
+        (into / name).unlink(missing_ok=True)
+    if place.repo:
+        download(place.repo, list(sizes), place.revision, into=into)
+    else:
+        transfer("fetch", sizes, get, progress)
 
 
 def transfer(what: str, sizes: dict[str, int], one: Callable[[str], object], progress: Progress) -> None:
-    """Call `one` with each name, in AT_ONCE threads; after an error, start no more. sizes: bytes, for the progress."""
+    """Call `one` with each name, in 8 threads; after an error, start no more. sizes: bytes, for the progress."""
     done, total = 0, sum(sizes.values())
-    progress(what, done, total, "bytes")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(8) as pool:
         for size, _ in zip(sizes.values(), pool.map(one, sizes), strict=True):
             done += size
             progress(what, done, total, "bytes")
+
+
+def push(folder: Path, manifest: dict[str, Any], address: str, card: str, progress: Progress) -> dict[str, Any]:
+    """Make `address` hold exactly this build, and on the Hub its card as README.md. Files of an older build go.
+
+    folder, manifest: of an open build. A repository that does not exist is made, a private one.
+    A push that was killed is taken up again: the Hub says which files it has, and in other stores a file that has the
+    right size is read back and compared. Returns address, build_id, bytes, and the names of removed files. Raises
+    BuildError if something else is at the address, MissingSource if it cannot be reached or
+    changes meanwhile, SourceError if you have no access, UsageError for no address.
+    """
+    place = place_of(address)
+    found = (path for _, path, _ in build_files(folder, manifest) if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+    with requests_to(f"{place.name}: ", place.repo, place.revision, "cannot be uploaded to"):
+        removed = (_push_to_hub if place.repo else _push_to_store)(place, folder, sizes, card, progress)
+    facts = {"address": place.name, "build_id": manifest["build_id"], "removed": removed}
+    return facts | {"bytes": sum(sizes.values())}
+
+
+def _push_to_hub(place: Place, folder: Path, sizes: dict[str, int], card: str, progress: Progress) -> list[str]:
+    """The names of removed files."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
+
+    disable_progress_bars()  # ours counts all files
+    api = HfApi()
+    branch: dict[str, Any] = {"repo_id": place.repo, "repo_type": "dataset", "revision": place.revision}
+    api.create_repo(place.repo, repo_type="dataset", private=True, exist_ok=True)
+    info = api.dataset_info(place.repo, revision=place.revision)
+    stale = _stale(place, {file.rfilename for file in info.siblings or ()}, sizes)
+    files = {name: CommitOperationAdd(name, folder / name) for name in sizes}
+    transfer("push", sizes, lambda name: api.preupload_lfs_files(additions=[files[name]], **branch), progress)
+    others: list[Any] = [CommitOperationAdd("README.md", card.encode()), *map(CommitOperationDelete, stale)]
+    what: dict[str, Any] = {"commit_message": "A chatdata build", "parent_commit": info.sha}
+    api.create_commit(operations=[*files.values(), *others], **branch, **what)
+    return stale
+
+
+def _push_to_store(place: Place, folder: Path, sizes: dict[str, int], card: str, progress: Progress) -> list[str]:
+    """The names of removed files."""
+    store, root = place.store, place.root
+    there = {path[len(root) :].strip("/"): info["size"] for path, info in store.find(root, detail=True).items()}
+    stale = _stale(place, set(there), sizes)
+
+    def send(name: str) -> None:
+        if there.get(name) == sizes[name]:
+            with store.open(f"{root}/{name}", "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == file_sha256(folder / name):
+                    return
+        store.put_file(str(folder / name), f"{root}/{name}")
+
+    transfer("push", {name: size for name, size in sizes.items() if name != "manifest.json"}, send, progress)
+    send("manifest.json")
+    for name in stale:
+        store.rm_file(f"{root}/{name}")
+    return stale
+
+
+def _stale(place: Place, there: set[str], sizes: dict[str, int]) -> list[str]:
+    """Files at the address that a build may have and this one has not. Raises BuildError if there is no build."""
+    ours = {name for name in there if re.fullmatch(OURS, name)}
+    others = sorted(there - {"README.md", ".gitattributes"} - ours | there & {"manifest.json"})
+    if others and not {"manifest.json", "train/tokens-00000.npy"} <= there:
+        raise BuildError(f"{place.name}: not a build, it holds {others[0]}; choose another address")
+    return sorted(ours - sizes.keys())

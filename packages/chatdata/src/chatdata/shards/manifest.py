@@ -270,10 +270,8 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> tuple[list[str], dict
     outside = [path for path in paths if not Path(os.path.realpath(path)).is_relative_to(root)]
     if outside:
         return [f"{path}: a link out of the build" for path in outside], {}
-    wrong: dict[Path, str] = {}
-    for kind, file, record in files:
-        if problem := file_problem(file, record, hashed=kind not in LARGE_KINDS):
-            wrong[file] = problem
+    checked = ((file, file_problem(file, record, hashed=kind not in LARGE_KINDS)) for kind, file, record in files)
+    wrong = {file: problem for file, problem in checked if problem}
     problems, readable = [f"{file}: {problem}" for file, problem in wrong.items()], dict[str, list[int]]()
     for name, split in manifest["splits"].items():
         readable[name] = []

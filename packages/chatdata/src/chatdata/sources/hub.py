@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import re
-import secrets
 import shutil
 import sys
 import time
@@ -20,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
-from chatdata.disk import CACHE_UNUSABLE, cache_folder, writes_to
+from chatdata.disk import CACHE_UNUSABLE, cache_folder, write_whole, writes_to
 from chatdata.errors import ChatdataError, MissingSource, SourceError, first_line
 
 URL_TIMEOUT = 10  # seconds without an answer; the Hub's is HF_HUB_ETAG_TIMEOUT, 10 by default
@@ -47,7 +46,7 @@ def snapshot(repo: str, pattern: str, revision: str | None) -> tuple[Path, str]:
         # all files come from the commit that was cached first, or two splits could be of two versions of a dataset
         ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="dataset"), "refs", wanted)
         wanted = ref.read_text().strip() if ref.is_file() else wanted
-        folder = download(repo, [pattern], wanted, local_files_only=True)
+        folder = download(repo, [pattern], wanted, cached=True)
         get_cached_repo_tree(repo, repo_type="dataset", revision=folder.name)
     except HFValidationError as error:
         raise SourceError(first_line(error)) from None
@@ -111,11 +110,11 @@ def requests_to(failed: str, repo: str, revision: str, doing: str = "cannot be d
         if not repo:
             raise MissingSource(f"{failed}{first_line(error)}") from error
         _note_unreachable(host, error)
-        raise MissingSource(f"{failed}{doing} {host}: {first_line(error)}") from error
+        raise MissingSource(f"{failed}{doing} {host}: {first_line(error.__cause__ or error)}") from error
 
 
-def download(repo: str, patterns: list[str], revision: str, local_files_only: bool = False) -> Path:
-    """Folder of the Hub's cache with the files that match, those that are not there fetched first."""
+def download(repo: str, patterns: list[str], revision: str, into: Path | None = None, cached: bool = False) -> Path:
+    """The folder `into`, by default one of the Hub's cache, with the files that match, fetched unless `cached`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented
 
@@ -125,9 +124,9 @@ def download(repo: str, patterns: list[str], revision: str, local_files_only: bo
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{"disable": None, **kwargs})  # type: ignore[no-untyped-call]  # has no types
 
-    options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": patterns, "tqdm_class": Bar}
+    options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": patterns, "local_dir": into, "tqdm_class": Bar}
     with _quiet():
-        return Path(snapshot_download(repo, revision=revision, local_files_only=local_files_only, **options))
+        return Path(snapshot_download(repo, revision=revision, local_files_only=cached, **options))
 
 
 @contextmanager
@@ -240,23 +239,18 @@ def fetch_url(url: str, instead: str) -> Path:
         raise MissingSource(f"{url} is not in the cache; {instead}")
     from huggingface_hub import get_session
 
-    host = address.netloc
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    host, response = address.netloc, None
     with writes_to(folder, CACHE_UNUSABLE, CACHE_UNUSABLE):
         pass
     try:
         _check_reachable(host)
-        with get_session().stream("GET", url, timeout=URL_TIMEOUT) as response, partial.open("wb") as file:
+        with get_session().stream("GET", url, timeout=URL_TIMEOUT) as response:
             response.raise_for_status()
-            for chunk in response.iter_bytes():
-                file.write(chunk)
-        partial.replace(path)
+            write_whole(path, response.read())
     except Exception as error:  # the HTTP client's, whose package differs between huggingface_hub 1 and 2; the disk's
-        if not partial.exists():
+        if response is None:
             _note_unreachable(host, error)
         raise MissingSource(f"cannot download {url}: {first_line(error)}; {instead}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -1,0 +1,61 @@
+"""Commands that hand a build on: `chatdata push`, `pull`."""
+
+import shutil
+from pathlib import Path
+
+import click
+
+from chatdata.cli.command import FILE, build_argument, command, expect_option, json_option
+from chatdata.progress import say, say_json, shown_progress
+
+
+@command()
+@build_argument
+@click.argument("address")
+@json_option
+def push(path: Path, address: str, as_json: bool) -> None:
+    """Upload a build to ADDRESS.
+
+    ADDRESS is a dataset repository on the Hub, hf://datasets/OWNER/NAME[@BRANCH] (log in with `hf auth login`), or a
+    folder of a store that fsspec has a package for (s3://…, gs://…). A repository that does not exist is made, a
+    private one. The Hub gets one commit, with a card made from the manifest; elsewhere the manifest comes last. Run an
+    interrupted push again to resume it.
+
+    Examples:
+      chatdata push out/mid hf://datasets/OWNER/NAME
+      chatdata push out/mid s3://BUCKET/mid
+    """
+    from chatdata import open_build
+    from chatdata.look.card import card
+    from chatdata.shards.address import push as run_push
+
+    build = open_build(path)
+    with shown_progress(quiet=as_json) as progress:
+        facts = run_push(path, build.manifest, address, card(build.manifest, address), progress)
+    text = "{address}: build {build_id:.12}, {bytes:,} bytes".format(**facts)
+    say_json(facts) if as_json else say(text + ", removed ".join(["", *facts["removed"]]))
+
+
+@command()
+@click.argument("address")
+@click.option("--out", type=FILE, required=True, help="Folder to write.")
+@expect_option
+@json_option
+def pull(address: str, out: Path, expect: str | None, as_json: bool) -> None:
+    """Copy the build at ADDRESS to a folder, without its card.
+
+    Commands that read a build take an ADDRESS themselves; then it is only fetched into the cache.
+
+    Examples:
+      chatdata pull hf://datasets/OWNER/NAME --out out/mid
+      chatdata pull s3://BUCKET/mid --out out/mid --expect 0123456789ab
+    """
+    from chatdata.build.run import new_folder
+    from chatdata.shards.address import local_build
+    from chatdata.shards.read import open_build
+
+    with new_folder(out) as growing:
+        build = open_build(local_build(address, expect, quiet=as_json))
+        shutil.copytree(build.path, growing, dirs_exist_ok=True)
+    build_id = build.manifest["build_id"]
+    say_json({"out": str(out), "build_id": build_id}) if as_json else say(f"{out}: build {build_id[:12]}")
