@@ -42,6 +42,7 @@ class HubServer:
         self.lfs: dict[str, bytes] = {}  # SHA-256 → content that was uploaded
         self.private: set[str] = set()  # repositories that need the token "secret"
         self.on_put: Callable[[], None] = lambda: None  # called before a file is taken
+        self.on_get: Callable[[str], None] = lambda path: None  # called before a file is given
         self.hidden: set[str] = set()  # paths answered with 404 although the listing names them
         self.cuts: dict[str, int] = {}  # path → connections still to be cut half way, or ALWAYS
         self.down = False  # every answer is 503
@@ -194,6 +195,7 @@ class HubServer:
         request.end_headers()
         if request.command == "HEAD":
             return
+        self.on_get(path)
         cuts = self.cuts.get(path, 0)
         if cuts:
             self.cuts[path] = cuts - 1 if cuts > 0 else ALWAYS

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,9 +143,15 @@ def test_offline(
         local_build("hf://me/other")
 
 
-def test_what_the_hub_does_not_have(build: Path, cache: Path, hub: HubServer) -> None:
+def test_what_the_hub_does_not_have(build: Path, cache: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SourceError, match=r"^me/chats is not a dataset on the Hub \(or is private: `hf auth login`\)$"):
         local_build(ADDRESS)
+    hub.push(REPO, contents(build), "private")
+    hub.private.add(REPO)
+    with pytest.raises(SourceError, match=r"^me/chats is not a dataset on the Hub"):
+        local_build(f"{ADDRESS}@private")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert contents(local_build(f"{ADDRESS}@private")) == contents(build)
     hub.push(REPO, {"README.md": b"# Nothing yet"})
     with pytest.raises(SourceError, match=r'^me/chats has no revision "v2" on the Hub$'):
         local_build(f"{ADDRESS}@v2")
@@ -184,6 +194,47 @@ def test_whole_files_of_a_killed_fetch_are_used(build: Path, cache: Path, monkey
     assert contents(folder).keys() == contents(build).keys() | {"train/tokens-00000.npy"}
     assert (folder / "report.json").read_bytes() == (build / "report.json").read_bytes()
     assert list(cache.glob(".tmp-*")) == []
+
+
+def stats(address: str, hub: HubServer) -> subprocess.Popen[str]:
+    """`chatdata stats ADDRESS`, started in a process of its own."""
+    code = "import sys; sys.argv[1:1] = ['stats']; from chatdata.cli import main; main()"
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, address], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_fetch(build: Path, cache: Path, hub: HubServer) -> None:
+    """kill -9 after a few files: nothing to read is left. Again: only the others are fetched."""
+    hub.push(REPO, contents(build))
+    given: list[str] = []
+
+    def kill_late(path: str) -> None:
+        given.append(path)
+        if len(given) == 9:
+            process.kill()
+
+    hub.on_get = kill_late
+    process = stats(ADDRESS, hub)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and not list(cache.glob("[0-9a-f]*"))
+    hub.on_get = lambda path: None
+    whole = {path.name for path in partial_files(cache) if ".cache" not in path.parts}
+    whole -= {"report.json", "firewall.json"}
+    hub.take_requests()
+    assert contents(local_build(ADDRESS)) == contents(build) and not partial_files(cache)
+    fetched = [path.rpartition("/")[2] for method, path in hub.take_requests() if method == "GET" and "resolve" in path]
+    assert whole and len(fetched) <= len(contents(build)) - len(whole)
+
+
+def test_two_readers_fetch_once(build: Path, cache: Path, hub: HubServer) -> None:
+    hub.push(REPO, contents(build))
+    readers = [stats(ADDRESS, hub) for _ in range(2)]
+    printed = [reader.communicate(timeout=60) for reader in readers]
+    assert [reader.returncode for reader in readers] == [0, 0] and printed[0][0] == printed[1][0], printed
+    given = [path for method, path in hub.take_requests() if method == "GET" and path.endswith(".npy")]
+    assert len(given) == len(set(given)) and contents(cache / build_id(build)) == contents(build)
 
 
 def test_an_unwritable_cache(build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
