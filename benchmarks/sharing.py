@@ -1,15 +1,23 @@
-"""A large build by address: a Hub and an S3 server on this machine, times, kill -9, a flipped byte.
+"""A build handed on through a Hub server and an S3 server on this machine: killed pushes, damage, two readers, times.
 
-    uv run --with "moto[s3,server]" --with s3fs benchmarks/sharing.py --mb 1000
+    uv run --with "moto[server]" --with s3fs python benchmarks/sharing.py --work /tmp/sharing
+    uv run --with "moto[server]" --with s3fs python benchmarks/sharing.py --work /tmp/sharing --times out/large
 
-The build is a demo build with its documents repeated until it has this size. Wall seconds, one run each.
+For each store, with demo-sft:
+
+    push      killed (SIGKILL) once the server has half of the files, then run again: what is sent the second time
+    pull      on a machine with an empty cache: the same build_id, every file but report.json equal by SHA-256
+    train     10 steps from the address, with an empty cache: losses and batches of a run from the folder
+    reproduce from the address: equal to the byte
+    damage    one byte of the tokens flipped on the server: a reader with an empty cache refuses it by name
+    two       readers that fill one empty cache at once: both succeed, one build is in it
+
+`--times BUILD` pushes a build of your own and times opening it by address, for the first and the second time, next to
+copying the same files. Exit code 1 if anything is not as it should be.
 """
 
-from __future__ import annotations
-
 import argparse
-import hashlib
-import logging
+import json
 import os
 import shutil
 import signal
@@ -17,163 +25,190 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "strategies"))
-from hub_server import HubServer
+from chatdata.disk import file_sha256
+from strategies.hub_server import HubServer
 
-from chatdata.disk import write_json
-from chatdata.shards.manifest import build_id_of, read_manifest
+TRAIN = "--init random:2x64x2 --seq-len 128 --device-batch-size 4 --steps 10 --device cpu"
+OPEN = "import sys, chatdata; print(chatdata.open_build(sys.argv[1]).manifest['build_id'])"
 
 
-def chatdata(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    code = "import sys; from chatdata.cli import main; main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+@dataclass
+class Store:
+    address: str
+    environment: dict[str, str]
+    count: Callable[[], int]  # files the server has taken
+    flip: Callable[[str], None]  # change a byte of a file there
+
+
+@contextmanager
+def hub() -> Iterator[Store]:
+    with HubServer() as server:
+        environment = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "secret"}
+
+        def flip(name: str) -> None:
+            files = server.commits["me/build"][server.refs["me/build"]["main"]]
+            files[name] = changed(files[name])
+
+        yield Store("hf://me/build", environment, lambda: len(server.lfs), flip)
+
+
+@contextmanager
+def s3() -> Iterator[Store]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    environment |= {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"}
+    os.environ |= environment
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="builds")
+
+    def flip(name: str) -> None:
+        content = client.get_object(Bucket="builds", Key=f"mid/{name}")["Body"].read()
+        client.put_object(Bucket="builds", Key=f"mid/{name}", Body=changed(content))
+
+    try:
+        count = lambda: client.list_objects_v2(Bucket="builds").get("KeyCount", 0)  # noqa: E731
+        yield Store("s3://builds/mid", environment, count, flip)
+    finally:
+        server.stop()
+
+
+def changed(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+class Machine:
+    """Runs commands with a cache of its own."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        caches = {"CHATDATA_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+        self.environment = {**os.environ, **store.environment, **caches}
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, *command], env=self.environment, text=True, **pipes)
+
+    def run(self, *command: str, fails: bool = False) -> str:
+        """What a command prints; on standard error if it is expected to fail."""
+        process = self.start(*command)
+        out, err = process.communicate()
+        if (process.returncode != 0) != fails:
+            sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{err}")
+        return err if fails else out
+
+    def chatdata(self, *words: str, fails: bool = False) -> str:
+        return self.run("-c", "from chatdata.cli import main; main()", *words, fails=fails)
+
+
+def files_of(build: Path) -> dict[str, str]:
+    files = (path for path in sorted(build.rglob("*")) if path.is_file() and path.name != "report.json")
+    return {str(path.relative_to(build)): file_sha256(path) for path in files}
+
+
+def train(machine: Machine, data: str, out: Path) -> list[tuple[int, float, str]]:
+    machine.run("-m", "chattrain", "run", "--data", data, "--out", str(out), *TRAIN.split())
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"], line["batch"]) for line in lines if "batch" in line]
+
+
+def check(store: Store, folder: Path) -> None:
+    author, number = Machine(store, folder / "author"), iter(range(100))
+
+    def new_machine() -> Machine:
+        return Machine(store, folder / f"machine-{next(number)}")
+
+    def say(what: str, is_right: bool, text: str) -> None:
+        print(f"{store.address}  {what:9} {text}", flush=True)
+        if not is_right:
+            sys.exit(1)
+
+    build = folder / "sft"
+    author.chatdata("build", "--stage", "sft", "--demo", "--out", str(build))
+    build_id = json.loads((build / "manifest.json").read_text())["build_id"]
+    num_files = len(files_of(build)) + 1
+
+    pushing = author.start("-c", "from chatdata.cli import main; main()", "push", str(build), store.address)
+    while pushing.poll() is None and store.count() < num_files // 2:
+        time.sleep(0.002)
+    before = store.count()
+    pushing.send_signal(signal.SIGKILL)
+    pushing.communicate()
+    refused = new_machine().chatdata("stats", store.address, fails=True)
+    author.chatdata("push", str(build), store.address)
+    say("push", pushing.returncode == -9, f"killed with {before} of {num_files} files there; then: {refused.strip()}")
+
+    machine = new_machine()
+    machine.chatdata("pull", store.address, "--out", str(folder / "pulled"))
+    is_equal = files_of(folder / "pulled") == files_of(build)
+    say("pull", is_equal, f"build {build_id[:12]}, {num_files} files, equal: {is_equal}")
+
+    steps = train(author, str(build), folder / "run"), train(new_machine(), store.address, folder / "run-address")
+    say("train", steps[0] == steps[1], f"{len(steps[0])} steps, losses and batches equal: {steps[0] == steps[1]}")
+
+    told = new_machine().chatdata("reproduce", store.address, "--out", str(folder / "again"))
+    say("reproduce", "equal to the byte" in told, told.strip().splitlines()[-1])
+
+    machine = new_machine()
+    readers = [machine.start("-c", OPEN, store.address) for _ in range(2)]
+    found = [reader.communicate()[0].strip() for reader in readers]
+    kept = [path.name for path in (Path(machine.environment["CHATDATA_CACHE"]) / "builds").iterdir() if path.is_dir()]
+    kept = [name for name in kept if not name.startswith(".")]
+    say(
+        "two", found == [build_id] * 2 and kept == [build_id], f"both opened {build_id[:12]}; in the cache: {len(kept)}"
     )
 
-
-def last_line(*arguments: object, code: int = 0, **environment: str) -> str:
-    process = chatdata(*arguments, **environment)
-    out, errors = process.communicate()
-    assert process.returncode == code, errors
-    return (errors if code else out).splitlines()[-1]
+    store.flip("train/tokens-00000.npy")
+    refused = new_machine().chatdata("stats", store.address, fails=True)
+    say("damage", "tokens-00000.npy" in refused, refused.strip())
 
 
-def seconds_of(call: str, *arguments: object, **environment: str) -> float:
-    """Of a call in a process of its own, without the imports that opening a folder takes."""
-    code = "import sys, time, chatdata.shards.address, huggingface_hub; from chatdata.cli import main; "
-    code += f"start = time.perf_counter(); {call}; print(time.perf_counter() - start)"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.splitlines()[-1])
-
-
-OPEN = "from chatdata import open_build; open_build(sys.argv[1])"
-PUSH = "sys.argv[1:1] = ['push']; exec('try: main()\\nexcept SystemExit as end: assert not end.code')"
-
-
-def enlarge(build: Path, megabytes: int) -> None:
-    """Repeat the documents of a build's train split, in place."""
-    manifest = read_manifest(build)
-    split = manifest["splits"]["train"]
-    shard = split["shards"][0]
-    times = -(-megabytes * 10**6 // sum(record["bytes"] for record in shard["files"].values()))
-    paths = {kind: build / "train" / record["file"] for kind, record in shard["files"].items()}
-    for kind in ("tokens", "mask"):
-        np.save(paths[kind], np.tile(np.load(paths[kind]), times))
-    lengths = np.tile(np.diff(np.load(paths["offsets"])), times)
-    np.save(paths["offsets"], np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"))
-    index = pa.concat_tables([pq.read_table(paths["index"])] * times)
-    doc = pa.array(np.arange(len(index)), index.schema.field("doc").type)
-    pq.write_table(
-        index.set_column(index.schema.get_field_index("doc"), index.schema.field("doc"), doc), paths["index"]
-    )
-    for counts in (split, shard, *split["entries"]):
-        for key in {"documents", "tokens", "supervised", "rows"} & counts.keys():
-            counts[key] *= times
-    for kind, path in paths.items():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shard["files"][kind] |= {"bytes": path.stat().st_size, "sha256": digest}
-    write_json(build / "manifest.json", manifest | {"build_id": build_id_of(manifest)})
-
-
-def killed(arguments: list[object], reached: Callable[[], bool], **environment: str) -> None:
-    """Start a command, and kill -9 it when `reached`."""
-    process = chatdata(*arguments, **environment)
-    while not reached() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it was faster"
+def measure(store: Store, folder: Path, build: Path) -> None:
+    author, reader = Machine(store, folder / "author"), Machine(store, folder / "reader")
+    author.chatdata("push", str(build), store.address)
+    started = time.perf_counter()
+    shutil.copytree(build, folder / "copy")
+    os.sync()
+    times = {"copy of the files": time.perf_counter() - started}
+    for name, command in (
+        ("first opening", ("-c", OPEN, store.address)),
+        ("second opening", ("-c", OPEN, store.address)),
+        ("the folder itself", ("-c", OPEN, str(build))),
+    ):
+        started = time.perf_counter()
+        reader.run(*command)
+        times[name] = time.perf_counter() - started
+    num_bytes = sum(path.stat().st_size for path in build.rglob("*"))
+    print(f"{store.address}, {num_bytes / 1e9:.2f} GB: " + ", ".join(f"{k} {v:.2f} s" for k, v in times.items()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--mb", type=int, default=100)
-    megabytes = parser.parse_args().mb
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    work, s3 = Path(tempfile.mkdtemp(prefix="sharing-")), ThreadedMotoServer(port=0, verbose=False)
-    s3.start()
-    host, port = s3.get_host_and_port()
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1"}
-    os.environ |= {"HF_HOME": str(work / "hf"), "CHATDATA_CACHE": str(work / "cache")}
-    build = work / "build"
-    last_line("build", "--stage", "mid", "--demo", "--out", build)
-    enlarge(build, megabytes)
-    files = [file for file in build.rglob("*") if file.is_file()]
-    print(f"{sum(file.stat().st_size for file in files) / 1e6:,.0f} MB in {len(files)} files")
-    started = time.perf_counter()
-    shutil.copytree(build, work / "copy")
-    show(time.perf_counter() - started, "copy the files")
-    show(seconds_of(OPEN, build), "open the folder")
-    import s3fs
-
-    store = s3fs.S3FileSystem(use_listings_cache=False)
-    store.mkdir("bucket")
-    damaged = "train/mask-00000.npy"
-    try:
-        with HubServer() as hub:
-            os.environ["HF_ENDPOINT"] = hub.url
-
-            def damage_hub() -> None:
-                old = hub.commits["me/chats"][hub.refs["me/chats"]["main"]]
-                hub.push("me/chats", old | {damaged: old[damaged][:-1] + bytes([old[damaged][-1] ^ 1])})
-
-            def damage_s3() -> None:
-                old = store.cat_file(f"bucket/a/mid/{damaged}")
-                store.pipe_file(f"bucket/a/mid/{damaged}", old[:-1] + bytes([old[-1] ^ 1]))
-
-            check("hf://me/chats", build, work / "cache-hub", lambda: len(hub.lfs), damage_hub)
-            check("s3://bucket/a/mid", build, work / "cache-s3", lambda: len(store.find("bucket/a")), damage_s3)
-        s3.stop()
-        show(None, f"S3 is down: {last_line('stats', 's3://bucket/other', code=1)}")
-        show(seconds_of(OPEN, "s3://bucket/a/mid", CHATDATA_CACHE=str(work / "cache-s3")), "S3 is down, fetched before")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def check(address: str, build: Path, folder: Path, num_there: Callable[[], int], damage: Callable[[], None]) -> None:
-    """Everything with one store. num_there: counts the files that it has; damage: flips a byte of one of them."""
-    cache, builds = {"CHATDATA_CACHE": str(folder)}, folder / "builds"
-    killed(["push", build, address], lambda: num_there() >= 3)
-    there = num_there()
-    show(None, f"{address}, push killed after {there} files: {last_line('stats', address, code=1)}")
-    show(seconds_of(PUSH, build, address), "push again")
-    killed(["stats", address], lambda: any(builds.glob(".tmp-*/*/train/*.npy")), **cache)
-    assert not any(builds.glob("[0-9a-f]*"))
-    show(seconds_of(OPEN, address, **cache), "open, after a fetch that was killed")
-    shutil.rmtree(builds)
-    show(seconds_of(OPEN, address, **cache), "open for the first time")
-    show(seconds_of(OPEN, address, **cache), "open again")
-    shutil.rmtree(builds)
-    readers = [chatdata("stats", address, **cache) for _ in range(2)]
-    assert [bool(reader.communicate()[0]) and reader.returncode for reader in readers] == [0, 0]
-    build_id = read_manifest(build)["build_id"]
-    show(
-        None,
-        f"two readers, then {last_line('verify', address, '--level', 'full', '--expect', build_id, **cache)[-27:]}",
-    )
-    shutil.rmtree(builds)
-    damage()
-    show(None, last_line("stats", address, code=1, **cache))
-    show(seconds_of(PUSH, build, address), "push repairs it")
-    show(seconds_of(OPEN, address, **cache), "open for the first time")
-
-
-def show(seconds: float | None, what: str) -> None:
-    print(f"{'' if seconds is None else f'{seconds:.2f}':>8}  {what}", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="where folders are made (default: the system's)")
+    parser.add_argument("--times", type=Path, metavar="BUILD", help="time opening this build instead")
+    parser.add_argument("--stores", nargs="+", choices=["hub", "s3"], default=["hub", "s3"])
+    options = parser.parse_args()
+    for name in options.stores:
+        with (
+            tempfile.TemporaryDirectory(prefix=f"sharing-{name}-", dir=options.work) as folder,
+            {"hub": hub, "s3": s3}[name]() as store,
+        ):
+            if options.times:
+                measure(store, Path(folder), options.times.resolve())
+            else:
+                check(store, Path(folder))
 
 
 if __name__ == "__main__":
