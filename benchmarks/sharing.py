@@ -1,11 +1,11 @@
-"""A build handed on through a Hub server and an S3 server on this machine: killed pushes, damage, two readers, times.
+"""A build handed on through a Hub server, an S3 server and a folder: killed pushes, damage, two readers, times.
 
     uv run --with "moto[server]" --with s3fs python benchmarks/sharing.py --work /tmp/sharing
     uv run --with "moto[server]" --with s3fs python benchmarks/sharing.py --work /tmp/sharing --times out/large
 
 For each store, with demo-sft:
 
-    push      killed (SIGKILL) once the server has half of the files, then run again: what is sent the second time
+    push      killed (SIGKILL) once the server has three files, then run again: what is sent the second time
     pull      on a machine with an empty cache: the same build_id, every file but report.json equal by SHA-256
     train     10 steps from the address, with an empty cache: losses and batches of a run from the folder
     reproduce from the address: equal to the byte
@@ -18,6 +18,7 @@ copying the same files. Exit code 1 if anything is not as it should be.
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import signal
@@ -29,13 +30,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from chatdata.disk import file_sha256
 from strategies.hub_server import HubServer
 
-TRAIN = "--init random:2x64x2 --seq-len 128 --device-batch-size 4 --steps 10 --device cpu"
+TRAIN = "--init random:2x64x2 --seq-len 768 --device-batch-size 4 --steps 10 --device cpu"
 OPEN = "import sys, chatdata; print(chatdata.open_build(sys.argv[1]).manifest['build_id'])"
 
 
@@ -43,20 +45,23 @@ OPEN = "import sys, chatdata; print(chatdata.open_build(sys.argv[1]).manifest['b
 class Store:
     address: str
     environment: dict[str, str]
-    count: Callable[[], int]  # files the server has taken
+    taken: Callable[[], dict[str, str]]  # files the server has taken, and when
     flip: Callable[[str], None]  # change a byte of a file there
 
 
 @contextmanager
 def hub() -> Iterator[Store]:
     with HubServer() as server:
+        server._http.handle_error = lambda *_: None  # a reader was killed
+        times: dict[str, str] = {}
+        server.on_put = lambda: times.setdefault(f"file {len(times)}", f"{time.time()}")  # new files alone are sent
         environment = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "secret"}
 
         def flip(name: str) -> None:
             files = server.commits["me/build"][server.refs["me/build"]["main"]]
             files[name] = changed(files[name])
 
-        yield Store("hf://me/build", environment, lambda: len(server.lfs), flip)
+        yield Store("hf://me/build", environment, lambda: dict(times), flip)
 
 
 @contextmanager
@@ -64,6 +69,7 @@ def s3() -> Iterator[Store]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -77,11 +83,30 @@ def s3() -> Iterator[Store]:
         content = client.get_object(Bucket="builds", Key=f"mid/{name}")["Body"].read()
         client.put_object(Bucket="builds", Key=f"mid/{name}", Body=changed(content))
 
+    def taken() -> dict[str, str]:
+        return {
+            one["Key"]: str(one["LastModified"]) for one in client.list_objects_v2(Bucket="builds").get("Contents", [])
+        }
+
     try:
-        count = lambda: client.list_objects_v2(Bucket="builds").get("KeyCount", 0)  # noqa: E731
-        yield Store("s3://builds/mid", environment, count, flip)
+        yield Store("s3://builds/mid", environment, taken, flip)
     finally:
         server.stop()
+
+
+@contextmanager
+def disk() -> Iterator[Store]:
+    with tempfile.TemporaryDirectory(prefix="store-") as name:
+        root = Path(name) / "mid"
+
+        def taken() -> dict[str, str]:
+            files = [path for path in root.rglob("*") if path.is_file()]
+            return {path.relative_to(root).as_posix(): str(path.stat().st_mtime_ns) for path in files}
+
+        def flip(file: str) -> None:
+            (root / file).write_bytes(changed((root / file).read_bytes()))
+
+        yield Store(f"file://{root}", {}, taken, flip)
 
 
 def changed(content: bytes) -> bytes:
@@ -141,14 +166,17 @@ def check(store: Store, folder: Path) -> None:
     num_files = len(files_of(build)) + 1
 
     pushing = author.start("-c", "from chatdata.cli import main; main()", "push", str(build), store.address)
-    while pushing.poll() is None and store.count() < num_files // 2:
+    while pushing.poll() is None and len(store.taken()) < 3:
         time.sleep(0.002)
-    before = store.count()
     pushing.send_signal(signal.SIGKILL)
     pushing.communicate()
+    time.sleep(1.5)  # a time on S3 is in whole seconds
+    before = store.taken()
     refused = new_machine().chatdata("stats", store.address, fails=True)
     author.chatdata("push", str(build), store.address)
-    say("push", pushing.returncode == -9, f"killed with {before} of {num_files} files there; then: {refused.strip()}")
+    sent = sum(before.get(name) != when for name, when in store.taken().items())
+    text = f"killed with {len(before)} data files there, which none can open; again: {sent} files sent"
+    say("push", pushing.returncode == -9 and "no manifest.json" in refused, text)
 
     machine = new_machine()
     machine.chatdata("pull", store.address, "--out", str(folder / "pulled"))
@@ -172,7 +200,7 @@ def check(store: Store, folder: Path) -> None:
 
     store.flip("train/tokens-00000.npy")
     refused = new_machine().chatdata("stats", store.address, fails=True)
-    say("damage", "tokens-00000.npy" in refused, refused.strip())
+    say("damage", "tokens-00000.npy" in refused, refused.strip().splitlines()[-1])
 
 
 def measure(store: Store, folder: Path, build: Path) -> None:
@@ -194,16 +222,19 @@ def measure(store: Store, folder: Path, build: Path) -> None:
     print(f"{store.address}, {num_bytes / 1e9:.2f} GB: " + ", ".join(f"{k} {v:.2f} s" for k, v in times.items()))
 
 
+STORES: dict[str, Any] = {"hub": hub, "s3": s3, "file": disk}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="where folders are made (default: the system's)")
     parser.add_argument("--times", type=Path, metavar="BUILD", help="time opening this build instead")
-    parser.add_argument("--stores", nargs="+", choices=["hub", "s3"], default=["hub", "s3"])
+    parser.add_argument("--stores", nargs="+", choices=list(STORES), default=list(STORES))
     options = parser.parse_args()
     for name in options.stores:
         with (
             tempfile.TemporaryDirectory(prefix=f"sharing-{name}-", dir=options.work) as folder,
-            {"hub": hub, "s3": s3}[name]() as store,
+            STORES[name]() as store,
         ):
             if options.times:
                 measure(store, Path(folder), options.times.resolve())
