@@ -123,8 +123,10 @@ def _fetch(place: Place, expect: str | None, quiet: bool) -> Path:
         wanted = {name: r.get("bytes", 0) for name, r in files.items() if not r or file_problem(partial / name, r)}
         with shown_progress(quiet) as progress:
             _get_files(place, wanted, partial, progress)
-        for name, record in files.items():
-            if problem := file_problem(partial / name, record):
+        with ThreadPoolExecutor() as pool:
+            problems = list(pool.map(file_problem, map(partial.joinpath, files), files.values()))
+        for name, problem in zip(files, problems, strict=True):
+            if problem:
                 raise FormatError(f"{place.name}/{name}: {problem}; the build was not fetched")
         shutil.rmtree(partial / ".cache", ignore_errors=True)  # the Hub library's notes
         (first / "manifest.json").replace(partial / "manifest.json")
