@@ -185,11 +185,11 @@ def test_notebooks_show_tables(talks) -> None:
     entry = {"name": "<b>&", "documents": 1500, "tokens": 3000, "supervised": 1000}
     shown = {**build.manifest, "splits": {"train": {**build.manifest["splits"]["train"], "entries": [entry, entry]}}}
     html = chatdata.Build(build.path, shown)["train"]._repr_html_()
-    assert "<tr><td>&lt;b&gt;&amp;</td><td>3,000</td><td>6,000</td><td>33.3%</td></tr>" in html
+    assert ">&lt;b&gt;&amp;</td><td>3,000</td><td>6,000</td><td>33.3%</td></tr>" in html
     assert "30 documents, " in html and "color" not in html and "<b>" not in html
     html = build._repr_html_()
     assert f"Build: build_id {build.manifest['build_id']}, stage sft, chat_format nanochat" in html
-    assert "<td>conversations</td><td>30</td>" in html
+    assert ">conversations</td><td>30</td>" in html
     assert talks[:3]._repr_html_ is None  # a notebook shows its repr
 
 

@@ -70,7 +70,7 @@ class Document:
     def _repr_html_(self) -> str:
         pieces = []
         for supervised, text in self.runs():
-            style = "background:#c8ecc8;color:#0b3d0b" if supervised else "color:#666"
+            style = "background:#c8ecc8;color:#0b3d0b" if supervised else "opacity:.65"
             pieces.append(f'<span style="{style}">{html.escape(text)}</span>')
         note = f"{len(self)} tokens, {self.num_supervised} supervised (green)"
         return framed(note, f'<pre style="white-space:pre-wrap;margin:4px 0 0">{"".join(pieces)}</pre>')

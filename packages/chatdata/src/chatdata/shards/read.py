@@ -228,9 +228,12 @@ class Split(Shards):
         sums = {name: [sum(e[key] for e in entries if e["name"] == name) for key in keys] for name in self.names}
         rows = ["<th>name</th><th>documents</th><th>tokens</th><th>supervised</th>"]
         for name, (documents, tokens, supervised) in sums.items():
-            cells = (html.escape(name), f"{documents:,}", f"{tokens:,}", f"{supervised / max(tokens, 1):.1%}")
-            rows.append("".join(f"<td>{cell}</td>" for cell in cells))
-        return framed(repr(self), "".join(["<table>", *(f"<tr>{row}</tr>" for row in rows), "</table>"]))
+            cells = (f"{documents:,}", f"{tokens:,}", f"{supervised / max(tokens, 1):.1%}")
+            first = f'<td style="text-align:left">{html.escape(name)}</td>'
+            rows.append(first + "".join(f"<td>{cell}</td>" for cell in cells))
+        return framed(
+            repr(self), "".join(['<table style="text-align:right">', *(f"<tr>{row}</tr>" for row in rows), "</table>"])
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
