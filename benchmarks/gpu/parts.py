@@ -351,18 +351,17 @@ def measure_steps(part: Part, what: str, model: str, layout: str, batch: int) ->
             waits.append(wait_s / duration_s)
     rate = statistics.median(tokens_per_s)
     share = mfu(run.learner.model.config, sizes.speed_seq_len, rate, part.device)
+    if part.device.type == "cuda":
+        part.check(f"{what}: host synchronisations a step", synchronisations(part, run, next(steps)), 1)
     part.say(
         what,
         f"{rate:,.0f} tokens/s, MFU {share if isinstance(share, str) else f'{share:.1%}'}, "
         f"{1000 * statistics.median(durations):.0f} ms a step, {peak_memory(part.device) / 2**30:.1f} GiB, "
-        f"data wait {statistics.median(waits):.1%}, {synchronisations(part, run, next(steps))} host synchronisations "
-        f"a step, ready after {ready_s:.0f} s",
+        f"data wait {statistics.median(waits):.1%}, ready after {ready_s:.0f} s",
     )
 
 
-def synchronisations(part: Part, run: run_start.Run, step: object) -> int | str:
-    if part.device.type != "cuda":
-        return "unknown"
+def synchronisations(part: Part, run: run_start.Run, step: object) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

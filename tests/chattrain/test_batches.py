@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -195,6 +195,7 @@ def test_rows_equal_the_plain_statement(make_split, data) -> None:
         rows = read_rows(plan, first, first + plan.step_sequences)
         inputs, targets = plain_rows(plan, first, first + plan.step_sequences)
         assert rows.inputs.tolist() == inputs and rows.targets.tolist() == targets
+        assert rows.rows.tolist() == [i for i, target in enumerate(chain(*targets)) if target != IGNORED]
         assert (rows.lengths is None) == (plan.layout != "pack")
         if rows.lengths is not None:
             bounds = plan.packing.bounds[first : first + plan.step_sequences + 1].tolist()

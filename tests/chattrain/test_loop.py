@@ -8,13 +8,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import chattrain.batches
 import chattrain.loop
 from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chattrain.batches import read_step
-from chattrain.loop import read_ahead
+from chattrain.checkpoint import Recipe
+from chattrain.loop import read_ahead, train_step
+from chattrain.model import load_model
+from chattrain.optim import make_optimizers
+from chattrain.run.start import Learner, Ranks
 
 
 @pytest.fixture(scope="module", params=["stream", "pack", "pad"])
@@ -93,16 +99,60 @@ def test_errors_of_the_thread_are_raised_in_the_caller(plan_of_12, monkeypatch) 
 
 
 def test_for_a_gpu_memory_is_pinned_in_the_thread(plan_of_12, monkeypatch) -> None:
-    """Stands in for a GPU: the thread must choose its own device, and pin both tensors."""
+    """Stands in for a GPU: the thread must choose its own device, and pin inputs, targets and each batch's rows."""
     calls: list[tuple[str, str]] = []
+    pinned: set[int] = set()
 
     def note(name: str):
         return lambda *_: calls.append((name, threading.current_thread().name.split("_")[0]))
 
     monkeypatch.setattr(torch.cuda, "set_device", note("device"))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: note("pin")() or tensor)
+
+    def pin_memory(tensor):
+        note("pin")()
+        pinned.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.untyped_storage().data_ptr() in pinned)
     (step,) = read_ahead(plan_of_12, [4], 0, 1, 6, device="cuda:1")
-    assert calls == [("device", "batches"), ("pin", "batches"), ("pin", "batches")]
-    assert len(step.batches) == 2
+    assert calls == [("device", "batches"), *[("pin", "batches")] * 4]
+    assert len(step.batches) == 2 and all(t.is_pinned() for b in step.batches for t in (b.inputs, b.targets, b.rows))
     (on_cpu,) = read_ahead(plan_of_12, [4])
-    assert on_cpu.digest == step.digest and len(calls) == 3
+    assert on_cpu.digest == step.digest and len(calls) == 5
+
+
+@pytest.mark.parametrize("batch", [12, 3])
+@pytest.mark.parametrize("sabotage", [None, "item", "nonzero"])
+def test_a_step_waits_for_the_device_once(
+    plan_of_12, small_config, small_weights, monkeypatch, batch, sabotage
+) -> None:
+    """On fake tensors whatever needs a value raises, as it would wait on a GPU: item, nonzero, boolean indexing …"""
+    reads: list[int] = []
+    monkeypatch.setattr(Ranks, "sum", lambda self, values: 1)  # of the CPU's own numbers
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("a copy to the host"))
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: reads.append(len(tensor)) or [1.0] * len(tensor))
+    original, pack = chattrain.loop.chunked_loss, chattrain.loop.pack_sequences
+
+    def from_lengths(*arguments):
+        with fake_tensor.unset_fake_temporarily():  # on the CPU, where the lengths are
+            return pack(*arguments)
+
+    def waiting(hidden, weight, targets, *arguments, rows, **more):
+        if sabotage == "item":
+            hidden.detach().sum().item()
+        return original(hidden, weight, targets, *arguments, rows=None if sabotage == "nonzero" else rows, **more)
+
+    monkeypatch.setattr(chattrain.loop, "chunked_loss", waiting)
+    monkeypatch.setattr(chattrain.loop, "pack_sequences", from_lengths)
+    step = read_step(plan_of_12, 0, device_batch_size=batch)
+    recipe = Recipe("", "sft", 10, 1.0, "float32", "raise", 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = load_model(small_config, small_weights)
+        learner = Learner(model, model, make_optimizers(model), Ranks(0, 1, torch.device("cpu")), False, False)
+        if sabotage:
+            with pytest.raises((fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)):
+                train_step(learner, recipe, plan_of_12, step)
+            return
+        train_step(learner, recipe, plan_of_12, step)
+    assert reads == [12 // batch + 1]  # the losses of all micro-batches and the norm

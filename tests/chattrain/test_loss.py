@@ -87,6 +87,18 @@ def test_sums_do_not_depend_on_micro_batches_but_means_do():
     assert relative(sum(means), whole) > 1e-3
 
 
+def test_rows_with_a_target_are_given_or_found():
+    hidden, weight, targets = problem(torch.float32, kept=0.5)
+    rows = torch.tensor([i for i, target in enumerate(targets.flatten().tolist()) if target != IGNORED])
+    expected = value_and_gradients(chunked_loss, hidden, weight, targets)
+    found = value_and_gradients(chunked_loss, hidden, weight, targets, rows=rows)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    given = position_losses(hidden, weight, targets, VOCAB, rows=rows)
+    assert torch.equal(given, position_losses(hidden, weight, targets, VOCAB))
+    fewer = value_and_gradients(chunked_loss, hidden, weight, targets, rows=rows[1:])  # the sabotaged twin
+    assert relative(fewer[0], expected[0]) > 1e-3
+
+
 def test_position_losses():
     hidden, weight, targets = problem(torch.float64, kept=0.5)
     losses = position_losses(hidden, weight, targets, VOCAB, chunk_rows=5)

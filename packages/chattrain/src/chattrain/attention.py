@@ -57,9 +57,14 @@ def pack_sequences(
     # counted on the CPU, where the lengths are, then copied once
     counts = torch.tensor(lengths)
     starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    positions = (torch.arange(len(starts)) - starts).view(len(rows), sequence_len).to(device)
-    block_mask = _block_mask(starts.view(len(rows), sequence_len).to(device)) if form == "flex" else None
+    positions = _sent((torch.arange(len(starts)) - starts).view(len(rows), sequence_len), device)
+    block_mask = _block_mask(_sent(starts.view(len(rows), sequence_len), device)) if form == "flex" else None
     return PackedSequences(tuple(lengths), positions, attention, block_mask)
+
+
+def _sent(values: Tensor, device: torch.device | str) -> Tensor:
+    """On a GPU from page-locked memory: a copy from other memory waits until the GPU has done all its work."""
+    return (values.pin_memory() if torch.device(device).type == "cuda" else values).to(device, non_blocking=True)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

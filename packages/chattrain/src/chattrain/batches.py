@@ -15,7 +15,7 @@ never a token's value. Tokens are slices and gathers of the memory maps, without
 reads them one step ahead of the model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
@@ -45,6 +45,11 @@ class Batch:
     inputs: Tensor  # int64 [B, W]
     targets: Tensor  # int64 [B, W], IGNORED where there is none
     lengths: Lengths
+    rows: Tensor = field(init=False)  # int64 [N], the flat positions with a target: found here, a GPU waits for nothing
+
+    def __post_init__(self) -> None:
+        rows = (self.targets.flatten() != IGNORED).nonzero().squeeze(1)
+        object.__setattr__(self, "rows", rows.pin_memory() if self.targets.is_pinned() else rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,13 @@ number before step 0, so each micro-batch's loss is divided by it once and gradi
 """
 
 import contextlib
+import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import chain, pairwise
 from typing import Any
 
@@ -79,35 +81,38 @@ def hidden_states(learner: Learner, called: nn.Module, inputs: Tensor, lengths: 
 
 
 def backward(learner: Learner, batch: Batch, num_targets: int) -> Tensor:
-    """Add one micro-batch's share of the step's gradient; return its sum of losses in nats.
+    """Add one micro-batch's share of the step's gradient; return its sum of losses in nats, still on the device.
 
     DDP averages gradients over ranks, so the share is multiplied by their number to turn the average into a sum.
     """
     model, ranks = learner.model, learner.ranks
     hidden = hidden_states(learner, learner.called, batch.inputs, batch.lengths)
-    targets = batch.targets.to(ranks.device, non_blocking=True)
-    loss = chunked_loss(hidden, model.lm_head.weight, targets, model.config.vocab_size, compiled=learner.compiled_loss)
+    targets, rows = (t.to(ranks.device, non_blocking=True) for t in (batch.targets, batch.rows))
+    compiled, vocab_size = learner.compiled_loss, model.config.vocab_size
+    loss = chunked_loss(hidden, model.lm_head.weight, targets, vocab_size, compiled=compiled, rows=rows)
     (loss * (ranks.num_ranks / num_targets)).backward()
     return loss.detach()
 
 
 def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step) -> StepResult:
-    """One step of the optimizer: gradients of all micro-batches, then the update.
+    """One step of the optimizer: gradients of all micro-batches, then the update. The host waits for the device once.
 
     Raises NonFiniteError before the update, naming the step and its documents; non_finite="skip" skips the update.
     Weights that are not finite raise in any case: no other document would help.
     """
     model, ranks = learner.model, learner.ranks
-    total = torch.zeros((), dtype=torch.float64, device="cpu")
+    figures = []
     for number, batch in enumerate(step.batches):
         last = number + 1 == len(step.batches)
         # gradients travel once a step, with the last micro-batch
         with contextlib.nullcontext() if last or ranks.num_ranks == 1 else learner.called.no_sync():
-            total += backward(learner, batch, max(step.num_targets, 1)).cpu().double()  # mps has no float64
+            figures.append(backward(learner, batch, max(step.num_targets, 1)))
+    figures.append(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    *losses, gradient_norm = torch.stack(figures).tolist()  # here, and nowhere else, the host waits
+    total = torch.tensor(reduce(operator.add, losses), dtype=torch.float64)  # sum() is another one from Python 3.12 on
     loss = float(ranks.sum(total)) / max(step.num_targets, 1)
     digest = int(ranks.sum(torch.tensor(step.digest, dtype=torch.int64)))
-    gradient_norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-    finite = torch.isfinite(torch.tensor([loss, gradient_norm])).all().item()
+    finite = math.isfinite(loss) and math.isfinite(gradient_norm)
     if not finite:
         require_finite(dict(model.named_parameters()), step.number)
     if not finite and recipe.non_finite == "raise":

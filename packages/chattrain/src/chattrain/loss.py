@@ -29,12 +29,14 @@ def chunked_loss(
     vocab_size: int,
     chunk_rows: int | None = None,
     compiled: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Sum of cross-entropies in nats over the positions whose target is not -100; 0, with zero gradients, if all are.
 
     hidden: [..., C], last hidden states. weight: [vocab_rows, C], the head. targets: [...] int64, below vocab_size.
     chunk_rows: target positions whose logits are held at a time, by default as many as suit the device.
     compiled: fuse softcap, softmax and their gradient with torch.compile (for GPUs, where memory limits them).
+    rows: int64 [N] on hidden's device, the flat positions with a target; None: found here, for which a GPU must wait.
 
     The head's matmuls run in hidden's dtype; softcap, softmax and sums in at least fp32 (float64 stays float64).
     Both gradients are computed with the loss, chunk by chunk while the chunk's logits are in memory, and only scaled in
@@ -42,16 +44,21 @@ def chunked_loss(
     Call it outside compiled code: the number of targets differs in every batch.
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-        return position_losses(hidden, weight, targets, vocab_size, chunk_rows).sum()
-    return _ChunkedLoss.apply(hidden, weight, targets, vocab_size, chunk_rows, compiled)
+        return position_losses(hidden, weight, targets, vocab_size, chunk_rows, rows).sum()
+    return _ChunkedLoss.apply(hidden, weight, targets, vocab_size, chunk_rows, compiled, rows)
 
 
 @torch.no_grad()
 def position_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_rows: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    chunk_rows: int | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of every position, 0 where ignored: targets [...] → [...], at least fp32, no gradient."""
-    rows, x, y = _target_rows(hidden, targets)
+    rows, x, y = _target_rows(hidden, targets, rows)
     losses = torch.zeros(targets.numel(), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     for part in _chunks(len(rows), vocab_size, hidden.device, chunk_rows):
         logits = softcap(F.linear(x[part], weight[:vocab_size].to(hidden.dtype)))
@@ -63,9 +70,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)  # hidden's dtype decides, in the loss and in its gradient
-    def forward(ctx, hidden, weight, targets, vocab_size, chunk_rows, compiled):
+    def forward(ctx, hidden, weight, targets, vocab_size, chunk_rows, compiled, rows):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        rows, x, y = _target_rows(hidden, targets)
+        rows, x, y = _target_rows(hidden, targets, rows)
         parts = list(_chunks(len(rows), vocab_size, hidden.device, chunk_rows))
         head = weight[:vocab_size].to(hidden.dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -96,7 +103,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden_gradient, weight_gradient = ctx.gradients
         del ctx.gradients  # scaled in place, so a second backward through the same loss must fail
-        return hidden_gradient.mul_(upstream), weight_gradient.mul_(upstream), None, None, None, None
+        return hidden_gradient.mul_(upstream), weight_gradient.mul_(upstream), None, None, None, None, None
 
 
 def _losses_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -121,10 +128,10 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)  # the last chunk is shorter
 
 
-def _target_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _target_rows(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [..., C], targets [...] → the N flat positions with a target, their hidden states [N, C] and targets."""
     flat = targets.flatten()
-    rows = (flat != IGNORED).nonzero().squeeze(1)
+    rows = (flat != IGNORED).nonzero().squeeze(1) if rows is None else rows
     return rows, hidden.reshape(-1, hidden.size(-1))[rows], flat[rows]
 
 

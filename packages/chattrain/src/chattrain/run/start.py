@@ -1,6 +1,7 @@
 """Starting a run: ranks and device, plans, model, optimizers, and where to continue.
 
-Ranks are one process each under torchrun, with gloo on CPU and nccl on GPU; without torchrun there is a single one.
+Ranks are one process each under torchrun; without torchrun there is a single one. They talk through gloo about what is
+on the CPU, which makes no GPU wait, and through nccl about what is on GPUs.
 """
 
 import os
@@ -43,15 +44,14 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all ranks, on every rank."""
+        """The sum of `values`, which are on the CPU, over all ranks, on every rank."""
         if self.num_ranks > 1:
-            values = values.to(self.device, copy=True)  # summed in place
+            values = values.clone()  # summed in place
             dist.all_reduce(values)
-        return values.cpu()
+        return values
 
     def wait(self) -> None:
-        if self.num_ranks > 1:
-            dist.barrier()
+        self.sum(torch.zeros(()))
 
 
 def find_device(wanted: str | None) -> torch.device:
@@ -80,8 +80,8 @@ def join_ranks(device: str | None, wait: timedelta | None = None) -> Iterator[Ra
         yield Ranks(0, 1, found)
         return
     try:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=wait)
-        peers = open_peers(found)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", timeout=wait)
+        peers = open_peers()
     except RuntimeError as error:
         raise RankError(f"cannot join the other ranks: {first_line(error)}") from error
     try:

@@ -17,13 +17,13 @@ from chattrain.errors import RankError
 GRACE_S = 5.0  # between a rank's end and that of the others, where it does not stop them by itself
 
 
-def open_peers(device: torch.device) -> dict[int, int]:
+def open_peers() -> dict[int, int]:
     """Handles of the processes of this machine's other ranks → their ranks; none where the system has no pidfd."""
     here = 0
     if hasattr(os, "pidfd_open"):
         name = f"{Path('/proc/sys/kernel/random/boot_id').read_text()}{Path('/proc/self/ns/pid').readlink()}"
         here = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-    mine = torch.tensor([here, os.getpid()], device=device)
+    mine = torch.tensor([here, os.getpid()])
     found = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(found, mine)
     peers = {}
