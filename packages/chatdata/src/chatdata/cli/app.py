@@ -88,6 +88,9 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     num_bytes, removed_bytes = (sum(unit.num_bytes for unit in units) for units in (left, removed))
     facts: dict[str, Any] = {"folder": str(folder), "units": len(left), "bytes": num_bytes}
     facts |= {"removed_units": len(removed), "removed_bytes": removed_bytes}
+    builds = sorted(path.parent for path in cache_folder("builds").glob("[!.]*/manifest.json"))
+    builds_bytes = sum(path.stat().st_size for build in builds for path in build.rglob("*") if path.is_file())
+    facts |= {"builds": [build.name for build in builds], "builds_bytes": builds_bytes}
     if as_json:
         say_json(facts | {"oldest_use": left[0].last_used if left else None})
         return
@@ -95,6 +98,8 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     say(f"{folder}: {len(left):,} work units, {megabytes(num_bytes)}{oldest}")
     if removed:
         say(f"removed: {len(removed):,} work units, {megabytes(removed_bytes)}")
+    if builds:
+        say(f"{cache_folder('builds')}: {len(builds):,} fetched, {megabytes(builds_bytes)}")
 
 
 INTERRUPTED = "interrupted; no build was written, but rendered work units are kept: run the same command to resume"
