@@ -11,7 +11,14 @@ from chatdata.look.build import show_result
 
 
 def entry(number: int, task: str, documents: int, tokens: int, supervised: int, dropped: int = 0) -> dict[str, Any]:
-    counts = {"documents": documents, "tokens": tokens, "supervised": supervised, "truncated": 1, "tokens_lost": 10}
+    counts = {
+        "rows": documents + dropped,
+        "documents": documents,
+        "tokens": tokens,
+        "supervised": supervised,
+        "truncated": 1,
+        "tokens_lost": 10,
+    }
     return {
         "entry": number,
         "task": task,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -110,7 +111,8 @@ class Browser:
     def wait_for_charts(self) -> None:
         """Until every chart of a report has been drawn."""
         self.wait(
-            "[...document.querySelectorAll('.chart')].every(c => c.querySelector('.role-mark path, .role-mark rect'))"
+            "[...document.querySelectorAll('.chart')].every("
+            "c => c.matches('.vega-embed') && c.querySelector('.role-mark path, .role-mark rect'))"
         )
 
     def wait(self, condition: str) -> None:
@@ -119,6 +121,14 @@ class Browser:
         while not self.run(condition):
             assert time.monotonic() < end, f"never true: {condition}"
             time.sleep(0.05)
+
+    def axe(self) -> list[str]:
+        """What axe-core finds wrong with the page as it is now: a line per rule, with the first element."""
+        spec = importlib.util.find_spec("axe_core_python")
+        assert spec and spec.origin, "uv sync installs axe-core-python"
+        self.run(f"{Path(spec.origin).with_name('axe.min.js').read_text()}; 0")
+        found = self.run("axe.run(document, {resultTypes: ['violations']}).then(r => r.violations)")
+        return [f"{rule['id']}, {len(rule['nodes'])} times: {rule['nodes'][0]['html']}" for rule in found]
 
     def press(self, key: str, code: int = 0, text: str = "") -> None:
         """A key as a person's hand presses it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from chatdata import render_conversation
-from chatdata.look.report.documents import Segment, choose, lines_of, spelled
+from chatdata.look.report.documents import Segment, choose, lines_of, quotas, spelled
 from chatdata.tokenizer.bpe import Tokenizer
 
 
@@ -53,6 +53,16 @@ def test_document_as_lines(byte_tokenizer: Tokenizer) -> None:
     for max_bytes, shown in ((23, 4), (22, 3), (20, 1), (7, 1), (6, 0)):
         lines, left = lines_of(document.tokens, document.mask, byte_tokenizer, max_bytes)
         assert left == len(document) - shown, max_bytes
+
+
+def test_small_tasks_are_shown_whole() -> None:
+    for sizes, numbers in (
+        ([1000, 3, 1000, 40], [178, 3, 179, 40]),
+        ([200, 100], [200, 100]),
+        ([5] * 401, [0] + [1] * 400),
+        ([], []),
+    ):
+        assert quotas(sizes) == numbers
 
 
 def test_entries_of_the_vocabulary_spelled(byte_tokenizer: Tokenizer) -> None:

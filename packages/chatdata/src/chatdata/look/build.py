@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from chatdata.build.plan import BuildPlan
 from chatdata.look.console import console, grid, megabytes, shard_dtype, share, table
-from chatdata.look.ledger import bad_row_line, ledger_lines
+from chatdata.look.ledger import COUNTS, added, bad_row_line, ledger_lines, summed
 from chatdata.render.batch import OUTCOMES
 from chatdata.sources.source import Source
 
@@ -51,13 +51,9 @@ def show_plan(plan: BuildPlan, out: Path, forms: Mapping[Source, str], about: Ma
 
 def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> None:
     for split, contents in manifest["splits"].items():
-        copies: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # entries that differ only in their number (epochs)
-        for entry in contents["entries"]:
-            key = tuple(entry[key] for key in ("name", "task", "subset", "split", "source"))
-            copies.setdefault(key, []).append(entry)
         columns = ("task", "documents", "tokens", "supervised", "share", "truncated", "tokens lost", "dropped")
-        lines = [_ledger_row(_name(entries), entries) for entries in copies.values()]
-        table(f"\n{split}", columns, lines, _ledger_row("all", contents["entries"]))
+        lines = [_ledger_row(_name(entry), entry) for entry in summed(contents["entries"])]
+        table(f"\n{split}", columns, lines, _ledger_row("all", added(contents["entries"])))
         lines_below = ledger_lines(contents["entries"])
         listed = report["invalid"][split]["listed"]
         lines_below += map(bad_row_line, listed[:3])
@@ -80,15 +76,14 @@ def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> 
     console().print(f"\n{how}\n{escape(str(out))}: build {manifest['build_id'][:12]} is complete")
 
 
-def _name(entries: list[dict[str, Any]]) -> str:
-    times = f"×{len(entries)}" if len(entries) > 1 else ""
-    return " ".join(part for part in (entries[0]["name"], entries[0]["subset"], times) if part)
+def _name(entry: dict[str, Any]) -> str:
+    times = f"×{entry['copies']}" if entry["copies"] > 1 else ""
+    return " ".join(part for part in (entry["name"], entry["subset"], times) if part)
 
 
-def _ledger_row(name: str, entries: list[dict[str, Any]]) -> tuple[Any, ...]:
-    keys = ("documents", "tokens", "supervised", "truncated", "tokens_lost")
-    documents, tokens, supervised, truncated, lost = (sum(entry[key] for entry in entries) for key in keys)
-    dropped = sum(sum(entry["dropped"].values()) for entry in entries)
+def _ledger_row(name: str, entry: dict[str, Any]) -> tuple[Any, ...]:
+    documents, tokens, supervised, truncated, lost = (entry[key] for key in COUNTS[1:])
+    dropped = sum(entry["dropped"].values())
     return name, documents, tokens, supervised, share(supervised, tokens), truncated, lost, dropped
 
 

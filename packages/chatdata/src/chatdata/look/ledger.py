@@ -1,11 +1,12 @@
 """What a ledger counts besides documents and tokens, and bad rows, as lines of text."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from chatdata.errors import printable
 
+COUNTS = ("rows", "documents", "tokens", "supervised", "truncated", "tokens_lost")
 WORDS = {
     "overflow": "document{s} dropped: over max_tokens",
     "zero_supervised": "document{s} dropped: nothing supervised",
@@ -28,6 +29,20 @@ def ledger_lines(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     return [
         f"{counts[name]:,} {words.format(s='s'[: counts[name] != 1])}" for name, words in WORDS.items() if counts[name]
     ]
+
+
+def summed(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Entries that differ only in their number (epochs) as one each, with their counts summed and how many `copies`."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(tuple(entry[key] for key in ("name", "task", "subset", "split", "source")), []).append(entry)
+    return [added(group) | {"copies": len(group)} for group in groups.values()]
+
+
+def added(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first of some entries, with the counts of all."""
+    dropped = sum((Counter(entry["dropped"]) for entry in entries), Counter[str]())
+    return {**entries[0], **{key: sum(entry[key] for entry in entries) for key in COUNTS}, "dropped": dropped}
 
 
 def place_of(row: Mapping[str, Any]) -> str:

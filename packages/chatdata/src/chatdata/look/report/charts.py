@@ -12,12 +12,14 @@ from importlib import resources
 from typing import Any
 
 import altair as alt
+import vl_convert
 
 from chatdata.look.report.collect import ROLES
 from chatdata.look.report.documents import spelled
 from chatdata.tokenizer.bpe import Tokenizer
 
 MEASURES = {"documents": "documents", "tokens": "tokens", "supervised": "supervised tokens"}
+VEGALITE_VERSION = ".".join(alt.VEGALITE_VERSION.split(".")[:2])
 KINDS = ("supervised", "not supervised")
 
 
@@ -30,6 +32,16 @@ def chart_specs(numbers: dict[str, Any], tokenizer: Tokenizer) -> dict[str, dict
         for j, task in enumerate(split["tasks"]):
             charts[f"lengths-{i}-{j}"] = lengths(name, task)
     return {name: alt.Chart.from_dict(chart).to_dict() for name, chart in charts.items()}
+
+
+def picture(chart: dict[str, Any]) -> str:
+    """A chart as SVG, which the page shows until it has drawn the chart, and without JavaScript."""
+    return vl_convert.vegalite_to_svg(chart | {"width": 440}, vl_version=VEGALITE_VERSION)
+
+
+def vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as vl-convert ships them (0.9 MB), in the version that Altair writes for."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGALITE_VERSION)
 
 
 def mixture(split: str, numbers: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +86,7 @@ def lengths(split: str, task: dict[str, Any]) -> dict[str, Any]:
 def frequency(vocabulary: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """How often the token of each rank occurs, both on a log scale."""
     rows = [{**point, "token": spelled(tokenizer, point["id"])} for point in vocabulary["curve"]]
-    return _chart("frequency", rows, 300, f"{vocabulary['split']}: occurrences of the vocabulary's tokens by rank")
+    return _chart("frequency", rows, 220, f"{vocabulary['split']}: occurrences of the vocabulary's tokens by rank")
 
 
 def _chart(kind: str, rows: list[Any], height: int, description: str, coloured: Sequence[str] = ()) -> dict[str, Any]:

@@ -13,14 +13,12 @@ from chatdata.firewall.listing import FlaggedItem
 from chatdata.shards.read import Build
 from chatdata.tokenizer.bpe import Tokenizer
 
-PER_TASK = 20
 # 400 documents of 6,000 bytes are 2.4 MB of text, at most 12 MB of page: below 15 MB for any build
 MAX_SHOWN = 400
 MAX_BYTES = 6_000
 MAX_FLAGGED, FLAGGED_OF_SET = 12, 4  # scored items shown with a document
 FLAGGED = "holds a scored item"
-EXTREMES = {FLAGGED: MAX_FLAGGED, "truncated": 4, "longest": 2, "shortest": 2}  # of PER_TASK; the rest is by digest
-COLUMNS = ["doc", "row", "task", "num_tokens", "num_supervised", "original_tokens", "truncated", "digest", "name"]
+EXTREMES = {FLAGGED: MAX_FLAGGED, "truncated": 4, "longest": 2, "shortest": 2}  # of a task; the rest is by digest
 # control characters other than tab and newline, which a page would drop or obey, shown as their pictures
 _CONTROLS = {c: chr(0x2400 + c) for c in range(32) if c not in b"\t\n"} | {127: "␡"}
 
@@ -63,17 +61,25 @@ def shown_documents(build: Build, flagged: Sequence[int] = ()) -> list[ShownDocu
     """
     groups = []
     for name, split in build.splits.items():
-        frame = split.named_index.select(COLUMNS).with_columns(pl.col("task").cast(str))
+        frame = split.named_index.drop("spans").with_columns(pl.col("task").cast(str))
         parts = frame.partition_by("name", "task", maintain_order=True)
         groups += [(name, part) for part in sorted(parts, key=lambda part: -part["num_tokens"].sum())]
-    per_task = min(PER_TASK, max(1, MAX_SHOWN // len(groups)))
     shown = []
-    for name, part in groups[:MAX_SHOWN]:
-        for row, why in choose(part, per_task, flagged if name == "train" else ()):
+    for (name, part), number in zip(groups, quotas([part["digest"].n_unique() for _, part in groups]), strict=True):
+        for row, why in choose(part, number, flagged if name == "train" else ()):
             document = build[name][row["doc"]]
             lines, left = lines_of(document.tokens, document.mask, build.tokenizer)
             shown.append(ShownDocument(name, row, why, lines, left))
     return shown
+
+
+def quotas(sizes: Sequence[int], left: int = MAX_SHOWN) -> list[int]:
+    """How many documents to show of tasks with `sizes` documents: small ones whole, the others as evenly as can be."""
+    numbers = [0] * len(sizes)
+    for rank, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        numbers[i] = min(sizes[i], left // (len(sizes) - rank))
+        left -= numbers[i]
+    return numbers
 
 
 def choose(frame: pl.DataFrame, number: int, flagged: Sequence[int] = ()) -> list[tuple[dict[str, Any], str]]:

@@ -1,6 +1,6 @@
 "use strict";
 
-// Charts, one after the other. `ast` interprets Vega's expressions, so that no text is ever evaluated as code, which the
+// Charts, one after the other, each in the place of its picture. `ast` interprets Vega's expressions, so that no text is ever evaluated as code, which the
 // page's policy would refuse anyway.
 async function draw() {
   const specs = JSON.parse(document.getElementById("charts").textContent);
@@ -20,6 +20,7 @@ const search = document.getElementById("search");
 const task = document.getElementById("task");
 const found = document.getElementById("found");
 const documents = [...document.querySelectorAll("#documents > article")];
+document.querySelector(".controls").hidden = false;
 let texts = null; // lower case, made when something is first searched for
 
 function filter() {
@@ -30,6 +31,7 @@ function filter() {
     shown.hidden = !texts[i].includes(wanted) || (task.value !== "" && shown.dataset.group !== task.value);
     number += !shown.hidden;
   });
+  document.getElementById("documents").classList.toggle("unfiltered", wanted + task.value === "");
   found.textContent = `${number} of ${documents.length} shown`;
 }
 

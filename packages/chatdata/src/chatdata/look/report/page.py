@@ -18,9 +18,9 @@ from chatdata.disk import check_file, naming, write_whole
 from chatdata.errors import UsageError
 from chatdata.firewall.listing import read_listing
 from chatdata.look.console import share
-from chatdata.look.ledger import ledger_lines
+from chatdata.look.ledger import WORDS, ledger_lines, summed
 from chatdata.look.report.collect import ROLES, report_numbers
-from chatdata.look.report.documents import FLAGGED, ShownDocument, first_flagged, shown_documents, spelled
+from chatdata.look.report.documents import FLAGGED, MAX_BYTES, ShownDocument, first_flagged, shown_documents, spelled
 from chatdata.shards.address import cached_build
 from chatdata.shards.read import Build, open_build
 
@@ -76,20 +76,28 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
     """The page as HTML. numbers: see `report_numbers`; firewall: `listing`, `flagged` (see `first_flagged`)."""
     import jinja2
 
-    from chatdata.look.report.charts import MEASURES, chart_specs
+    from chatdata.look.report.charts import MEASURES, chart_specs, picture, vega
 
     settings: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=jinja2.FunctionLoader(_file), undefined=jinja2.StrictUndefined, **settings)
     environment.filters |= {"count": lambda n: f"{n:,}", "share": share, "options": _options, "in_words": ledger_lines}
-    scripts = [_inline(_vega()), _inline(_file("page.js"))]
+    charts, splits = chart_specs(numbers, build.tokenizer), numbers["splits"]
+    used = {role for split in splits.values() for task in split["tasks"] for role in task["roles"]}
+    ledger = {name: summed(split["entries"]) for name, split in splits.items()}
+    dropped = {reason for entries in ledger.values() for entry in entries for reason in entry["dropped"]}
+    scripts = [_inline(vega()), _inline(_file("page.js"))]
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     return environment.get_template("page.html").render(
         name=_named(build.path).name,
         manifest=build.manifest,
         made=_made(build.path),
         numbers=numbers,
-        measures=MEASURES.values(),
-        roles=ROLES,
+        ledger=ledger,
+        reasons={reason: words.partition("{s} ")[2] for reason, words in WORDS.items() if reason in dropped},
+        origins={source["name"]: _origin(source) for source in build.manifest["sources"]},
+        measures=list(enumerate(MEASURES.values())),
+        roles=[(i, role) for i, role in enumerate(ROLES) if role in used],
+        max_bytes=MAX_BYTES,
         documents=documents,
         excerpts={
             d.index["doc"]: " ".join(s.text for line in d.lines for s in line if "chip" not in s.kind)[:EXCERPT]
@@ -98,7 +106,8 @@ def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocum
         },
         unused=[(i, spelled(build.tokenizer, i)) for i in numbers["vocabulary"]["unused_ids"]],
         tokenizer_sha256=build.tokenizer.sha256,
-        charts=chart_specs(numbers, build.tokenizer),
+        charts=charts,
+        pictures={name: picture(chart) for name, chart in charts.items()},
         style=_file("page.css"),
         scripts=scripts,
         **firewall,
@@ -110,8 +119,9 @@ def _made(path: Path) -> dict[str, Any]:
     """What report.json says about the build's making; {} without one: a copy may leave it out."""
     try:
         made = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        counts = {key: int(made["units"][key]) for key in ("rendered", "cached")}
         speed = {"duration_s": float(made["duration_s"]["total"]), "tokens_per_s": int(made["tokens_per_s"])}
-        return speed | {"workers": int(made["workers"]), "day": str(made["finished"]).partition("T")[0]}
+        return counts | speed | {"workers": int(made["workers"]), "day": str(made["finished"]).partition("T")[0]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -120,18 +130,15 @@ def _file(name: str) -> str:
     return resources.files("chatdata.look.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _vega() -> str:
-    """Vega, Vega-Lite and Vega-Embed as vl-convert ships them (0.9 MB), in the version that Altair writes for."""
-    import altair
-    import vl_convert
-
-    version = ".".join(altair.VEGALITE_VERSION.split(".")[:2])
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
-
-
 def _inline(script: str) -> str:
     """A script that is safe inside script tags: nothing in it closes them or opens a comment."""
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\r\n", "\n")
+
+
+def _origin(source: dict[str, Any]) -> str:
+    """The file of a source, or its name and how many files it has; "" if it has none: its rows are generated."""
+    names = [file["name"] for file in source["files"]]
+    return f"{source['name']}, {len(names)} files" if len(names) > 1 else "".join(names)
 
 
 def _options(entry: dict[str, Any]) -> str:
