@@ -126,7 +126,7 @@ def test_every_hint_to_install_something_works_in_a_clone() -> None:
     paths = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md")]
     texts = [path.read_text(encoding="utf-8") for path in (*paths, *ROOT.glob("*.md"))]
     extras = {extra for text in texts for extra in re.findall(r"uv sync --extra ([a-z]+)", text)}
-    assert extras >= {"fast", "plot", "ray", "report", "tensorboard"}
+    assert extras >= {"fast", "plot", "ray", "report", "tensorboard", "trackio", "wandb"}
     for extra in extras:
         uv("sync", "--dry-run", "--locked", "--extra", extra)
     assert not [text for text in texts for name in PACKAGES if f"pip install {name}" in text]

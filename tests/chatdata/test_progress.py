@@ -99,6 +99,19 @@ def test_a_note_and_a_start_other_than_zero(
     ]
 
 
+def test_work_that_is_done_again_starts_its_clock_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds(monkeypatch, 0.0, 2.0, 100.0, 104.0)
+    with shown_progress() as progress:
+        for done in (0, 80, 0, 80):
+            progress("validation", done, 80, "sequences", part=True)
+    assert capsys.readouterr().err.splitlines() == [
+        "validation: 80 of 80 sequences, 40/s",
+        "validation: 80 of 80 sequences, 20/s",
+    ]
+
+
 def test_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     with shown_progress() as progress:
         progress("gsm8k", 0, 0, "answers")

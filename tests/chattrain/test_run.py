@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -480,7 +482,8 @@ def test_only_the_start_is_saved(builds: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chattrain.run.start.find_spec", lambda name: None)
+    (tmp_path / "cwd/wandb").mkdir(parents=True)  # wandb's files, where no wandb is installed
+    monkeypatch.setattr("chattrain.run.start.find_spec", lambda name: ModuleSpec(name, None))
     out = tmp_path / "run"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
@@ -497,7 +500,7 @@ def test_command_line_errors(builds: dict[str, Path], tmp_path: Path, monkeypatc
         (["--seq-len", 16], "documents"),
         (["--data", tmp_path / "absent"], f"{tmp_path}/absent: no such folder (no manifest.json)"),
         (["--order", "nanochat", "--layout", "pad"], "--order nanochat fixes layout and batch"),
-        (["--tensorboard"], "--tensorboard: tensorboard is not installed: `uv sync --extra tensorboard` installs it"),
+        (["--track", "wandb"], "--track wandb: not installed: `uv sync --extra wandb` installs it"),
     ]
     if torch.cuda.is_available():
         bad = [row for row in bad if row[0][0] != "--device"]
@@ -555,6 +558,22 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, what: str
 def log_kinds(out: Path) -> list[str]:
     path = out / "log.jsonl"
     return [json.loads(line)["kind"] for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def test_a_long_validation_says_how_far_it_is(
+    builds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_for(builds, "sft", tmp_path / "quick", steps=1, eval_every=1)
+    run(settings)
+    lines = capsys.readouterr().err.splitlines()
+    quick = [line.split(" seq")[0] for line in lines if line.startswith("validation: ")]
+    assert quick == ["validation: 16 of 16"] * 2
+    clock = itertools.count(0, 20)
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    run(replace(settings, out=tmp_path / "slow"))
+    lines = capsys.readouterr().err.splitlines()
+    slow = [line.split(" seq")[0] for line in lines if line.startswith("validation: ")]
+    assert slow == [f"validation: {done} of 16" for done in (4, 8, 12, 16)] * 2
 
 
 @pytest.mark.parametrize("moment", ["step", "validation"])

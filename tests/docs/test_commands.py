@@ -32,6 +32,8 @@ PROGRAMS = ("chatdata", "chattrain", "chateval")
 FOREIGN = {
     "--nproc-per-node",
     "--package",
+    "--logdir",
+    "--project",
     "--extra",
     "--local-dir",
     "--repo-type",

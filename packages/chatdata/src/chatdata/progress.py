@@ -41,7 +41,7 @@ def say_json(value: Any) -> None:
 
 
 class Progress(Protocol):
-    """Called whenever more of the work `name` is done; the first call starts its clock.
+    """Called whenever more of the work `name` is done; the first call, or one with 0 done, starts its clock.
 
     done, total: counted in `unit` ("rows", "tokens", "bytes", "steps", "answers"). note: shown at the end of the line.
     part: the work is part of other work that is shown, so only its last line is printed.
@@ -67,9 +67,11 @@ def shown_progress(quiet: bool = False) -> Iterator[Progress]:
 
         def show(name: str, done: int, total: int, unit: str, note: str = "", *, part: bool = False) -> None:
             text, tenths = _status(started, name, done, total, unit, note), 10 * done // max(total, 1)
-            if tenths != printed.get(name) and (done >= total or (tenths > 0 and not part)):
-                printed[name] = tenths
+            due = tenths != printed.get(name) and (done >= total or (tenths > 0 and not part))
+            if due:
                 say(f"{name}: {text}", error=True)
+            if due or not done:  # work that is done again is shown again
+                printed[name] = tenths
 
         yield show  # a line for every tenth of the work
 
@@ -96,10 +98,12 @@ def _bars() -> Iterator[Progress]:
 def _status(started: dict[str, tuple[float, int]], name: str, done: int, total: int, unit: str, note: str) -> str:
     """How far work is, as text; with speed and time left once a second has passed since its first call.
 
-    started: name → time of its first call, and what was done by then.
+    started: name → when its clock was started, and what was done by then.
     """
     now = time.monotonic()
-    since, before = started.setdefault(name, (now, done))
+    if not done or name not in started:
+        started[name] = now, done
+    since, before = started[name]
     parts = [f"{done:,} of {total:,} {unit}"]
     if now - since >= 1 and done > before:
         rate = (done - before) / (now - since)

@@ -42,10 +42,11 @@ def bits_per_byte(
     ranks: Ranks,
     device_batch_size: int,
     stop: StopRequest,
+    show: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any] | None:
     """Bits per byte over all sequences of the plan: {"total", "tasks": {name: …}, "bytes"}; None if asked to stop.
 
-    Ranks take turns; their sums are added once, at the end.
+    Ranks take turns; their sums are added once, at the end. `show` gets how many sequences are done, and of how many.
     """
     tasks, task_of_document = _tasks(plan)
     # sequences that do not fill a step are evaluated too
@@ -53,6 +54,7 @@ def bits_per_byte(
     nats, num_bytes = np.zeros(len(tasks)), np.zeros(len(tasks))
     at_once = device_batch_size * ranks.num_ranks
     for start in range(0, num_sequences, at_once):
+        show(start, num_sequences)
         if stop.agreed(ranks):
             return None
         first = min(start + ranks.rank * device_batch_size, num_sequences)
@@ -69,10 +71,10 @@ def bits_per_byte(
         values = losses.cpu().double().numpy()[counted]
         nats += np.bincount(task, weights=values, minlength=len(tasks))
         num_bytes += np.bincount(task, weights=counts[counted], minlength=len(tasks))
+    show(num_sequences, num_sequences)
     nats, num_bytes = ranks.sum(torch.from_numpy(np.stack([nats, num_bytes]))).numpy()
-    per_task = {
-        name: float(nats[i]) / (math.log(2) * float(num_bytes[i])) for i, name in enumerate(tasks) if num_bytes[i]
-    }
+    sums = zip(tasks, nats.tolist(), num_bytes.tolist(), strict=True)
+    per_task = {name: of_task / (math.log(2) * size) for name, of_task, size in sums if size}
     total_bytes = float(num_bytes.sum())
     total = float(nats.sum()) / (math.log(2) * total_bytes) if total_bytes else math.nan
     return {"total": total, "tasks": per_task, "bytes": int(total_bytes)}

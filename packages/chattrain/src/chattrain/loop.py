@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from chatdata.packing.epoch import TrainingPlan
-from chatdata.progress import say, shown_progress
+from chatdata.progress import Progress, say, shown_progress
 from chattrain.attention import pack_sequences
 from chattrain.batches import Batch, Lengths, Step, read_step
 from chattrain.checkpoint import Recipe, keep_last, require_finite, save_checkpoint
@@ -139,12 +139,12 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
         if end == 0:  # only the starting weights are wanted, to compare others with
             _save(run, settings, 0)
         return done
-    log = open_log(settings.out, done, settings.tensorboard, ranks.is_first)
+    log = open_log(settings.out, done, settings.track, ranks.is_first)
     with log as write, shown_progress(quiet=not ranks.is_first) as progress:
         progress(recipe.stage, done, end, "steps")
         share = ranks.rank, ranks.num_ranks, settings.device_batch_size
         steps = read_ahead(plan, range(done, end), *share, ranks.device)
-        stopped = done == 0 and run.val_plan is not None and _evaluate(run, settings, 0, write, stop)
+        stopped = done == 0 and run.val_plan is not None and _evaluate(run, settings, 0, write, progress, stop)
         while done < end and not stopped:
             started = time.perf_counter()
             step = next(steps)
@@ -160,24 +160,29 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
             progress(recipe.stage, done, end, "steps", f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
             stopped = stop.agreed(ranks)
             if run.val_plan is not None and not stopped and (done % settings.eval_every == 0 or done == end):
-                stopped = _evaluate(run, settings, done, write, stop)
+                stopped = _evaluate(run, settings, done, write, progress, stop)
             if settings.save_every and done % settings.save_every == 0 and done < end and not stopped:
                 _save(run, settings, done)
         _save(run, settings, done)
     return done
 
 
-def _evaluate(run: Run, settings: RunSettings, step: int, write: Callable[[ValEntry], None], stop: StopRequest) -> bool:
+def _evaluate(
+    run: Run, settings: RunSettings, step: int, write: Callable[[ValEntry], None], progress: Progress, stop: StopRequest
+) -> bool:
     """Log bits per byte of the val split after `step` steps. True if asked to stop meanwhile."""
     started, learner = time.perf_counter(), run.learner
+
+    def show(done: int, total: int) -> None:
+        # one that takes long says how far it is, also where there are no bars
+        progress("validation", done, total, "sequences", part=time.perf_counter() - started < 10)
+
     forward = partial(hidden_states, learner, learner.model)
-    counts = token_byte_counts(run.plan.split.build.tokenizer)
-    size = settings.device_batch_size
-    result = bits_per_byte(learner.model, forward, run.val_plan, counts, learner.ranks, size, stop)
+    counts, size = token_byte_counts(run.plan.split.build.tokenizer), settings.device_batch_size
+    result = bits_per_byte(learner.model, forward, run.val_plan, counts, learner.ranks, size, stop, show)
     if result is None:
         return True
-    duration_s = round(time.perf_counter() - started, 3)
-    write(ValEntry(step, result["total"], result["tasks"], result["bytes"], duration_s))
+    write(ValEntry(step, result["total"], result["tasks"], result["bytes"], round(time.perf_counter() - started, 3)))
     if learner.ranks.is_first:
         say(f"step {step}: validation {result['total']:.4f} bits per byte", error=True)
     return False

@@ -46,7 +46,7 @@ def build_argument(command: Callable[..., Any], required: bool = True) -> Callab
 
 
 # old → new names, for all three commands; an old name is refused with the new one in the message
-RENAMED_OPTIONS = {"--rows": "--layout"}
+RENAMED_OPTIONS = {"--rows": "--layout", "--tensorboard": "--track tensorboard"}
 RENAMED_POLICIES = {"all": "ignore", "supervised": "apply"}
 
 

@@ -62,7 +62,7 @@ class RunSettings:
     recompute: bool = switch("Activation checkpointing: less memory, a third more compute.")
     seed: int = setting("For fresh weights and the order of sequences.", int, 42)
     resume: bool = switch("Continue from OUT's last checkpoint (from the start if it has none).")
-    tensorboard: bool = switch("Also write TensorBoard files (`uv sync --extra tensorboard`).")
+    track: str | None = choice("Also log to a tracker (`uv sync --extra NAME`).", ("trackio", "wandb", "tensorboard"))
 
 
 def settings_options(command: Any) -> Any:

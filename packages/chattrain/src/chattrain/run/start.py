@@ -165,8 +165,8 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     Raises RunError for settings that contradict each other or the build, ResumeError, PlanError, PackingError,
     FormatError, ConfigError, WeightsError and CheckpointError.
     """
-    if settings.tensorboard and find_spec("tensorboard") is None:
-        raise RunError("--tensorboard: tensorboard is not installed: `uv sync --extra tensorboard` installs it")
+    if settings.track and getattr(find_spec(settings.track), "origin", None) is None:  # a folder "wandb" is not it
+        raise RunError(f"--track {settings.track}: not installed: `uv sync --extra {settings.track}` installs it")
     stage, on_cuda = settings.stage or build.manifest["stage"], ranks.device.type == "cuda"
 
     plan, val_plan = _make_plans(settings, build, stage, ranks.num_ranks)

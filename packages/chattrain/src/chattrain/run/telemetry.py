@@ -1,4 +1,4 @@
-"""What a run writes besides its checkpoints: run.json, log.jsonl, TensorBoard files, loss.png, and its lock."""
+"""What a run writes besides its checkpoints: run.json, log.jsonl, loss.png, and its lock."""
 
 import fcntl
 import json
@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from chatdata.disk import Count, convert, decode, naming, write_whole
 from chattrain.checkpoint import FORMAT, PlanRecord, Recipe
 from chattrain.errors import RunError
 from chattrain.model import ModelConfig, parameter_shapes
+from chattrain.run.track import open_tracker
 
 RUN_NAME, LOG_NAME, CURVE_NAME, LOCK_NAME = "run.json", "log.jsonl", "loss.png", ".lock"
 
@@ -110,34 +111,33 @@ def read_run(run: Path) -> RunRecord:
 
 
 @contextmanager
-def open_log(out: Path, start: int, tensorboard: bool, is_first: bool) -> Iterator[Callable[[Entry], None]]:
-    """Yield a function that appends to log.jsonl, and to TensorBoard files if wanted; on other ranks it does nothing.
+def open_log(out: Path, start: int, tracker: str | None, is_first: bool) -> Iterator[Callable[[Entry], None]]:
+    """Yield a function that appends to log.jsonl and, at a validation, draws loss.png; on other ranks it does nothing.
 
-    Lines of steps that a resumed run does again, and a last line cut by a kill, are removed first.
+    Lines of steps that a resumed run does again, and a last line cut by a kill, are removed first. A `tracker` gets all
+    lines, too. Raises RunError.
     """
     if not is_first:
         yield lambda entry: None
         return
     path = out / LOG_NAME
-    if path.is_file():
-        kept = [e for e in read_log(out) if e.step < start or (isinstance(e, ValEntry) and e.step == start)]
-        write_whole(path, "".join(json.dumps(e) + "\n" for e in msgspec.to_builtins(kept)).encode())
-    writer = None
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(out / "tensorboard"))
-    with naming(out), path.open("a", encoding="utf-8", buffering=1) as file:
+    known = read_log(out) if path.is_file() else []
+    # validation at step 0 is done again
+    kept = [e for e in known if e.step < start or (isinstance(e, ValEntry) and 0 < e.step == start)]
+    past = msgspec.to_builtins(kept)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in past).encode())
+    run = msgspec.to_builtins(read_run(out)) if tracker else {}
+    sending = open_tracker(tracker, out, run, past) if tracker else nullcontext(lambda line: None)
+    with naming(out), sending as send, path.open("a", encoding="utf-8", buffering=1) as file:
 
         def write(entry: Entry) -> None:
-            file.write(json.dumps(msgspec.to_builtins(entry)) + "\n")
-            if writer is not None and isinstance(entry, TrainEntry):
-                for key in ("loss", "multiplier", "tokens_per_s", "gradient_norm"):
-                    writer.add_scalar(key, getattr(entry, key), entry.step)
+            line = msgspec.to_builtins(entry)
+            file.write(json.dumps(line) + "\n")
+            send(line)
+            if isinstance(entry, ValEntry):
+                draw_curve(out)
 
         yield write
-    if writer is not None:
-        writer.close()
 
 
 def read_log(out: Path) -> list[Entry]:
@@ -191,7 +191,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def draw_curve(out: Path) -> Path | None:
-    """loss.png from log.jsonl: training loss, and validation bits per byte if there are any.
+    """loss.png from log.jsonl: training loss, and bits per byte of validation, in all and per task, if there are any.
 
     Returns None without matplotlib (the extra `plot`).
     """
@@ -214,9 +214,13 @@ def draw_curve(out: Path) -> Path | None:
     axes.set(xlabel="step", ylabel="loss (nats per target)")
     axes.set_title(out.name.encode("utf-8", "backslashreplace").decode(), parse_math=False)
     if val:
-        right = axes.twinx()
-        right.plot([e.step for e in val], [e.bits_per_byte for e in val], "o-", color="#c8553d", markersize=4)
+        right, steps = axes.twinx(), [entry.step for entry in val]
+        for name in val[-1].tasks:
+            shown = name.replace("$", r"\$")  # no formula
+            right.plot(steps, [e.tasks.get(name) for e in val], ".-", lw=1, label=f"validation: {shown}")
+        right.plot(steps, [e.bits_per_byte for e in val], "o-", color="#c8553d", markersize=4, label="validation: all")
         right.set_ylabel("validation (bits per byte)", color="#c8553d")
-    axes.legend()
-    figure.savefig(out / CURVE_NAME, dpi=110)
-    return out / CURVE_NAME
+    figure.legend(loc="outside right upper", fontsize="small")
+    drawn = out / f".{CURVE_NAME}"
+    figure.savefig(drawn, format="png", dpi=110)
+    return drawn.replace(out / CURVE_NAME)
