@@ -15,6 +15,7 @@ from chattrain.optim import (
     multiplier,
     optimizer_tensors,
     orthogonalise,
+    owners,
     set_step,
 )
 
@@ -137,12 +138,49 @@ def test_muon_is_torchs(shape):
 
 
 def test_orthogonalise():
-    matrix = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalise(matrix, torch.float32))
+    matrices = torch.randn(3, 40, 100, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices, torch.float32))
     assert 0.6 < values.min() < values.max() < 1.3
-    assert torch.equal(orthogonalise(matrix.T, torch.float32), orthogonalise(matrix, torch.float32).T)
-    assert orthogonalise(matrix, torch.bfloat16).dtype == torch.bfloat16
-    assert not orthogonalise(torch.zeros(3, 4), torch.float32).any()
+    assert torch.equal(orthogonalise(matrices.mT, torch.float32), orthogonalise(matrices, torch.float32).mT)
+    assert orthogonalise(matrices, torch.bfloat16).dtype == torch.bfloat16
+    assert not orthogonalise(torch.zeros(2, 3, 4), torch.float32).any()
+
+
+def plain_orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
+    """The specification of `orthogonalise`: one matrix, in fp32."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.size(0) > matrix.size(1) else x
+
+
+@pytest.mark.parametrize("shape", [(16, 256, 256), (4, 1024, 256), (4, 256, 1024), (3, 100, 150), (2, 64, 48)], ids=str)
+def test_matrices_stacked_give_the_bytes_of_each_alone(shape):
+    """So golden losses hold, and so does a run at another number of ranks, where others are in the stack."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = orthogonalise(matrices, torch.float32)
+    for number, matrix in enumerate(matrices):
+        assert torch.equal(found[number], plain_orthogonalise(matrix))
+        assert torch.equal(found[number], orthogonalise(matrix[None], torch.float32)[0])
+
+
+def test_owners(fresh):
+    model, optimizers = fresh
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert set(owners(optimizers, 1).values()) == {0}
+    parts = {}
+    for parameter, rank in owners(optimizers, 3).items():
+        parts.setdefault(rank, []).append(names[parameter].removeprefix("transformer.").removesuffix(".weight"))
+    # sides of 64 (32 for c_k and c_v) and AdamW's 64 for head and embedding: 16, 8, 4 and 1 are the works
+    assert parts == {
+        0: ["h.0.mlp.c_fc", "h.1.mlp.c_proj", "h.0.attn.c_k", "h.1.attn.c_v"],
+        1: ["h.0.mlp.c_proj", "lm_head", "h.0.attn.c_q", "h.1.attn.c_q", "h.0.attn.c_v"],
+        2: ["h.1.mlp.c_fc", "wte", "h.0.attn.c_proj", "h.1.attn.c_proj", "h.1.attn.c_k"],
+    }
+    assert sorted(owners(optimizers, 20).values())[-1] == 13  # more ranks than matrices: some have nothing to do
 
 
 def test_stages():

@@ -213,14 +213,17 @@ def test_gradients_do_not_depend_on_micro_batches_and_sabotage_shows(builds: dic
 
 
 RANK_SCRIPT = """
-import contextlib, json, os, sys
+import contextlib, hashlib, json, os, sys
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
 from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from chattrain.batches import read_step
 from chatdata.shards.read import open_build
-from chattrain.loop import backward
+from chattrain.loop import backward, train_step
+from chattrain.optim import all_optimizer_tensors, optimizer_tensors, owners
 from chattrain.run.start import prepare
 from chattrain.run.start import join_ranks
 from chattrain.run.settings import RunSettings
@@ -252,6 +255,33 @@ for num_ranks, size, port in cases:
                 backward(learner, batch, step.num_targets)
         if ranks.is_first:
             torch.save(torch.cat([p.grad.flatten() for p in learner.model.parameters()]), folder / f"{num_ranks}.pt")
+
+        # 20 steps: work and state shared, all of it on every rank, and (sabotaged) shared, but nothing sent
+        unsent = SimpleNamespace(broadcast=lambda *_, **__: SimpleNamespace(wait=lambda: None))
+        ways = {
+            "shared": contextlib.nullcontext(),
+            "alone": patch("chattrain.loop.update", lambda optimizers, *_: [each.step() for each in optimizers]),
+            "unsent": patch("chattrain.optim.dist", unsent),
+        }
+        for way, patched in ways.items() if num_ranks < 4 else ():
+            ready = prepare(settings, open_build(build), ranks)
+            model, optimizers = ready.learner.model, ready.learner.optimizers
+            mine = (ranks.rank, num_ranks)
+            with patched:
+                assert not [*all_optimizer_tensors(model, optimizers, *mine)] or way == "unsent"
+                for number in range(20):
+                    train_step(ready.learner, ready.recipe, ready.plan, read_step(ready.plan, number, *mine, size))
+            own = optimizer_tensors(model, optimizers)
+            if way == "shared":
+                names = {parameter: name for name, parameter in model.named_parameters()}
+                kept = {names[p] for p, owner in owners(optimizers, num_ranks).items() if owner == ranks.rank}
+                assert {name.rpartition("/")[0] for name in own} == kept
+                own = dict(all_optimizer_tensors(model, optimizers, *mine))
+            digest = {}
+            for kind, tensors in (("weights", model.state_dict()), ("optimizer", own)):
+                data = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
+                digest[kind] = hashlib.sha256(data).hexdigest()
+            (folder / f"{way}-{num_ranks}-{ranks.rank}.json").write_text(json.dumps(digest))
 """
 
 
@@ -263,13 +293,12 @@ def free_ports(number: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def test_gradients_do_not_depend_on_ranks(builds: dict[str, Path], tmp_path: Path) -> None:
-    """Ranks × micro-batches 1×4, 2×2, 4×1, 3×4 of a step of 12 sequences, float64: equal to 1e-12.
-
-    Four processes take part in as many groups as they are in, one after the other: starting one takes seconds.
-    """
+@pytest.fixture(scope="module")
+def from_ranks(builds: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What RANK_SCRIPT leaves. Four processes take part in as many groups as they are in, one after the other."""
+    folder = tmp_path_factory.mktemp("ranks")
     cases = [(*case, port) for case, port in zip([(1, 3), (2, 3), (4, 3), (3, 1)], free_ports(4), strict=True)]
-    command = [sys.executable, "-c", RANK_SCRIPT, str(builds["sft"]), str(tmp_path), json.dumps(cases)]
+    command = [sys.executable, "-c", RANK_SCRIPT, str(builds["sft"]), str(folder), json.dumps(cases)]
     processes = [
         subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(4)
@@ -281,10 +310,26 @@ def test_gradients_do_not_depend_on_ranks(builds: dict[str, Path], tmp_path: Pat
     finally:
         for process in processes:
             process.kill()  # those that wait for one that failed
-    found = {number: torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (1, 2, 3, 4)}
+    return folder
+
+
+def test_gradients_do_not_depend_on_ranks(from_ranks: Path) -> None:
+    """Ranks × micro-batches 1×4, 2×2, 4×1, 3×4 of a step of 12 sequences, float64: equal to 1e-12."""
+    found = {number: torch.load(from_ranks / f"{number}.pt", weights_only=True) for number in (1, 2, 3, 4)}
     for num_ranks in (2, 3, 4):
         difference = (found[num_ranks] - found[1]).abs().max() / found[1].abs().max()
         assert difference <= 1e-12, (num_ranks, difference)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_shared_optimizer_gives_the_same_bytes(from_ranks: Path, num_ranks: int) -> None:
+    """Weights and optimizer state after 20 steps, on every rank, against ranks that each update everything."""
+    found = {
+        way: [json.loads((from_ranks / f"{way}-{num_ranks}-{rank}.json").read_text()) for rank in range(num_ranks)]
+        for way in ("shared", "alone", "unsent")
+    }
+    assert found["shared"] == found["alone"] == [found["shared"][0]] * num_ranks
+    assert (found["unsent"] == found["alone"]) == (num_ranks == 1)
 
 
 def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:

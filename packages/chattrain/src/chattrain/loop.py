@@ -26,7 +26,7 @@ from chattrain.checkpoint import Recipe, keep_last, require_finite, save_checkpo
 from chattrain.errors import NonFiniteError
 from chattrain.evaluate import bits_per_byte, token_byte_counts
 from chattrain.loss import chunked_loss
-from chattrain.optim import SCHEDULES, momentum, multiplier, optimizer_tensors, set_step
+from chattrain.optim import SCHEDULES, all_optimizer_tensors, momentum, multiplier, optimizer_tensors, set_step, update
 from chattrain.reads import name_documents, reads_of_step
 from chattrain.run.settings import RunSettings
 from chattrain.run.start import Learner, Run, StopRequest
@@ -124,8 +124,7 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
     rate = multiplier(schedule, step.number, recipe.num_steps)
     if finite:
         set_step(learner.optimizers, rate, momentum(schedule, step.number))
-        for optimizer in learner.optimizers:
-            optimizer.step()
+        update(learner.optimizers, ranks.rank, ranks.num_ranks)
     model.zero_grad(set_to_none=True)
     return StepResult(loss, rate, gradient_norm, digest_text(digest), not finite)
 
@@ -189,14 +188,18 @@ def _evaluate(
 
 
 def _save(run: Run, settings: RunSettings, step: int) -> None:
-    learner, model = run.learner, run.learner.model
-    weights, state = model.state_dict(), optimizer_tensors(model, learner.optimizers)
-    require_finite({**weights, **state}, step)  # on all ranks, which have the same: they end together
-    if learner.ranks.is_first:
+    learner, model, ranks = run.learner, run.learner.model, run.learner.ranks
+    weights, state = model.state_dict(), {}
+    require_finite(weights, step)  # on all ranks, which see the same: they end together
+    for name, tensor in all_optimizer_tensors(model, learner.optimizers, ranks.rank, ranks.num_ranks):
+        require_finite({name: tensor}, step)
+        if ranks.is_first:
+            state[name] = tensor.cpu()
+    if ranks.is_first:
         folder, tokenizer = settings.out / "checkpoints", run.plan.split.build.path / "tokenizer"
         save_checkpoint(folder, step, model.config, weights, state, run.plan_record, run.recipe, tokenizer)
         keep_last(settings.out, settings.keep_last)
-    learner.ranks.wait()
+    ranks.wait()
 
 
 def dry_run(run: Run, device_batch_size: int) -> dict[str, Any]:

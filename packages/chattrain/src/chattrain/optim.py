@@ -6,12 +6,17 @@ fp32. The rest is the same in nanochat, in torch with adjust_lr_fn="original", a
     momentum: buffer ← lerp(buffer, gradient, 1 − m); Nesterov: update = lerp(gradient, buffer, m)
     (torch's docstring says buffer ← m · buffer + gradient; its code does the above)
     update ← Newton-Schulz, 5 steps, of update / norm; × sqrt(max(1, rows / columns)); no weight decay (torch: 0.1)
+
+Several ranks share work and state by whole matrices: each is updated by one rank, which alone keeps its state and sends
+it to the others. Gradients are the same on all ranks, so the weights are those that every rank would compute alone.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -25,6 +30,7 @@ REFERENCE_WIDTH = 768  # at which embedding and head rates were tuned; they scal
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of x ← a x + b (x xᵀ) x + c (x xᵀ)² x, from Keller Jordan's post
 NEWTON_SCHULZ_STEPS = 5
+ADAMW_WORK = 64  # of an element, where Muon's takes its matrix's shorter side: rough, for it depends on the device
 
 
 @dataclass(frozen=True)
@@ -63,29 +69,38 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            of_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                buffer = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
-                update = matrix.grad.lerp(buffer, group["momentum"])
-                update = orthogonalise(update, torch.float32 if update.device.type == "cpu" else torch.bfloat16)
-                rows, columns = matrix.shape
-                matrix.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                if matrix.grad is not None:
+                    of_shape[matrix.shape].append(matrix)
+            for (rows, columns), matrices in of_shape.items():
+                updates = torch.stack([self._momentum(matrix, group["momentum"]) for matrix in matrices])
+                updates = orthogonalise(updates, torch.float32 if updates.device.type == "cpu" else torch.bfloat16)
+                for matrix, update in zip(matrices, updates, strict=True):
+                    matrix.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _momentum(self, matrix: Tensor, momentum: float) -> Tensor:
+        state, gradient = self.state[matrix], matrix.grad
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(buffer, momentum)
 
 
-def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """U S Vᵀ → about U Vᵀ (singular values between 0.7 and 1.2) by Newton-Schulz steps in `dtype`, which it returns."""
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, rows, columns]: each U S Vᵀ → about U Vᵀ (singular values between 0.7 and 1.2) by Newton-Schulz steps.
+
+    They are done in `dtype`, which is that of the result. On CPU, in MKL, a matrix gets the same bits in any company.
+    """
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.size(0) > matrix.size(1)
-    x = (matrix.T if tall else matrix).to(dtype)  # wide: x xᵀ is the smaller product
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)  # wide: x xᵀ is the smaller product
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 STATE_KEYS = {Muon: ("momentum_buffer",), AdamW: ("step", "exp_avg", "exp_avg_sq")}
@@ -115,23 +130,73 @@ def set_step(optimizers: list[Optimizer], multiplier: float, momentum: float) ->
                 group["momentum"] = momentum
 
 
-def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' whole state as "parameter name/key" → tensor, ready for safetensors; empty before the first step.
+def owners(optimizers: list[Optimizer], num_ranks: int) -> dict[Tensor, int]:
+    """Parameter → the rank that updates it: the most work first, each to the rank that has the least so far."""
+    work = {
+        parameter: parameter.numel() * (min(parameter.shape) if isinstance(optimizer, Muon) else ADAMW_WORK)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    owner, loads = {}, [0] * num_ranks
+    for parameter in sorted(work, key=work.__getitem__, reverse=True):
+        owner[parameter] = loads.index(min(loads))
+        loads[owner[parameter]] += work[parameter]
+    return owner
 
-    With the weights and `set_step`, these continue a run to the byte. The tensors are not copies.
+
+def update(optimizers: list[Optimizer], rank: int = 0, num_ranks: int = 1) -> None:
+    """One step of all optimizers; each parameter's is done by its owner. Gradients of other ranks' are set to None."""
+    owner = owners(optimizers, num_ranks)
+    for parameter in owner:
+        if owner[parameter] != rank:
+            parameter.grad = None  # no update, and no state
+    for optimizer in optimizers:
+        optimizer.step()
+    if num_ranks > 1:
+        sent = [dist.broadcast(parameter.detach(), owner[parameter], async_op=True) for parameter in owner]
+        for each in sent:
+            each.wait()
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """This rank's state as "parameter name/key" → tensor, ready for safetensors; empty before the first step.
+
+    With the weights and `set_step`, these continue a run of one rank to the byte. The tensors are not copies.
     """
     return {
         f"{name}/{key}": value
-        for name, parameter, optimizer in _owners(model, optimizers)
+        for name, parameter, optimizer in _parameters(model, optimizers)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: Tensors) -> None:
-    """Restore what `optimizer_tensors` returned. Raises WeightsError for unknown or missing names and wrong shapes."""
+def all_optimizer_tensors(
+    model: nn.Module, optimizers: list[Optimizer], rank: int, num_ranks: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all ranks' state, one after another, on every rank; every rank must take all of them."""
+    mine, owner = optimizer_tensors(model, optimizers), owners(optimizers, num_ranks)
+    if num_ranks == 1:
+        yield from mine.items()
+        return
+    dist.broadcast(has_state := torch.tensor(len(mine)), 0)  # rank 0 owns the first one
+    for name, parameter, optimizer in _parameters(model, optimizers):
+        for key in STATE_KEYS[type(optimizer)] if has_state else ():
+            tensor = mine.get(f"{name}/{key}", parameter.new_empty(() if key == "step" else parameter.shape))
+            dist.broadcast(tensor, owner[parameter])
+            yield f"{name}/{key}", tensor
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizers: list[Optimizer], tensors: Tensors, rank: int = 0, num_ranks: int = 1
+) -> None:
+    """Restore this rank's share of what `optimizer_tensors` of one rank, or `all_optimizer_tensors`, returned.
+
+    Raises WeightsError for unknown or missing names and wrong shapes.
+    """
     slots = {
         f"{name}/{key}": (parameter, optimizer, key)
-        for name, parameter, optimizer in _owners(model, optimizers)
+        for name, parameter, optimizer in _parameters(model, optimizers)
         for key in STATE_KEYS[type(optimizer)]
     }
     if tensors and set(tensors) != set(slots):
@@ -143,12 +208,14 @@ def load_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensor
             raise WeightsError(f"optimizer state: {name} has shape {tuple(tensor.shape)}, must be {tuple(shape)}")
     for optimizer in optimizers:
         optimizer.state.clear()
+    owner = owners(optimizers, num_ranks)
     for name, tensor in tensors.items():
         parameter, optimizer, key = slots[name]
-        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        if owner[parameter] == rank:
+            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
-def _owners(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+def _parameters(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -204,7 +204,7 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
         called = DistributedDataParallel(called, device_ids=devices, gradient_as_bucket_view=True)
     optimizers = make_optimizers(model, SCHEDULES[stage].lr_fraction * settings.lr_scale)
     if saved is not None:
-        load_optimizer_tensors(model, optimizers, saved.optimizer_tensors())
+        load_optimizer_tensors(model, optimizers, saved.optimizer_tensors(), ranks.rank, ranks.num_ranks)
     learner = Learner(model, called, optimizers, ranks, recipe.dtype == "bfloat16", compiled and on_cuda)
     return Run(learner, plan, record, val_plan, recipe, start=0 if saved is None else saved.step)
 
