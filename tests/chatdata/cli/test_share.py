@@ -52,6 +52,8 @@ def test_there_and_back(demo_mid: Path, command_line: Callable, tmp_path: Path) 
 def test_only_builds_are_pushed(demo_mid: Path, command_line: Callable, tmp_path: Path) -> None:
     result = command_line(f"chatdata push . file://{tmp_path}/place", tmp_path)
     assert (result.returncode, result.stderr) == (1, "Error: .: an unfinished build or no build (no manifest.json)\n")
+    result = command_line("chatdata reproduce out --out again", tmp_path)
+    assert (result.returncode, result.stderr) == (1, "Error: out: no such folder (no manifest.json)\n")
     result = command_line(f"chatdata push {demo_mid} out/place", tmp_path)
     assert (result.returncode, result.stderr.partition(";")[0]) == (
         2,

@@ -184,6 +184,13 @@ def test_damage_on_the_way(scheme: str, build: Path, cache: Path, hub: HubServer
     assert fetched <= {"mask-00000.npy", "manifest.json", "report.json", "firewall.json"}
 
 
+def test_a_folder_where_the_manifest_should_be(build: Path, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "place" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(FormatError, match=r"place: an unfinished build or no build \(no manifest.json\)$"):
+        local_build(f"file://{tmp_path}/place")
+    assert contents(local_build(f"file://{build}")) == contents(build)
+
+
 def test_whole_files_of_a_killed_fetch_are_used(build: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial = cache / f".tmp-{platform.node()}" / build_id(build)
     shutil.copytree(build / "train", partial / "train")

@@ -15,7 +15,7 @@ import pytest
 from hub_server import HubServer
 
 from chatdata import open_build
-from chatdata.errors import BuildError, ChatdataError, MissingSource
+from chatdata.errors import BuildError, ChatdataError, FormatError, MissingSource
 from chatdata.progress import no_progress
 from chatdata.shards.address import push as push_build
 from chatdata.shards.read import Build
@@ -122,6 +122,16 @@ def test_a_folder(build: Path, golden_sft: Path, tmp_path: Path) -> None:
     facts = push(open_build(build), store(tmp_path) + "/", "# For the Hub")
     assert facts["removed"] == sorted(contents(golden_sft).keys() - contents(build).keys())
     assert contents(place) == contents(build) | {"notes.txt": b""}
+
+
+def test_a_damaged_build_is_refused(build: Path, tmp_path: Path) -> None:
+    """Opening it does not read the mask."""
+    copy = shutil.copytree(build, tmp_path / "copy")
+    mask = copy / "val" / "mask-00000.npy"
+    mask.write_bytes(mask.read_bytes()[:-1] + b"\x02")
+    with pytest.raises(FormatError, match=f"^{mask}: SHA-256 differs from the manifest's; the build was not pushed$"):
+        push(open_build(copy), store(tmp_path), "")
+    assert not (tmp_path / "a").exists()
 
 
 def test_whole_files_are_not_sent_again(build: Path, tmp_path: Path) -> None:

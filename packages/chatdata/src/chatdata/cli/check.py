@@ -118,9 +118,11 @@ def reproduce(path: Path, out: Path | None, sample: float | None, as_json: bool,
     from chatdata.build.engines import available_cpus
     from chatdata.check.reproduce import reproduce as run_reproduce
     from chatdata.check.rerender import verify_semantic
+    from chatdata.shards.manifest import read_manifest
 
     if (out is None) == (sample is None) or (sample is not None and (given["against"] or given["workers"])):
         raise UsageError("give --out FOLDER (with --against, --workers), or --sample SHARE")
+    read_manifest(path)  # raises if there is no build at all
     with shown_progress(quiet=as_json) as progress:
         if out is None:
             problems = verify_semantic(path, **_sources(given), share=sample or 0, progress=progress)

@@ -52,10 +52,15 @@ def pull(address: str, out: Path, expect: str | None, as_json: bool) -> None:
     """
     from chatdata.build.run import new_folder
     from chatdata.shards.address import local_build
+    from chatdata.shards.manifest import build_files
     from chatdata.shards.read import open_build
 
     with new_folder(out) as growing:
         build = open_build(local_build(address, expect, quiet=as_json))
-        shutil.copytree(build.path, growing, dirs_exist_ok=True)
+        for _, file, _ in build_files(build.path, build.manifest):
+            if file.is_file():
+                copy = growing / file.relative_to(build.path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy2(file, copy)
     build_id = build.manifest["build_id"]
     say_json({"out": str(out), "build_id": build_id}) if as_json else say(f"{out}: build {build_id[:12]}")

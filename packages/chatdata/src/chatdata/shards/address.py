@@ -123,11 +123,7 @@ def _fetch(place: Place, expect: str | None, quiet: bool) -> Path:
         wanted = {name: r.get("bytes", 0) for name, r in files.items() if not r or file_problem(partial / name, r)}
         with shown_progress(quiet) as progress:
             _get_files(place, wanted, partial, progress)
-        with ThreadPoolExecutor() as pool:
-            problems = list(pool.map(file_problem, map(partial.joinpath, files), files.values()))
-        for name, problem in zip(files, problems, strict=True):
-            if problem:
-                raise FormatError(f"{place.name}/{name}: {problem}; the build was not fetched")
+        _check_hashes(partial, files, place.name, "fetched")
         shutil.rmtree(partial / ".cache", ignore_errors=True)  # the Hub library's notes
         (first / "manifest.json").replace(partial / "manifest.json")
         for path in (*partial.rglob("*"), partial):
@@ -136,6 +132,15 @@ def _fetch(place: Place, expect: str | None, quiet: bool) -> Path:
             partial.rename(folder)
         shutil.rmtree(first)
     return folder
+
+
+def _check_hashes(folder: Path, files: dict[str, dict[str, Any]], where: str | Path, done: str) -> None:
+    """Raises FormatError for the first file that differs from the manifest's record of it."""
+    with ThreadPoolExecutor() as pool:
+        problems = list(pool.map(file_problem, map(folder.joinpath, files), files.values()))
+    for name, problem in zip(files, problems, strict=True):
+        if problem:
+            raise FormatError(f"{where}/{name}: {problem}; the build was not {done}")
 
 
 def _get_files(place: Place, sizes: dict[str, int], into: Path, progress: Progress) -> None:
@@ -147,6 +152,8 @@ def _get_files(place: Place, sizes: dict[str, int], into: Path, progress: Progre
             place.store.get_file(f"{place.root}/{name}", str(into / name))
 
     for name in sizes:
+        if (into / name).is_dir():  # stores copy a folder of that name as one
+            shutil.rmtree(into / name)
         (into / name).unlink(missing_ok=True)
     if place.repo:
         download(place.repo, list(sizes), place.revision, into=into)
@@ -169,12 +176,14 @@ def push(folder: Path, manifest: dict[str, Any], address: str, card: str, progre
     folder, manifest: of an open build. A repository that does not exist is made, a private one.
     A push that was killed is taken up again: the Hub says which files it has, and in other stores a file that has the
     right size is read back and compared. Returns address, build_id, bytes, and the names of removed files. Raises
-    BuildError if something else is at the address, MissingSource if it cannot be reached or
-    changes meanwhile, SourceError if you have no access, UsageError for no address.
+    FormatError if a file here is not what the manifest says, BuildError if something else is at the address,
+    MissingSource if it cannot be reached or changes meanwhile, SourceError if you have no access, UsageError for no
+    address.
     """
     place = place_of(address)
-    found = (path for _, path, _ in build_files(folder, manifest) if path.is_file())
+    found = {path: record for _, path, record in build_files(folder, manifest) if path.is_file()}
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+    _check_hashes(folder, dict(zip(sizes, found.values(), strict=True)), folder, "pushed")
     with requests_to(f"{place.name}: ", place.repo, place.revision, "cannot be uploaded to"):
         removed = (_push_to_hub if place.repo else _push_to_store)(place, folder, sizes, card, progress)
     facts = {"address": place.name, "build_id": manifest["build_id"], "removed": removed}
