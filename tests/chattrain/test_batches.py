@@ -18,9 +18,9 @@ import chattrain.batches
 from chatdata.errors import PlanError
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chattrain.attention import pack_sequences
-from chattrain.batches import IGNORED, check_micro_batches, read_rows, read_step, target_documents
+from chattrain.batches import IGNORED, check_micro_batches, read_rows, read_step
 from chattrain.nanochat.order import make_nanochat_plan
-from chattrain.reads import reads_of_step
+from chattrain.reads import reads_of_sequences, reads_of_step
 from chattrain.run.telemetry import digest_text
 
 PAD = 9  # conftest's <|assistant_end|>
@@ -405,23 +405,37 @@ def test_steps_that_cannot_be_cut(make_split, num_ranks, batch) -> None:
         check_micro_batches(plan, *good)
 
 
-# documents of targets
+# reads of targets
 
 
 @given(st.data())
-def test_targets_know_their_document(make_split, data) -> None:
+def test_targets_know_their_read(make_split, data) -> None:
     plan = data.draw(splits_and_plans(make_split))
     if plan is None:
         return
     first = data.draw(st.integers(0, plan.num_steps - 1)) * plan.step_sequences
     last = first + plan.step_sequences
-    rows, documents = read_rows(plan, first, last), target_documents(plan, first, last)
-    inputs, targets = rows.inputs.numpy(), rows.targets.numpy()
-    assert documents.shape == targets.shape
+    rows, reads = read_rows(plan, first, last), reads_of_sequences(plan, first, last)
+    targets = rows.targets.numpy()
+    assert rows.reads.shape == targets.shape
     at = targets != IGNORED
-    expected = np.searchsorted(plan.split.offsets, targets[at] - 100, side="right") - 1
-    assert (documents[at] == expected).all()
-    assert (documents[inputs == PAD] == -1).all() and ((documents >= 0) == (inputs != PAD)).all()
+    read, document = rows.reads[at], reads.document[rows.reads[at]]
+    assert (document == np.searchsorted(plan.split.offsets, targets[at] - 100, side="right") - 1).all()
+    assert (reads.sequence[read] == first + np.nonzero(at)[0]).all()
+    place = targets[at] - 100 - plan.split.offsets[document]
+    assert ((reads.start[read] <= place) & (place < reads.stop[read])).all()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_targets_of_reads_are_counted_over_ranks_and_micro_batches(plan_of_12, num_ranks) -> None:
+    shares = [read_step(plan_of_12, 1, rank, num_ranks, 2) for rank in range(num_ranks)]
+    batches = [batch for share in shares for batch in share.batches]
+    found = np.concatenate([batch.reads[batch.targets.numpy() != IGNORED] for batch in batches])
+    counted = sum(share.read_targets for share in shares)
+    assert (np.diff(found) >= 0).all() and len(counted) == len(reads_of_step(plan_of_12, 1).document)
+    assert counted.tolist() == np.bincount(found, minlength=len(counted)).tolist()
+    assert counted.sum() == shares[0].num_targets
+    assert found.tolist() == np.concatenate([share.target_reads for share in shares]).tolist()
 
 
 @pytest.mark.parametrize("plan_of_12", ["pack"], indirect=True)

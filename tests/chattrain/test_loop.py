@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,8 +131,13 @@ def test_a_step_waits_for_the_device_once(
     """On fake tensors whatever needs a value raises, as it would wait on a GPU: item, nonzero, boolean indexing …"""
     reads: list[int] = []
     monkeypatch.setattr(Ranks, "sum", lambda self, values: 1)  # of the CPU's own numbers
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("a copy to the host"))
-    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: reads.append(len(tensor)) or [1.0] * len(tensor))
+
+    def copied(tensor):
+        reads.append(len(tensor))
+        return SimpleNamespace(numpy=lambda: np.ones(len(tensor), np.float32))
+
+    monkeypatch.setattr(FakeTensor, "cpu", copied)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: pytest.fail("a copy to the host"))
     original, pack = chattrain.loop.chunked_loss, chattrain.loop.pack_sequences
 
     def from_lengths(*arguments):
@@ -155,4 +161,5 @@ def test_a_step_waits_for_the_device_once(
                 train_step(learner, recipe, plan_of_12, step)
             return
         train_step(learner, recipe, plan_of_12, step)
-    assert reads == [12 // batch + 1]  # the losses of all micro-batches and the norm
+    # the losses of all micro-batches, the norm, and the loss of every target
+    assert reads == [12 // batch + 1 + step.num_targets]

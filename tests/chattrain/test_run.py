@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import socket
@@ -26,16 +25,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from small_runs import check_record, record_of, write_build
 from torch._dynamo.testing import CompileCounter
 
-from chatdata.build.plan import make_build_plan
-from chatdata.build.run import build
 from chatdata.packing.epoch import TrainingPlan
-from chatdata.recipe import load_recipe
 from chatdata.shards.read import open_build
-from chatdata.sources.find import Locations
-from chatdata.tasks import load_tasks
-from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
 from chattrain.batches import IGNORED, Batch, Step, read_step
 from chattrain.checkpoint import Recipe, keep_last, last_checkpoint, save_checkpoint
 from chattrain.cli import cli
@@ -53,31 +47,6 @@ WITHOUT_POLARS = """import sys
 sys.modules |= dict.fromkeys(["polars", "datasets", "rich", "transformers", "huggingface_hub", "rustbpe"])"""
 HAS_MATPLOTLIB = find_spec("matplotlib") is not None
 ONE = Ranks(0, 1, torch.device("cpu"))
-BYTES = {bytes([byte]): byte for byte in range(256)}
-
-
-def write_build(folder: Path, stage: str, num: int = 90, seed: int = 0) -> Path:
-    """Short conversations of two tasks under a byte tokenizer (265 entries), with a val split."""
-    draw = random.Random(seed)
-
-    def chat() -> list[dict]:
-        user, answer = ("".join(draw.choices("abcdef ", k=draw.randint(1, 20))) for _ in range(2))
-        return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-
-    folder.mkdir(parents=True)
-    for name in ("c", "i"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(chat()) + "\n" for _ in range(num)))
-    entries = "".join(
-        f'[[{split}]]\ntask = "{task}"\npath = "{path}"\n{key} = {num - 20}\n'
-        for split, key in (("train", "stop"), ("val", "start"))
-        for task, path in (("conversations", "c.jsonl"), ("identity", "i.jsonl"))
-    )
-    (folder / "r.toml").write_text(f'stage = "{stage}"\n{entries}')
-    tasks = load_tasks()
-    recipe = load_recipe(str(folder / "r.toml"), tasks)
-    tokenizer = Tokenizer(BYTES, SPLIT_PATTERN, append_special_tokens(BYTES), "bytes")
-    build(make_build_plan(recipe, tasks, tokenizer, Locations(folder)), folder / "build", decontaminate="off")
-    return folder / "build"
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +101,8 @@ def test_ten_and_ten_steps_are_twenty(builds: dict[str, Path], tmp_path: Path, s
     keys = ("loss", "multiplier", "batch", "gradient_norm", "targets")
     assert steps_of(resumed, *keys) == steps_of(log, *keys)
     assert tensors_of(halves.out) == tensors_of(whole.out)
+    assert record_of(halves.out) == record_of(whole.out)
+    check_record(whole.out)
     assert log[0]["loss"] > log[-1]["loss"]
 
 
@@ -350,6 +321,7 @@ def test_ranks_may_change_on_resume(builds: dict[str, Path], tmp_path: Path) -> 
     whole = settings_for(builds, "mid", tmp_path / "whole", steps=12, device_batch_size=2, total_batch_tokens=12 * 64)
     expected, found = (steps_of(log, "batch", "loss") for log in (run(whole), log_of(tmp_path / "changing")))
     assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
+    check_record(tmp_path / "changing")
     # fp32: sums in another order; Muon's orthogonalisation keeps the difference small over 12 steps
     assert [loss for *_, loss in found] == pytest.approx([loss for *_, loss in expected], rel=2e-4)
 
@@ -512,7 +484,9 @@ def test_trace_of_a_second_epoch_and_of_a_log_that_was_cut(builds: dict[str, Pat
     assert traced["log"] == log[1]
     num_steps = prepared(settings).plan.num_steps
     again = trace_step(settings.out, 1 + num_steps)  # the second epoch repeats the plan
-    assert again["documents"] == traced["documents"] and again["log"] is None
+    read, unread = traced["documents"][0], again["documents"][0]
+    assert {key: unread.get(key) for key in read} == {**read, "loss": None, "targets": None}  # not done, not recorded
+    assert len(again["documents"]) == len(traced["documents"]) and again["log"] is None
     path.write_text("{\n" + path.read_text())
     with pytest.raises(RunError, match=r"log.jsonl line 1: damaged, remove the line: not valid JSON: Expecting"):
         trace_step(settings.out, 1)
@@ -718,7 +692,7 @@ def test_kill_9_then_resume(builds: dict[str, Path], tmp_path: Path) -> None:
     assert "60 of 60 steps done" in chattrain(*arguments)
     alone = run(settings_for(builds, "mid", tmp_path / "alone", steps=60))
     assert steps_of(log_of(out), "batch", "loss") == steps_of(alone, "batch", "loss")
-    assert tensors_of(out) == tensors_of(tmp_path / "alone")
+    assert tensors_of(out) == tensors_of(tmp_path / "alone") and record_of(out) == record_of(tmp_path / "alone")
 
 
 def test_a_torn_log_line_is_left_out(builds: dict[str, Path], tmp_path: Path) -> None:

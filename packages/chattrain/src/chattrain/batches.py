@@ -29,13 +29,13 @@ from chatdata.packing.epoch import TrainingPlan
 from chatdata.render.format import NANOCHAT
 from chatdata.shards.read import Split
 from chattrain.loss import IGNORED
-from chattrain.reads import reads_of_sequences
+from chattrain.reads import reads_of_sequences, reads_of_step
 
 WIDTH_MULTIPLE = 64  # of pad on cuda: for every new W, cuDNN's attention builds its graphs again, about 60 ms a step
 
 # pack: positions of each document of each row, in order, for attention.pack_sequences; else None: causal over the row
 Lengths = tuple[tuple[int, ...], ...] | None
-Rows = tuple[np.ndarray, np.ndarray, Lengths]  # a Batch before it is tensors
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray, Lengths]  # a Batch before it is tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,7 @@ class Batch:
 
     inputs: Tensor  # int64 [B, W]
     targets: Tensor  # int64 [B, W], IGNORED where there is none
+    reads: np.ndarray  # int64 [B, W]: the read of each target, counted from the first of the step; any if there is none
     lengths: Lengths
     rows: Tensor = field(init=False)  # int64 [N], the flat positions with a target: found here, a GPU waits for nothing
 
@@ -61,6 +62,8 @@ class Step:
     num_tokens: int  # of the plan: over all ranks and micro-batches, padding not counted
     num_targets: int  # of the plan: over all ranks and micro-batches
     digest: int  # int64 of this rank's sequences; the sum over all ranks is the step's
+    target_reads: np.ndarray  # int64 [N of all its batches]: the read of each target, counted from the step's first
+    read_targets: np.ndarray  # int64 [reads of the step]: targets of each, 0 in other ranks' sequences
 
 
 def check_micro_batches(plan: TrainingPlan, num_ranks: int, device_batch_size: int) -> None:
@@ -101,48 +104,44 @@ def read_step(
     width = _step_width(plan, position)
     wider = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE if width and pin else width
     rows = read_rows(plan, first, first + share, wider)
+    of_step = reads_of_step(plan, step)
+    reads = rows.reads + np.searchsorted(of_step.sequence, first)
+    target_reads = reads[rows.targets.numpy() != IGNORED]
+    read_targets = np.bincount(target_reads, minlength=len(of_step.sequence))
     inputs, targets = (t.pin_memory() if pin else t for t in (rows.inputs, rows.targets))
     cuts = (slice(start, start + device_batch_size) for start in range(0, share, device_batch_size))
-    batches = (Batch(inputs[cut], targets[cut], rows.lengths and rows.lengths[cut]) for cut in cuts)
+    batches = (Batch(inputs[cut], targets[cut], reads[cut], rows.lengths and rows.lengths[cut]) for cut in cuts)
     num_tokens, num_targets = int(plan.tokens_per_step[position]), int(plan.targets_per_step[position])
-    return Step(step, tuple(batches), num_tokens, num_targets, _digest(rows, rank * share, width))
+    digest = _digest(rows, rank * share, width)
+    return Step(step, tuple(batches), num_tokens, num_targets, digest, target_reads, read_targets)
 
 
 def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = None) -> Batch:
     """Sequences [first, last) of the plan, in any step or, for an evaluation, left over.
 
-    width: W for pad, by default what the longest document of these sequences needs.
+    width: W for pad, by default what the longest document of these sequences needs. Reads are counted from the first.
     """
     stream = plan.layout == "stream"
-    inputs, targets, lengths = _stream_rows(plan, first, last) if stream else _document_rows(plan, first, last, width)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), lengths)
-
-
-def target_documents(plan: TrainingPlan, first: int, last: int) -> np.ndarray:
-    """The document of each target of sequences [first, last), -1 on free positions: int64 [rows, W] as `read_rows`."""
-    reads = reads_of_sequences(plan, first, last)
-    if plan.layout == "stream":
-        return np.repeat(reads.document, reads.stop - reads.start).reshape(last - first, -1)[:, 1:]
-    place = _places(plan, first, last, None)
-    documents = np.full((last - first, place.width), -1)
-    documents.reshape(-1)[place.position] = np.repeat(reads.document, reads.stop - 1)
-    return documents
+    rows = _stream_rows(plan, first, last) if stream else _document_rows(plan, first, last, width)
+    inputs, targets, reads, lengths = rows
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), reads, lengths)
 
 
 def _stream_rows(plan: TrainingPlan, first: int, last: int) -> Rows:
     """T + 1 tokens per row: all but the last are inputs, all but the first are targets."""
-    split, shape = plan.split, (last - first, plan.seq_len)
+    split, shape, reads = plan.split, (last - first, plan.seq_len), reads_of_sequences(plan, first, last)
+    counts = reads.stop - reads.start
+    of_target = np.repeat(np.arange(len(counts)), counts).reshape(shape[0], plan.seq_len + 1)[:, 1:]
     if plan.order == "nanochat":
-        reads = reads_of_sequences(plan, first, last)
-        starts, counts = split.offsets[reads.document] + reads.start, reads.stop - reads.start
+        starts = split.offsets[reads.document] + reads.start
         rows = _take(split, "tokens", _ranges(starts, counts), starts).reshape(shape[0], -1)
-        return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), None
+        return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), of_target, None
     start, stop = first * plan.seq_len, last * plan.seq_len
     line = split.tokens(start, stop + 1)  # a row's last target is the next one's first input
     inputs, targets = line[:-1].astype(np.int64), line[1:].astype(np.int64)
     if plan.mask != "ignore":
         targets[split.mask(start + 1, stop + 1, plan.mask) == 0] = IGNORED
-    return inputs.reshape(shape), targets.reshape(shape), None
+    return inputs.reshape(shape), targets.reshape(shape), of_target, None
 
 
 def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None) -> Rows:
@@ -158,13 +157,15 @@ def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None)
         stored = _take(split, "mask", place.token + 1, place.starts)
         following[split.apply_policy(plan.mask, stored, place.starts + 1, place.counts) == 0] = IGNORED
     targets.reshape(-1)[place.position] = following
+    reads = np.zeros_like(targets)
+    reads.reshape(-1)[place.position] = np.repeat(np.arange(len(place.counts)), place.counts)
     lengths = None
     if plan.layout == "pack":
         bounds = plan.packing.bounds[first : last + 1]
         positions = (plan.packing.lengths[bounds[0] : bounds[-1]] - 1).tolist()
         cuts = (bounds - bounds[0]).tolist()
         lengths = tuple(tuple(positions[a:b]) for a, b in pairwise(cuts))
-    return inputs, targets, lengths
+    return inputs, targets, reads, lengths
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from chatdata.cli.command import FILE, expect_option, program, run_command, tokenizer_of
-from chatdata.disk import check_free
+from chatdata.disk import check_file, check_free
 from chatdata.errors import UsageError
 from chatdata.progress import say, say_json
 from chattrain.run.settings import RunSettings, settings_options
@@ -96,7 +96,7 @@ def _echo_plan(counts: dict[str, Any], num_steps: int, stage: str) -> None:
 @click.option("--data", metavar="BUILD", help="The build, if it has moved: its folder, or an address.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def trace(run_folder: Path, step: int, data: str | None, as_json: bool) -> None:
-    """Show which documents were in a step of a run.
+    """Show which documents were in a step of a run, what each cost, and their text.
 
     Examples:
       chattrain trace runs/mid --step 120
@@ -110,10 +110,49 @@ def trace(run_folder: Path, step: int, data: str | None, as_json: bool) -> None:
         return
     if found["log"]:
         say("  ".join(f"{key} {found['log'][key]}" for key in ("loss", "tokens", "targets", "batch")))
-    say(f"{'sequence':>8}  {'doc':>8}  {'tokens':>13}  {'row':>8}  name")
-    for document in found["documents"]:
-        tokens = f"{document['start']}…{document['stop']}"
-        say(f"{document['sequence']:>8}  {document['doc']:>8}  {tokens:>13}  {document['row']:>8}  {document['name']}")
+    say(f"{'sequence':>8}  {'doc':>8}  {'tokens':>13}  {'row':>8}  {'loss':>10}  {'targets':>8}  name")
+    for read in found["documents"]:
+        tokens = f"{read['start']}…{read['stop']}"
+        loss = f"{read['loss']:>10.3f}  {read['targets']:>8}" if "loss" in read else f"{'not recorded':>20}"
+        say(f"{read['sequence']:>8}  {read['doc']:>8}  {tokens:>13}  {read['row']:>8}  {loss}  {read['name']}")
+        say(f"{'':8}  {read['text']}")
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=FILE)
+@click.option("--out", type=FILE, help="Parquet file to write: step, doc, task, name, row, loss, targets.")
+@click.option("--data", metavar="BUILD", help="The build, if it has moved: its folder, or an address.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) -> None:
+    """Show what each task cost over time and the documents with the highest mean loss; or write all recorded losses.
+
+    Examples:
+      chattrain losses runs/sft
+      chattrain losses runs/sft --out losses.parquet
+    """
+    import pyarrow.parquet as pq
+
+    from chatdata.look.console import table
+    from chattrain.run.losses import THIRDS, loss_table, summarise
+    from chattrain.run.telemetry import read_run
+    from chattrain.run.trace import plan_again
+
+    record = loss_table(run_folder, plan_again(read_run(run_folder), data))
+    if out:
+        check_file(out)
+        pq.write_table(record, out, compression="zstd")
+        say_json({"out": str(out), "losses": len(record)}) if as_json else say(f"{out}: {len(record):,} losses")
+        return
+    found = summarise(record)
+    if as_json:
+        say_json(found)
+        return
+    (first, last), left_out = found["steps"], f"{found['not_finite']:,} losses that are not finite left out"
+    title = f"nats per target in each third of steps {first:,} … {last:,}, {left_out}"
+    thirds = {name: ["–" if x is None else f"{x:.4f}" for x in of.values()] for name, of in found["tasks"].items()}
+    table(title, ("task", *THIRDS), [[name, *row] for name, row in thirds.items()])
+    rows = [[f"{v:.4f}" if isinstance(v, float) else v for v in each.values()] for each in found["hardest"]]
+    table("documents with the highest mean loss", [*found["hardest"][0]] if rows else [], rows)
 
 
 @cli.command()

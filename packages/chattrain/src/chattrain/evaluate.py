@@ -16,9 +16,10 @@ import torch
 from chatdata.arrow import values_of
 from chatdata.packing.epoch import TrainingPlan
 from chatdata.tokenizer.bpe import Tokenizer
-from chattrain.batches import Lengths, read_rows, target_documents
+from chattrain.batches import Lengths, read_rows
 from chattrain.loss import position_losses
 from chattrain.model import GPT
+from chattrain.reads import reads_of_sequences
 from chattrain.run.start import Ranks, StopRequest
 
 # (inputs [B, W], document lengths or None) → hidden [B, W, C]: the model with its device, dtype and attention chosen
@@ -67,7 +68,7 @@ def bits_per_byte(
         read = rows.targets.numpy()
         counts = byte_counts[np.maximum(read, 0)] * (read >= 0)
         counted = counts > 0
-        task = task_of_document[target_documents(plan, first, last)[counted]]
+        task = task_of_document[reads_of_sequences(plan, first, last).document[rows.reads[counted]]]
         values = losses.cpu().double().numpy()[counted]
         nats += np.bincount(task, weights=values, minlength=len(tasks))
         num_bytes += np.bincount(task, weights=counts[counted], minlength=len(tasks))

@@ -15,9 +15,11 @@ from functools import partial, reduce
 from itertools import chain, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chatdata.disk import sync
 from chatdata.packing.epoch import TrainingPlan
 from chatdata.progress import Progress, say, shown_progress
 from chattrain.attention import pack_sequences
@@ -28,6 +30,7 @@ from chattrain.evaluate import bits_per_byte, token_byte_counts
 from chattrain.loss import chunked_loss
 from chattrain.optim import SCHEDULES, all_optimizer_tensors, momentum, multiplier, optimizer_tensors, set_step, update
 from chattrain.reads import name_documents, reads_of_step
+from chattrain.run.losses import FOLDER, open_losses
 from chattrain.run.settings import RunSettings
 from chattrain.run.start import Learner, Run, StopRequest
 from chattrain.run.telemetry import TrainEntry, ValEntry, digest_text, flops_per_token, mfu, open_log, peak_memory
@@ -42,6 +45,7 @@ class StepResult:
     gradient_norm: float  # before the update
     batch: str  # see `digest_text`
     skipped: bool  # nothing was updated: loss or gradient was not finite
+    reads: np.ndarray  # float64 [2, reads of the step]: summed loss in nats and number of targets of each; not logged
 
 
 def read_ahead(
@@ -80,8 +84,10 @@ def hidden_states(learner: Learner, called: nn.Module, inputs: Tensor, lengths: 
         return called(inputs.to(device, non_blocking=True), documents)
 
 
-def backward(learner: Learner, batch: Batch, num_targets: int) -> Tensor:
-    """Add one micro-batch's share of the step's gradient; return its sum of losses in nats, still on the device.
+def backward(learner: Learner, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
+    """Add one micro-batch's share of the step's gradient; return its losses, still on the device.
+
+    These are their sum and those of its targets [N], in nats.
 
     DDP averages gradients over ranks, so the share is multiplied by their number to turn the average into a sum.
     """
@@ -89,9 +95,10 @@ def backward(learner: Learner, batch: Batch, num_targets: int) -> Tensor:
     hidden = hidden_states(learner, learner.called, batch.inputs, batch.lengths)
     targets, rows = (t.to(ranks.device, non_blocking=True) for t in (batch.targets, batch.rows))
     compiled, vocab_size = learner.compiled_loss, model.config.vocab_size
-    loss = chunked_loss(hidden, model.lm_head.weight, targets, vocab_size, compiled=compiled, rows=rows)
+    losses = torch.empty(len(rows), device=ranks.device)
+    loss = chunked_loss(hidden, model.lm_head.weight, targets, vocab_size, compiled=compiled, rows=rows, out=losses)
     (loss * (ranks.num_ranks / num_targets)).backward()
-    return loss.detach()
+    return loss.detach(), losses
 
 
 def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step) -> StepResult:
@@ -101,17 +108,21 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
     Weights that are not finite raise in any case: no other document would help.
     """
     model, ranks = learner.model, learner.ranks
-    figures = []
+    results = []
     for number, batch in enumerate(step.batches):
         last = number + 1 == len(step.batches)
         # gradients travel once a step, with the last micro-batch
         with contextlib.nullcontext() if last or ranks.num_ranks == 1 else learner.called.no_sync():
-            figures.append(backward(learner, batch, max(step.num_targets, 1)))
-    figures.append(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-    *losses, gradient_norm = torch.stack(figures).tolist()  # here, and nowhere else, the host waits
-    total = torch.tensor(reduce(operator.add, losses), dtype=torch.float64)  # sum() is another one from Python 3.12 on
+            results.append(backward(learner, batch, max(step.num_targets, 1)))
+    totals, losses = zip(*results, strict=True)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    found = torch.cat([torch.stack([*totals, norm]), *losses]).cpu().numpy()  # here, and nowhere else, the host waits
+    *sums, gradient_norm = found[: len(totals) + 1].tolist()
+    total = torch.tensor(reduce(operator.add, sums), dtype=torch.float64)  # sum() is another one from Python 3.12 on
     loss = float(ranks.sum(total)) / max(step.num_targets, 1)
     digest = int(ranks.sum(torch.tensor(step.digest, dtype=torch.int64)))
+    read_losses = np.bincount(step.target_reads, found[len(totals) + 1 :], len(step.read_targets))
+    reads = np.asarray(ranks.sum(torch.from_numpy(np.stack([read_losses, step.read_targets]))))
     finite = math.isfinite(loss) and math.isfinite(gradient_norm)
     if not finite:
         require_finite(dict(model.named_parameters()), step.number)
@@ -126,7 +137,7 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
         set_step(learner.optimizers, rate, momentum(schedule, step.number))
         update(learner.optimizers, ranks.rank, ranks.num_ranks)
     model.zero_grad(set_to_none=True)
-    return StepResult(loss, rate, gradient_norm, digest_text(digest), not finite)
+    return StepResult(loss, rate, gradient_norm, digest_text(digest), not finite, reads)
 
 
 def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
@@ -139,7 +150,8 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
             _save(run, settings, 0)
         return done
     log = open_log(settings.out, done, settings.track, ranks.is_first)
-    with log as write, shown_progress(quiet=not ranks.is_first) as progress:
+    losses = open_losses(settings.out, done) if ranks.is_first else contextlib.nullcontext(lambda reads: None)
+    with log as write, losses as write_losses, shown_progress(quiet=not ranks.is_first) as progress:
         progress(recipe.stage, done, end, "steps")
         share = ranks.rank, ranks.num_ranks, settings.device_batch_size
         steps = read_ahead(plan, range(done, end), *share, ranks.device)
@@ -155,7 +167,9 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
             share_of_peak = mfu(learner.model.config, plan.seq_len, tokens_per_s / ranks.num_ranks, ranks.device)
             speed = {"tokens_per_s": round(tokens_per_s, 1), "mfu": share_of_peak}
             speed |= {"memory_bytes": peak_memory(ranks.device), "data_wait_share": round(wait_s / duration_s, 5)}
-            write(TrainEntry(**asdict(result), **counts, **speed))
+            logged = asdict(result)
+            write_losses(logged.pop("reads"))
+            write(TrainEntry(**logged, **counts, **speed))
             progress(recipe.stage, done, end, "steps", f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
             stopped = stop.agreed(ranks)
             if run.val_plan is not None and not stopped and (done % settings.eval_every == 0 or done == end):
@@ -197,6 +211,8 @@ def _save(run: Run, settings: RunSettings, step: int) -> None:
             state[name] = tensor.cpu()
     if ranks.is_first:
         folder, tokenizer = settings.out / "checkpoints", run.plan.split.build.path / "tokenizer"
+        for path in (settings.out / FOLDER).glob("*.bin"):  # so that it has all steps of the checkpoint
+            sync(path)
         save_checkpoint(folder, step, model.config, weights, state, run.plan_record, run.recipe, tokenizer)
         keep_last(settings.out, settings.keep_last)
     ranks.wait()

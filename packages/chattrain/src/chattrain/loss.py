@@ -30,6 +30,7 @@ def chunked_loss(
     chunk_rows: int | None = None,
     compiled: bool = False,
     rows: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Sum of cross-entropies in nats over the positions whose target is not -100; 0, with zero gradients, if all are.
 
@@ -37,6 +38,7 @@ def chunked_loss(
     chunk_rows: target positions whose logits are held at a time, by default as many as suit the device.
     compiled: fuse softcap, softmax and their gradient with torch.compile (for GPUs, where memory limits them).
     rows: int64 [N] on hidden's device, the flat positions with a target; None: found here, for which a GPU must wait.
+    out: [N] memory for the loss of each of these positions; filled only where there are gradients.
 
     The head's matmuls run in hidden's dtype; softcap, softmax and sums in at least fp32 (float64 stays float64).
     Both gradients are computed with the loss, chunk by chunk while the chunk's logits are in memory, and only scaled in
@@ -45,7 +47,7 @@ def chunked_loss(
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return position_losses(hidden, weight, targets, vocab_size, chunk_rows, rows).sum()
-    return _ChunkedLoss.apply(hidden, weight, targets, vocab_size, chunk_rows, compiled, rows)
+    return _ChunkedLoss.apply(hidden, weight, targets, vocab_size, chunk_rows, compiled, rows, out)
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)  # hidden's dtype decides, in the loss and in its gradient
-    def forward(ctx, hidden, weight, targets, vocab_size, chunk_rows, compiled, rows):
+    def forward(ctx, hidden, weight, targets, vocab_size, chunk_rows, compiled, rows, out):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows, x, y = _target_rows(hidden, targets, rows)
         parts = list(_chunks(len(rows), vocab_size, hidden.device, chunk_rows))
@@ -87,6 +89,8 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = torch.mm(x[part], head.T, out=logits_buffer[: len(y[part])])
             losses, gradient = losses_and_gradient(logits, y[part], weights_buffer)
             total += losses.sum()
+            if out is not None:
+                out[part] = losses
             torch.mm(gradient, head, out=x_gradient[part])
             if weight_gradient.dtype == gradient.dtype:
                 weight_gradient[:vocab_size].addmm_(gradient.T, x[part])
@@ -103,7 +107,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden_gradient, weight_gradient = ctx.gradients
         del ctx.gradients  # scaled in place, so a second backward through the same loss must fail
-        return hidden_gradient.mul_(upstream), weight_gradient.mul_(upstream), None, None, None, None, None
+        return hidden_gradient.mul_(upstream), weight_gradient.mul_(upstream), *[None] * 6
 
 
 def _losses_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,16 +9,21 @@ import numpy as np
 from chatdata.packing.epoch import TrainingPlan, plan_epoch
 from chatdata.shards.address import cached_build
 from chatdata.shards.read import open_build
-from chattrain.checkpoint import PlanRecord, plan_record, require_same
+from chattrain.checkpoint import plan_record, require_same
 from chattrain.errors import RunError
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.reads import reads_of_step
-from chattrain.run.telemetry import LOG_NAME, TrainEntry, read_log, read_run
+from chattrain.run.losses import READ, read_losses
+from chattrain.run.telemetry import LOG_NAME, RunRecord, TrainEntry, read_log, read_run
 
 
-def plan_again(record: PlanRecord, data: str | Path) -> TrainingPlan:
-    """The recorded plan, made again from its build. Raises ResumeError unless it is the same, FormatError."""
-    split = open_build(data)[record.split]
+def plan_again(run: RunRecord, data: str | Path | None = None) -> TrainingPlan:
+    """The recorded plan, made again from its build. Raises ResumeError unless it is the same, FormatError.
+
+    data: the build, if it is no longer at the recorded path.
+    """
+    record = run.plan
+    split = open_build(data or cached_build(record.build_id) or run.data)[record.split]
     chosen: dict[str, Any] = {"mask": record.mask, "seq_len": record.seq_len}
     if record.order == "nanochat":
         ranks = {"num_ranks": record.num_ranks, "device_batch_size": record.device_batch_size}
@@ -32,7 +37,9 @@ def plan_again(record: PlanRecord, data: str | Path) -> TrainingPlan:
 
 
 def trace_step(run: Path, step: int, data: str | Path | None = None) -> dict[str, Any]:
-    """What a step was trained on: its log entry, and name, task, row, position, tokens and sequence of each document.
+    """What a step was trained on: its log entry, and name, task, row, position, tokens, sequence and text of each read.
+
+    Where they are recorded, also its summed loss in nats and the number of its targets.
 
     data: the build, if it is no longer at the recorded path. Raises RunError for a folder that is not a run and for a
     step that the run does not have, PlanError for another build than the run's.
@@ -41,15 +48,18 @@ def trace_step(run: Path, step: int, data: str | Path | None = None) -> dict[str
     num_steps = record.recipe.num_steps
     if not 0 <= step < num_steps:
         raise RunError(f"--step {step}: {run} has steps 0 … {num_steps - 1}")
-    plan = plan_again(record.plan, data or cached_build(record.plan.build_id) or record.data)
+    plan = plan_again(record, data)
     log = read_log(run) if (run / LOG_NAME).is_file() else []
     logged = next((entry for entry in log if isinstance(entry, TrainEntry) and entry.step == step), None)
     reads = reads_of_step(plan, step)
     index = plan.split.index_table().select(["task", "entry", "row", "task_position"]).take(reads.document).to_pylist()
     places = np.stack([reads.document, reads.sequence % plan.step_sequences, reads.start, reads.stop], axis=1)
     names = plan.split.names
+    *_, values = read_losses(run, plan, step, step + 1)
+    losses = [dict(zip(READ.names, read, strict=True)) for read in values.tolist()] or [{}] * len(index)
     documents = [
-        {"doc": doc, "name": names[facts["entry"]], **facts, "sequence": sequence, "start": start, "stop": stop}
-        for facts, (doc, sequence, start, stop) in zip(index, places.tolist(), strict=True)
+        {"doc": doc, "name": names[facts["entry"]], **facts, "sequence": sequence, "start": start, "stop": stop, **loss}
+        | {"text": plan.split.build.tokenizer.decode(plan.split[doc].tokens[start:stop].tolist())}
+        for facts, (doc, sequence, start, stop), loss in zip(index, places.tolist(), losses, strict=True)
     ]
     return {"step": step, "split": plan.split.name, "log": msgspec.to_builtins(logged), "documents": documents}

@@ -1,0 +1,209 @@
+"""The loss record: true for every layout, mended after a kill, and what `chattrain losses` makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import shutil
+import tempfile
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_runs import check_record, write_build
+from torch.nn.functional import cross_entropy
+
+from chatdata.errors import UsageError
+from chatdata.packing.epoch import TrainingPlan
+from chatdata.shards.read import open_build
+from chattrain.batches import read_step
+from chattrain.cli import cli
+from chattrain.errors import RunError
+from chattrain.loop import train_step
+from chattrain.model import GPT
+from chattrain.reads import reads_of_step
+from chattrain.run.losses import open_losses, recorded_steps, summarise
+from chattrain.run.settings import RunSettings
+from chattrain.run.start import Ranks, prepare
+
+CASES = {
+    "stream": {"layout": "stream"},
+    "stream, all tokens": {"layout": "stream", "mask": "ignore"},
+    "pack": {"layout": "pack"},
+    "pack, last turn": {"layout": "pack", "mask": "last-turn"},
+    "pad": {"layout": "pad"},
+    "nanochat, mid": {"order": "nanochat", "stage": "mid"},
+    "nanochat, sft": {"order": "nanochat"},
+}
+STEPS = [[[1.5, 2.0], [3, 4]], [[0.25], [7]], [[8.0, 0.0, 1.0], [2, 0, 5]]]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_build(tmp_path_factory.mktemp("build") / "sft", "sft")
+
+
+def chattrain(*arguments: object) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        cli.main([*map(str, arguments)], standalone_mode=False)
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of an epoch and a half."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    sizes = ["--init", "random:d1", "--seq-len", 64, "--device-batch-size", 16, "--device", "cpu"]
+    chattrain("run", "--data", build, *sizes, "--steps", 4, "--out", out)
+    return out
+
+
+def costs(model: GPT, plan: TrainingPlan, step: int) -> np.ndarray:
+    """Losses and targets of every read, [2, reads], from each sequence or document by itself, with all logits."""
+    reads = reads_of_step(plan, step)
+    numbers, found = range(len(reads.document)), np.zeros((2, len(reads.document)))
+    together = (lambda i: reads.sequence[i]) if plan.layout == "stream" else (lambda i: i)
+    for _, row in groupby(numbers, together):
+        parts = [(i, plan.split[int(reads.document[i])], slice(reads.start[i], reads.stop[i])) for i in row]
+        tokens = torch.from_numpy(np.concatenate([doc.tokens[part] for _, doc, part in parts]).astype(np.int64))
+        mask = np.concatenate([doc.mask[part] for _, doc, part in parts])[1:]
+        read = np.concatenate([np.full(part.stop - part.start, i) for i, _, part in parts])[1:]
+        with torch.no_grad():
+            losses = cross_entropy(model.logits(model(tokens[None, :-1]))[0], tokens[1:], reduction="none").numpy()
+        used = mask > (-1 if plan.mask == "ignore" else 0)
+        found += [np.bincount(read[used], values[used], len(numbers)) for values in (losses, np.ones_like(losses))]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_read_is_what_its_tokens_cost(build: Path, tmp_path: Path, case: str) -> None:
+    base = RunSettings(data=build, out=tmp_path, init="random:d1", seq_len=64, device_batch_size=4, steps=3)
+    settings = replace(base, **CASES[case])  # type: ignore[arg-type]
+    if settings.order == "plan":
+        settings = replace(settings, device_batch_size=2, total_batch_tokens=6 * 64)
+    ready = prepare(settings, open_build(build), Ranks(0, 1, torch.device("cpu")))
+    model, generator = ready.learner.model, torch.Generator().manual_seed(7)
+    with torch.no_grad():  # a fresh model's head is zero: every token would cost the same
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    for number in range(2):
+        expected = costs(model, ready.plan, number)
+        step = read_step(ready.plan, number, device_batch_size=settings.device_batch_size)
+        result = train_step(ready.learner, ready.recipe, ready.plan, step)
+        assert result.reads[1].tolist() == expected[1].tolist()
+        assert result.reads[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-5)
+        assert len({*result.reads[0]}) > 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sums_are_the_logs(build: Path, tmp_path: Path, case: str) -> None:
+    layout = [text for key, value in CASES[case].items() for text in (f"--{key}", value)]
+    sizes = ["--init", "random:d1", "--seq-len", 64, "--device-batch-size", 4, "--device", "cpu"]
+    chattrain("run", "--data", build, *sizes, "--steps", 5, "--out", tmp_path / "run", *layout)
+    check_record(tmp_path / "run")
+
+
+def written(out: Path, steps: list, start: int = 0) -> list[bytes]:
+    """The files after these steps, the first of which is number `start`."""
+    with open_losses(out, start) as write:
+        for step in steps:
+            write(np.array(step))
+    return [(out / "losses" / name).read_bytes() for name in ("reads.bin", "steps.bin")]
+
+
+def test_the_files(tmp_path: Path) -> None:
+    reads, steps = written(tmp_path, STEPS)
+    dtype = [("loss", "<f4"), ("targets", "<u4")]
+    assert np.frombuffer(reads, dtype).tolist() == [(1.5, 3), (2.0, 4), (0.25, 7), (8.0, 2), (0.0, 0), (1.0, 5)]
+    assert np.frombuffer(steps, "<u8").tolist() == [2, 3, 6] == recorded_steps(tmp_path).tolist()
+
+
+@given(st.data())
+def test_what_a_kill_leaves_is_mended(data) -> None:
+    """Whatever was written of steps after a checkpoint, and however much of it, resuming leaves no trace of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        whole = written(out, STEPS)
+        start = data.draw(st.integers(0, len(STEPS)))
+        least = 8 * sum(len(losses) for losses, _ in STEPS[:start]), 8 * start
+        for name, content, kept in zip(("reads.bin", "steps.bin"), whole, least, strict=True):
+            cut = data.draw(st.integers(kept, len(content)))
+            (out / "losses" / name).write_bytes(content[:cut] + data.draw(st.binary(max_size=20 * (cut > kept))))
+        assert written(out, STEPS[start:], start) == whole
+
+
+def test_steps_of_an_earlier_chattrain_count_no_reads(tmp_path: Path) -> None:
+    written(tmp_path, STEPS[:1], start=3)
+    assert recorded_steps(tmp_path).tolist() == [0, 0, 0, 2]
+    shutil.rmtree(tmp_path / "losses")
+    assert recorded_steps(tmp_path).tolist() == []
+
+
+def test_losses_of_a_run(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "losses.parquet"
+    assert chattrain("losses", run, "--out", file).startswith(f"{file}: ")
+    table = pq.read_table(file)
+    assert table.schema.names == ["step", "doc", "task", "name", "row", "loss", "targets"]
+    assert [str(table.schema.field(name).type) for name in ("loss", "targets")] == ["float", "uint32"]
+    for step in range(4):
+        traced = json.loads(chattrain("trace", run, "--step", step, "--json"))["documents"]
+        rows = [row for row in table.to_pylist() if row["step"] == step]
+        assert [{"step": step, **{key: read[key] for key in rows[0] if key != "step"}} for read in traced] == rows
+        assert all(read["text"].startswith("<|bos|><|user_start|>") for read in traced)
+    found = json.loads(chattrain("losses", run, "--json"))
+    assert found["steps"] == [0, 3] and found["not_finite"] == 0 and len(found["hardest"]) == 10
+    assert {*found["tasks"]} == {"conversations", "identity"}
+    rows = [row for row in table.to_pylist() if row["step"] < 2 and row["name"] == "identity"]
+    mean = sum(row["loss"] for row in rows) / sum(row["targets"] for row in rows)
+    assert found["tasks"]["identity"]["first"] == pytest.approx(mean)
+    printed = chattrain("losses", run)
+    assert "nats per target in each third of steps 0 … 3, 0 losses" in printed
+    assert f"{found['hardest'][0]['mean']:.4f}" in printed
+    line = next(line for line in chattrain("trace", run, "--step", 0).splitlines() if "<|bos|>" in line)
+    assert line.strip() == json.loads(chattrain("trace", run, "--step", 0, "--json"))["documents"][0]["text"]
+
+
+def test_what_is_not_recorded_is_said(run: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(run, tmp_path / "old")
+    shutil.rmtree(old / "losses")
+    with pytest.raises(RunError, match=rf"^{old}: no losses are recorded: an earlier chattrain did the steps, or none"):
+        chattrain("losses", old)
+    assert "not recorded" in chattrain("trace", old, "--step", 0)
+    with pytest.raises(UsageError, match=r"names? a file"):
+        chattrain("losses", run, "--out", tmp_path)
+    (run / "losses/steps.bin").rename(tmp_path / "steps.bin")
+    steps = np.fromfile(tmp_path / "steps.bin", "<u8")
+    for wrong in (steps[1:], steps[[1, 0, 2, 3]], np.array([1])):
+        (run / "losses/steps.bin").write_bytes(wrong.astype("<u8").tobytes())
+        with pytest.raises(RunError, match=r"run/losses: has other reads than the run's plan: it is damaged, or of "):
+            chattrain("losses", run)
+    (tmp_path / "steps.bin").rename(run / "losses/steps.bin")
+
+
+def test_a_summary() -> None:
+    """Document 1 costs 3 nats per target where its step costs (12 + 2) / 8; NaN is counted, no target is no loss."""
+    rows = [
+        *((10, 1, "a", 4, 12.0, 4), (10, 2, "b", 0, 2.0, 4), (11, 3, "b", 1, math.nan, 9), (11, 4, "a", 5, 0.0, 0)),
+        *((12, 1, "a", 4, 3.0, 1), (12, 2, "b", 0, 1.0, 1)),
+    ]
+    names = ("step", "doc", "name", "row", "loss", "targets")
+    found = summarise(pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))))
+    assert found == {
+        "steps": [10, 12],
+        "not_finite": 1,
+        "tasks": {"a": {"first": 3.0, "middle": None, "last": 3.0}, "b": {"first": 0.5, "middle": None, "last": 1.0}},
+        "hardest": [
+            *({"doc": 1, "name": "a", "row": 4, "reads": 2, "loss": 15.0, "targets": 5, "above": 1.125, "mean": 3.0},),
+            *({"doc": 2, "name": "b", "row": 0, "reads": 2, "loss": 3.0, "targets": 5, "above": -1.125, "mean": 0.6},),
+        ],
+    }
