@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,11 +31,12 @@ from torch._dynamo.testing import CompileCounter
 
 from chatdata.packing.epoch import TrainingPlan
 from chatdata.shards.read import open_build
+from chattrain import evaluate
 from chattrain.batches import IGNORED, Batch, Step, read_step
 from chattrain.checkpoint import Recipe, keep_last, last_checkpoint, save_checkpoint
 from chattrain.cli import cli
 from chattrain.errors import ChattrainError, CheckpointError, NonFiniteError, ResumeError, RunError
-from chattrain.loop import StepResult, backward, train, train_step
+from chattrain.loop import StepResult, _evaluate, backward, train, train_step
 from chattrain.loss import chunked_loss
 from chattrain.model import random_config
 from chattrain.run.settings import RunSettings
@@ -774,6 +776,30 @@ def test_a_compiled_model_is_one_graph_for_all_steps(
         widths.add(batch.inputs.shape[1])
         backward(ready.learner, batch, 1)
     assert counter.frame_count == 1 and (len(widths) > 3) == (layout == "pad")
+
+
+@pytest.mark.parametrize("layout", ["stream", "pad"])
+def test_validation_is_compiled_and_read_ahead(builds: dict[str, Path], tmp_path: Path, monkeypatch, layout) -> None:
+    """One graph for all batches but the last, which is smaller; the numbers are those of the model without a graph."""
+    torch._dynamo.reset()
+    counter, threads, found = CompileCounter(), set(), []
+    original = evaluate.read_rows
+
+    def read(*arguments):
+        threads.add(threading.current_thread().name.split("_")[0])
+        return original(*arguments)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(evaluate, "read_rows", read)
+    for compiled in (True, False):
+        settings = settings_for(builds, "sft", tmp_path / "x", layout=layout, compile=compiled, eval_every=1)
+        ready = prepared(settings)
+        assert ready.val_plan.num_steps > 8 and ready.val_plan.num_steps % 3
+        randomised(ready.learner)
+        _evaluate(ready, replace(settings, device_batch_size=3), 0, found.append, lambda *_, **__: None, StopRequest())
+        assert counter.frame_count == 1
+    assert found[0].bits_per_byte == pytest.approx(found[1].bits_per_byte, rel=1e-12) and found[0].bits_per_byte > 1
+    assert threads == {"batches"}
 
 
 def test_mfu_on_an_h100_is_the_known_one(monkeypatch) -> None:

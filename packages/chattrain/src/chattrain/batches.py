@@ -15,10 +15,12 @@ never a token's value. Tokens are slices and gathers of the memory maps, without
 reads them one step ahead of the model.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
-from typing import Literal
+from itertools import chain, pairwise
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from chatdata.shards.read import Split
 from chattrain.loss import IGNORED
 from chattrain.reads import reads_of_sequences, reads_of_step
 
+T = TypeVar("T")
 WIDTH_MULTIPLE = 64  # of pad on cuda: for every new W, cuDNN's attention builds its graphs again, about 60 ms a step
 
 # pack: positions of each document of each row, in order, for attention.pack_sequences; else None: causal over the row
@@ -114,6 +117,23 @@ def read_step(
     num_tokens, num_targets = int(plan.tokens_per_step[position]), int(plan.targets_per_step[position])
     digest = _digest(rows, rank * share, width)
     return Step(step, tuple(batches), num_tokens, num_targets, digest, target_reads, read_targets)
+
+
+def ahead(read: Callable[[int], T], numbers: Iterable[int], device: torch.device) -> Iterator[T]:
+    """Yield `read` of each of `numbers`, called in a thread while the caller works on the previous one.
+
+    Errors of the thread are raised here. The thread ends with the iterator: when it is exhausted, closed or dropped.
+    """
+
+    def work(number: int) -> T:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # set per thread; without it every rank would open a context on GPU 0
+        return read(number)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        reading = (thread.submit(work, number) for number in numbers)
+        for one, _following in pairwise(chain(reading, [None])):
+            yield one.result()
 
 
 def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = None) -> Batch:

@@ -16,7 +16,7 @@ import torch
 from chatdata.arrow import values_of
 from chatdata.packing.epoch import TrainingPlan
 from chatdata.tokenizer.bpe import Tokenizer
-from chattrain.batches import Lengths, read_rows
+from chattrain.batches import Batch, Lengths, ahead, read_rows
 from chattrain.loss import position_losses
 from chattrain.model import GPT
 from chattrain.reads import reads_of_sequences
@@ -47,31 +47,42 @@ def bits_per_byte(
 ) -> dict[str, Any] | None:
     """Bits per byte over all sequences of the plan: {"total", "tasks": {name: …}, "bytes"}; None if asked to stop.
 
-    Ranks take turns; their sums are added once, at the end. `show` gets how many sequences are done, and of how many.
+    Batches are read one ahead of the model. Ranks take turns; their sums are added once, at the end.
+
+    show: gets how many sequences are done, and of how many.
     """
     tasks, task_of_document = _tasks(plan)
     # sequences that do not fill a step are evaluated too
     num_sequences = plan.num_steps * plan.step_sequences + plan.left_out.sequences
     nats, num_bytes = np.zeros(len(tasks)), np.zeros(len(tasks))
     at_once = device_batch_size * ranks.num_ranks
-    for start in range(0, num_sequences, at_once):
-        show(start, num_sequences)
-        if stop.agreed(ranks):
-            return None
+
+    def read(start: int) -> tuple[Batch, np.ndarray, np.ndarray, np.ndarray] | None:
+        """This rank's sequences, where targets have bytes [B, W], and those targets' tasks and bytes."""
         first = min(start + ranks.rank * device_batch_size, num_sequences)
         last = min(first + device_batch_size, num_sequences)
         if first == last:
-            continue
+            return None
         rows = read_rows(plan, first, last)
-        hidden, targets = forward(rows.inputs, rows.lengths), rows.targets.to(ranks.device)
-        losses = position_losses(hidden, model.lm_head.weight, targets, model.config.vocab_size)
-        read = rows.targets.numpy()
-        counts = byte_counts[np.maximum(read, 0)] * (read >= 0)
+        targets = rows.targets.numpy()
+        counts = byte_counts[np.maximum(targets, 0)] * (targets >= 0)
         counted = counts > 0
-        task = task_of_document[reads_of_sequences(plan, first, last).document[rows.reads[counted]]]
-        values = losses.cpu().double().numpy()[counted]
-        nats += np.bincount(task, weights=values, minlength=len(tasks))
-        num_bytes += np.bincount(task, weights=counts[counted], minlength=len(tasks))
+        document = reads_of_sequences(plan, first, last).document[rows.reads[counted]]
+        return rows, counted, task_of_document[document], counts[counted]
+
+    starts = range(0, num_sequences, at_once)
+    for start, batch in zip(starts, ahead(read, starts, ranks.device), strict=True):
+        show(start, num_sequences)
+        if stop.agreed(ranks):
+            return None
+        if batch is None:
+            continue
+        rows, counted, task, counts = batch
+        hidden = forward(rows.inputs, rows.lengths)
+        targets, with_target = rows.targets.to(ranks.device), rows.rows.to(ranks.device)
+        losses = position_losses(hidden, model.lm_head.weight, targets, model.config.vocab_size, rows=with_target)
+        nats += np.bincount(task, weights=losses.cpu().double().numpy()[counted], minlength=len(tasks))
+        num_bytes += np.bincount(task, weights=counts, minlength=len(tasks))
     show(num_sequences, num_sequences)
     nats, num_bytes = ranks.sum(torch.from_numpy(np.stack([nats, num_bytes]))).numpy()
     sums = zip(tasks, nats.tolist(), num_bytes.tolist(), strict=True)

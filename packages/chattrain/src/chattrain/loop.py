@@ -9,10 +9,8 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
-from itertools import chain, pairwise
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from chatdata.disk import sync
 from chatdata.packing.epoch import TrainingPlan
 from chatdata.progress import Progress, say, shown_progress
 from chattrain.attention import pack_sequences
-from chattrain.batches import Batch, Lengths, Step, read_step
+from chattrain.batches import Batch, Lengths, Step, ahead, read_step
 from chattrain.checkpoint import Recipe, keep_last, require_finite, save_checkpoint
 from chattrain.errors import NonFiniteError
 from chattrain.evaluate import bits_per_byte, token_byte_counts
@@ -56,22 +54,10 @@ def read_ahead(
     device_batch_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Step]:
-    """Yield `read_step` of each of `steps`, read in a thread while the caller works on the previous one.
-
-    Errors of the thread are raised here. The thread ends with the iterator: when it is exhausted, closed or dropped.
-    """
+    """`read_step` of each of `steps`, one `ahead` of the caller."""
     device = torch.device(device)
-    pin = device.type == "cuda"
-
-    def read(step: int) -> Step:
-        if pin:
-            torch.cuda.set_device(device)  # set per thread; without it every rank would open a context on GPU 0
-        return read_step(plan, step, rank, num_ranks, device_batch_size, pin)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        reading = (thread.submit(read, step) for step in steps)
-        for ahead, _following in pairwise(chain(reading, [None])):
-            yield ahead.result()
+    share = rank, num_ranks, device_batch_size, device.type == "cuda"
+    return ahead(lambda step: read_step(plan, step, *share), steps, device)
 
 
 def hidden_states(learner: Learner, called: nn.Module, inputs: Tensor, lengths: Lengths) -> Tensor:
@@ -190,8 +176,12 @@ def _evaluate(
         # one that takes long says how far it is, also where there are no bars
         progress("validation", done, total, "sequences", part=time.perf_counter() - started < 10)
 
-    forward = partial(hidden_states, learner, learner.model)
     counts, size = token_byte_counts(run.plan.split.build.tokenizer), settings.device_batch_size
+
+    def forward(inputs: Tensor, lengths: Lengths) -> Tensor:
+        called = learner.called if len(inputs) == size else learner.model  # the last batch is not worth a graph
+        return hidden_states(learner, called, inputs, lengths)
+
     result = bits_per_byte(learner.model, forward, run.val_plan, counts, learner.ranks, size, stop, show)
     if result is None:
         return True
