@@ -67,7 +67,7 @@ def test_a_local_path_is_returned_as_it_is(build: Path) -> None:
     assert local_build(build) == build and local_build(str(build), build_id(build)[:12]) == build
     with pytest.raises(FormatError, match=f"^{build}: build {build_id(build)}, but expected 0123456789ab$"):
         open_build(build, "0123456789ab")
-    with pytest.raises(FormatError, match=f"expected {build_id(build)[:11]}$"):  # too short
+    with pytest.raises(UsageError, match=f'^expect "{build_id(build)[:11]}": give at least the first 12 digits'):
         local_build(build, build_id(build)[:11])
 
 

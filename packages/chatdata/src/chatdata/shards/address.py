@@ -80,7 +80,9 @@ def cached_build(build_id: str) -> Path | None:
 
 
 def _require(where: str | Path, manifest: dict[str, Any], expect: str | None) -> None:
-    if expect is not None and (len(expect) < 12 or not manifest["build_id"].startswith(expect)):
+    if expect is not None and len(expect) < 12:
+        raise UsageError(f'expect "{expect}": give at least the first 12 digits of a build_id')
+    if expect is not None and not manifest["build_id"].startswith(expect):
         raise FormatError(f"{where}: build {manifest['build_id']}, but expected {expect}")
 
 
