@@ -1,4 +1,4 @@
-"""notebooks/row_to_loss.ipynb runs from any folder and gives the outputs committed with it."""
+"""row_to_loss.ipynb and losses.ipynb run from any folder; the first gives the outputs committed with it."""
 
 from __future__ import annotations
 
@@ -48,3 +48,17 @@ def test_row_to_loss_says_what_the_loss_is() -> None:
     for _, nats, num_targets, mean, of_step in stages:
         assert float(nats) / int(num_targets) == pytest.approx(float(mean), abs=1e-4)
         assert float(of_step) == pytest.approx(float(mean), abs=1e-4)
+
+
+def test_losses(tmp_path: Path) -> None:
+    """The planted wrong answers lead the list, and all that was not learnt is planted (the notebook asserts both)."""
+    notebook = nbformat.read(ROOT / "notebooks" / "losses.ipynb", as_version=4)
+    assert str(ROOT) not in "".join(outputs(notebook))
+    for cell in notebook.cells:
+        cell.pop("outputs", None)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    streams = [o.text for cell in notebook.cells for o in cell.get("outputs", []) if o.get("name") == "stdout"]
+    assert re.match(r"96 steps; 201 \+ 8 bytes a step", streams[0])
+    assert re.match(r"the first ([89]|10) of 10 are planted, of 8 in 160 documents", streams[1])
+    shown = outputs(notebook)
+    assert "image/png" in shown and "numbers" in shown[-2]
