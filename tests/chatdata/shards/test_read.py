@@ -417,6 +417,11 @@ def test_an_index_that_changes_after_opening(small: chatdata.Build) -> None:
         chatdata.open_build(small.path)["train"].mask(0, 9, "last-turn")
 
 
+def test_none_is_no_document(small: chatdata.Build) -> None:
+    with pytest.raises(IndexError, match=r"train: None is neither a number, a slice nor a list"):
+        small["train"][None]
+
+
 def test_document_views(small: chatdata.Build) -> None:
     document = next(d for d in small["train"] if len(d) == 8)
     assert document.text() == "<|bos|><|user_start|>xx<|user_end|><|assistant_start|>y<|assistant_end|>"

@@ -1,8 +1,11 @@
 """The `chatdata` command, with tasks and cache. Heavy imports are inside functions so that `--help` is fast."""
 
+import fcntl
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import click
@@ -69,9 +72,9 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
 def cache(unused_days: float | None, as_json: bool) -> None:
     """Print the size of the cache of work units, or prune it.
 
-    --prune removes the units that no build has used for DAYS (0: all). A build renders missing units again. The cache
-    is $CHATDATA_CACHE, by default `chatdata` in the XDG cache folder. It also holds downloaded word lists, which are
-    small, and the builds fetched from an address, in `builds`: these are never removed.
+    --prune removes the units that no build has used for DAYS (0: all), and builds that were only fetched in part. A
+    build renders missing units again. The cache is $CHATDATA_CACHE, by default `chatdata` in the XDG cache folder. It
+    also holds downloaded word lists, which are small, and fetched builds: these are never removed.
 
     Examples:
       chatdata cache
@@ -88,8 +91,14 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     num_bytes, removed_bytes = (sum(unit.num_bytes for unit in units) for units in (left, removed))
     facts: dict[str, Any] = {"folder": str(folder), "units": len(left), "bytes": num_bytes}
     facts |= {"removed_units": len(removed), "removed_bytes": removed_bytes}
-    builds = sorted(path.parent for path in cache_folder("builds").glob("[!.]*/manifest.json"))
-    builds_bytes = sum(path.stat().st_size for build in builds for path in build.rglob("*") if path.is_file())
+    fetched = cache_folder("builds")
+    if unused_days is not None:
+        with suppress(OSError), (fetched / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a fetch holds it
+            for partial_fetch in fetched.glob(".tmp-*"):
+                rmtree(partial_fetch)
+    builds = sorted(path.parent for path in fetched.glob("[!.]*/manifest.json"))
+    builds_bytes = sum(path.stat().st_size for path in fetched.rglob("*") if path.is_file())  # partial ones, too
     facts |= {"builds": [build.name for build in builds], "builds_bytes": builds_bytes}
     if as_json:
         say_json(facts | {"oldest_use": left[0].last_used if left else None})
@@ -98,8 +107,8 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     say(f"{folder}: {len(left):,} work units, {megabytes(num_bytes)}{oldest}")
     if removed:
         say(f"removed: {len(removed):,} work units, {megabytes(removed_bytes)}")
-    if builds:
-        say(f"{cache_folder('builds')}: {len(builds):,} fetched, {megabytes(builds_bytes)}")
+    if builds_bytes:
+        say(f"{fetched}: {len(builds):,} fetched builds, {megabytes(builds_bytes)}")
 
 
 INTERRUPTED = "interrupted; no build was written, but rendered work units are kept: run the same command to resume"

@@ -113,6 +113,8 @@ class Split(Shards):
             i = operator.index(cast(SupportsIndex, i))
         except TypeError:
             whole, documents = self._chosen(cast(slice, i))
+            if documents.ndim != 1:
+                raise IndexError(f"{self.name}: {i!r} is neither a number, a slice nor a list") from None
             lengths = np.diff(whole.offsets)[documents]
             parts = np.split(lengths, range(VIEW_DOCUMENTS, len(lengths), VIEW_DOCUMENTS))
             shards = [{"documents": len(part), "tokens": int(part.sum())} for part in parts]
