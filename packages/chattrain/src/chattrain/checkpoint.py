@@ -24,13 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chatdata.disk import Count, Positive, convert, decode, file_sha256, sync
+from chatdata.errors import first_line
 from chatdata.packing.epoch import Layout, Order, TrainingPlan
 from chatdata.packing.layouts import Long
 from chatdata.shards.manifest import Sha256
 from chatdata.shards.masks import MaskPolicy
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.files import load_tokenizer
-from chattrain.errors import CheckpointError, NonFiniteError, ResumeError, RunError, first_line
+from chattrain.errors import CheckpointError, NonFiniteError, ResumeError, RunError
 from chattrain.model import ModelConfig, Tensors, parse_config
 
 FORMAT, VERSION = "chattrain-checkpoint", 2  # 2: with SHA-256, and "layout" in the plan

@@ -20,8 +20,6 @@ A plan that cannot be made, or cut for these ranks, is chatdata's PlanError.
 
 from collections.abc import Iterable
 
-from chatdata.errors import first_line as first_line
-
 
 def named(names: Iterable[str], most: int = 4) -> str:
     """Names for a one-line message: sorted, the first few and how many more, "none" if there are none."""

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chatdata.disk import decode
-from chattrain.errors import ImportNanochatError, first_line
+from chatdata.errors import first_line
+from chattrain.errors import ImportNanochatError
 from chattrain.model import ModelConfig, check_weights, parse_config
 from chattrain.nanochat.export import BY_VOCABULARY
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chatdata.disk import check_replaceable
+from chatdata.errors import first_line
 from chattrain.checkpoint import TOKENIZER_FILES, write_tensors
-from chattrain.errors import ExportError, VerifyError, first_line
+from chattrain.errors import ExportError, VerifyError
 from chattrain.model import NORM_EPS, ROPE_THETA, SOFTCAP, ModelConfig, Tensors, check_weights, load_model
 
 MAX_LOGIT_DIFFERENCE = 1e-5  # fp32, sdpa on both sides; the same model measured 0 to 2e-6

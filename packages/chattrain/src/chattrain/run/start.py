@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from chatdata.errors import first_line
 from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, TrainingPlan, plan_epoch
 from chatdata.shards.read import Build
 from chattrain.checkpoint import PlanRecord, Recipe, last_checkpoint, plan_record, read_checkpoint, require_same
-from chattrain.errors import DeviceError, RankError, ResumeError, RunError, first_line
+from chattrain.errors import DeviceError, RankError, ResumeError, RunError
 from chattrain.model import GPT, initial_weights, load_model, random_config
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import SCHEDULES, load_optimizer_tensors, make_optimizers
