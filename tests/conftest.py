@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import Browser, find_chromium, open_browser
 
 ROOT = Path(__file__).parent.parent
 RECIPES = Path(__file__).parent / "chatdata" / "recipes"
@@ -54,6 +55,18 @@ def shared() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One headless Chromium per process: skipped where there is none, a failure where it is required (CI)."""
+    if find_chromium() is None:
+        reason = "no Chromium on this machine (Debian: apt-get install chromium)"
+        if os.environ.get("CHATDATA_REQUIRE_SHARED") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open_browser(Path(folder)) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,10 @@
-"""Builds to report on, and a browser to open the page in."""
+"""Builds to report on."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,16 +16,6 @@ from chatdata.recipe import load_recipe
 from chatdata.sources.find import Locations
 from chatdata.tasks import load_tasks
 from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
-
-
-def _load_browser() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-browser_module = _load_browser()
 
 
 def chat(user: str, answer: Any) -> list[dict[str, Any]]:
@@ -120,20 +106,6 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def hostile_page(hostile: dict[str, Any]) -> Path:
     return Path(hostile["out"])
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    if browser_module.find_chromium() is None:
-        reason = "no Chromium on this machine (Debian: apt-get install chromium)"
-        if os.environ.get("CHATDATA_REQUIRE_SHARED") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        browser_module.open_browser(Path(folder)) as opened,
-    ):
-        yield opened
 
 
 @pytest.fixture(scope="session")
