@@ -119,6 +119,10 @@ def test_several_draws(tmp_path: Path) -> None:
     assert (task.examples_right[0].item, task.examples_wrong[0].item) == ("x", "y")
     assert task.examples_right[0].draw == 1  # right in B and wrong in A, though draw 0 is the other way round
     assert task.interval is not None and task.interval[0] < 0 < task.interval[1]
+    passes = {k: (pair.accuracy_a, pair.accuracy_b, pair.difference) for k, pair in task.pass_at.items()}
+    assert passes[2] == pytest.approx((7 / 9, 8 / 9, 1 / 9)) and passes[3] == (1, 1, 0)
+    assert passes[1] == pytest.approx((5 / 9, 5 / 9, 0))
+    assert "gsm8k pass@2 77.8 88.9 +11.1" in " ".join(shown(compare(a, b)).split())
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,9 @@ def test_several_draws_are_averaged_per_item_and_part_of_them_is_no_item(item, t
     task = compute({"gsm8k": task_of(3, draws=3)}, *answers).tasks["gsm8k"]
     assert (task.score.items, task.unfinished, task.complete) == (2, 1, False)
     assert task.score.correct == pytest.approx(5 / 3) and task.score.accuracy == pytest.approx(5 / 6)
+    assert task.pass_at[1].accuracy == pytest.approx(5 / 6)
+    assert task.pass_at[1].interval == pytest.approx(task.score.interval)
+    assert {k: (score.items, score.accuracy) for k, score in task.pass_at.items() if k > 1} == {2: (2, 1), 3: (2, 1)}
     low, high = task.score.interval  # n = 2 items, not 6 draws
     assert high - low > 0.6
     assert sum(task.endings.values()) == 6

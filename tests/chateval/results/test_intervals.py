@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chateval.results import intervals as stats
-from chateval.results.intervals import CHAT_CORE_CHANCE, chat_core, mcnemar_exact, paired_bootstrap, wilson_interval
+from chateval.results.intervals import (
+    CHAT_CORE_CHANCE,
+    chat_core,
+    mcnemar_exact,
+    paired_bootstrap,
+    pass_at_k,
+    pass_scores,
+    wilson_interval,
+)
 
 # wilson_interval
 
@@ -96,6 +105,46 @@ def test_exact_coverage_of_wilson(rate: float, expected: tuple[float, ...]) -> N
 def test_wilson_refuses_what_is_no_share(correct: float, total: int, confidence: float) -> None:
     with pytest.raises(AssertionError):
         wilson_interval(correct, total, confidence)
+
+
+# pass_at_k
+
+
+@pytest.mark.parametrize(
+    ("correct", "draws", "k", "expected"),
+    [(0, 4, 2, 0.0), (4, 4, 1, 1.0), (2, 5, 1, 0.4), (2, 5, 2, 0.7), (2, 5, 4, 1.0), (1, 100, 10, 0.1)],
+)
+def test_pass_at_k(correct: int, draws: int, k: int, expected: float) -> None:
+    assert pass_at_k(correct, draws, k) == expected
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
+def test_pass_at_k_is_the_share_of_all_choices_with_a_right_draw(right: list[bool], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(right)))
+    choices = [any(choice) for choice in combinations(right, k)]
+    assert pass_at_k(sum(right), len(right), k) == sum(choices) / len(choices)
+
+
+@given(st.integers(1, 60), st.floats(0, 1), st.data())
+def test_pass_at_k_has_no_bias(draws: int, rate: float, data: st.DataObject) -> None:
+    """Draws that are right with probability p: k of them hold a right one with probability 1 − (1 − p)^k."""
+    k = data.draw(st.integers(1, draws))
+    ways = [math.comb(draws, c) * rate**c * (1 - rate) ** (draws - c) for c in range(draws + 1)]
+    expected = math.fsum(way * pass_at_k(c, draws, k) for c, way in enumerate(ways))
+    assert expected == pytest.approx(1 - (1 - rate) ** k, abs=1e-12)
+
+
+@given(st.integers(2, 5000), st.data())
+def test_pass_at_k_of_many_draws_grows_with_k_and_stays_within_0_and_1(draws: int, data: st.DataObject) -> None:
+    correct = data.draw(st.integers(0, draws))
+    scores = [score for (score,) in pass_scores([correct], draws).values()]
+    assert scores == sorted(scores) and scores[0] == correct / draws and scores[-1] == (correct > 0)
+
+
+def test_pass_scores_are_of_powers_of_two_and_of_all_draws() -> None:
+    assert pass_scores([0, 1], 1) == {}
+    assert list(pass_scores([0, 3], 8)) == [1, 2, 4, 8] and list(pass_scores([], 10)) == [1, 2, 4, 8, 10]
+    assert pass_scores([0, 1, 3], 3) == {1: [0, 1 / 3, 1], 2: [0, 2 / 3, 1], 3: [0, 1, 1]}
 
 
 # mcnemar_exact

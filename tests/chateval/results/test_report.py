@@ -74,6 +74,19 @@ def test_the_report_has_subjects_by_accuracy_and_nothing_alive(run_of, some_resu
     assert "- temperature: 0.0" in report
 
 
+def test_several_draws_show_pass_at_k(item, task_of, run_of, compute) -> None:
+    tasks = {"gsm8k": task_of(2, draws=4), "mmlu": task_of(1, "categorical", 0.25)}
+    answers = [item(name=name, draw=draw, correct=name == "a" and draw == 3) for name in "ab" for draw in range(4)]
+    results = compute(tasks, *answers, item("mmlu", "c", "categorical"))
+    expected = [["12.5", "0.7–73.6"], ["25.0", "2.7–80.2"], ["50.0", "9.5–90.5"]]
+    rows = [["gsm8k", f"pass@{k}", "2", *cells] for k, cells in zip((1, 2, 4), expected, strict=True)]
+    assert [line.split() for line in rendered(show_results(results)) if "pass@" in line] == rows
+    report = markdown_report(run_of(tasks), results)
+    assert "## At least one of k draws is right (pass@k)\n\n| draws |  | items | right % | 95 % |" in report
+    assert "| gsm8k | pass\\@4 | 2 | 50.0 | 9.5–90.5 |" in report and "mmlu | pass" not in report
+    assert results.to_json()["tasks"]["gsm8k"]["pass_at"][4]["accuracy"] == 0.5
+
+
 @given(st.text())
 def test_escaped_text_is_one_inert_line(text: str) -> None:
     escaped = escape_markdown(text)

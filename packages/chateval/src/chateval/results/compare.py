@@ -13,7 +13,7 @@ import numpy as np
 
 from chateval.errors import ResultsError
 from chateval.results.figures import Answers, Results, compute_results, finished_items
-from chateval.results.intervals import mcnemar_exact, paired_bootstrap
+from chateval.results.intervals import mcnemar_exact, paired_bootstrap, pass_scores
 from chateval.results.items import Item, read_items
 from chateval.results.run_file import changes, read_run
 
@@ -35,15 +35,22 @@ class Turned:
 
 
 @dataclass(frozen=True)
-class TaskComparison:
-    """One task, over the items finished in both runs. Scores are 0..1; None if no item is in both."""
+class Paired:
+    """Two means over the same items, 0..1. None if no item is in both runs."""
 
-    items: int
-    draws: int
     accuracy_a: float | None
     accuracy_b: float | None
     difference: float | None  # b - a
     interval: tuple[float, float] | None  # of the difference: paired bootstrap, 95 %
+
+
+@dataclass(frozen=True)
+class TaskComparison(Paired):
+    """One task, over the items finished in both runs."""
+
+    items: int
+    draws: int
+    pass_at: dict[int, Paired]  # k → pass@k in place of accuracy, see `pass_scores`
     p: float | None  # McNemar, exact; None with several draws
     turned_right: int  # items whose score is higher in b
     turned_wrong: int
@@ -128,19 +135,23 @@ def _compare_task(task: str, a: Answers, b: Answers, draws: int, examples: int) 
     wrong = [item for item, less in zip(shared, num_right_b < num_right_a, strict=True) if less]
     counts = {"items": len(shared), "turned_right": len(right), "turned_wrong": len(wrong)}
     counts |= {"only_in_a": len(a) - len(shared), "only_in_b": len(b) - len(shared)}
-    scores = dict.fromkeys(("accuracy_a", "accuracy_b", "difference", "interval", "p"))
-    if shared:
-        scores |= {"accuracy_a": float(num_right_a.mean()) / draws, "accuracy_b": float(num_right_b.mean()) / draws}
-        scores["difference"] = float((num_right_b - num_right_a).mean()) / draws
-        scores["interval"] = paired_bootstrap(num_right_a / draws, num_right_b / draws)
-        scores["p"] = mcnemar_exact(len(wrong), len(right)) if draws == 1 else None
+    passes = zip(*(pass_scores(num_right, draws).items() for num_right in (num_right_a, num_right_b)), strict=True)
     return TaskComparison(
+        **asdict(_paired(num_right_a / draws, num_right_b / draws)),
         draws=draws,
+        pass_at={k: _paired(np.array(a), np.array(b)) for (k, a), (_, b) in passes},
+        p=mcnemar_exact(len(wrong), len(right)) if shared and draws == 1 else None,
         **counts,
-        **scores,
         examples_right=tuple(_turned(a[item], b[item], to=True) for item in right[:examples]),
         examples_wrong=tuple(_turned(a[item], b[item], to=False) for item in wrong[:examples]),
     )
+
+
+def _paired(a: np.ndarray, b: np.ndarray) -> Paired:
+    """a, b: the scores [items] of the same items."""
+    if not len(a):
+        return Paired(None, None, None, None)
+    return Paired(float(a.mean()), float(b.mean()), float((b - a).mean()), paired_bootstrap(a, b))
 
 
 def _turned(a: Sequence[Item], b: Sequence[Item], to: bool) -> Turned:

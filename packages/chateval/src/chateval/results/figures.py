@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from chateval.errors import ResultsError
-from chateval.results.intervals import CHAT_CORE_CHANCE, chat_core, wilson_interval
+from chateval.results.intervals import CHAT_CORE_CHANCE, chat_core, pass_scores, wilson_interval
 from chateval.results.items import Item
 from chateval.results.run_file import RUN_NAME, Run, RunTask
 
@@ -42,6 +42,7 @@ class TaskResult:
     expected: int  # items to be answered
     unfinished: int  # items with only some of their draws, in no figure
     score: Score
+    pass_at: dict[int, Score]  # k → pass@k, see `pass_scores`
     clean: Score | None = None  # if a firewall file checked the task: items that no training document holds,
     flagged: Score | None = None  # and items that one holds
     subjects: dict[str, Score]
@@ -88,7 +89,7 @@ def compute_results(run: Run, items: Iterable[Item]) -> Results:
     With several draws, an item's score is the mean over its draws, accuracy the mean of item scores, and the interval
     Wilson's with n = items. That is conservative: a mean of draws in 0..1 varies at most as much as one right-or-wrong
     answer with the same expectation, p(1 − p), so the true interval is narrower. Counting draws as n would be too
-    narrow, because draws of one item are not independent.
+    narrow, because draws of one item are not independent. All this holds for pass@k as well.
     Raises ResultsError for items that the run does not list.
     """
     finished, unfinished = finished_items(run, items)
@@ -139,11 +140,13 @@ def _task_result(task: RunTask, items: Answers, unfinished: int, flagged: Sequen
     held = None if flagged is None else set(flagged)
     gold = [answer for answer in answers if None not in (answer.gold_nats, answer.gold_bytes)]
     gold_bytes = sum(_values(gold, "gold_bytes"))
+    passes = pass_scores([sum(_values(draws, "correct")) for draws in items.values()], task.draws)
     asked = {"scoring": task.scoring, "chance": task.chance, "draws": task.draws, "expected": task.items}
     return TaskResult(
         **asked,
         unfinished=unfinished,
         score=_score(answers, task.draws),
+        pass_at={k: _mean_score(math.fsum(scores), len(scores)) for k, scores in passes.items()},
         subjects={subject: _score(by_subject[subject], task.draws) for subject in sorted(by_subject.keys() - {None})},
         endings=dict(sorted(Counter(answer.ending for answer in answers).items())),
         bits_per_byte=math.fsum(_values(gold, "gold_nats")) / (math.log(2) * gold_bytes) if gold_bytes else None,
@@ -170,6 +173,10 @@ def _score(answers: Sequence[Item], draws: int, field: str = "correct") -> Score
     """Score of whole items with `draws` answers each: the sum over all draws ÷ draws is the sum of item means."""
     num_items, num_correct = len(answers) // draws, sum(_values(answers, field))
     total = num_correct / draws if num_correct % draws else num_correct // draws  # 812, not 812.0
+    return _mean_score(total, num_items)
+
+
+def _mean_score(total: float, num_items: int) -> Score:
     return Score(num_items, total, total / num_items if num_items else None, wilson_interval(total, num_items))
 
 

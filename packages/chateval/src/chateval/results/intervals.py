@@ -1,7 +1,7 @@
 """Confidence intervals, paired tests and ChatCORE, from counts of right answers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import NormalDist
 
 import numpy as np
@@ -29,6 +29,27 @@ def wilson_interval(correct: float, total: int, confidence: float = 0.95) -> tup
     half = math.sqrt(z2 * (rate * (1 - rate) / total + z2 / (4 * total * total))) / (1 + z2 / total)
     # At 0 of n and n of n an end is exactly 0 or 1, but rounding may put it 1e-17 on the wrong side of the rate.
     return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))
+
+
+def pass_at_k(correct: int, draws: int, k: int) -> float:
+    """The chance that at least one of k draws of an item is right, estimated without bias from `draws` of them.
+
+    1 − C(n − c, k) / C(n, k) (Chen et al., "Evaluating large language models trained on code", arXiv:2107.03374,
+    section 2.1): the share of all choices of k draws that hold a right one. In whole numbers, so exact to the last bit
+    of the float. 1 − (1 − c/n)^k would be too low.
+    """
+    assert 0 <= correct <= draws and 1 <= k <= draws
+    choices = math.comb(draws, k)
+    return (choices - math.comb(draws - correct, k)) / choices
+
+
+def pass_scores(correct: Iterable[int], draws: int) -> dict[int, list[float]]:
+    """k → pass@k of each item, for k = 1, 2, 4, … and all draws; nothing with a single draw.
+
+    correct: how many draws of each item are right.
+    """
+    sizes = sorted({2**power for power in range(draws.bit_length())} | {draws}) if draws > 1 else []
+    return {k: [pass_at_k(right, draws, k) for right in correct] for k in sizes}
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:

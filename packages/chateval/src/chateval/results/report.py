@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 
 from chatdata.disk import naming
 from chatdata.errors import printable
-from chateval.results.compare import Comparison, Side
+from chateval.results.compare import Comparison, Paired, Side
 from chateval.results.figures import RESULTS_NAME, Results, Score, TaskResult, compute_results
 from chateval.results.items import read_items
 from chateval.results.run_file import Run, json_bytes, read_run, write_json
@@ -27,6 +27,8 @@ LEGEND = (
     "gained: items that B does better than A; lost: items that A does better. 95 %: paired bootstrap. "
     "p: exact McNemar test per task, not corrected for several tasks; – with several draws."
 )
+FLAGGED = "Items found in training documents (flagged), and others (clean)"
+PASSED = "At least one of k draws is right (pass@k)"
 # Okabe and Ito's colours, distinct for colour-blind readers; chance also has its own line style
 BAR_COLOUR, CHANCE_COLOUR = "#56B4E9", "#D55E00"
 INCOMPLETE = {"facecolor": "#EEEEEE", "edgecolor": "#AAAAAA", "hatch": "///"}  # pale, to keep the whiskers visible
@@ -57,10 +59,8 @@ def _is_reported(out: Path, results: Results) -> bool:
 
 def show_results(results: Results) -> RenderableType:
     """For the terminal: scores per task, then incomplete tasks and ChatCORE."""
-    tables = [terminal_table(*_score_table(results))]
-    if _checked(results):
-        tables.append(terminal_table(*_firewall_table(results)))
-    return Group(*tables, terminal_lines(_notes(results)))
+    tables = [_score_table(results), *_part_tables(results).values()]
+    return Group(*(terminal_table(*table) for table in tables), terminal_lines(_notes(results)))
 
 
 def markdown_report(run: Run, results: Results, picture: bool = False) -> str:
@@ -73,9 +73,8 @@ def markdown_report(run: Run, results: Results, picture: bool = False) -> str:
         f"![scores]({PICTURE_NAME})" if picture else NO_PICTURE,
         markdown_table(*_score_table(results)),
     ]
-    if _checked(results):
-        title = "## Items found in training documents (flagged), and others (clean)"
-        parts += [title, markdown_table(*_firewall_table(results))]
+    for title, table in _part_tables(results).items():
+        parts += [f"## {title}", markdown_table(*table)]
     for name, task in results.tasks.items():
         parts += [f"## {escape_markdown(name)}", markdown_list(_details(task))]
         if task.subjects:
@@ -100,13 +99,16 @@ def _score_table(results: Results) -> Table:
     return columns, rows
 
 
-def _firewall_table(results: Results) -> Table:
-    rows = [
-        (name, kind, str(score.items), *_score_cells(score))
-        for name, task in _checked(results).items()
-        for kind, score in (("clean", task.clean), ("flagged", task.flagged))
-    ]
-    return ("firewall", "", "items", "right %", "95 %"), rows
+def _part_tables(results: Results) -> dict[str, Table]:
+    """Title → several scores of each task, where there are any."""
+    checked = {name: {"clean": task.clean, "flagged": task.flagged} for name, task in _checked(results).items()}
+    drawn = {name: {f"pass@{k}": score for k, score in task.pass_at.items()} for name, task in results.tasks.items()}
+    tables = {}
+    for title, heading, tasks in ((FLAGGED, "firewall", checked), (PASSED, "draws", drawn)):
+        scores = [(name, kind, score) for name, parts in tasks.items() for kind, score in parts.items()]
+        rows = [(name, kind, str(score.items), *_score_cells(score)) for name, kind, score in scores]
+        tables |= {title: ((heading, "", "items", "right %", "95 %"), rows)} if rows else {}
+    return tables
 
 
 def _subject_table(task: TaskResult) -> Table:
@@ -227,12 +229,17 @@ def _comparison_table(comparison: Comparison) -> Table:
     columns = ("task", "n", "A %", "B %", "B-A", "95 % of B-A", "p", "gained", "lost")
     rows = []
     for name, task in comparison.tasks.items():
-        interval = "–" if task.interval is None else " to ".join(f"{100 * end:+.1f}" for end in task.interval)
-        difference = "–" if task.difference is None else f"{100 * task.difference:+.1f}"
         p = "–" if task.p is None else "<0.001" if task.p < 0.001 else f"{task.p:.3f}"
-        scores = (percent(task.accuracy_a), percent(task.accuracy_b), difference, interval, p)
-        rows.append((name, str(task.items), *scores, str(task.turned_right), str(task.turned_wrong)))
+        turned = (p, str(task.turned_right), str(task.turned_wrong))
+        rows.append((name, str(task.items), *_paired_cells(task), *turned))
+        rows += [(f"{name} pass@{k}", "", *_paired_cells(pair), "", "", "") for k, pair in task.pass_at.items()]
     return columns, rows
+
+
+def _paired_cells(pair: Paired) -> tuple[str, ...]:
+    difference = "–" if pair.difference is None else f"{100 * pair.difference:+.1f}"
+    interval = "–" if pair.interval is None else " to ".join(f"{100 * end:+.1f}" for end in pair.interval)
+    return percent(pair.accuracy_a), percent(pair.accuracy_b), difference, interval
 
 
 def _labels(comparison: Comparison) -> Iterator[str]:
