@@ -40,13 +40,14 @@ def random_subject(tokenizer_path: Path) -> Subject:
 def generation_seconds(subject: Subject, prompts: list[Prompt], batch: int) -> tuple[float, int]:
     start, num_tokens = time.perf_counter(), 0
     for first in range(0, len(prompts), batch):
-        for _, completion in generate(subject, prompts[first : first + batch], Sampling(max_new_tokens=NEW_TOKENS)):
+        for _, completion in generate(subject, prompts[first : first + batch]):
             num_tokens += len(completion.tokens)
     return time.perf_counter() - start, num_tokens
 
 
 def compare_generation(subject: Subject, task: ScoredTask, repeats: int) -> None:
-    prompts = [Prompt(question.prompt) for question in task.questions[:64]]
+    sampling = Sampling(max_new_tokens=NEW_TOKENS)
+    prompts = [Prompt(question.prompt, sampling=sampling) for question in task.questions[:64]]
     rates: dict[int, list[float]] = {1: [], BATCH: []}
     for _ in range(repeats):
         for batch in rates:

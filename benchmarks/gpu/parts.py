@@ -244,10 +244,8 @@ def choices(part: Part) -> None:
     part.say("argmax of equal logits is the lowest id", f"{same} of {num_rows} rows")
     logits = 4 * torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(6))
     for sampling in (Sampling(1.0), Sampling(0.8, top_k=50)):
-        rows = ([_Row(Prompt([0]), i, i, random.Random(i)) for i in range(num_rows)] for _ in range(2))
-        drawn = [
-            _choose(logits.to(device), own, sampling) for device, own in zip((CPU, part.device), rows, strict=True)
-        ]
+        rows = ([_Row(Prompt([0], "", sampling), i, i, random.Random(i)) for i in range(num_rows)] for _ in range(2))
+        drawn = [_choose(logits.to(device), own) for device, own in zip((CPU, part.device), rows, strict=True)]
         others = sum(a != b for a, b in zip(*drawn, strict=True))
         part.check(f"draws that differ from the CPU's, top_k {sampling.top_k}: share", others / num_rows, 0.02)
 
@@ -382,8 +380,12 @@ def generation(part: Part) -> None:
     dtype = torch.bfloat16 if part.device.type == "cuda" else torch.float32
     subject = Subject(noisy_model(config, part.device).eval(), tokenizer, part.device, dtype, "", "random", None)
     split = part.build("mid")["train"]
-    prompts = [Prompt(split.tokens(start, start + 100).tolist(), str(start)) for start in range(sizes.answers)]
-    list(generate(subject, prompts, Sampling(max_new_tokens=4)))
+    starts = range(sizes.answers)
+
+    def prompts(sampling: Sampling) -> list[Prompt]:
+        return [Prompt(split.tokens(start, start + 100).tolist(), str(start), sampling) for start in starts]
+
+    list(generate(subject, prompts(Sampling(max_new_tokens=4))))
     for how, sampling in (
         ("greedy", Sampling()),
         ("drawn from the best 50", Sampling(1.0, 50)),
@@ -391,7 +393,7 @@ def generation(part: Part) -> None:
     ):
         synchronise(part.device)
         started = time.perf_counter()
-        answers = generate(subject, prompts, replace(sampling, max_new_tokens=sizes.new_tokens))
+        answers = generate(subject, prompts(replace(sampling, max_new_tokens=sizes.new_tokens)))
         num_tokens = sum(len(completion.tokens) for _, completion in answers)
         duration_s = time.perf_counter() - started
         part.say(

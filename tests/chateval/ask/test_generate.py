@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,10 +18,14 @@ SCRIPTED = Sampling(max_new_tokens=64)
 NUM_PROMPTS = 200
 
 
+def with_sampling(prompts, sampling) -> list[Prompt]:
+    return [replace(prompt, sampling=sampling) for prompt in prompts]
+
+
 def answers(subject, prompts, sampling=GREEDY, batch_size=32) -> list[Completion]:
     found = {}
     for first in range(0, len(prompts), batch_size):
-        for number, completion in generate(subject, prompts[first : first + batch_size], sampling):
+        for number, completion in generate(subject, with_sampling(prompts[first : first + batch_size], sampling)):
             found[first + number] = completion
     assert sorted(found) == list(range(len(prompts)))
     return [found[number] for number in range(len(prompts))]
@@ -186,7 +191,7 @@ def test_a_failed_call_leaves_the_model_to_go_on(scripted_subject) -> None:
     tokenizer = scripted_subject.tokenizer
     bos, start = (tokenizer.special_ids[name] for name in ("<|bos|>", "<|assistant_start|>"))
     prompt = Prompt([bos, *tokenizer.encode_ordinary("one 2"), start])
-    ((_, completion),) = generate(scripted_subject, [prompt], Sampling(max_new_tokens=12))
+    ((_, completion),) = generate(scripted_subject, with_sampling([prompt], Sampling(max_new_tokens=12)))
     assert tokenizer.decode(completion.tokens).startswith("<|python_start|>one+2<|python_end|>???")
     assert (completion.tool_calls, completion.tool_failures, sum(completion.forced)) == (1, 1, 0)
     assert completion.ending == "max_tokens" and len(completion.tokens) == 12
@@ -202,15 +207,30 @@ def test_draws_are_those_of_the_prompt_not_of_the_batch(random_subject) -> None:
     assert together != answers(random_subject, prompts, Sampling(1.0, 50, 16, seed=7))
 
 
+def rows(number, sampling) -> list:
+    prompt = Prompt([0], "", sampling)
+    return [chateval.ask.generate._Row(prompt, i, i, random.Random(i)) for i in range(number)]
+
+
+def choose(logits, rows) -> list[int]:
+    return chateval.ask.generate._choose(logits, rows)
+
+
 def test_draws_follow_the_probabilities(scripted_subject) -> None:
-    """20,000 draws from softmax([0, log 2, log 3, log 4]): 10, 20, 30, 40 %; with top_k = 2: 0, 0, 3/7, 4/7."""
-    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log().expand(20_000, 4)
-    rows = [chateval.ask.generate._Row(Prompt([0]), number, number, random.Random(number)) for number in range(20_000)]
-    for top_k, shares in ((None, [0.1, 0.2, 0.3, 0.4]), (2, [0, 0, 3 / 7, 4 / 7])):
-        counts = Counter(chateval.ask.generate._choose(logits, rows, Sampling(1.0, top_k)))
-        assert [counts[i] / 20_000 for i in range(4)] == pytest.approx(shares, abs=0.015)
-    cold = Counter(chateval.ask.generate._choose(logits, rows, Sampling(temperature=0.02)))
-    assert cold[3] > 19_900
+    """10,000 draws from softmax([0, log 2, log 3, log 4]): 10, 20, 30, 40 %; with the best two: 0, 0, 3/7, 4/7."""
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log().expand(10_000, 4)
+    for sampling, shares in (
+        (Sampling(1.0), [0.1, 0.2, 0.3, 0.4]),
+        (Sampling(1.0, 2), [0, 0, 3 / 7, 4 / 7]),
+        (Sampling(1.0, top_p=0.69), [0, 0, 3 / 7, 4 / 7]),
+        (Sampling(1.0, top_p=0.71), [0, 2 / 9, 3 / 9, 4 / 9]),
+        (Sampling(1.0, top_p=0.0), [0, 0, 0, 1]),
+        (Sampling(1.0, 3, top_p=0.75), [0, 0, 3 / 7, 4 / 7]),  # of the best three: 2/9, 3/9, 4/9
+    ):
+        counts = Counter(choose(logits, rows(10_000, sampling)))
+        assert [counts[i] / 10_000 for i in range(4)] == pytest.approx(shares, abs=0.02)
+    cold = Counter(choose(logits, rows(10_000, Sampling(temperature=0.02))))
+    assert cold[3] > 9_950
 
 
 def test_on_another_device_draws_come_from_its_softmax_in_fp32(monkeypatch) -> None:
@@ -218,8 +238,8 @@ def test_on_another_device_draws_come_from_its_softmax_in_fp32(monkeypatch) -> N
     logits = 5 * torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
 
     def draws(logits, top_k) -> list[int]:
-        rows = [chateval.ask.generate._Row(Prompt([0]), i, 49 - i, random.Random(i)) for i in range(50)]
-        return chateval.ask.generate._choose(logits, rows, Sampling(0.7, top_k))
+        some = [replace(row, cache_row=49 - row.number) for row in rows(50, Sampling(0.7, top_k))]
+        return choose(logits, some)
 
     class OnDevice(torch.Tensor):
         """A tensor of the CPU that says it is on a GPU."""
@@ -240,8 +260,34 @@ def test_on_another_device_draws_come_from_its_softmax_in_fp32(monkeypatch) -> N
 
 
 def test_equal_logits_give_the_lowest_id() -> None:
-    rows = [chateval.ask.generate._Row(Prompt([0]), i, i, random.Random()) for i in range(2)]
-    assert chateval.ask.generate._choose(torch.tensor([[1.0, 5.0, 5.0], [2.0, 2.0, 2.0]]), rows, GREEDY) == [1, 0]
+    assert choose(torch.tensor([[1.0, 5.0, 5.0], [2.0, 2.0, 2.0]]), rows(2, GREEDY)) == [1, 0]
+
+
+def test_rows_of_a_batch_have_their_own_sampling(random_subject) -> None:
+    """Draws of one row do not depend on the temperature, top_k, top_p or length of the others."""
+    kinds = [GREEDY, Sampling(1.0, None, 24), Sampling(0.7, 20, 12, 7), Sampling(1.3, None, 30, 8, 0.6)]
+    prompts = random_prompts(random_subject.tokenizer)[:24]
+    mixed = [replace(prompt, sampling=kinds[i % 4]) for i, prompt in enumerate(prompts)]
+    together = dict(generate(random_subject, mixed))
+    alone = [next(generate(random_subject, [prompt]))[1] for prompt in mixed]
+    assert [together[i] for i in range(24)] == alone
+    assert {len(answer.tokens) for answer in alone} >= {12, 24, 30}
+
+
+def test_on_token_ends_a_row_and_no_other(random_subject) -> None:
+    prompts = with_sampling(random_prompts(random_subject.tokenizer)[:8], DRAWN)
+    seen = Counter()
+
+    def third_of_two(number, token, forced) -> bool:
+        seen[number] += 1
+        return number in (2, 5) and seen[number] == 3
+
+    whole, found = dict(generate(random_subject, prompts)), dict(generate(random_subject, prompts, third_of_two))
+    for number in range(8):
+        if number in (2, 5):
+            assert (found[number].ending, found[number].tokens) == ("stopped", whole[number].tokens[:3])
+        else:
+            assert found[number] == whole[number]
 
 
 def test_answers_end_where_the_positions_do(make_subject) -> None:

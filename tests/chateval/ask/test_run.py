@@ -55,6 +55,8 @@ def test_a_run_and_what_it_leaves(chateval, arguments, tmp_path) -> None:
         assert figures["tasks"][name]["bits_per_byte"] > 1, "random weights know nothing"
     assert figures["chat_core"] is None and "mmlu" in figures["chat_core_missing"]
     assert {"report.md", "scores.png", "run.json"} <= {path.name for path in out.iterdir()}
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert list(settings) == ["temperature", "top_k", "max_new_tokens", "seed", "dtype"]
     again = chateval(*arguments, "--out", out)
     assert again.returncode == 0 and "demo_math" in again.stdout
     assert lines_of(out) == lines
@@ -313,7 +315,7 @@ def test_programs_are_run_and_graded(shared, random_subject, isolation, monkeypa
     draws = [Draw(question, 0) for question in task.questions]
 
     def answer_with(text_of_row):
-        def generate(subject, prompts, sampling):
+        def generate(subject, prompts):
             for number, draw in enumerate(draws):
                 tokens = tuple(subject.tokenizer.encode_ordinary(text_of_row(draw.question.row)))
                 yield number, Completion(tokens, (False,) * len(tokens), "assistant_end", 0, 0)

@@ -31,8 +31,8 @@ def converse(subject: Subject, sampling: Sampling, says: Sequence[str]) -> None:
             continue
         user = NANOCHAT.user
         message = [special[user.opening], *subject.tokenizer.encode_ordinary(text), special[user.closing]]
-        prompt = Prompt([*history, *message, special[NANOCHAT.assistant_start]], str(number))
-        ((_, completion),) = generate(subject, [prompt], sampling, _shower(subject.tokenizer))
+        prompt = Prompt([*history, *message, special[NANOCHAT.assistant_start]], str(number), sampling)
+        ((_, completion),) = generate(subject, [prompt], _shower(subject.tokenizer))
         click.echo()  # the bytes of an incomplete character are not shown
         if completion.ending == "context":
             click.echo(f"[the conversation fills the model's {subject.num_positions:,} positions: /clear starts over]")

@@ -105,8 +105,8 @@ def _generated(
 ) -> Iterator[tuple[Draw, Completion, dict[str, Any]]]:
     """Each generated answer as it ends, and its line as far as it needs no grading."""
     gold = gold_losses(subject, [draw.question.document for draw in draws])
-    prompts = [Prompt(draw.question.prompt, "/".join(map(str, draw.key))) for draw in draws]
-    for number, completion in generate(subject, prompts, sampling):
+    prompts = [Prompt(draw.question.prompt, "/".join(map(str, draw.key)), sampling) for draw in draws]
+    for number, completion in generate(subject, prompts):
         nats, num_bytes = gold[number]
         line = {**_head(draws[number]), "output": subject.tokenizer.decode(completion.tokens)}
         line |= {"num_prompt_tokens": len(prompts[number].tokens), "num_tokens": len(completion.tokens)}

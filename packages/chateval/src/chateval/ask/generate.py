@@ -28,8 +28,9 @@ from chateval.ask.kv_cache import KeyValueCache
 from chateval.ask.subject import Subject, prompt_logits
 
 # assistant_end and bos end an answer; the others say why it was cut
-Ending = Literal["assistant_end", "bos", "max_tokens", "context"]
-OnToken = Callable[[int, int, bool], None]  # takes the number of the prompt, a token, and whether it was forced
+Ending = Literal["assistant_end", "bos", "max_tokens", "context", "stopped"]
+# takes the number of the prompt, a token, and whether it was forced; a true result ends the answer
+OnToken = Callable[[int, int, bool], bool | None]
 
 DROP_SHARE = 0.25  # copy the cache without its finished rows once they are this share: copying at every end costs more
 
@@ -42,6 +43,7 @@ class Sampling:
     top_k: int | None = None
     max_new_tokens: int = 512  # including forced ones
     seed: int = 42
+    top_p: float = 1.0  # draw from the fewest tokens that have this share of the probability
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Prompt:
 
     tokens: Sequence[int]
     key: str = ""
+    sampling: Sampling = Sampling()
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ class _Row:
 
 
 def generate(
-    subject: Subject, prompts: Sequence[Prompt], sampling: Sampling, on_token: OnToken | None = None
+    subject: Subject, prompts: Sequence[Prompt], on_token: OnToken | None = None
 ) -> Iterator[tuple[int, Completion]]:
-    """Continue all `prompts` as one batch; yield (number of the prompt, answer) as each answer ends.
+    """Continue all `prompts` as one batch, each with its own sampling; yield (its number, answer) as each answer ends.
 
-    on_token: called for each token, to show it immediately.
+    on_token: called for each token, to show it immediately. If it returns True, the answer ends there as "stopped".
     A prompt that fills the model's positions ends immediately, with ending "context".
     """
     special = subject.tokenizer.special_ids
@@ -99,24 +102,24 @@ def generate(
         if len(prompt.tokens) >= subject.num_positions:
             yield number, Completion((), (), "context", 0, 0)
         else:
-            rows.append(_Row(prompt, number, len(rows), random.Random(_seed(sampling.seed, prompt.key))))
+            rows.append(_Row(prompt, number, len(rows), random.Random(_seed(prompt))))
     if not rows:
         return
     texts = [row.prompt.tokens for row in rows]
-    num_slots = min(max(map(len, texts)) + sampling.max_new_tokens, subject.num_positions)
+    longest = max(len(row.prompt.tokens) + row.prompt.sampling.max_new_tokens for row in rows)
+    num_slots = min(longest, subject.num_positions)
     cache = KeyValueCache(subject.model.config, len(rows), num_slots, subject.device, subject.dtype)
     logits = prompt_logits(subject, texts, cache)
     while True:
         unfinished = []
-        for row, choice in zip(rows, _choose(logits, rows, sampling), strict=True):
+        for row, choice in zip(rows, _choose(logits, rows), strict=True):
             forced = bool(row.waiting)
             token = row.waiting.popleft() if forced else choice
             ending = None if forced else ends.get(token)
             if ending is None:
                 _accept(row, token, forced, subject.tokenizer)
-                if on_token is not None:
-                    on_token(row.number, token, forced)
-                ending = _cut(row, subject.num_positions, sampling)
+                is_stopped = on_token is not None and on_token(row.number, token, forced)
+                ending = "stopped" if is_stopped else _cut(row, subject.num_positions)
             if ending is None:
                 unfinished.append(row)
             else:
@@ -141,9 +144,21 @@ def _read_tokens(subject: Subject, rows: list[_Row], cache: KeyValueCache) -> Te
     return subject.logits(subject.hidden(tokens[:, None], positions[:, None], cache)[:, 0])
 
 
-def _choose(logits: Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
+def _choose(logits: Tensor, rows: list[_Row]) -> list[int]:
     """A token for each row, from logits [B, V]. A row's draws do not depend on what else is in the batch."""
-    cache_rows = [row.cache_row for row in rows]
+    alike: dict[tuple[float, int | None, float], list[_Row]] = {}
+    for row in rows:
+        sampling = row.prompt.sampling
+        alike.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(row)
+    chosen: dict[int, int] = {}
+    for some in alike.values():
+        chosen |= zip((row.number for row in some), _choose_alike(logits, some), strict=True)
+    return [chosen[row.number] for row in rows]
+
+
+def _choose_alike(logits: Tensor, rows: list[_Row]) -> list[int]:
+    """A token for each of some rows with the same temperature, top_k and top_p."""
+    cache_rows, sampling = [row.cache_row for row in rows], rows[0].prompt.sampling
     if sampling.temperature == 0:
         best = logits.argmax(-1).tolist()  # the first of equal ones
         return [best[place] for place in cache_rows]
@@ -153,7 +168,13 @@ def _choose(logits: Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
     if sampling.top_k is not None and sampling.top_k < scaled.size(-1):
         smallest = scaled.topk(sampling.top_k).values[:, -1:]
         scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
-    shares = scaled.softmax(-1).cpu().double().cumsum(-1)
+    probabilities = scaled.softmax(-1)
+    if sampling.top_p < 1:
+        descending = probabilities.sort(-1, descending=True).values
+        num_kept = (descending.cumsum(-1) - descending < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
+        smallest = descending.gather(-1, num_kept - 1)
+        probabilities = probabilities.masked_fill(probabilities < smallest, 0)
+    shares = probabilities.cpu().double().cumsum(-1)
     # one number per row and chosen token; forced tokens take none, so they do not change the draws after them
     draws = [0.0 if row.waiting else row.generator.random() for row in rows]
     drawn = torch.tensor(draws, dtype=torch.float64)[:, None] * shares[:, -1:]
@@ -183,11 +204,12 @@ def _accept(row: _Row, token: int, forced: bool, tokenizer: Tokenizer) -> None:
         row.expression.append(token)
 
 
-def _cut(row: _Row, num_positions: int, sampling: Sampling) -> Ending | None:
-    if len(row.tokens) >= sampling.max_new_tokens:
+def _cut(row: _Row, num_positions: int) -> Ending | None:
+    if len(row.tokens) >= row.prompt.sampling.max_new_tokens:
         return "max_tokens"
     return "context" if row.position + 1 >= num_positions else None
 
 
-def _seed(seed: int, key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest(), "little")
+def _seed(prompt: Prompt) -> int:
+    text = f"{prompt.sampling.seed}/{prompt.key}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -97,7 +97,9 @@ def _num_draws(task: ScoredTask, settings: ScoringSettings) -> int:
 
 def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[ScoredTask]) -> Run:
     """run.json: everything that determines the answers, except the questions themselves."""
-    sampling = {**asdict(settings.sampling), "dtype": str(subject.dtype).removeprefix("torch.")}
+    # without top_p, which only `chateval serve` sets
+    sampling = {key: value for key, value in asdict(settings.sampling).items() if (key, value) != ("top_p", 1.0)}
+    sampling["dtype"] = str(subject.dtype).removeprefix("torch.")
     tasks = {}
     for task in scored:
         answers = {"items": len(task.questions), "rows": task.num_rows, "draws": _num_draws(task, settings)}
