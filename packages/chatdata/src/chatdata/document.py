@@ -11,6 +11,8 @@ import numpy as np
 IGNORED = -100  # a label without loss, in torch and transformers
 # what a span's role number means, in the index and in Document.spans
 SPAN_ROLES = ("user", "text", "python", "output", "reasoning")
+# columns of the index, int32
+INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "untrained_turns", "original_tokens")
 # tokens that end a line of `conversation_markup`; tests/chatdata/render/test_format.py holds them to the chat format
 LINE_ENDS = ("<|bos|>", "<|user_end|>", "<|assistant_end|>")
 

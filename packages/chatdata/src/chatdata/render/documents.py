@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from chatdata.arrow import list_to_arrow, strings_to_arrow, to_arrow
-from chatdata.document import Span
+from chatdata.document import INDEX_COUNTS, Span
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
 from chatdata.render.batch import SPAN_DTYPE, Mismatch, RenderedBatch, digests_of
@@ -18,7 +18,6 @@ from chatdata.render.spans import untrained_index
 from chatdata.tokenizer.bpe import Tokenizer
 
 GATHER_TOKENS = 1 << 22  # copied out of the units at a time: 8 MB of tokens, 4 MB of mask
-INDEX_COUNTS = ("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "untrained_turns", "original_tokens")
 # drop_reason counts in this tuple; 0: kept
 DROP_REASONS = ("", "overflow", "zero_supervised", "invalid", "contaminated")
 

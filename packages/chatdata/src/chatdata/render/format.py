@@ -33,17 +33,18 @@ class SpanFormat:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Special tokens by name, in the order of a document."""
+    """Special tokens by name, in the order of a document: karpathy/nanochat@790f3be:nanochat/tokenizer.py
+    (render_conversation)."""
 
-    bos: str  # mask 0; generation ends here, too
-    user: SpanFormat  # a user message
-    assistant_start: str  # mask 0: a prompt for completion ends here
-    text: SpanFormat  # part of an assistant message
-    python: SpanFormat  # a tool call
-    output: SpanFormat  # its result
-    reasoning: SpanFormat  # ordinary text, in front of the text of its message
-    assistant_end: str  # mask 1: the model learns to end its answer
-    padding: str  # input of positions that no document fills; never a target
+    bos: str = "<|bos|>"  # mask 0; generation ends here, too
+    user: SpanFormat = SpanFormat("<|user_start|>", "<|user_end|>", supervised=False, label="a user message")
+    assistant_start: str = "<|assistant_start|>"  # mask 0: a prompt for completion ends here
+    text: SpanFormat = SpanFormat("", "", supervised=True, label="assistant text")
+    python: SpanFormat = SpanFormat("<|python_start|>", "<|python_end|>", supervised=True, label="a python part")
+    output: SpanFormat = SpanFormat("<|output_start|>", "<|output_end|>", supervised=False, label="tool output")
+    reasoning: SpanFormat = SpanFormat("", "", supervised=True, label="reasoning")  # ordinary text, before the answer's
+    assistant_end: str = "<|assistant_end|>"  # mask 1: the model learns to end its answer
+    padding: str = "<|assistant_end|>"  # input of positions that no document fills; never a target
 
     @cached_property
     def spans(self) -> tuple[SpanFormat, ...]:
@@ -81,18 +82,7 @@ class ChatFormat:
         return roles | dict.fromkeys((self.assistant_start, self.python.closing, self.output.closing), TEXT)
 
 
-# karpathy/nanochat@790f3be:nanochat/tokenizer.py (render_conversation)
-NANOCHAT = ChatFormat(
-    bos="<|bos|>",
-    user=SpanFormat("<|user_start|>", "<|user_end|>", supervised=False, label="a user message"),
-    assistant_start="<|assistant_start|>",
-    text=SpanFormat("", "", supervised=True, label="assistant text"),
-    python=SpanFormat("<|python_start|>", "<|python_end|>", supervised=True, label="a python part"),
-    output=SpanFormat("<|output_start|>", "<|output_end|>", supervised=False, label="tool output"),
-    reasoning=SpanFormat("", "", supervised=True, label="reasoning"),
-    assistant_end="<|assistant_end|>",
-    padding="<|assistant_end|>",
-)
+NANOCHAT = ChatFormat()
 
 
 def written(part: Part) -> str:

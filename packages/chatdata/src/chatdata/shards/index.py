@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatdata.arrow import values_of
-from chatdata.document import Span
+from chatdata.document import INDEX_COUNTS, Span
 from chatdata.errors import FormatError
 
 if TYPE_CHECKING:
@@ -22,25 +22,17 @@ def index_schema() -> pa.Schema:
     """Columns of the index, one row per document (docs/format.md)."""
     import pyarrow as pa
 
-    span = pa.struct([("role", pa.uint8()), ("start", pa.uint32()), ("length", pa.uint32()), ("trained", pa.bool_())])
-    return pa.schema(
-        [
-            ("doc", pa.int64()),
-            ("row", pa.int64()),
-            ("task_position", pa.int64()),
-            ("task", pa.dictionary(pa.int32(), pa.string())),
-            ("entry", pa.int16()),
-            ("num_tokens", pa.int32()),
-            ("num_supervised", pa.int32()),
-            ("num_turns", pa.int32()),
-            ("num_tool_calls", pa.int32()),
-            ("untrained_turns", pa.int32()),
-            ("original_tokens", pa.int32()),
-            ("truncated", pa.bool_()),
-            ("digest", pa.binary(16)),
-            ("spans", pa.list_(span)),
-        ]
-    )
+    span = pa.struct({"role": pa.uint8(), "start": pa.uint32(), "length": pa.uint32(), "trained": pa.bool_()})
+    columns = {
+        **dict.fromkeys(("doc", "row", "task_position"), pa.int64()),
+        "task": pa.dictionary(pa.int32(), pa.string()),
+        "entry": pa.int16(),
+        **dict.fromkeys(INDEX_COUNTS, pa.int32()),
+        "truncated": pa.bool_(),
+        "digest": pa.binary(16),
+        "spans": pa.list_(span),
+    }
+    return pa.schema(columns)
 
 
 @contextmanager

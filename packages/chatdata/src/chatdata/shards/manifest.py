@@ -200,23 +200,16 @@ def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
     ]
     for name in {"train", "val"} & set(splits):
         split, at = splits[name], f"splits.{name}"
-        found += [
-            (f"{at}.entries[{i}].{key}", entry[key], wanted.get(key))
-            for i, (entry, wanted) in enumerate(zip(split["entries"], recipe.get(name, []), strict=False))
-            for key in ("task", "name", "subset", "split")
-        ]
-        sources = [source["name"] for source in manifest["sources"]]
-        strange = {i: entry["source"] for i, entry in enumerate(split["entries"]) if entry["source"] not in sources}
-        found += [(f"{at}.entries[{i}].source", name, sources) for i, name in strange.items()]
-        found.append((f"{at}.entries", len(split["entries"]), len(recipe.get(name, []))))
-        found += [(f"{at}.entries[{i}].entry", entry["entry"], i) for i, entry in enumerate(split["entries"])]
+        sources, asked = [source["name"] for source in manifest["sources"]], recipe.get(name, [])
+        for i, (entry, wanted) in enumerate(zip(split["entries"], asked, strict=False)):
+            expected = {key: wanted.get(key) for key in ("task", "name", "subset", "split")}
+            expected["source"] = entry["source"] if entry["source"] in sources else sources
+            expected |= {"entry": i, "rows": entry["documents"] + sum(entry["dropped"].values())}
+            found += [(f"{at}.entries[{i}].{key}", entry[key], value) for key, value in expected.items()]
+        found.append((f"{at}.entries", len(split["entries"]), len(asked)))
         for key in ("documents", "tokens", "supervised"):
             sums = [sum(part[key] for part in split[parts]) for parts in ("shards", "entries")]
             found += [(f"{at}.{key}", split[key], total) for total in sums]
-        found += [
-            (f"{at}.entries[{i}].rows", entry["rows"], entry["documents"] + sum(entry["dropped"].values()))
-            for i, entry in enumerate(split["entries"])
-        ]
         found += [
             (f"{at}.shards[{i}].files.{kind}.file", shard["files"][kind]["file"], FILE_NAMES[kind].format(i))
             for i, shard in enumerate(split["shards"])
@@ -284,18 +277,21 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> tuple[list[str], dict
     return problems, readable
 
 
+def npy_header(descr: str, length: int) -> bytes:
+    """The HEADER_BYTES of a one-dimensional .npy file, as NumPy writes them."""
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({length},), }}".ljust(HEADER_BYTES - 11)
+    return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.encode() + b"\n"
+
+
 def _check_shard(files: dict[str, Path], shard: dict[str, Any], dtype: str) -> tuple[list[str], bool]:
     """Where headers, offsets and index of a shard disagree, and whether its documents can be read anyway."""
     problems, num_tokens = [], shard["tokens"]
     arrays = {"tokens": (dtype, num_tokens), "mask": ("|u1", num_tokens), "offsets": ("<i8", shard["documents"] + 1)}
     for kind, (descr, length) in arrays.items():
-        # compared as bytes, not parsed: numpy's parser fails in many ways on a damaged header
-        text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({length},), }}".ljust(HEADER_BYTES - 11)
-        expected = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.encode() + b"\n"
         with files[kind].open("rb") as opened:
             header = opened.read(HEADER_BYTES)
         size, expected_size = files[kind].stat().st_size, HEADER_BYTES + length * np.dtype(descr).itemsize
-        if header != expected:
+        if header != npy_header(descr, length):  # not parsed: numpy fails in many ways on a damaged one
             known = re.match(rb"\x93NUMPY\x01\x00..{'descr': '([^']*)', .*'shape': (\([0-9, ]*\))", header, re.DOTALL)
             here = b" of shape ".join(known.groups()).decode("ascii", "replace") if known else "another header"
             problems.append(f"{files[kind]}: {here}, but the manifest says {descr} of shape ({length},)")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
@@ -13,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chatdata.disk import file_sha256
+from chatdata.disk import file_sha256, sync
 from chatdata.errors import BuildError
 from chatdata.progress import Progress
 from chatdata.render.batch import OUTCOMES, check_ids
 from chatdata.render.documents import DROP_REASONS, RenderedDocuments
 from chatdata.render.pieces import blocks_of
 from chatdata.shards.index import index_schema
-from chatdata.shards.manifest import FILE_NAMES
+from chatdata.shards.manifest import FILE_NAMES, HEADER_BYTES, npy_header
 from chatdata.sources.find import PlannedEntry
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -101,12 +98,8 @@ def _tool_calls(
         if num_calls:
             kinds = Counter(found.kind for i, found in mismatches if rows["entry"][i] == number)
             by_kind = {kind: kinds[kind] for kind in OUTCOMES if kinds[kind]}
-            counts[str(number)] = {
-                "task": planned.entry.task,
-                "name": planned.entry.name,
-                "calls": num_calls,
-                **by_kind,
-            }
+            named = {"task": planned.entry.task, "name": planned.entry.name}
+            counts[str(number)] = {**named, "calls": num_calls, **by_kind}
     listed = [
         {"entry": int(rows["entry"][i]), "row": int(rows["row"][i]), **found._asdict()}
         for i, found in mismatches[:MAX_LISTED_CALLS]
@@ -130,10 +123,7 @@ def _ledger(
         ledger.append(
             {
                 "entry": number,
-                "task": planned.entry.task,
-                "name": planned.entry.name,
-                "subset": planned.entry.subset,
-                "split": planned.entry.split,
+                **{key: getattr(planned.entry, key) for key in ("task", "name", "subset", "split")},
                 "source": planned.source.name,
                 "rows": len(reasons),
                 "documents": len(kept),
@@ -165,65 +155,35 @@ def write_shard(
     ids may have any integer dtype: they are range-checked before the cast, because numpy silently wraps 65,536 to 0.
     Files are written, not memory-mapped: a full disk is then an OSError and not a SIGBUS.
     """
-    index_path = folder / FILE_NAMES["index"].format(number)
-    writing = threads.submit(_write_index, index_path, index) if threads else None
+    paths = {kind: folder / name.format(number) for kind, name in FILE_NAMES.items()}
+    writing = threads.submit(_write_index, paths["index"], index) if threads else None
     num_tokens, num_supervised = int(lengths.sum()), 0
-    tokens_file = _NpyFile(folder / FILE_NAMES["tokens"].format(number), dtype, num_tokens)
-    mask_file = _NpyFile(folder / FILE_NAMES["mask"].format(number), np.dtype("|u1"), num_tokens)
-    offsets_file = _NpyFile(folder / FILE_NAMES["offsets"].format(number), np.dtype("<i8"), len(lengths) + 1)
-    with tokens_file.file, mask_file.file, offsets_file.file:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
+    with paths["tokens"].open("wb") as tokens_file, paths["mask"].open("wb") as mask_file:
         if not writing:
-            _write_index(index_path, index)
+            _write_index(paths["index"], index)
+        tokens_file.write(npy_header(dtype.str, num_tokens))
+        mask_file.write(npy_header("|u1", num_tokens))
         for ids, mask in chunks:
             check_ids(ids, min(vocab_size, np.iinfo(dtype).max + 1))
-            tokens_file.write(ids.astype(dtype, copy=False))
-            mask_file.write(mask)
+            tokens_file.write(ids.astype(dtype, copy=False).data)
+            mask_file.write(mask.data)
             num_supervised += int(np.count_nonzero(mask))
-        offsets_file.write(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8"))
-        files = {"tokens": tokens_file.finish(), "mask": mask_file.finish(), "offsets": offsets_file.finish()}
+        assert mask_file.tell() == HEADER_BYTES + num_tokens, f"{folder.name}: not the tokens that lengths add up to"
+    paths["offsets"].write_bytes(npy_header("<i8", len(offsets)) + offsets.tobytes())
     if writing:
         writing.result()
-    size = index_path.stat().st_size
-    files["index"] = {"file": index_path.name, "sha256": file_sha256(index_path), "bytes": size}
+    files = {}
+    for kind, path in paths.items():
+        sync(path)
+        files[kind] = {"file": path.name, "sha256": file_sha256(path), "bytes": path.stat().st_size}
     return {"documents": len(lengths), "tokens": num_tokens, "supervised": num_supervised, "files": files}
 
 
 def _write_index(path: Path, index: Iterable[pa.Table]) -> None:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = index_schema()
-    with path.open("wb") as file:
-        with pq.ParquetWriter(pa.PythonFile(file), schema, compression="zstd", version="2.6") as writer:
-            for table in index:
-                writer.write_table(table.cast(schema), row_group_size=INDEX_ROWS)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class _NpyFile:
-    """A 1-D .npy 1.0 file of known length, written in pieces and hashed on the way."""
-
-    def __init__(self, path: Path, dtype: np.dtype, length: int) -> None:
-        header = io.BytesIO()
-        contents = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-        np.lib.format.write_array_header_1_0(header, contents)
-        self.path, self.dtype, self.left = path, dtype, length
-        self.digest = hashlib.sha256(header.getvalue())
-        self.file = path.open("wb")
-        self.file.write(header.getvalue())
-
-    def write(self, values: np.ndarray) -> None:
-        assert values.dtype == self.dtype and values.ndim == 1, (values.dtype, self.dtype)
-        self.left -= len(values)
-        data = np.ascontiguousarray(values).data.cast("B")
-        self.digest.update(data)
-        self.file.write(data)
-
-    def finish(self) -> dict[str, Any]:
-        """Sync the file and return its manifest record."""
-        assert self.left == 0, f"{self.path.name}: {self.left} values missing"
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        size = self.path.stat().st_size
-        return {"file": self.path.name, "sha256": self.digest.hexdigest(), "bytes": size}
+    with pq.ParquetWriter(path, schema, compression="zstd", version="2.6") as writer:
+        for table in index:
+            writer.write_table(table.cast(schema), row_group_size=INDEX_ROWS)
