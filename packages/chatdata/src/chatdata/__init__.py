@@ -5,8 +5,6 @@ build = chatdata.open_build("out/demo-mid")
 document = build["train"][0]          # .tokens, .mask: views; shows itself coloured in a notebook
 """
 
-from __future__ import annotations
-
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 

@@ -83,6 +83,21 @@ class Document:
         return self.tokenizer
 
 
+def blocks_of(sizes: np.ndarray, max_size: int) -> list[tuple[int, int]]:
+    """[first, last) of each block of neighbours: a block closes before the document that would pass `max_size`.
+
+    A document over `max_size` is a block of one. Sizes are tokens for shards and for what is held in memory at once,
+    characters for texts encoded in one call.
+    """
+    ends = np.cumsum(sizes, dtype=np.int64)
+    bounds, first, used = [], 0, 0
+    while first < len(sizes):
+        last = max(first + 1, int(np.searchsorted(ends, used + max_size, side="right")))
+        bounds.append((first, last))
+        first, used = last, int(ends[last - 1])
+    return bounds
+
+
 def framed(note: str, content: str) -> str:
     """HTML for a notebook, light or dark: a note (text) above content (HTML)."""
     frame = "border:1px solid #ccc;padding:6px;margin:4px 0"

@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from chatdata.document import blocks_of
 from chatdata.render.format import NANOCHAT
-from chatdata.render.pieces import blocks_of
 from chatdata.tokenizer.bpe import Tokenizer
 
 NUM_WORDS = 8  # of an n-gram of a long text; one changed word in a question of 30 leaves 15 of its 23 n-grams

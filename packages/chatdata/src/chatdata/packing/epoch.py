@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from chatdata.document import blocks_of
 from chatdata.errors import PlanError
 from chatdata.packing.layouts import Long, Packing, pack, pad, stream
 from chatdata.shards.masks import MaskPolicy
@@ -151,16 +152,12 @@ def document_targets(split: Split, mask: MaskPolicy, *seq_lens: int) -> np.ndarr
     if mask == "ignore":
         return np.maximum(taken - 1, 0)
     counts = np.empty_like(taken)
-    first = 0
-    while first < len(offsets) - 1:
-        # whole documents, at least one
-        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + CHUNK_TOKENS, side="right")) - 1)
+    for first, last in blocks_of(np.diff(offsets), CHUNK_TOKENS):
         start = offsets[first]
         before = np.zeros(offsets[last] - start + 1, np.int64)  # supervised tokens before each
         np.cumsum(split.mask(start, offsets[last], mask), out=before[1:])
         starts, ends = offsets[first:last] - start, offsets[first:last] - start + taken[:, first:last]
         counts[:, first:last] = before[ends] - before[np.minimum(starts + 1, ends)]
-        first = last
     return counts
 
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from chatdata.document import blocks_of
 from chatdata.errors import BuildError
 from chatdata.recipe import NATIVE
 from chatdata.render.batch import digests_of
 from chatdata.render.format import END, EVENTS, NAMES, NANOCHAT, OTHER, START, TEXT, Grammar, grammar_of
-from chatdata.render.pieces import blocks_of
 from chatdata.render.spans import WHOLE_DOCUMENT, Problem, check_spans, differing_spans, first_of_each, untrained, whole
 
 BLOCK_TOKENS = 1 << 22  # checked at a time: about 100 MB of arrays, whatever the size of the shard

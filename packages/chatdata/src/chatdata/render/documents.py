@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 
 from chatdata.arrow import list_to_arrow, strings_to_arrow, to_arrow
-from chatdata.document import INDEX_COUNTS, Span
+from chatdata.document import INDEX_COUNTS, Span, blocks_of
 from chatdata.errors import BuildError, ConversationError
 from chatdata.recipe import Recipe
 from chatdata.render.batch import SPAN_DTYPE, Mismatch, RenderedBatch, digests_of
 from chatdata.render.contract import Rules, check_documents, raise_defect
-from chatdata.render.pieces import INVALID, TALLIES, blocks_of
+from chatdata.render.pieces import INVALID, TALLIES
 from chatdata.render.spans import untrained_index
 from chatdata.tokenizer.bpe import Tokenizer
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,6 @@ from chatdata.render.messages import Messages, Piece, Tools, to_messages
 from chatdata.render.template import Layout, compile_template, generation_prompt, lay_by_template
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.folder import FolderTokenizer
-from chatdata.tool_calls import tools_of
 
 TEMPLATE = "template"
 LEFT_OUT = {REASONING: "reasoning_left_out", TEXT: "text_left_out"}
@@ -172,16 +172,4 @@ def check_canaries(model_format: ModelFormat) -> None:
 
 def canary_conversations() -> Iterator[Any]:
     """Conversations with what formats differ in: system texts, white space, letters, calls, reasoning and tools."""
-    schema = {"type": "object", "properties": {}}
-    tools = tools_of([{"name": "get_weather", "description": "<b>für</b> 汉字", "parameters": schema}])
-    call = "python python_output"
-    shapes = ("text", "text", "reasoning text", f"{call} text", f"reasoning {call} reasoning text")
-    for text in ("Hi", "  wide  ", "two\n\nlines\n", "Größe 汉字 🤖", '{"a": "b"}', "it's 3.14"):
-        other = {"reasoning": f"why {text}?", "python": f"get_weather(city={text!r}, days=2)"}
-        for number, shape in enumerate(shapes):
-            user = {"role": "user", "content": text}
-            parts = [{"type": kind, "text": other.get(kind, text)} for kind in shape.split()]
-            system = [{"role": "system", "content": text}] if number % 2 else []
-            earlier = [user, {"role": "assistant", "content": text}] if number != 1 else []
-            messages = [*system, *earlier, user, {"role": "assistant", "content": parts}]
-            yield {"messages": messages, "tools": tools} if number == 3 else {"messages": messages}
+    return map(json.loads, Path(__file__).with_name("canaries.jsonl").read_text(encoding="utf-8").splitlines())

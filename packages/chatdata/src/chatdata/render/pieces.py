@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from chatdata.arrow import to_numpy
 from chatdata.conversation import AS_WRITTEN, Message, Reading, parse_conversation
+from chatdata.document import blocks_of
 from chatdata.errors import ChatdataError
 from chatdata.messages import check_surrogates
 from chatdata.records import METADATA_KEYS, REFUSED_KEYS
@@ -66,21 +67,6 @@ class Pieces:
         notes = [(i - first, note) for i, note in self.notes if first <= i < last]
         tallies = [(i - first, kind, n) for i, kind, n in self.tallies if first <= i < last]
         return Pieces(self.texts[start:stop], self.codes[start:stop], self.counts[first:last], notes, tallies)
-
-
-def blocks_of(sizes: np.ndarray, max_size: int) -> list[tuple[int, int]]:
-    """[first, last) of each block of neighbours: a block closes before the document that would pass `max_size`.
-
-    A document over `max_size` is a block of one. Sizes are tokens for shards and for what is held in memory at once,
-    characters for texts encoded in one call.
-    """
-    ends = np.cumsum(sizes, dtype=np.int64)
-    bounds, first, used = [], 0, 0
-    while first < len(sizes):
-        last = max(first + 1, int(np.searchsorted(ends, used + max_size, side="right")))
-        bounds.append((first, last))
-        first, used = last, int(ends[last - 1])
-    return bounds
 
 
 def pieces_of_conversations(conversations: Iterable[Any], reading: Reading = AS_WRITTEN) -> Pieces:

@@ -6,8 +6,6 @@ fetches at a time; it takes over the whole files of a fetch that was killed. `bu
 found last at an address. A push sends the data first and the manifest last; on the Hub, all in one commit.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import platform

@@ -28,10 +28,9 @@ import numpy as np
 
 from chatdata.arrow import list_to_arrow, strings_to_arrow, to_arrow
 from chatdata.disk import sync, write_json
-from chatdata.document import IGNORED
+from chatdata.document import IGNORED, blocks_of
 from chatdata.errors import BuildError
 from chatdata.progress import Progress
-from chatdata.render.pieces import blocks_of
 from chatdata.shards.index import read_index
 from chatdata.shards.masks import MaskPolicy
 from chatdata.shards.read import Build, Split

@@ -4,8 +4,6 @@ A manifest may come from anywhere. In one that `read_manifest` returns, every nu
 one the format gives it, so that no path leaves the build, no list or table is missing, and totals are sums.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -18,8 +18,6 @@ part, read with pyarrow a piece of the index at a time. The delimiters' ids woul
 every batch would have to scan its documents for them, and a sequence that starts inside a document the rest of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial

@@ -1,28 +1,24 @@
 """From rendered documents to the shards of a split: which documents stay, the ledger, the files of each shard."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from chatdata.disk import file_sha256, sync
+from chatdata.document import blocks_of
 from chatdata.errors import BuildError
 from chatdata.progress import Progress
 from chatdata.render.batch import OUTCOMES, check_ids
 from chatdata.render.documents import DROP_REASONS, RenderedDocuments
-from chatdata.render.pieces import blocks_of
 from chatdata.shards.index import index_schema
 from chatdata.shards.manifest import FILE_NAMES, HEADER_BYTES, npy_header
 from chatdata.sources.find import PlannedEntry
 from chatdata.tokenizer.bpe import Tokenizer
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MAX_SHARD_TOKENS = 2**27  # 256 MiB of uint16 tokens: few files, and a shard still copies in seconds
 MAX_LISTED_CALLS = 1_000  # mismatches listed in report.json, 100 bytes each; all of them are counted

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from chatdata.document import SPAN_ROLES
+from chatdata.document import SPAN_ROLES, blocks_of
 from chatdata.errors import FormatError
 from chatdata.look.stats import build_stats
-from chatdata.render.pieces import blocks_of
 from chatdata.shards.index import index_arrays, read_index
 from chatdata.shards.read import Build, Split
 from chatdata.tokenizer.bpe import Tokenizer
