@@ -275,7 +275,7 @@ def steps_as_on_the_cpu(part: Part) -> None:
         losses, digests = [], []
         for device in (CPU, part.device):
             run = run_start.prepare(replace(settings, compile=False), part.build(stage), Ranks(0, 1, device))
-            steps = read_ahead(run.plan, range(3), 0, 1, 2, device)
+            steps = read_ahead(run.plan, range(3), 0, 1, 2, device=device)
             results = [train_step(run.learner, run.recipe, run.plan, step) for step in steps]
             losses.append([result.loss for result in results])
             digests.append([result.batch for result in results])
@@ -332,7 +332,7 @@ def measure_steps(part: Part, what: str, model: str, layout: str, batch: int) ->
     started = time.perf_counter()
     run = run_start.prepare(settings, part.build(stage), Ranks(0, 1, part.device))
     ready_s, total = time.perf_counter() - started, sizes.warm_up + sizes.steps
-    steps = read_ahead(run.plan, range(total + 1), 0, 1, batch, part.device)
+    steps = read_ahead(run.plan, range(total + 1), 0, 1, batch, device=part.device)
     tokens_per_s, waits, durations = [], [], []
     for number in range(total):
         started = time.perf_counter()

@@ -142,9 +142,8 @@ def read_rows(plan: TrainingPlan, first: int, last: int, width: int | None = Non
     width: W for pad, by default what the longest document of these sequences needs. Reads are counted from the first.
     """
     stream = plan.layout == "stream"
-    rows = _stream_rows(plan, first, last) if stream else _document_rows(plan, first, last, width)
-    inputs, targets, reads, lengths = rows
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), reads, lengths)
+    inputs, targets, *more = _stream_rows(plan, first, last) if stream else _document_rows(plan, first, last, width)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), *more)
 
 
 def _stream_rows(plan: TrainingPlan, first: int, last: int) -> Rows:
@@ -166,49 +165,29 @@ def _stream_rows(plan: TrainingPlan, first: int, last: int) -> Rows:
 
 def _document_rows(plan: TrainingPlan, first: int, last: int, width: int | None) -> Rows:
     """Whole documents: each has a position for every token but its last, so no target crosses into another document."""
-    split, place = plan.split, _places(plan, first, last, width)
+    split, bounds = plan.split, plan.packing.bounds[first : last + 1]
+    placed = slice(bounds[0], bounds[-1])
+    starts = split.offsets[plan.packing.documents[placed]]  # first token of each document
+    counts = plan.packing.lengths[placed] - 1  # positions of each
+    width = plan.seq_len if plan.layout == "pack" else width or int(counts.max(initial=0))
+    token, cuts = _ranges(starts, counts), bounds - bounds[0]
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    position = _ranges(np.arange(last - first) * width, np.diff(ends[cuts]))  # row · W + column
     # in other chat formats id 0: what is never a target may be any token
     padding = split.build.manifest["tokenizer"]["special_ids"].get(NANOCHAT.padding, 0)
-    inputs = np.full((last - first, place.width), padding)
-    targets = np.full_like(inputs, IGNORED)
-    inputs.reshape(-1)[place.position] = _take(split, "tokens", place.token, place.starts)
-    following = _take(split, "tokens", place.token + 1, place.starts).astype(np.int64)
+    inputs = np.full((last - first, width), padding)
+    targets, reads = np.full_like(inputs, IGNORED), np.zeros_like(inputs)
+    inputs.reshape(-1)[position] = _take(split, "tokens", token, starts)
+    following = _take(split, "tokens", token + 1, starts).astype(np.int64)
     if plan.mask != "ignore":
-        stored = _take(split, "mask", place.token + 1, place.starts)
-        following[split.apply_policy(plan.mask, stored, place.starts + 1, place.counts) == 0] = IGNORED
-    targets.reshape(-1)[place.position] = following
-    reads = np.zeros_like(targets)
-    reads.reshape(-1)[place.position] = np.repeat(np.arange(len(place.counts)), place.counts)
-    lengths = None
-    if plan.layout == "pack":
-        bounds = plan.packing.bounds[first : last + 1]
-        positions = (plan.packing.lengths[bounds[0] : bounds[-1]] - 1).tolist()
-        cuts = (bounds - bounds[0]).tolist()
-        lengths = tuple(tuple(positions[a:b]) for a, b in pairwise(cuts))
-    return inputs, targets, reads, lengths
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Where the input tokens of rows of documents come from and where they go."""
-
-    token: np.ndarray  # int64 [input tokens], of the split
-    position: np.ndarray  # int64 [input tokens], row · W + column
-    starts: np.ndarray  # int64 [documents], first token of each, of the split
-    counts: np.ndarray  # int64 [documents], input tokens of each
-    width: int
-
-
-def _places(plan: TrainingPlan, first: int, last: int, width: int | None) -> _Places:
-    bounds = plan.packing.bounds[first : last + 1]
-    placed = slice(bounds[0], bounds[-1])
-    starts = plan.split.offsets[plan.packing.documents[placed]]
-    counts = plan.packing.lengths[placed] - 1  # positions of each document
-    width = plan.seq_len if plan.layout == "pack" else width or int(counts.max(initial=0))
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    row_ends = ends[bounds - bounds[0]]
-    position = _ranges(np.arange(last - first) * width, np.diff(row_ends))
-    return _Places(_ranges(starts, counts), position, starts, counts, width)
+        stored = _take(split, "mask", token + 1, starts)
+        following[split.apply_policy(plan.mask, stored, starts + 1, counts) == 0] = IGNORED
+    targets.reshape(-1)[position] = following
+    reads.reshape(-1)[position] = np.repeat(np.arange(len(counts)), counts)
+    if plan.layout == "pad":
+        return inputs, targets, reads, None
+    positions = counts.tolist()
+    return inputs, targets, reads, tuple(tuple(positions[a:b]) for a, b in pairwise(cuts.tolist()))
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -47,17 +47,12 @@ class StepResult:
 
 
 def read_ahead(
-    plan: TrainingPlan,
-    steps: Iterable[int],
-    rank: int = 0,
-    num_ranks: int = 1,
-    device_batch_size: int | None = None,
-    device: torch.device | str = "cpu",
+    plan: TrainingPlan, steps: Iterable[int], *share: int | None, device: torch.device | str = "cpu"
 ) -> Iterator[Step]:
-    """`read_step` of each of `steps`, one `ahead` of the caller."""
+    """`read_step` of each of `steps`, one `ahead` of the caller. share: its rank, num_ranks, device_batch_size."""
     device = torch.device(device)
-    share = rank, num_ranks, device_batch_size, device.type == "cuda"
-    return ahead(lambda step: read_step(plan, step, *share), steps, device)
+    pin = {"pin": True} if device.type == "cuda" else {}
+    return ahead(lambda step: read_step(plan, step, *share, **pin), steps, device)
 
 
 def hidden_states(learner: Learner, called: nn.Module, inputs: Tensor, lengths: Lengths) -> Tensor:
@@ -140,7 +135,7 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
     with log as write, losses as write_losses, shown_progress(quiet=not ranks.is_first) as progress:
         progress(recipe.stage, done, end, "steps")
         share = ranks.rank, ranks.num_ranks, settings.device_batch_size
-        steps = read_ahead(plan, range(done, end), *share, ranks.device)
+        steps = read_ahead(plan, range(done, end), *share, device=ranks.device)
         stopped = done == 0 and run.val_plan is not None and _evaluate(run, settings, 0, write, progress, stop)
         while done < end and not stopped:
             started = time.perf_counter()

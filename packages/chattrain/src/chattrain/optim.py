@@ -165,9 +165,9 @@ def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str
     With the weights and `set_step`, these continue a run of one rank to the byte. The tensors are not copies.
     """
     return {
-        f"{name}/{key}": value
-        for name, parameter, optimizer in _parameters(model, optimizers)
-        for key, value in optimizer.state.get(parameter, {}).items()
+        name: optimizer.state[parameter][key]
+        for name, (parameter, optimizer, key) in _slots(model, optimizers).items()
+        if parameter in optimizer.state
     }
 
 
@@ -180,11 +180,10 @@ def all_optimizer_tensors(
         yield from mine.items()
         return
     dist.broadcast(has_state := torch.tensor(len(mine)), 0)  # rank 0 owns the first one
-    for name, parameter, optimizer in _parameters(model, optimizers):
-        for key in STATE_KEYS[type(optimizer)] if has_state else ():
-            tensor = mine.get(f"{name}/{key}", parameter.new_empty(() if key == "step" else parameter.shape))
-            dist.broadcast(tensor, owner[parameter])
-            yield f"{name}/{key}", tensor
+    for name, (parameter, _, key) in _slots(model, optimizers).items() if has_state else ():
+        tensor = mine.get(name, parameter.new_empty(() if key == "step" else parameter.shape))
+        dist.broadcast(tensor, owner[parameter])
+        yield name, tensor
 
 
 def load_optimizer_tensors(
@@ -194,11 +193,7 @@ def load_optimizer_tensors(
 
     Raises WeightsError for unknown or missing names and wrong shapes.
     """
-    slots = {
-        f"{name}/{key}": (parameter, optimizer, key)
-        for name, parameter, optimizer in _parameters(model, optimizers)
-        for key in STATE_KEYS[type(optimizer)]
-    }
+    slots, owner = _slots(model, optimizers), owners(optimizers, num_ranks)
     if tensors and set(tensors) != set(slots):
         unknown, missing = named(set(tensors) - set(slots)), named(set(slots) - set(tensors))
         raise WeightsError(f"optimizer state: unknown tensors {unknown}, missing tensors {missing}")
@@ -208,16 +203,19 @@ def load_optimizer_tensors(
             raise WeightsError(f"optimizer state: {name} has shape {tuple(tensor.shape)}, must be {tuple(shape)}")
     for optimizer in optimizers:
         optimizer.state.clear()
-    owner = owners(optimizers, num_ranks)
     for name, tensor in tensors.items():
         parameter, optimizer, key = slots[name]
         if owner[parameter] == rank:
             optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
-def _parameters(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+def _slots(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, tuple[nn.Parameter, Optimizer, str]]:
+    """For each "parameter name/key": its parameter, optimizer and key: optimizer.state[parameter][key]."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield names[parameter], parameter, optimizer
+    return {
+        f"{names[parameter]}/{key}": (parameter, optimizer, key)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key in STATE_KEYS[type(optimizer)]
+    }

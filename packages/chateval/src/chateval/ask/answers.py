@@ -50,9 +50,7 @@ def answer_texts(subject: Subject, task: Task, draws: Sequence[Draw], sampling: 
     """Generated answers, graded by the task's own file, each as it ends."""
     for draw, completion, line in _generated(subject, draws, sampling):
         grade = call_task(task, task.scoring.grade, draw.question.row, answer_text(subject, completion))
-        line |= {"extracted": grade.extracted, "gold": grade.gold, "correct": grade.correct}
-        line["ending"] = completion.ending
-        line |= {"flexible_extracted": grade.flexible_extracted, "flexible_correct": grade.flexible_correct}
+        line |= {**grade._asdict(), "ending": completion.ending}
         yield line | {"tool_calls": completion.tool_calls, "tool_failures": completion.tool_failures}
 
 

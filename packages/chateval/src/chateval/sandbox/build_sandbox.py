@@ -1,7 +1,7 @@
 """Builds the sandbox from inside: `unshare` runs this file in new namespaces; nothing imports it.
 
 It is process 1 of its namespace and the only trusted process there. It turns an empty tmpfs into the root folder, with
-read-only parts of the host, gives up every privilege, starts a fresh interpreter (RUNNER) for the code, and waits.
+read-only parts of the host, gives up every privilege, starts a fresh interpreter (runner.py) for the code, and waits.
 It ends when that interpreter ends, or when the caller closes the lifeline (also by dying); the kernel then kills every
 other process of the namespace, whatever signals they ignore and wherever they forked to.
 
@@ -18,35 +18,7 @@ import struct
 import sys
 from pathlib import Path
 
-# What the interpreter runs before model-written code. It holds the ticket while the code runs, but not the secret: that
-# comes in exchange for the ticket once the tests have ended, and nothing runs after it is printed.
-RUNNER = """
-import os, sys, types
-
-def run(channel, read, write, leave):
-    def receive(num_bytes):
-        received = b""
-        while len(received) < num_bytes:
-            part = read(channel, num_bytes - len(received))
-            if not part:
-                leave(1)
-            received += part
-        return received
-
-    os.set_inheritable(channel, False)
-    os.environ.clear()
-    sys.argv[:] = sys.orig_argv[:] = [""]
-    ticket = receive(16)
-    program = receive(int.from_bytes(receive(8), "big"))
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    exec(compile(program, "program.py", "exec"), main.__dict__)
-    write(channel, ticket)
-    write(1, receive(32))
-    leave(0)
-
-run(int(sys.argv[1]), os.read, os.write, os._exit)
-"""
-
+RUNNER = Path(__file__).with_name("runner.py").read_text()  # read here: from the new root folder it cannot be
 PYTHON = "/python/bin/python3"
 
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MNT_DETACH = 2, 4, 4096, 16384, 2  # <sys/mount.h>
@@ -160,7 +132,7 @@ def start_interpreter(settings: dict, channel: socket.socket) -> None:
     channel.set_inheritable(True)
     for name, value in settings["rlimits"].items():
         resource.setrlimit(getattr(resource, name), tuple(value))
-    # A shared libpython would be looked up under the host's prefix; RUNNER clears the environment again.
+    # A shared libpython would be looked up under the host's prefix; runner.py clears the environment again.
     command = [PYTHON, "-I", "-S", "-B", "-c", RUNNER, str(channel.fileno())]
     os.execve(PYTHON, command, {"LD_LIBRARY_PATH": "/python/lib"})
 

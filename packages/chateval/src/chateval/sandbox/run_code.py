@@ -192,18 +192,17 @@ def _follow(
 ) -> tuple[Ending | None, bytes]:
     """Hand over the program, read its output, exchange the ticket for the secret.
 
-    Returns the ending (None: the exit code decides) and standard error.
+    Returns the ending, or None and standard error: then these and the exit code decide.
     """
     ticket, secret = secrets.token_bytes(16), secrets.token_hex(16).encode()
     source = program.encode(errors="surrogatepass")
     deadline = time.monotonic() + timeout_s
-    output = {process.stdout: b"", process.stderr: b""}
-    unread, asked = set(output), b""
+    unread, received = {process.stdout, process.stderr}, {process.stdout: b"", process.stderr: b"", channel: b""}
     with selectors.DefaultSelector() as selector:
-        for file in (*output, channel):
+        for file in received:
             selector.register(file, selectors.EVENT_READ)
+        channel.settimeout(timeout_s)
         try:
-            channel.settimeout(timeout_s)
             channel.sendall(ticket + len(source).to_bytes(8, "big") + source)
         except TimeoutError:
             return "timeout", b""
@@ -213,27 +212,21 @@ def _follow(
         while unread:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
-                return "timeout", output[process.stderr]
+                return "timeout", b""
             for key, _ in selector.select(remaining_s):
-                if key.fileobj is channel:
-                    received = b""
-                    with contextlib.suppress(OSError):
-                        received = channel.recv(16)
-                    asked += received
-                    if secrets.compare_digest(asked, ticket):
-                        with contextlib.suppress(OSError):  # the interpreter is gone
-                            channel.sendall(secret)
-                    if not received or len(asked) >= len(ticket):  # one try, because the code can write here too
-                        selector.unregister(channel)
-                    continue
-                part = key.fileobj.read(65536)
-                output[key.fileobj] += part
-                if not part:
-                    selector.unregister(key.fileobj)
-                    unread.remove(key.fileobj)
-                if sum(map(len, output.values())) > output_bytes:
-                    return "output", output[process.stderr]
-    return "passed" if secret in output[process.stdout] else None, output[process.stderr]
+                file, part = key.fileobj, b""
+                with contextlib.suppress(OSError):  # the interpreter is gone
+                    part = os.read(key.fd, 16 if file is channel else 65536)
+                    received[file] += part
+                    if file is channel and secrets.compare_digest(received[file], ticket):
+                        channel.sendall(secret)
+                # one try for a ticket, because the code can write here too
+                if not part or (file is channel and len(received[file]) >= len(ticket)):
+                    selector.unregister(file)
+                    unread.discard(file)
+                if len(received[process.stdout]) + len(received[process.stderr]) > output_bytes:
+                    return "output", b""
+    return "passed" if secret in received[process.stdout] else None, received[process.stderr]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

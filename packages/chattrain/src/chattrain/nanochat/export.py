@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from chatdata.disk import check_replaceable
+from chatdata.disk import check_replaceable, write_json
 from chatdata.errors import first_line
 from chattrain.checkpoint import TOKENIZER_FILES, write_tensors
 from chattrain.errors import ExportError, VerifyError
@@ -57,8 +57,8 @@ def export_transformers(
     try:
         write_tensors(transformers_weights(weights, config), partial / "model.safetensors", {"format": "pt"})
         head = {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "dtype": "float32"}
-        _write_json(partial / "config.json", head | transformers_config(config, bos_id, assistant_end_id))
-        _write_json(partial / "generation_config.json", generation_config(bos_id, assistant_end_id))
+        write_json(partial / "config.json", head | transformers_config(config, bos_id, assistant_end_id))
+        write_json(partial / "generation_config.json", generation_config(bos_id, assistant_end_id))
         for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
             if (tokenizer_dir / name).is_file():
                 shutil.copyfile(tokenizer_dir / name, partial / name)
@@ -196,7 +196,3 @@ def _check_verifiable(config: ModelConfig) -> None:
         raise VerifyError("verify: transformers is not installed: `uv sync` installs it") from error
     if int(transformers.__version__.split(".")[0]) < 5:
         raise VerifyError(f"verify: transformers is {transformers.__version__}, must be version 5 or newer")
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

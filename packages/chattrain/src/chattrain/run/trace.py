@@ -24,13 +24,11 @@ def plan_again(run: RunRecord, data: str | Path | None = None) -> TrainingPlan:
     """
     record = run.plan
     split = open_build(data or cached_build(record.build_id) or run.data)[record.split]
-    chosen: dict[str, Any] = {"mask": record.mask, "seq_len": record.seq_len}
+    names = ("mask", "seq_len", "seed", "long", "num_ranks", "device_batch_size")  # null: not for this layout and order
+    chosen: dict[str, Any] = {name: value for name in names if (value := getattr(record, name)) is not None}
     if record.order == "nanochat":
-        ranks = {"num_ranks": record.num_ranks, "device_batch_size": record.device_batch_size}
-        made = make_nanochat_plan(split, **chosen, **ranks)
+        made = make_nanochat_plan(split, **chosen)
     else:
-        if record.layout != "stream":
-            chosen |= {"seed": record.seed, "long": record.long}
         made = plan_epoch(split, layout=record.layout, step_sequences=record.step_sequences, **chosen)
     require_same(msgspec.structs.asdict(record), plan_record(made))
     return made
