@@ -178,9 +178,8 @@ def _answer(calls: list[Call], output: str, message: dict[str, Any], turn: int) 
     by_id = wanted and any(call.id for call in calls)
     call = next((call for call in calls if call.output is None and (not by_id or call.id == wanted)), None)
     if call is None:
-        raise ConversationError(
-            f"message {turn}: {f'no call before it has the id {wanted!r}' if by_id else 'a result without a call'}"
-        )
+        why = f"no call before it has the id {wanted!r}" if by_id else "a result without a call"
+        raise ConversationError(f"message {turn}: {why}")
     if name and name != call.name:
         raise ConversationError(f'message {turn}, key "name": {name!r}, but the call is of {call.name!r}')
     call.output = output

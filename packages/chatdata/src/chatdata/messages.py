@@ -144,11 +144,6 @@ def _parse_content(content: Any, role: str, where: str) -> str | list[Part]:
 
 
 def _parse_part(part: Any, where: str, i: int) -> Part:
-    # fast path: this runs for every part of a build
-    if type(part) is dict and len(part) == 2 and part.get("type") in PART_TYPES:
-        text = part.get("text")
-        if type(text) is str and text.isascii():
-            return {"type": part["type"], "text": text}
     where = f"{where}, part {i}"
     if isinstance(part, dict) and (kind := part.get("type", "text")) not in PART_TYPES:
         why = ": only text is trained on" if kind in MEDIA else nearest(str(kind), PART_TYPES)

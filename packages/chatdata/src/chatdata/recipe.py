@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct, defstruct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from chatdata.conversation import AS_WRITTEN, REFUSED_KEYS, Consecutive, Invalid, Reading, Reasoning
 from chatdata.disk import MAX_COUNT, convert, decode
@@ -208,13 +208,8 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
             splits[split] = tuple(entries)
     if "val" in table.get("shuffle", {}) and "val" not in splits:
         raise RecipeError(f'{shown}, key "shuffle.val": does nothing without a [[val]] entry')
-    return Recipe(
-        name=path.stem,
-        **{key: getattr(read, key) for key in RULES},
-        shuffle={"train": read.shuffle.train, "val": read.shuffle.val},
-        splits=splits,
-        folder=path.parent,
-    )
+    rules = {key: getattr(read, key) for key in RULES}
+    return Recipe(name=path.stem, folder=path.parent, shuffle=asdict(read.shuffle), splits=splits, **rules)
 
 
 def _check_numbers(table: dict[str, Any], shown: str) -> None:
@@ -269,24 +264,22 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
         raise RecipeError(f'{here}, key "subset": "{subset}"{nearest(subset, list(splits))}')
     if splits and read.split not in splits[subset]:
         raise RecipeError(f'{here}, key "split": "{read.split}"{nearest(read.split, list(splits[subset]))}')
+    rules: dict[str, Any] = {key: getattr(recipe, key) for key in ("reasoning", "consecutive", "invalid")}
+    rules["tools"] = "signatures" if recipe.chat_format == NATIVE else "given"
+    reading = Reading(tuple(sorted(set(read.ignore))), tuple(sorted(read.columns.items())), **rules)
     taken = {key: getattr(read, key) for key in EntryKeys.__struct_fields__}
-    return Entry(
-        **taken | {"subset": subset, "name": read.name or name},
-        reading=Reading(
-            tuple(sorted(set(read.ignore))),
-            tuple(sorted(read.columns.items())),
-            **{key: getattr(recipe, key) for key in ("reasoning", "consecutive", "invalid")},
-            tools="signatures" if recipe.chat_format == NATIVE else "given",
-        ),
-        options={key: table.get(key, option.default) for key, option in task.options.items()},
-        file_options=tuple(key for key, option in task.options.items() if option.is_file),
-    )
+    taken |= {"subset": subset, "name": read.name or name}
+    return Entry(**taken, reading=reading, **_options(task, {key: table[key] for key in task.options if key in table}))
 
 
 def scored_entry(task: Task, name: str) -> Entry:
     """The rows of the task's scored set `name`, as an entry: what chateval asks, and what the firewall looks for."""
     assert task.scoring is not None
     scored = task.scoring.sets[name]
-    options = {key: option.default for key, option in task.options.items()} | dict(scored.options)
-    files = tuple(key for key, option in task.options.items() if option.is_file)
-    return Entry(task.name, scored.split, scored.subset, rows=scored.rows, options=options, file_options=files)
+    return Entry(task.name, scored.split, scored.subset, rows=scored.rows, **_options(task, scored.options))
+
+
+def _options(task: Task, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an entry: those `given`, or else the task's defaults; and which of them are files."""
+    options = {key: option.default for key, option in task.options.items()} | dict(given)
+    return {"options": options, "file_options": tuple(key for key, option in task.options.items() if option.is_file)}

@@ -151,12 +151,10 @@ class RenderedDocuments:
             spans, num_spans = self.spans(documents)
             fields = [to_arrow(spans[name]) for name in Span._fields]
             structs = pa.StructArray.from_arrays([*fields[:-1], fields[-1].cast(pa.bool_())], Span._fields)
-            tasks = pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[entries]), strings_to_arrow(names))
             table = {
                 "doc": to_arrow(np.arange(first + start, first + start + len(documents))),
-                "row": to_arrow(columns["row"][part]),
-                "task_position": to_arrow(columns["task_position"][part]),
-                "task": tasks,
+                **{name: to_arrow(columns[name][part]) for name in ("row", "task_position")},
+                "task": pa.DictionaryArray.from_arrays(to_arrow(task_of_entry[entries]), strings_to_arrow(names)),
                 "entry": to_arrow(entries.astype(np.int16)),
                 **{name: to_arrow(getattr(self, name)[documents].astype(np.int32)) for name in INDEX_COUNTS},
                 "truncated": to_arrow(self.truncated[documents].view(np.uint8)).cast(pa.bool_()),
@@ -188,8 +186,7 @@ def check_cut(documents: RenderedDocuments, recipe: Recipe, tokenizer: Tokenizer
         offsets = np.concatenate([[0], np.cumsum(documents.num_tokens[part], dtype=np.int64)])
         untrained = untrained_index(*documents.spans(part), documents.untrained_turns[part])
         index = {"truncated": documents.truncated[part], **untrained}
-        findings = check_documents(*documents.gather(part), offsets, index, rules)
-        raise_defect(findings, part, documents.where)
+        raise_defect(check_documents(*documents.gather(part), offsets, index, rules), part, documents.where)
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

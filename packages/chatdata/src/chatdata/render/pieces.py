@@ -245,5 +245,4 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
         for message in reversed(first[system].tolist()):
             texts[message : message + 2] = [f"{texts[message]}\n\n{texts[message + 1]}"]
         codes, lengths = codes[codes != 2], lengths - system
-    piece_codes = np.array([USER, TEXT | OPENS | CLOSES], dtype=np.uint8)[codes]
-    return Pieces(texts, piece_codes, lengths)
+    return Pieces(texts, np.array([USER, TEXT | OPENS | CLOSES], dtype=np.uint8)[codes], lengths)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chatdata.arrow import values_of
+from chatdata.arrow import to_numpy, values_of
 from chatdata.document import INDEX_COUNTS, Span
 from chatdata.errors import FormatError
 
@@ -87,8 +87,8 @@ def index_arrays(table: pa.Table) -> dict[str, np.ndarray]:
     columns = {name: values_of(table[name]) for name in plain}
     task = table["task"].unify_dictionaries().combine_chunks()
     columns["task"] = np.array(task.dictionary.to_pylist(), dtype=object)[values_of(task.indices)]
-    digests = b"".join(table["digest"].to_pylist())
-    columns["digest"] = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)
+    digests = to_numpy(table["digest"].combine_chunks(), np.dtype("V16"))
+    columns["digest"] = digests.view(np.uint8).reshape(-1, 16)
     spans = table["spans"].combine_chunks()
     columns["num_spans"] = np.diff(values_of(spans.offsets)).astype(np.int64)
     for key, values in zip(Span._fields, spans.flatten().flatten(), strict=True):

@@ -22,11 +22,9 @@ from chatdata.shards.index import read_index
 from chatdata.tokenizer.bpe import MAX_UINT16_VOCAB, MAX_VOCAB, SPECIAL_TOKENS
 
 FORMAT, VERSION = "chatdata", 2
-FILE_NAMES = {  # of a shard, by kind and number
-    **{kind: f"{kind}-{{:05d}}.npy" for kind in ("tokens", "mask", "offsets")},
-    "index": "index-{:05d}.parquet",
-}
-FILE_KINDS = tuple(FILE_NAMES)
+FILE_KINDS = ("tokens", "mask", "offsets", "index")
+# of a shard, by its number
+FILE_NAMES = {kind: f"{kind}-{{:05d}}.{'parquet' if kind == 'index' else 'npy'}" for kind in FILE_KINDS}
 LARGE_KINDS = ("tokens", "mask")  # hashed by `verify --level full` alone: 1 GB takes 0.6 s or more
 HEADER_BYTES = 128  # of a .npy file
 MARK = ".chatdata-build"  # a file in every folder of ours that is not OUT: no other folder is ever cleared
@@ -186,14 +184,11 @@ def other_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
 def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
     """What does not go together in a manifest from `parse_manifest`, and names that are not the format's."""
     recipe, splits, tokenizer = manifest["recipe"], manifest["splits"], manifest["tokenizer"]
+    name_of_format = re.split("[:@]", manifest["chat_format"].removeprefix("renderers:"))[0]
     found: list[tuple[str, Any, Any]] = [  # key, what it is, what it must be
         ("recipe.stage", recipe["stage"], manifest["stage"]),
         ("splits", sorted(splits), [name for name in ("train", "val") if name in recipe]),
-        (
-            "recipe.chat_format",
-            recipe.get("chat_format"),
-            re.split("[:@]", manifest["chat_format"].removeprefix("renderers:"))[0],
-        ),
+        ("recipe.chat_format", recipe.get("chat_format"), name_of_format),
         ("dtype", manifest["dtype"], "<u4" if tokenizer["vocab_size"] > MAX_UINT16_VOCAB else "<u2"),
     ]
     for name in {"train", "val"} & set(splits):

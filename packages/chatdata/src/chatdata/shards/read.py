@@ -177,11 +177,8 @@ class Split(Shards):
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
-        types = {
-            "input_ids": pa.from_numpy_dtype(np.dtype(self.build.manifest["dtype"])),
-            "labels": pa.int32(),
-            "assistant_masks": pa.uint8(),
-        }
+        id_type = pa.from_numpy_dtype(np.dtype(self.build.manifest["dtype"]))
+        types = {"input_ids": id_type, "labels": pa.int32(), "assistant_masks": pa.uint8()}
         tables = [pa.schema([(name, pa.list_(kind)) for name, kind in types.items()]).empty_table()]
         for first, last in pairwise(self._first_documents):
             bounds = self.offsets[first : last + 1]
@@ -191,9 +188,8 @@ class Split(Shards):
             columns = [list_to_arrow(to_arrow(values), np.diff(bounds)) for values in (tokens, labels, mask)]
             tables.append(pa.table(columns, names=list(types)))
         # without a fingerprint, the dataset would hash all of its bytes for one
-        about = (
-            f"{self.build.manifest['build_id']} {self.name} {policy} ".encode() + self._chosen(slice(None))[1].tobytes()
-        )
+        numbers = self._chosen(slice(None))[1].tobytes()
+        about = f"{self.build.manifest['build_id']} {self.name} {policy} ".encode() + numbers
         return Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=xxhash.xxh3_128_hexdigest(about))
 
     def index_table(self) -> pa.Table:
@@ -228,14 +224,12 @@ class Split(Shards):
     def _repr_html_(self) -> str:
         entries, keys = self.build.manifest["splits"][self.name]["entries"], ("documents", "tokens", "supervised")
         sums = {name: [sum(e[key] for e in entries if e["name"] == name) for key in keys] for name in self.names}
-        rows = ["<th>name</th><th>documents</th><th>tokens</th><th>supervised</th>"]
+        table = '<table style="text-align:right">'
+        table += "<tr><th>name</th><th>documents</th><th>tokens</th><th>supervised</th></tr>"
         for name, (documents, tokens, supervised) in sums.items():
-            cells = (f"{documents:,}", f"{tokens:,}", f"{supervised / max(tokens, 1):.1%}")
-            first = f'<td style="text-align:left">{html.escape(name)}</td>'
-            rows.append(first + "".join(f"<td>{cell}</td>" for cell in cells))
-        return framed(
-            repr(self), "".join(['<table style="text-align:right">', *(f"<tr>{row}</tr>" for row in rows), "</table>"])
-        )
+            table += f'<tr><td style="text-align:left">{html.escape(name)}</td><td>{documents:,}</td>'
+            table += f"<td>{tokens:,}</td><td>{supervised / max(tokens, 1):.1%}</td></tr>"
+        return framed(repr(self), table + "</table>")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

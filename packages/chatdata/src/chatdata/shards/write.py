@@ -32,7 +32,7 @@ def write_split(
     documents: RenderedDocuments,
     contaminated: np.ndarray,
     tokenizer: Tokenizer,
-    progress: Progress | None,
+    progress: Progress,
     threads: Executor | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write a split into the new `folder`; return its part of the manifest, and of the report's `tool_calls`.
@@ -56,10 +56,8 @@ def write_split(
     lengths, shards = documents.num_tokens[rows["document"]].astype(np.int64), []
     for number, (first, last) in enumerate(blocks_of(lengths, MAX_SHARD_TOKENS)):
         chosen = rows["document"][first:last]
-        chunks = documents.chunks(chosen)
-        if progress:
-            done, total = int(lengths[:first].sum()), int(lengths.sum())
-            chunks = _shown(chunks, progress, f"write {folder.name}", done, total)
+        done, total = int(lengths[:first].sum()), int(lengths.sum())
+        chunks = _shown(documents.chunks(chosen), progress, f"write {folder.name}", done, total)
         columns = {key: values[first:last] for key, values in rows.items()}
         index = documents.index_tables(chosen, first, columns, names, INDEX_ROWS)
         dtype, vocab_size = tokenizer.dtype, tokenizer.vocab_size
@@ -116,22 +114,20 @@ def _ledger(
         dropped = {reason: int((reasons == i).sum()) for i, reason in enumerate(DROP_REASONS) if i}
         if not dropped["contaminated"]:  # builds that drop none have no such line, as before there was a firewall
             del dropped["contaminated"]
-        ledger.append(
-            {
-                "entry": number,
-                **{key: getattr(planned.entry, key) for key in ("task", "name", "subset", "split")},
-                "source": planned.source.name,
-                "rows": len(reasons),
-                "documents": len(kept),
-                "tokens": tokens,
-                "supervised": int(documents.num_supervised[kept].sum(dtype=np.int64)),
-                "truncated": int(documents.truncated[kept].sum()),
-                "tokens_lost": int(documents.original_tokens[kept].sum(dtype=np.int64)) - tokens,
-                "dropped": dropped,
-                "merged": 0,
-                **documents.tallied(kept),
-            }
-        )
+        line = {
+            "entry": number,
+            **{key: getattr(planned.entry, key) for key in ("task", "name", "subset", "split")},
+            "source": planned.source.name,
+            "rows": len(reasons),
+            "documents": len(kept),
+            "tokens": tokens,
+            "supervised": int(documents.num_supervised[kept].sum(dtype=np.int64)),
+            "truncated": int(documents.truncated[kept].sum()),
+            "tokens_lost": int(documents.original_tokens[kept].sum(dtype=np.int64)) - tokens,
+            "dropped": dropped,
+            "merged": 0,
+        }
+        ledger.append(line | documents.tallied(kept))
     return ledger
 
 

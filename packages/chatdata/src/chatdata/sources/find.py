@@ -195,9 +195,7 @@ def _source_file(path: Path, name: str) -> SourceFile:
 def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[dict[str, Any], dict[str, SourceFile]]:
     """The task's options with paths in place of file names, and those files, for the manifest."""
     options, files = dict(entry.options), {}
-    for key, option in task.options.items():
-        if not option.is_file:
-            continue
+    for key in entry.file_options:
         value = options[key]
         if key == "words" and locations.words is not None:
             value = locations.words

@@ -50,22 +50,16 @@ def snapshot(repo: str, pattern: str, revision: str | None) -> tuple[Path, str]:
         get_cached_repo_tree(repo, repo_type="dataset", revision=folder.name)
     except HFValidationError as error:
         raise SourceError(first_line(error)) from None
-    except LocalEntryNotFoundError:
-        folder = _fetch(repo, pattern, wanted)
-    except CachedRepoTreeNotFoundError:  # cached file by file, so only the Hub knows whether these are all
+    except (LocalEntryNotFoundError, CachedRepoTreeNotFoundError):
         try:
-            folder = _fetch(repo, pattern, wanted)
+            with requests_to(f"{repo} is not in the Hub's cache and ", repo, wanted):
+                commit_of(repo, wanted)  # asks the Hub once whether it has this
+                folder = download(repo, [pattern], wanted)
         except MissingSource:
+            # cached file by file, so only the Hub knows whether these are all
             if folder is None or not any(folder.glob(pattern)):
                 raise
     return folder, folder.name
-
-
-def _fetch(repo: str, pattern: str, revision: str) -> Path:
-    """Ask the Hub once whether it has this, then download. Raises MissingSource or SourceError."""
-    with requests_to(f"{repo} is not in the Hub's cache and ", repo, revision):
-        commit_of(repo, revision)
-        return download(repo, [pattern], revision)
 
 
 def commit_of(repo: str, revision: str) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from chatdata.arrow import to_arrow, without_nulls
 from chatdata.conversation import AS_WRITTEN, Reading
-from chatdata.errors import SourceError
+from chatdata.errors import SourceError, first_line
 from chatdata.sources.file import Place, SourceFile, open_parquet
 from chatdata.sources.jsonl import ROWS_PER_BATCH, read_segments, read_text
 from chatdata.tasks.task import Task, call_task
@@ -203,8 +203,7 @@ def _read_parquet(file: SourceFile, opened: BufferedReader, first: int, wanted: 
         try:
             batch = next(batches, None) if batch is None else batch
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise SourceError(f"{file.name}: cannot be read from row {at} on: {reason}") from None
+            raise SourceError(f"{file.name}: cannot be read from row {at} on: {first_line(error)}") from None
         if at == stop:
             break
         if batch is None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from chatdata.grading import Grade
-from chatdata.tasks.task import ScoredSet, Scoring, Task, one_turn
-from chatdata.tasks.words import WORD_OPTIONS, drawn, shuffled_words, split_words
+from chatdata.tasks.task import Scoring, Task, one_turn
+from chatdata.tasks.words import HELD_OUT, WORD_OPTIONS, drawn, shuffled_words, split_words
 
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], str]:
@@ -37,9 +37,7 @@ TASK = Task(
     licence="Unlicense",
     splits={"": {"train": 0, "test": 0}},
     generate=generate,
-    scoring=Scoring(
-        sets={"simple_spelling": ScoredSet(rows=256, options={"holdout": True})}, grade=grade, word=lambda word: word
-    ),
+    scoring=Scoring(sets={"simple_spelling": HELD_OUT}, grade=grade, word=lambda word: word),
     options=WORD_OPTIONS,
     to_conversation=to_conversation,
 )

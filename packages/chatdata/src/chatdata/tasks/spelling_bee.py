@@ -13,8 +13,8 @@ from typing import Any
 
 from chatdata.errors import SourceError
 from chatdata.grading import Grade, grade_number
-from chatdata.tasks.task import Option, ScoredSet, Scoring, Task, one_turn
-from chatdata.tasks.words import WORD_OPTIONS, drawn, read_words, split_words
+from chatdata.tasks.task import Option, Scoring, Task, one_turn
+from chatdata.tasks.words import HELD_OUT, WORD_OPTIONS, drawn, read_words, split_words
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 PHRASINGS = Path(__file__).parent / "texts" / "spelling_phrasings.txt"
@@ -78,10 +78,7 @@ TASK = Task(
     licence="Unlicense",
     splits={"": {"train": 0, "test": 0}},
     generate=generate,
-    # held-out words, and as many rows as karpathy/nanochat@790f3be:scripts/chat_eval.py scores
-    scoring=Scoring(
-        sets={"spelling_bee": ScoredSet(rows=256, options={"holdout": True})}, grade=grade, word=lambda row: row["word"]
-    ),
+    scoring=Scoring(sets={"spelling_bee": HELD_OUT}, grade=grade, word=lambda row: row["word"]),
     options={**WORD_OPTIONS, "phrasings": Option(str, str(PHRASINGS), is_file=True)},
     to_conversation=to_conversation,
 )

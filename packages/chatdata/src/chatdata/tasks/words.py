@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from chatdata.errors import SourceError
-from chatdata.tasks.task import Option
+from chatdata.tasks.task import Option, ScoredSet
 
 # dwyl/english-words (Unlicense), the list nanochat spells from
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt"
@@ -21,6 +21,8 @@ WORD_OPTIONS = {
     "words_sha256": Option(str),
     "holdout": Option(bool, False),
 }
+# as many rows as karpathy/nanochat@790f3be:scripts/chat_eval.py scores
+HELD_OUT = ScoredSet(rows=256, options={"holdout": True})
 
 
 def drawn(split: str, make_row: Callable[..., T], *given: Any) -> Callable[[int], T]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from chatdata.disk import shown
-from chatdata.errors import ChatdataError, TokenizerError
+from chatdata.errors import ChatdataError, TokenizerError, first_line
 from chatdata.tokenizer.merges import Pair, all_merges, spell
 from chatdata.tokenizer.patterns import covering, to_tokenizers
 
@@ -87,8 +87,7 @@ class Tokenizer:
                 name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
             )
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise TokenizerError(f"{name}: the split pattern does not compile: {reason}") from None
+            raise TokenizerError(f"{name}: the split pattern does not compile: {first_line(error)}") from None
         single = tiktoken.Encoding(name, pat_str=alternatives or "(?!)", mergeable_ranks=BYTES, special_tokens={})
         # what no alternative of the pattern matches, tiktoken drops in silence: `\S+` loses spaces
         if lost := [char for char in characters if not single.encode_ordinary(char)]:
@@ -208,7 +207,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, pattern: str = SPLIT_
         is_panic = type(error).__name__ == "PanicException"
         if isinstance(error, ChatdataError) or not (is_panic or isinstance(error, (ValueError, OverflowError))):
             raise
-        raise TokenizerError(f"training failed: {str(error).splitlines()[0]}") from None
+        raise TokenizerError(f"training failed: {first_line(error)}") from None
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - len(SPECIAL_TOKENS):
         raise TokenizerError(
