@@ -12,13 +12,13 @@ import click
 
 from chatdata.cli.build import build
 from chatdata.cli.check import check, diff, reproduce, verify
-from chatdata.cli.command import json_option, program, run_command, task_files_option
+from chatdata.cli.command import json_option, program, run_command, task_files_option, tell
 from chatdata.cli.export import export
 from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
 from chatdata.cli.share import pull, push
 from chatdata.cli.tokenizer import tokenizer
-from chatdata.progress import say, say_json
+from chatdata.progress import say_json
 
 cli = program("chatdata", "Render chat conversations once, offline, to token shards with a parallel loss mask.")
 reading = (inspect, stats, verify, reproduce, report, plan, diff, export)
@@ -100,15 +100,11 @@ def cache(unused_days: float | None, as_json: bool) -> None:
     builds = sorted(path.parent for path in fetched.glob("[!.]*/manifest.json"))
     builds_bytes = sum(path.stat().st_size for path in fetched.rglob("*") if path.is_file())  # partial ones, too
     facts |= {"builds": [build.name for build in builds], "builds_bytes": builds_bytes}
-    if as_json:
-        say_json(facts | {"oldest_use": left[0].last_used if left else None})
-        return
     oldest = f", the longest unused for {(time.time() - left[0].last_used) / 86_400:.1f} days" if left else ""
-    say(f"{folder}: {len(left):,} work units, {megabytes(num_bytes)}{oldest}")
-    if removed:
-        say(f"removed: {len(removed):,} work units, {megabytes(removed_bytes)}")
-    if builds_bytes:
-        say(f"{fetched}: {len(builds):,} fetched builds, {megabytes(builds_bytes)}")
+    lines = [f"{folder}: {len(left):,} work units, {megabytes(num_bytes)}{oldest}"]
+    lines += [f"removed: {len(removed):,} work units, {megabytes(removed_bytes)}"] if removed else []
+    lines += [f"{fetched}: {len(builds):,} fetched builds, {megabytes(builds_bytes)}"] if builds_bytes else []
+    tell(facts | {"oldest_use": left[0].last_used if left else None}, lines, as_json)
 
 
 INTERRUPTED = "interrupted; no build was written, but rendered work units are kept: run the same command to resume"

@@ -72,23 +72,7 @@ NO_TOKENIZER = (
 @click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
 @json_option
 def build(
-    files: tuple[Path, ...],
-    stage: str | None,
-    val_share: float | None,
-    write_recipe: Path | None,
-    recipe: str | None,
-    demo: bool,
-    data_dir: Path | None,
-    tokenizer: Path | None,
-    identity: Path | None,
-    words: str | None,
-    task_files: tuple[Path, ...],
-    out: Path | None,
-    workers: int | None,
-    limit: int | None,
-    dry_run: bool,
-    as_json: bool,
-    **options: Any,
+    files: tuple[Path, ...], stage: str | None, recipe: str | None, dry_run: bool, as_json: bool, **given: Any
 ) -> None:
     """Render a recipe, or your own FILEs, to token and mask shards.
 
@@ -111,48 +95,47 @@ def build(
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks
 
-    tasks = load_tasks(task_files)
-    rules: dict[str, Any] = {key: options.pop(key) for key in ("max_tokens", "overflow", "invalid", "chat_format")}
-    for flag, given in (("--val", val_share), ("--write-recipe", write_recipe)):
-        if given is not None and not files:
-            raise UsageError(f"{flag} is for FILEs: chatdata build chats.jsonl … {flag} {given}")
+    tasks, demo, tokenizer, limit = load_tasks(given["task_files"]), given["demo"], given["tokenizer"], given["limit"]
+    for key, flag in (("val_share", "--val"), ("write_recipe", "--write-recipe")):
+        if given[key] is not None and not files:
+            raise UsageError(f"{flag} is for FILEs: chatdata build chats.jsonl … {flag} {given[key]}")
     if files and (recipe or demo):
         raise UsageError(f"give FILEs or {'--recipe' if recipe else '--demo'}, not both")
+    rules = {key: given[key] for key in ("max_tokens", "overflow", "invalid", "chat_format")}
     if files:
-        loaded, text = equivalent_recipe(files, write_recipe, stage or "sft", val_share, tasks, **rules)
+        paths = (files, given["write_recipe"])
+        loaded, text = equivalent_recipe(*paths, stage or "sft", given["val_share"], tasks, **rules)
     else:
         loaded, text = load_recipe(_recipe_name(stage, recipe, demo), tasks, **rules), ""
-    if stage and loaded.stage != stage:
-        raise UsageError(f'--stage {stage}, but the recipe "{loaded.name}" is for stage {loaded.stage}')
+    locations = Locations(loaded.folder, given["data_dir"], given["identity"], given["words"])
     entries = [entry for split in loaded.splits.values() for entry in split]
-    identity_paths = {entry.path for entry in entries if entry.task == "identity"}
-    if identity and not identity_paths:
-        raise UsageError(f'--identity is given, but the recipe "{loaded.name}" has no identity entry')
-    if identity and len(identity_paths) > 1:
-        raise UsageError(f"--identity is given, but the identity entries have {len(identity_paths)} different paths")
-    if words and not any("words" in tasks[entry.task].options for entry in entries):
-        raise UsageError(f'--words is given, but the recipe "{loaded.name}" has no task with a word list')
-    if data_dir and demo and not recipe:
-        raise UsageError("--data-dir is given, but --demo reads no data")
-    if data_dir and not data_dir.is_dir():
-        raise UsageError(f"--data-dir {data_dir}: no such folder")
-    out = out or Path("out") / loaded.name
+    num_paths = len({entry.path for entry in entries if entry.task == "identity"})
+    has_words = any("words" in tasks[entry.task].options for entry in entries)
+    identity, data_dir, chat_format = locations.identity, locations.data_dir, loaded.chat_format
+    own, needs = f'the recipe "{loaded.name}"', "needs --tokenizer with the model's tokenizer folder"
+    for wrong, message in (
+        (stage and loaded.stage != stage, f"--stage {stage}, but {own} is for stage {loaded.stage}"),
+        (identity and not num_paths, f"--identity is given, but {own} has no identity entry"),
+        (identity and num_paths > 1, f"--identity is given, but the identity entries have {num_paths} different paths"),
+        (locations.words and not has_words, f"--words is given, but {own} has no task with a word list"),
+        (data_dir and demo and not recipe, "--data-dir is given, but --demo reads no data"),
+        (data_dir and not data_dir.is_dir(), f"--data-dir {data_dir}: no such folder"),
+        (chat_format != NATIVE and not tokenizer, f"--chat-format {chat_format} {needs}"),
+        (not (demo or tokenizer), NO_TOKENIZER),
+    ):
+        if wrong:
+            raise UsageError(message)
+    out, workers = given["out"] or Path("out") / loaded.name, given["workers"] or available_cpus()
     if not dry_run:
-        check_out(out, options["force"])
-    workers = workers or available_cpus()
-    if workers > 1 and options["engine"] == "local" and not (dry_run or demo or limit):
+        check_out(out, given["force"])
+    if workers > 1 and given["engine"] == "local" and not (dry_run or demo or limit):
         start_early()
-    locations = Locations(loaded.folder, data_dir, identity, words)
-    if loaded.chat_format != NATIVE and not tokenizer:
-        raise UsageError(f"--chat-format {loaded.chat_format} needs --tokenizer with the model's tokenizer folder")
-    if not (tokenizer or demo):
-        raise UsageError(NO_TOKENIZER)
-    used_tokenizer = tokenizer_of(tokenizer, chat_format=loaded.chat_format) if tokenizer else demo_tokenizer()
+    used_tokenizer = tokenizer_of(tokenizer, chat_format=chat_format) if tokenizer else demo_tokenizer()
     plan = make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
-    if write_recipe:
-        write_whole(write_recipe, text.encode())
+    if given["write_recipe"]:
+        write_whole(given["write_recipe"], text.encode())
     forms = {source: form_of(source) for source in plan.sources} if files else {}
-    about = estimate(plan, workers, options["encoder"]) if dry_run else {}
+    about = estimate(plan, workers, given["encoder"]) if dry_run else {}
     if not as_json:
         for line in text.splitlines():
             say(line)
@@ -169,6 +152,7 @@ def build(
     if dry_run:
         return
     gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all
+    options = {key: given[key] for key in ("force", "engine", "encoder", "decontaminate", "against")}
     with shown_progress(quiet=as_json) as progress:
         manifest = run_build(plan, out, workers=workers, progress=progress, **options)
     if as_json:

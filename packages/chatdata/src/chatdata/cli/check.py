@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, build_argument, choice, command, json_option
+from chatdata.cli.command import FILE, build_argument, choice, command, json_option, tell
 from chatdata.errors import UsageError
-from chatdata.progress import say, say_json, shown_progress
+from chatdata.progress import say, shown_progress
 
 
 def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,12 +38,9 @@ def _sources(given: dict[str, Any]) -> dict[str, Any]:
 
 def _tell(path: Path, said: str, problems: list[str], as_json: bool, **facts: Any) -> int:
     """Print what was found out about a build. The exit code."""
-    if as_json:
-        say_json({"build": str(path), **facts, "problems": problems})
-    else:
-        for problem in problems:
-            say(problem, error=True)
-        say(f"{path}: {said}")
+    for problem in [] if as_json else problems:
+        say(problem, error=True)
+    tell({"build": str(path), **facts, "problems": problems}, [f"{path}: {said}"], as_json)
     return 3 if problems else 0
 
 
@@ -151,10 +148,7 @@ def check(files: tuple[Path, ...], as_json: bool) -> int:
     gc.set_threshold(100_000)  # rows are parsed into a hundred objects each, without cycles: a fifth of the time
     with shown_progress(quiet=as_json) as progress:
         found = check_files(files, progress)
-    if as_json:
-        say_json(found)
-    for line in [] if as_json else lines_of_check(found):
-        say(line)
+    tell(found, lines_of_check(found), as_json)
     return 3 if found["rows"] else 0
 
 
@@ -177,8 +171,5 @@ def diff(a: str, b: str, as_json: bool) -> int:
     from chatdata.check.diff import diff_builds, lines_of
 
     found = diff_builds(open_build(a), open_build(b))
-    if as_json:
-        say_json(found)
-    for line in [] if as_json else lines_of(found):
-        say(line)
+    tell(found, lines_of(found), as_json)
     return 0 if found["identical"] else 1

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,7 +16,7 @@ import click
 from chatdata import version_of
 from chatdata.disk import DISK_ERRORS, describe_os_error, home_path
 from chatdata.errors import printable
-from chatdata.progress import say
+from chatdata.progress import say, say_json
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
@@ -45,9 +45,8 @@ def build_argument(command: Callable[..., Any], required: bool = True) -> Callab
     return with_local_build
 
 
-# old → new names, for all three commands; an old name is refused with the new one in the message
-RENAMED_OPTIONS = {"--rows": "--layout", "--tensorboard": "--track tensorboard"}
-RENAMED_POLICIES = {"all": "ignore", "supervised": "apply"}
+# old → new spellings, for all three commands; an old one is refused with the new one in the message
+RENAMED = {"--rows": "--layout", "--tensorboard": "--track tensorboard", "all": "ignore", "supervised": "apply"}
 
 
 class Command(click.Command):
@@ -84,8 +83,8 @@ class MaskPolicyChoice(click.Choice[str]):
         super().__init__(["ignore", "apply", "last-turn", "tools-only", "no-tools", "no-reasoning"])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in RENAMED_POLICIES:
-            self.fail(f"{value!r} is now {RENAMED_POLICIES[value]!r}", param, ctx)
+        if value in RENAMED:
+            self.fail(f"{value!r} is now {RENAMED[value]!r}", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -100,6 +99,15 @@ def tokenizer_of(path: Path, *, native: bool = True, chat_format: str = "nanocha
     return load_tokenizer(path, native=native) if chat_format == "nanochat" else read_folder(path)
 
 
+def tell(facts: Any, lines: Iterable[str], as_json: bool) -> None:
+    """Print what a command found: as JSON, or as lines of text."""
+    if as_json:
+        say_json(facts)
+        return
+    for line in lines:
+        say(line)
+
+
 def run_command(cli: click.Group, name: str, interrupted: str, only: str | None = None) -> None:
     """Run `cli`, print errors that a user can cause as one line, and exit.
 
@@ -112,7 +120,8 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
             stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for →, not a traceback
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    signal.signal(signal.SIGTERM, _interrupt)
+    # SIGTERM cleans up like Ctrl-C; it also works in background jobs of a script, which ignore SIGINT
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         Path.home()
     except RuntimeError:  # the Hub, Altair and torch look for it too
@@ -128,8 +137,8 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
         own = only is None or next((word for word in arguments if word in cli.commands), None) == only
         _stop(interrupted if own else "interrupted", 130)
     except click.ClickException as error:
-        if isinstance(error, click.NoSuchOption) and error.option_name in RENAMED_OPTIONS:
-            error = click.UsageError(f"{error.option_name} is now {RENAMED_OPTIONS[error.option_name]}", error.ctx)
+        if isinstance(error, click.NoSuchOption) and error.option_name in RENAMED:
+            error = click.UsageError(f"{error.option_name} is now {RENAMED[error.option_name]}", error.ctx)
         error.show()
         sys.exit(error.exit_code)
     except (SystemExit, KeyboardInterrupt):
@@ -166,11 +175,6 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
 
 def _at_home(found: re.Match[str]) -> str:
     return f"{found[1]}{home_path(found[2])}"
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """SIGTERM cleans up like Ctrl-C; it also works in background jobs of a script, which ignore SIGINT."""
-    raise KeyboardInterrupt
 
 
 def _stop(message: str, code: int) -> NoReturn:

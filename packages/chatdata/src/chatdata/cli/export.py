@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, choice, command, json_option
+from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, choice, command, json_option, tell
 from chatdata.errors import UsageError
-from chatdata.progress import say, say_json, shown_progress
+from chatdata.progress import shown_progress
 
 
 @command()
@@ -45,9 +45,7 @@ def export(path: Path, to: str, out: Path, policy: Any, as_json: bool, **options
     bos, eos = (ids.get(name, "(the model's)") for name in ("<|bos|>", "<|assistant_end|>"))
     texts = tomllib.loads(Path(__file__).with_name("export_notes.toml").read_text(encoding="utf-8"))
     notes = texts[to].format(vocab_size=vocab_size, bos=bos, eos=eos).splitlines()
-    if as_json:
-        say_json({"out": str(out), "to": to, "mask": policy, "splits": splits, "notes": notes})
-        return
     counts = "{documents:,} documents, {tokens:,} tokens, {supervised:,} supervised"
-    for line in (*(f"{out / name}: {counts.format(**split)} ({policy})" for name, split in splits.items()), *notes):
-        say(line)
+    lines = [f"{out / name}: {counts.format(**split)} ({policy})" for name, split in splits.items()]
+    facts = {"out": str(out), "to": to, "mask": policy, "splits": splits, "notes": notes}
+    tell(facts, [*lines, *notes], as_json)

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import click
 
-from chatdata.cli.command import FILE, command, json_option
+from chatdata.cli.command import FILE, command, json_option, tell
 from chatdata.errors import PersonaError
-from chatdata.progress import say, say_json
 
 
 @command(name="identity")
@@ -50,14 +49,12 @@ def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_js
         raise error.at(str(persona)) from None
     identity.write_conversations(conversations, out)
     facts = identity.identity_facts(loaded, conversations)
-    if as_json:
-        say_json({"out": str(out), **facts})
-        return
-    say(
+    lines = [
         f"{out}: {num_rows:,} conversations, {facts['answers']:,} answers, {facts['answers_with_name']:,} of them name "
         f"{loaded.name}; {facts['facts_told']} of {facts['facts']} facts used"
-    )
+    ]
     if facts["languages_only_named"]:
         named, known = ", ".join(facts["languages_only_named"]), ", ".join(identity.known_languages().values())
-        say(f"only named, because they have no phrasings: {named} (phrasings exist for {known})")
-    say(f"this persona can give up to {facts['largest_rows']:,} different conversations")
+        lines.append(f"only named, because they have no phrasings: {named} (phrasings exist for {known})")
+    lines.append(f"this persona can give up to {facts['largest_rows']:,} different conversations")
+    tell({"out": str(out), **facts}, lines, as_json)

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, command, json_option, tokenizer_of
+from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, command, json_option, tell, tokenizer_of
 from chatdata.errors import UsageError
-from chatdata.progress import say, say_json
+from chatdata.progress import say_json
 
 
 @command()
@@ -20,16 +20,7 @@ from chatdata.progress import say, say_json
 @click.option("--tokenizer", type=FILE, help="Tokenizer for --conversation.")
 @click.option("--stage", "stages", type=click.Choice(["mid", "sft"]), multiple=True, help="Add inputs and targets.")
 @json_option
-def inspect(
-    path: Path | None,
-    split: str,
-    doc: int | None,
-    task: str | None,
-    conversation: Path | None,
-    tokenizer: Path | None,
-    stages: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def inspect(path: Path | None, conversation: Path | None, tokenizer: Path | None, **options: Any) -> None:
     """Show documents of a build, or the tokens of a conversation.
 
     --doc or --task chooses the documents; by default the first ones of the split. For a conversation, prints token, id
@@ -42,19 +33,20 @@ def inspect(
     """
     from chatdata.look import inspect as look
 
+    chosen = [key for key in ("doc", "task") if options[key] is not None]
     if conversation is not None:
-        if path is not None or tokenizer is None or doc is not None or task is not None:
+        if path is not None or tokenizer is None or chosen:
             raise UsageError("--conversation takes --tokenizer, and no BUILD, --doc or --task")
         document = look.document_of_file(conversation, tokenizer_of(tokenizer))
-        look.show_tokens(document, stages, as_json)
+        look.show_tokens(document, options["stages"], options["as_json"])
         return
     if tokenizer is not None:
         raise UsageError("--tokenizer goes with --conversation; a BUILD has its own")
-    if doc is not None and task is not None:
+    if len(chosen) > 1:
         raise UsageError("give --doc or --task, not both")
     if path is None:
         raise UsageError("give a BUILD, or --conversation FILE --tokenizer T")
-    look.show_documents(path, split, doc, task, stages, as_json)
+    look.show_documents(path, **options)
 
 
 @command()
@@ -93,12 +85,9 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
     from chatdata.look.report.page import write_report
 
     facts = write_report(path, out)
-    if as_json:
-        say_json(facts)
-        return
     documents = sum(split["documents"] for split in facts["splits"].values())
     shown = f"{facts['documents_shown']:,} of {documents:,} documents in it"
-    say(f"{facts['out']}: {megabytes(facts['bytes'])}, {shown}")
+    tell(facts, [f"{facts['out']}: {megabytes(facts['bytes'])}, {shown}"], as_json)
 
 
 @command()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from chatdata.cli.command import FILE, build_argument, command, expect_option, json_option
-from chatdata.progress import say, say_json, shown_progress
+from chatdata.cli.command import FILE, build_argument, command, expect_option, json_option, tell
+from chatdata.progress import shown_progress
 
 
 @command()
@@ -33,7 +33,7 @@ def push(path: Path, address: str, as_json: bool) -> None:
     with shown_progress(quiet=as_json) as progress:
         facts = run_push(path, build.manifest, address, card(build.manifest, address), progress)
     text = "{address}: build {build_id:.12}, {bytes:,} bytes".format(**facts)
-    say_json(facts) if as_json else say(text + ", removed ".join(["", *facts["removed"]]))
+    tell(facts, [text + ", removed ".join(["", *facts["removed"]])], as_json)
 
 
 @command()
@@ -63,4 +63,4 @@ def pull(address: str, out: Path, expect: str | None, as_json: bool) -> None:
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copy2(file, copy)
     build_id = build.manifest["build_id"]
-    say_json({"out": str(out), "build_id": build_id}) if as_json else say(f"{out}: build {build_id[:12]}")
+    tell({"out": str(out), "build_id": build_id}, [f"{out}: build {build_id[:12]}"], as_json)

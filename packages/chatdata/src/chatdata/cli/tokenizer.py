@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatdata.cli.command import FILE, Group, json_option, tokenizer_of
+from chatdata.cli.command import FILE, Group, json_option, tell, tokenizer_of
 from chatdata.disk import check_free
 from chatdata.errors import UsageError
-from chatdata.progress import say, say_json
+from chatdata.progress import say
 
 if TYPE_CHECKING:
     from chatdata.tokenizer.bpe import Tokenizer
@@ -82,15 +82,10 @@ def show(path: Path, text: str | None, as_json: bool) -> None:
     facts |= {key: getattr(loaded, key) for key in ("pattern", "nfc", "special_ids", "canary_sha256")}
     if text is not None:
         facts["tokens"] = [[i, loaded.decode_token(i)] for i in loaded.encode_ordinary(text)]
-    if as_json:
-        say_json(facts)
-        return
-    for key, value in facts.items():
-        if key == "tokens":
-            value = " ".join(f"{piece!r}:{i}" for i, piece in value)
-        elif isinstance(value, dict):
-            value = "  ".join(f"{name} {i}" for name, i in value.items())
-        say(f"{key:14} {value}")
+    words = facts | {"special_ids": "  ".join(f"{name} {i}" for name, i in loaded.special_ids.items())}
+    if text is not None:
+        words["tokens"] = " ".join(f"{piece!r}:{i}" for i, piece in facts["tokens"])
+    tell(facts, [f"{key:14} {value}" for key, value in words.items()], as_json)
 
 
 def _save(loaded: "Tokenizer", out: Path) -> None:

@@ -82,16 +82,15 @@ def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> N
 
 
 def show_documents(
-    path: Path, split_name: str, doc: int | None, task: str | None, stages: tuple[str, ...], as_json: bool
+    path: Path, split: str, doc: int | None, task: str | None, stages: tuple[str, ...], as_json: bool
 ) -> None:
     """Print document `doc`, or the first ones of `task`, or the first ones of the split."""
     build = open_build(path)
-    if split_name not in build.splits:
-        raise UsageError(f'{path} has no split "{split_name}"; it has {", ".join(build.splits)}')
-    split = build[split_name]
-    for i in _chosen(split, doc, task):
-        document = split[i]
-        row = split.named_index.row(i, named=True)
+    if split not in build.splits:
+        raise UsageError(f'{path} has no split "{split}"; it has {", ".join(build.splits)}')
+    for i in _chosen(build[split], doc, task):
+        document = build[split][i]
+        row = build[split].named_index.row(i, named=True)
         if stages:
             show_tokens(document, stages, as_json)
         elif as_json:
@@ -100,7 +99,7 @@ def show_documents(
             facts = _facts(row)
             facts.pop("name" if facts["name"] == facts["task"] else "", None)
             line = " · ".join(f"{key} {value}" for key, value in facts.items())
-            console().print(f"[bold]{split_name} document {i}[/bold] · {escape(line)}")
+            console().print(f"[bold]{split} document {i}[/bold] · {escape(line)}")
             console().print(coloured(document), end="\n\n")
 
 
