@@ -66,16 +66,13 @@ def start_workers(renderer: Renderer, units: list[Unit], engine: str, workers: i
 
 
 def _render_here(renderer: Renderer, waiting: deque[Unit], on_rows: OnRows) -> list[Rendered]:
-    rendered = []
-    while unit := _take(waiting):
-        rendered.append(render_unit(renderer, unit, partial(on_rows, unit)))
-    return rendered
+    return [render_unit(renderer, unit, partial(on_rows, unit)) for unit in _taken(waiting)]
 
 
-def _take(waiting: deque[Unit]) -> Unit | None:
+def _taken(waiting: deque[Unit]) -> Iterator[Unit]:
     with suppress(IndexError):
-        return waiting.popleft()  # atomic: several threads take units
-    return None
+        while True:
+            yield waiting.popleft()  # atomic: several threads take units
 
 
 @contextmanager
@@ -88,7 +85,7 @@ def _start_processes(renderer: Renderer, units: list[Unit], workers: int) -> Ite
 
     def keep_busy() -> None:
         try:
-            while unit := _take(waiting):
+            for unit in _taken(waiting):
                 finished.put((unit, pool.submit(_render_in_worker, unit).result()))
         except BaseException as error:
             waiting.clear()

@@ -11,6 +11,7 @@ import numpy as np
 
 from chatdata.errors import UsageError
 from chatdata.recipe import Recipe, parse_recipe
+from chatdata.records import MESSAGE_KEYS
 from chatdata.sources.source import Source
 from chatdata.tasks.task import Task
 
@@ -33,8 +34,8 @@ def equivalent_recipe(
     if write and not write.parent.is_dir():
         raise UsageError(f"--write-recipe {write}: there is no folder {write.parent}")
     path = write or Path(f"{files[0].stem if len(files) == 1 else 'own'}.toml")
-    table = {key: value for key, value in rules.items() if value is not None}
-    table = recipe_of_files(files, path.parent, stage, val_share) | table
+    given = {key: value for key, value in rules.items() if value is not None}
+    table = recipe_of_files(files, path.parent, stage, val_share) | given
     return parse_recipe(table, "the command line", path, tasks), toml_of(table)
 
 
@@ -72,7 +73,7 @@ def form_of(source: Source) -> str:
     if isinstance(row, list):
         return "a list of messages"
     keys = {key for key, value in row.items() if value is not None} if isinstance(row, dict) else set()
-    for key in ("messages", "conversations", "conversation"):
+    for key in MESSAGE_KEYS:
         if key in keys:
             first = next(iter(row[key]), None) if isinstance(row[key], list) else None
             return "ShareGPT" if isinstance(first, dict) and "from" in first else "OpenAI messages"

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from chatdata.build.divide import in_val_rows
 from chatdata.disk import MAX_COUNT
 from chatdata.errors import MissingSource, RecipeError, UsageError, general
-from chatdata.recipe import MAX_ROWS, NATIVE, Recipe
+from chatdata.recipe import MAX_ROWS, NATIVE, Entry, Recipe
 from chatdata.render.documents import RenderedDocuments, RowMap
 from chatdata.render.model_format import ModelFormat, load_format
 from chatdata.sources.find import Locations, PlannedEntry, resolve
@@ -63,8 +63,8 @@ def make_build_plan(
         raise UsageError(f"limit = {limit:,}: must be from 1 to {MAX_COUNT:,}")
     found: dict[str, Source] = {}
     missing: list[str] = []
-    source_of: dict[int, Source] = {}  # by the entry's id
-    for entry in (entry for entries in recipe.splits.values() for entry in entries):
+    named: list[tuple[str, Entry, Source]] = []
+    for split, entry in ((split, entry) for split, entries in recipe.splits.items() for entry in entries):
         # entries that differ only in which positions they take share a source
         alike: dict[str, Any] = dict.fromkeys(("start", "stop", "rows", "share", "val_share"))
         same = replace(entry, **alike, epochs=1, name="", in_val=False, options={})
@@ -72,7 +72,7 @@ def make_build_plan(
         try:
             if key not in found:
                 found[key] = resolve(entry, tasks[entry.task], locations)
-            source_of[id(entry)] = found[key]
+            named.append((split, entry, found[key]))
         except MissingSource as error:
             if str(error) not in missing:
                 missing.append(str(error))
@@ -81,9 +81,8 @@ def make_build_plan(
         raise MissingSource(f"{len(missing)} sources are missing: {listed}" if len(missing) > 1 else missing[0])
     divided = cache(sides)
     splits: dict[str, list[PlannedEntry]] = {split: [] for split in recipe.splits}
-    for split, entry in ((split, entry) for split, entries in recipe.splits.items() for entry in entries):
-        task, source = tasks[entry.task], source_of[id(entry)]
-        side = None
+    for split, entry, source in named:
+        task, side = tasks[entry.task], None
         if task.generate is not None:
             num_rows = entry.stop if entry.stop is not None else (entry.start or 0) + (entry.rows or 0)
         elif entry.val_share is not None:

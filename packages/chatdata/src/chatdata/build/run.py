@@ -11,7 +11,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -82,13 +82,11 @@ def build(
     out = out.resolve()  # through links: the folder they lead to is written, not the link
     row_maps = number_documents(plan)
     rows = {split: rows_in_order(plan, split, row_maps) for split in plan.splits}
-    check_out(out, force)
-    check_replaceable(out)
     cache = cache_folder("units")
     started = time.perf_counter()
     report: dict[str, Any] = {"workers": workers, "engine": engine, "tool_calls": {}, "invalid": {}}
     seconds: dict[str, float] = {}
-    with writes_to(out, NOTHING_WRITTEN), partial_folder(out) as growing:
+    with new_folder(out, partial(check_out, force=force)) as growing:
         if plan.model_format:
             check_canaries(plan.model_format)
 
@@ -155,10 +153,7 @@ def build(
             write_json(growing / "firewall.json", listing(findings, manifest["build_id"]))
         write_json(growing / "report.json", report | {"build_id": manifest["build_id"]})
         write_json(growing / "manifest.json", manifest)
-
-        # publish
-        check_out(out, force)
-        publish(growing, out)
+        # new_folder publishes it
     return manifest
 
 
@@ -275,13 +270,14 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` at the end. Raises BuildError if `out` exists and is not empty."""
-    check_free(out)
+def new_folder(out: Path, check: Callable[[Path], None] = check_free) -> Iterator[Path]:
+    """A folder to fill, which is published as `out` at the end. `check` says before and after whether `out` may be
+    written: by default, it raises BuildError if `out` exists and is not empty."""
+    check(out)
     check_replaceable(out)
     with writes_to(out, NOTHING_WRITTEN), partial_folder(out.resolve()) as growing:  # through links
         yield growing
-        check_free(out)
+        check(out)
         publish(growing, out.resolve())
 
 

@@ -53,12 +53,14 @@ def check_files(files: Sequence[Path], progress: Progress = no_progress) -> dict
 
 def lines_of_check(found: dict[str, Any]) -> list[str]:
     """Bad rows by reason, most frequent first, each with its first row and PLACES_SHOWN places; then the sums."""
+    alike: dict[str, list[dict[str, Any]]] = {reason: [] for reason in found["reasons"]}
+    for row in found["listed"]:
+        alike[general(row["reason"])].append(row)
     lines = []
-    for reason, number in found["reasons"].items():
-        alike = [row for row in found["listed"] if general(row["reason"]) == reason]
-        more = f" and {number - PLACES_SHOWN:,} more" if number > PLACES_SHOWN else ""
-        lines += [f"{number:,} row{'s'[: number != 1]}: {alike[0]['reason']}"]
-        lines += [f"  {', '.join(map(place_of, alike[:PLACES_SHOWN]))}{more}"]
+    for rows in alike.values():
+        more = f" and {len(rows) - PLACES_SHOWN:,} more" if len(rows) > PLACES_SHOWN else ""
+        lines += [f"{len(rows):,} row{'s'[: len(rows) != 1]}: {rows[0]['reason']}"]
+        lines += [f"  {', '.join(map(place_of, rows[:PLACES_SHOWN]))}{more}"]
     sums = (("file", "files"), ("conversation", "conversations"), ("bad row", "rows"))
     lines.append(", ".join(f"{found[key]:,} {name}{'s'[: found[key] != 1]}" for name, key in sums))
     return lines + ledger_lines([found["counts"]])

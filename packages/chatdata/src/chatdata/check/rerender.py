@@ -5,8 +5,8 @@ rendered with the one-conversation renderer and tiktoken. This uses none of the 
 build, because a fault there would repeat itself here.
 """
 
-import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,14 +83,14 @@ def plan_of_build(build: Build, locations: Locations, tasks: Mapping[str, Task],
     loaded = recipe_of_build(build.manifest, tasks, recipe)
     if recipe is None:
         _check_addresses(loaded, tasks, locations)
-    pinned, limit = _pinned(loaded, build.manifest), build.manifest["recipe"].get("limit")
-    locations = replace(locations, recipe_folder=loaded.folder)
+    used = {(source["name"], source["revision"]) for source in build.manifest["sources"]}
+    times, limit = Counter(name for name, _ in used), build.manifest["recipe"].get("limit")
+    commits = {name: revision for name, revision in used if times[name] == 1}
+    locations = replace(locations, recipe_folder=loaded.folder, commits=commits)
     try:
-        plan = make_build_plan(pinned, dict(tasks), build.tokenizer, locations, limit)
+        return make_build_plan(loaded, dict(tasks), build.tokenizer, locations, limit)
     except MissingSource as error:
         raise MissingSource(f"{error}; pass --recipe (paths start at it), --data-dir, --identity or --words") from None
-    # without the commits: the manifest of a build has it as it was written
-    return dataclasses.replace(plan, recipe=loaded)
 
 
 def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task], given: str | None = None) -> Recipe:
@@ -143,18 +143,6 @@ def _same_recipe(manifest: dict[str, Any], recipe: Recipe) -> Recipe:
     for key, there, here in differences(wanted, recipe.resolved()):
         raise RecipeError(f"{recipe.name} is not the recipe of this build: {key} is {there} in the build, {here} here")
     return recipe
-
-
-def _pinned(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:
-    """The recipe with the Hub commits that the build used: `main` may have moved since."""
-    splits = {}
-    for name, entries in recipe.splits.items():
-        pinned = []
-        for entry, line in zip(entries, manifest["splits"][name]["entries"], strict=True):
-            found = {source["revision"] for source in manifest["sources"] if source["name"] == line["source"]}
-            pinned.append(entry if entry.revision or len(found) != 1 else replace(entry, revision=found.pop()))
-        splits[name] = tuple(pinned)
-    return replace(recipe, splits=splits)
 
 
 def source_problems(build: Build, plan: BuildPlan) -> list[str]:

@@ -76,7 +76,7 @@ def identity_conversations(persona: Persona, num_rows: int) -> list[Conversation
             further = draw.choice(decks[number].plain)
             if further.question not in [earlier.question for earlier in exchanges]:  # no question twice; a shorter row
                 exchanges.append(further)
-        rows.append(_conversation(exchanges))
+        rows.append({"messages": [message for turn in exchanges for message in one_turn(*turn)["messages"]]})
     return rows
 
 
@@ -84,7 +84,7 @@ def identity_facts(persona: Persona, conversations: Sequence[Conversation]) -> d
     """How much of the persona its conversations tell."""
     answers = [message["content"] for row in conversations for message in row["messages"][1::2]]
     told = [any(text in answer for text in fact.answers for answer in answers) for fact in persona.facts]
-    spoken = [language for language, _ in _spoken(persona)]
+    spoken = list(_spoken(persona))
     return {
         "rows": len(conversations),
         "answers": len(answers),
@@ -113,24 +113,14 @@ def write_conversations(conversations: Iterable[Conversation], out: Path) -> Non
         write_whole(out, "".join(lines).encode())
 
 
-def _conversation(exchanges: Sequence[Exchange]) -> Conversation:
-    return {"messages": [message for exchange in exchanges for message in one_turn(*exchange)["messages"]]}
-
-
 @lru_cache(maxsize=1)
 def _dealt(persona: Persona) -> tuple[list[_Deck], dict[Exchange, int]]:
-    decks = _decks(persona)
-    return decks, _first_exchanges(decks)
-
-
-def _first_exchanges(decks: Sequence[_Deck]) -> dict[Exchange, int]:
-    """Every exchange a row can begin with, in the order of rows → its deck.
+    """All decks; and every exchange a row can begin with, in the order of rows → its deck.
 
     Card k of a shuffled deck of weight w gets position (k + 0.5) / w: decks are mixed evenly by weight from the first
     row on until one runs out. Opened exchanges have half the weight of plain ones.
     """
-    draw = random.Random(42)
-    placed = []
+    decks, draw, placed = _decks(persona), random.Random(42), []
     for number, deck in enumerate(decks):
         for weight, exchanges in ((deck.weight, deck.plain), (deck.weight / 2, deck.opened)):
             shuffled = draw.sample(exchanges, len(exchanges))
@@ -139,7 +129,7 @@ def _first_exchanges(decks: Sequence[_Deck]) -> dict[Exchange, int]:
     first: dict[Exchange, int] = {}
     for _, number, exchange in placed:
         first.setdefault(exchange, number)
-    return first
+    return decks, first
 
 
 def _decks(persona: Persona) -> list[_Deck]:
@@ -148,11 +138,12 @@ def _decks(persona: Persona) -> list[_Deck]:
     common |= {"licence": persona.licence, "languages": _listed(persona.languages)}
     own_questions = {question.casefold() for fact in persona.facts for question in fact.questions}
     spoken = _spoken(persona)
-    groups = _groups(persona, {language: _fill(phrasings["greetings"][known], common) for language, known in spoken})
+    greetings = {language: _fill(phrasings["greetings"][known], common) for language, known in spoken.items()}
+    groups = _groups(persona, greetings)
     decks = []
     for subject in phrasings["subjects"]:
         language = subject.get("language", "English")
-        if "language" in subject and language not in [known for _, known in spoken]:
+        if "language" in subject and language not in spoken.values():
             continue
         opens, openers = subject.get("opens", False), phrasings["openers"][language]
         for group in groups[subject["each"]] if "each" in subject else [[{}]]:
@@ -164,10 +155,10 @@ def _decks(persona: Persona) -> list[_Deck]:
     return decks
 
 
-def _spoken(persona: Persona) -> list[tuple[str, str]]:
-    """(language as the persona writes it, as the phrasings do) of every language that has phrasings."""
+def _spoken(persona: Persona) -> dict[str, str]:
+    """Language as the persona writes it → as the phrasings do, of every language that has phrasings."""
     known = known_languages()
-    return [(name, known[name.casefold()]) for name in persona.languages if name.casefold() in known]
+    return {name: known[name.casefold()] for name in persona.languages if name.casefold() in known}
 
 
 def _groups(persona: Persona, greetings: Mapping[str, str | None]) -> dict[str, list[list[dict[str, Any]]]]:

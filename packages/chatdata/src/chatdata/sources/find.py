@@ -5,12 +5,14 @@ reads no row before it has found every source; sources/source.py then reads them
 """
 
 import re
+from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from chatdata.disk import home_path
 from chatdata.errors import MissingSource, SourceError
@@ -32,6 +34,7 @@ class Locations(Struct, frozen=True):
     data_dir: Path | None = None
     identity: Path | None = None
     words: str | None = None
+    commits: Mapping[str, str | None] = {}  # of sources by name, where the recipe gives none: `main` may have moved
 
 
 class PlannedEntry(Struct, frozen=True):
@@ -85,6 +88,8 @@ def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
         flag = "pass --identity FILE" if identity else "give it `path` or `repo` in the recipe"
         form = f"(JSONL or Parquet, a conversation per line{MAKE_IDENTITY if identity else ''})"
         raise MissingSource(f"no file given: {flag} {form}")
+    name = " ".join(part for part in (repo, entry.subset, entry.split) if part)
+    entry = replace(entry, revision=entry.revision or locations.commits.get(name))
     pattern = f"{escape(entry.subset or 'data')}/{escape(entry.split)}-*.parquet"
     clone = locations.data_dir / repo if locations.data_dir is not None else None
     is_usual = clone is not None and any(clone.glob(pattern))
@@ -112,7 +117,6 @@ def _resolve_files(entry: Entry, task: Task, locations: Locations) -> Source:
     else:
         check_complete(files, place, remedy)
     named = tuple(_source_file(path, path.relative_to(folder).as_posix()) for path in files)
-    name = " ".join(part for part in (repo, entry.subset, entry.split) if part)
     return Source(name, task, named, revision, dataset, reading=entry.reading)
 
 
