@@ -83,14 +83,9 @@ def build(
       chatdata build --stage sft --recipe my.toml --tokenizer out/mid --out out/sft
       chatdata build --stage mid --demo --against exam.jsonl:question,options --decontaminate drop
     """
-    from chatdata.build.engines import available_cpus, start_early
-    from chatdata.build.estimate import estimate
-    from chatdata.build.own_files import equivalent_recipe, form_of
-    from chatdata.build.plan import make_build_plan
-    from chatdata.build.run import build as run_build
-    from chatdata.build.run import check_out
+    from chatdata.build import engines, estimate, own_files, plan, run
     from chatdata.demo.tokenizer import demo_tokenizer
-    from chatdata.look.build import show_plan, show_result
+    from chatdata.look import build as look
     from chatdata.recipe import NATIVE, load_recipe
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks
@@ -104,7 +99,7 @@ def build(
     rules = {key: given[key] for key in ("max_tokens", "overflow", "invalid", "chat_format")}
     if files:
         paths = (files, given["write_recipe"])
-        loaded, text = equivalent_recipe(*paths, stage or "sft", given["val_share"], tasks, **rules)
+        loaded, text = own_files.equivalent_recipe(*paths, stage or "sft", given["val_share"], tasks, **rules)
     else:
         loaded, text = load_recipe(_recipe_name(stage, recipe, demo), tasks, **rules), ""
     locations = Locations(loaded.folder, given["data_dir"], given["identity"], given["words"])
@@ -125,28 +120,28 @@ def build(
     ):
         if wrong:
             raise UsageError(message)
-    out, workers = given["out"] or Path("out") / loaded.name, given["workers"] or available_cpus()
+    out, workers = given["out"] or Path("out") / loaded.name, given["workers"] or engines.available_cpus()
     if not dry_run:
-        check_out(out, given["force"])
+        run.check_out(out, given["force"])
     if workers > 1 and given["engine"] == "local" and not (dry_run or demo or limit):
-        start_early()
+        engines.start_early()
     used_tokenizer = tokenizer_of(tokenizer, chat_format=chat_format) if tokenizer else demo_tokenizer()
-    plan = make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
+    planned = plan.make_build_plan(loaded, tasks, used_tokenizer, locations, limit)
     if given["write_recipe"]:
         write_whole(given["write_recipe"], text.encode())
-    forms = {source: form_of(source) for source in plan.sources} if files else {}
-    about = estimate(plan, workers, given["encoder"]) if dry_run else {}
+    forms = {source: own_files.form_of(source) for source in planned.sources} if files else {}
+    about = estimate.estimate(planned, workers, given["encoder"]) if dry_run else {}
     if not as_json:
         for line in text.splitlines():
             say(line)
-        show_plan(plan, out, forms, about)
+        look.show_plan(planned, out, forms, about)
     elif dry_run:
         splits = {
             split: [
                 {"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken), "tokens": tokens}
                 for e, tokens in zip(entries, about.pop(split), strict=True)
             ]
-            for split, entries in plan.splits.items()
+            for split, entries in planned.splits.items()
         }
         say_json({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "about": about, "splits": splits})
     if dry_run:
@@ -154,11 +149,11 @@ def build(
     gc.freeze()  # 370,000 words and 65,536 tokens stay; without this each full collection visits them, 0.2 s in all
     options = {key: given[key] for key in ("force", "engine", "encoder", "decontaminate", "against")}
     with shown_progress(quiet=as_json) as progress:
-        manifest = run_build(plan, out, workers=workers, progress=progress, **options)
+        manifest = run.build(planned, out, workers=workers, progress=progress, **options)
     if as_json:
         say_json({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]})
     else:
-        show_result(manifest, json.loads((out / "report.json").read_text()), out)
+        look.show_result(manifest, json.loads((out / "report.json").read_text()), out)
 
 
 def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
