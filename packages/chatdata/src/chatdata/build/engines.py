@@ -8,7 +8,8 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_some
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
@@ -80,16 +81,13 @@ def _start_processes(renderer: Renderer, units: list[Unit], workers: int) -> Ite
     """A thread hands units to each worker process. This process is one of the workers, once it joins in."""
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers - 1, mp_context=_fork_server(), initializer=_start_worker, initargs=(renderer,))
+    threads = ThreadPoolExecutor(workers - 1)
     waiting = deque(sorted(units, key=lambda unit: -unit.num_bytes))  # the longest first
-    finished: SimpleQueue[tuple[Unit, Rendered] | BaseException] = SimpleQueue()
+    finished: SimpleQueue[tuple[Unit, Rendered]] = SimpleQueue()
 
     def keep_busy() -> None:
-        try:
-            for unit in _taken(waiting):
-                finished.put((unit, pool.submit(_render_in_worker, unit).result()))
-        except BaseException as error:
-            waiting.clear()
-            finished.put(error)
+        for unit in _taken(waiting):
+            finished.put((unit, pool.submit(_render_in_worker, unit).result()))
 
     def render(on_rows: OnRows) -> list[Rendered]:
         by_others = []
@@ -97,25 +95,22 @@ def _start_processes(renderer: Renderer, units: list[Unit], workers: int) -> Ite
         def collect(own: Unit | None = None, num_rows: int = 0) -> None:
             if own:
                 on_rows(own, num_rows)
+            for thread in busy:
+                if thread.done():
+                    thread.result()  # raises the error of its worker
             while not finished.empty():
-                item = finished.get()
-                if isinstance(item, BaseException):
-                    raise item
-                by_others.append(item[1])
-                on_rows(item[0], item[0].num_rows)
+                unit, result = finished.get()
+                by_others.append(result)
+                on_rows(unit, unit.num_rows)
 
         rendered = _render_here(renderer, waiting, collect)
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.05)
-                collect()
+        while wait_for_some(busy, 0.05).not_done:
+            collect()
         collect()
         return rendered + by_others
 
-    threads = [threading.Thread(target=keep_busy, daemon=True) for _ in range(workers - 1)]
     try:
-        for thread in threads:
-            thread.start()
+        busy = [threads.submit(keep_busy) for _ in range(workers - 1)]
         yield render
     except BaseException as error:
         waiting.clear()
@@ -129,6 +124,7 @@ def _start_processes(renderer: Renderer, units: list[Unit], workers: int) -> Ite
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        threads.shutdown()
 
 
 @contextmanager

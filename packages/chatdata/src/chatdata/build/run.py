@@ -180,9 +180,7 @@ def _manifest(
         "sources": sources,
         "tokenizer": {
             "files": {name: disk.file_sha256(tokenizer_folder / name) for name in names},
-            "canary_sha256": tokenizer.canary_sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "special_ids": tokenizer.special_ids,
+            **{key: getattr(tokenizer, key) for key in ("canary_sha256", "vocab_size", "special_ids")},
         },
         "dtype": tokenizer.dtype.str,
         "mask": MASK_MEANING,

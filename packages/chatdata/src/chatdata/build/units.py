@@ -20,9 +20,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -61,8 +61,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the running kernel; onl
 MACHINE = _BOOT_ID.read_text()[:8] if _BOOT_ID.is_file() else secrets.token_hex(4)
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """Rows of one source to render: those from `first` on that are `wanted` (bool)."""
 
     source: int  # place in Renderer.sources
@@ -73,8 +72,7 @@ class Unit:
     key: str
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A unit on disk; how many texts were encoded for it, and how many of them were compared with tiktoken's ids."""
 
     key: str
@@ -83,8 +81,7 @@ class Rendered:
     num_checked: int
 
 
-@dataclass(frozen=True)
-class Renderer:
+class Renderer(NamedTuple):
     """Everything a worker needs; can be pickled."""
 
     sources: tuple[Source, ...]
@@ -233,8 +230,7 @@ def read_unit(path: Path, dtype: np.dtype) -> list[RenderedBatch]:
     return [from_record_batch(batch, dtype) for batch in map_batches(path)]
 
 
-@dataclass(frozen=True)
-class CachedUnit:
+class CachedUnit(NamedTuple):
     """A unit on disk, or a half-written one."""
 
     path: Path
@@ -301,10 +297,9 @@ def _is_abandoned(unit: CachedUnit) -> bool:
 
 def prune(folder: Path, unused_days: float) -> list[CachedUnit]:
     """Remove units that no build has used for `unused_days`, and abandoned half-written ones. Returns those removed."""
-    now, removed = time.time(), []
+    last_day, removed = time.time() - unused_days * DAY_S, []
     for unit in cached_units(folder):
-        is_partial = unit.path.suffix == PARTIAL_SUFFIX
-        if _is_abandoned(unit) if is_partial else now - unit.last_used >= unused_days * DAY_S:
+        if _is_abandoned(unit) if unit.path.suffix == PARTIAL_SUFFIX else unit.last_used <= last_day:
             unit.path.unlink(missing_ok=True)
             removed.append(unit)
     return removed

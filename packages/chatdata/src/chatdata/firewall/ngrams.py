@@ -8,8 +8,8 @@ take a third of a second. A word's hash is sum(byte · R^i), an n-gram's is sum(
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,8 +54,7 @@ def _fold(text: str) -> str:
     return "".join(char if char.isalnum() else " " for char in kept)
 
 
-@dataclass(frozen=True)
-class WordTable:
+class WordTable(NamedTuple):
     """What each token adds to words, by id: flags uint8, num_bytes int64 and hashes uint64 of its letters."""
 
     flags: np.ndarray
@@ -105,8 +104,7 @@ def _hashes(letters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return hashes
 
 
-@dataclass(frozen=True)
-class Ngrams:
+class Ngrams(NamedTuple):
     """Distinct n-grams of one size, ascending by hash: n-gram i is in the texts `texts[starts[i] : starts[i + 1]]`.
 
     slots (bool): whether any n-gram has these upper bits; most others are ruled out by one look here.
@@ -118,8 +116,7 @@ class Ngrams:
     slots: np.ndarray
 
 
-@dataclass(frozen=True)
-class Index:
+class Index(NamedTuple):
     """Texts to search for: their n-grams by size, and how many distinct ones of each are searched [num_texts]."""
 
     ngrams: dict[int, Ngrams]
@@ -178,14 +175,12 @@ def _slot_of(hashes: np.ndarray, slots: np.ndarray) -> np.ndarray:
 
 def _ngram_hashes(words: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """(size, hash of the n-gram from each word on) by doubling: one of 8 words is two of 4."""
-    size = 1
-    while True:
-        if size in sizes:
-            yield size, words
-        size *= 2
-        if size > max(sizes, default=0) or len(words) <= size // 2:
+    for size in reversed(SIZES):
+        if size > max(sizes, default=0):
             return
-        words = words[: -(size // 2)] + words[size // 2 :] * _Q_POWERS[size // 2]
+        if half := size // 2:
+            words = words[:-half] + words[half:] * _Q_POWERS[half]
+        yield size, words
 
 
 def find_texts(

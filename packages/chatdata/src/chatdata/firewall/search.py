@@ -12,10 +12,9 @@ A question in other words or another language is not found, nor an answer withou
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,8 +32,7 @@ LOOK_SHARE = 0.6  # of the n-grams in the index, every fourth one: from here on 
 MIN_EXACT_WORDS = 8  # of question and choices: "−4 + (−3)=" with −7, −1, 1 and 7 is in any chat about sums
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """A training document that contains a scored item. share: of the question's n-grams; 1.0 unless "n-gram"."""
 
     document: int
@@ -43,8 +41,7 @@ class Hit:
     share: float
 
 
-@dataclass(frozen=True)
-class Findings:
+class Findings(NamedTuple):
     """What was found of the `scored` items.
 
     places: flagged document → its task, source, file (None: generated, or a dataset), row in that file

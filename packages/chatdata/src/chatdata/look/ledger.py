@@ -1,24 +1,15 @@
 """What a ledger counts besides documents and tokens, and bad rows, as lines of text."""
 
+import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from chatdata.errors import printable
 
 COUNTS = ("rows", "documents", "tokens", "supervised", "truncated", "tokens_lost")
-WORDS = {
-    "overflow": "document{s} dropped: over max_tokens",
-    "zero_supervised": "document{s} dropped: nothing supervised",
-    "invalid": "document{s} dropped: the row cannot be used",
-    "contaminated": "document{s} dropped: scored items",
-    "merged": "message{s} joined to the one before",
-    "other_tools": "call{s} of other tools, not replayed",
-    "results_after_text": "tool result{s} after a text without a call",
-    "reasoning_dropped": "reasoning part{s} dropped",
-    "reasoning_left_out": "reasoning part{s} that the chat format leaves out",
-    "text_left_out": "text{s} that the chat format leaves out",
-}
+WORDS: dict[str, str] = tomllib.loads(Path(__file__).with_name("ledger.toml").read_text(encoding="utf-8"))
 
 
 def ledger_lines(entries: Iterable[Mapping[str, Any]]) -> list[str]:
