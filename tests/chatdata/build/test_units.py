@@ -589,11 +589,11 @@ def test_a_full_disk_for_the_firewall_list_leaves_no_build(
             raise OSError(errno.ENOSPC, "No space left on device")
         write_json(path, value)
 
-    monkeypatch.setattr("chatdata.disk.write_json", full)
+    monkeypatch.setattr("chatdata.build.run.write_json", full)
     with pytest.raises(BuildError, match="no space left on the disk; nothing was written there"):
         run(recipe, byte_tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("chatdata.disk.write_json", write_json)
+    monkeypatch.setattr("chatdata.build.run.write_json", write_json)
     run(recipe, byte_tokenizer, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
 
