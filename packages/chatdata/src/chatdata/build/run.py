@@ -6,6 +6,7 @@ OUT grows in a locked folder next to it and appears by one rename, when everythi
 """
 
 import fcntl
+import hashlib
 import os
 import platform
 import shutil
@@ -20,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from chatdata import disk, version_of
+from chatdata import version_of
 from chatdata.build.engines import ENGINES, OnRows, start_workers
 from chatdata.build.plan import BuildPlan, invalid_rows, number_documents, place_of, rows_in_order
 from chatdata.build.units import FAST_ENCODER_BYTES, Renderer, Unit, cut_units, find_units, load_encoder, read_unit
+from chatdata.disk import CACHE_UNUSABLE, cache_folder, check_free, check_replaceable, sync, write_json, writes_to
 from chatdata.errors import BuildError, ChatdataError, UsageError
 from chatdata.firewall.listing import CHOICES, listing, summary
 from chatdata.firewall.scored import read_scored
@@ -35,10 +37,9 @@ from chatdata.shards.manifest import FORMAT, MARK, VERSION, build_id_of, other_f
 from chatdata.shards.write import write_split
 from chatdata.sources.source import forget_readers
 from chatdata.tokenizer.files import save_tokenizer
-from chatdata.tokenizer.folder import FILES
 
 MASK_MEANING = "1 = supervised: the loss of sft is computed on this token as a target; aligned with tokens, not shifted"
-CACHE_FULL = f" for rendered units{disk.CACHE_UNUSABLE}"
+CACHE_FULL = f" for rendered units{CACHE_UNUSABLE}"
 NOTHING_WRITTEN = "; nothing was written there"
 
 
@@ -72,7 +73,7 @@ def build(
     out = out.resolve()  # through links: the folder they lead to is written, not the link
     row_maps = number_documents(plan)
     rows = {split: rows_in_order(plan, split, row_maps) for split in plan.splits}
-    cache = disk.cache_folder("units")
+    cache = cache_folder("units")
     started = time.perf_counter()
     report: dict[str, Any] = {"workers": workers, "engine": engine, "tool_calls": {}, "invalid": {}}
     seconds: dict[str, float] = {}
@@ -92,9 +93,9 @@ def build(
         if encoder == "auto" and sum(unit.num_bytes for unit in missing) < FAST_ENCODER_BYTES:
             encoder = "tiktoken"
         renderer = Renderer(plan.sources, plan.tokenizer, encoder, cache, plan.recipe.chat_format)
-        unusable = disk.CACHE_UNUSABLE if missing else ""
-        with disk.writes_to(cache, CACHE_FULL, unusable), start_workers(renderer, missing, engine, workers) as render:
-            with disk.writes_to(out, NOTHING_WRITTEN):
+        unusable = CACHE_UNUSABLE if missing else ""
+        with writes_to(cache, CACHE_FULL, unusable), start_workers(renderer, missing, engine, workers) as render:
+            with writes_to(out, NOTHING_WRITTEN):
                 save_tokenizer(plan.tokenizer, growing / "tokenizer")
             scored = None
             if decontaminate != "off":
@@ -140,9 +141,9 @@ def build(
         report |= _run_facts(seconds, splits)
         manifest = _manifest(plan, sources, splits, growing / "tokenizer", dropping)
         if findings:
-            disk.write_json(growing / "firewall.json", listing(findings, manifest["build_id"]))
-        disk.write_json(growing / "report.json", report | {"build_id": manifest["build_id"]})
-        disk.write_json(growing / "manifest.json", manifest)
+            write_json(growing / "firewall.json", listing(findings, manifest["build_id"]))
+        write_json(growing / "report.json", report | {"build_id": manifest["build_id"]})
+        write_json(growing / "manifest.json", manifest)
         # new_folder publishes it
     return manifest
 
@@ -170,7 +171,6 @@ def _manifest(
 ) -> dict[str, Any]:
     """dropping: what decided which documents the firewall dropped. A report of them changes no byte."""
     tokenizer = plan.tokenizer
-    names = [name for name in FILES if (tokenizer_folder / name).is_file()]
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -179,7 +179,7 @@ def _manifest(
         "recipe": plan.recipe.resolved() | {"limit": plan.limit} | dropping,
         "sources": sources,
         "tokenizer": {
-            "files": {name: disk.file_sha256(tokenizer_folder / name) for name in names},
+            "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer_folder.iterdir()},
             **{key: getattr(tokenizer, key) for key in ("canary_sha256", "vocab_size", "special_ids")},
         },
         "dtype": tokenizer.dtype.str,
@@ -258,12 +258,12 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(out: Path, check: Callable[[Path], None] = disk.check_free) -> Iterator[Path]:
+def new_folder(out: Path, check: Callable[[Path], None] = check_free) -> Iterator[Path]:
     """A folder to fill, which is published as `out` at the end. `check` says before and after whether `out` may be
     written: by default, it raises BuildError if `out` exists and is not empty."""
     check(out)
-    disk.check_replaceable(out)
-    with disk.writes_to(out, NOTHING_WRITTEN), partial_folder(out.resolve()) as growing:  # through links
+    check_replaceable(out)
+    with writes_to(out, NOTHING_WRITTEN), partial_folder(out.resolve()) as growing:  # through links
         yield growing
         check(out)
         publish(growing, out.resolve())
@@ -275,7 +275,7 @@ def publish(partial: Path, out: Path) -> None:
     If the process is killed at any moment, MARK tells what the folders are: it is in a partial folder until that is
     `out`, and in an old build that was moved aside. Raises BuildError if the name to move it to is taken.
     """
-    disk.sync(partial)
+    sync(partial)
     old = out.with_name(f".{out.name}.old")
     replacing = out.exists() and any(out.iterdir())
     try:
@@ -288,7 +288,7 @@ def publish(partial: Path, out: Path) -> None:
     except BaseException:
         _settle(out)
         raise
-    disk.sync(out.parent)
+    sync(out.parent)
     _settle(out)
 
 

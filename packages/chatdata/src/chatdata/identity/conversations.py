@@ -76,7 +76,7 @@ def identity_conversations(persona: Persona, num_rows: int) -> list[Conversation
             further = draw.choice(decks[number].plain)
             if further.question not in [earlier.question for earlier in exchanges]:  # no question twice; a shorter row
                 exchanges.append(further)
-        rows.append({"messages": [message for turn in exchanges for message in one_turn(*turn)["messages"]]})
+        rows.append(Conversation(messages=[part for turn in exchanges for part in one_turn(*turn)["messages"]]))
     return rows
 
 
