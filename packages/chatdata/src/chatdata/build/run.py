@@ -117,7 +117,7 @@ def build(
         # look for scored items
         findings, dropped, dropping = None, np.zeros(0, dtype=np.int64), {}
         if scored:
-            findings = check(plan.splits["train"], plan.tokenizer, scored, documents, row_maps, workers)
+            findings = check(plan.splits["train"], scored, documents, row_maps, workers)
             report["firewall"] = {"decontaminate": decontaminate, **summary(findings)}
             seconds["firewall"] = time.perf_counter() - started - seconds["render"]
             if decontaminate == "drop":

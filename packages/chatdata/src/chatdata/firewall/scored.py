@@ -43,7 +43,7 @@ class ScoredItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """All items, an index over their `key_text`, and the words of the tokenizer's tokens.
+    """All items, an index over their `key_text`, a build's tokenizer and the words of its tokens.
 
     checked: scored set or file → its source; not_checked: scored set → why; cpu_s: what reading and indexing took.
     against: name, keys (as given) and SHA-256 of each of the user's own files.
@@ -51,6 +51,7 @@ class Scored:
 
     items: list[ScoredItem]
     index: Index
+    tokenizer: Tokenizer
     table: WordTable
     checked: Mapping[str, Source]
     not_checked: Mapping[str, str]
@@ -65,11 +66,7 @@ class Scored:
 
 
 def read_scored(
-    train: Sequence[PlannedEntry],
-    tasks: Mapping[str, Task],
-    locations: Locations,
-    tokenizer: Tokenizer,
-    own: Sequence[str],
+    train: list[PlannedEntry], tasks: Mapping[str, Task], locations: Locations, tokenizer: Tokenizer, own: Sequence[str]
 ) -> Scored:
     """The scored items that are found locally (nothing is downloaded), and those of the user's own files.
 
@@ -86,13 +83,12 @@ def read_scored(
         items += _own_items(source, [key.strip() for key in keys.split(",") if key.strip()])
         checked[source.name] = source
         against += [{"name": file.name, "keys": keys, "sha256": file.sha256} for file in source.files]
-    index = index_texts([item.key_text for item in items])
-    table = word_table(tokenizer)
-    return Scored(items, index, table, checked, not_checked, against, time.thread_time() - started)
+    index, table = index_texts([item.key_text for item in items]), word_table(tokenizer)
+    return Scored(items, index, tokenizer, table, checked, not_checked, against, time.thread_time() - started)
 
 
 def _scored_items(
-    train: Sequence[PlannedEntry], tasks: Mapping[str, Task], locations: Locations
+    train: list[PlannedEntry], tasks: Mapping[str, Task], locations: Locations
 ) -> tuple[list[ScoredItem], dict[str, Source], dict[str, str]]:
     """The items of all scored sets found locally, the sets' sources, and why others are not checked."""
     used = {planned.entry.task for planned in train}

@@ -10,7 +10,7 @@ A question in other words or another language is not found, nor an answer withou
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import groupby
 from operator import itemgetter
@@ -60,14 +60,9 @@ class Findings(NamedTuple):
 
 
 def check(
-    train: Sequence[PlannedEntry],
-    tokenizer: Tokenizer,
-    scored: Scored,
-    store: RenderedDocuments,
-    row_maps: Mapping[Source, RowMap],
-    num_threads: int,
+    train: list[PlannedEntry], scored: Scored, store: RenderedDocuments, row_maps: Mapping[Source, RowMap], workers: int
 ) -> Findings:
-    """Compare the documents of train, as cut to length, with the `scored` items."""
+    """Compare the documents of train, as cut to length, with the `scored` items, in `workers` threads."""
     started = time.process_time()
     in_train = np.zeros(len(store.num_tokens), dtype=bool)
     about_words = np.zeros(len(store.num_tokens), dtype=bool)
@@ -77,20 +72,18 @@ def check(
         in_train[documents] = True
         about_words[documents] = word_of(planned.task) is not None
     in_train &= store.drop_reason == 0
-    with ThreadPoolExecutor(num_threads) as threads:
-        hits = list(_find(tokenizer, scored, store, in_train & ~about_words, threads))
+    with ThreadPoolExecutor(workers) as threads:
+        hits = list(_find(scored, store, in_train & ~about_words, threads))
         hits += _find_words(scored, store, row_maps, in_train & about_words, threads)
     places = _places({hit.document for hit in hits}, row_maps)
     return Findings(tuple(hits), places, scored, scored.cpu_s + time.process_time() - started)
 
 
-def _find(
-    tokenizer: Tokenizer, scored: Scored, store: RenderedDocuments, wanted: np.ndarray, threads: Executor
-) -> Iterator[Hit]:
+def _find(scored: Scored, store: RenderedDocuments, wanted: np.ndarray, threads: Executor) -> Iterator[Hit]:
     """Hits of questions among the `wanted` documents (bool)."""
     candidates = _candidates(scored.table, scored.index, store, wanted, threads)
     for document, found in groupby(candidates, key=itemgetter(0)):
-        text = _normalised(tokenizer, store, document)
+        text = _normalised(scored.tokenizer, store, document)
         for item in (scored.items[number] for _, number, _ in found):
             if _holds(text, item.parts):
                 yield Hit(document, item, "exact", 1.0)
