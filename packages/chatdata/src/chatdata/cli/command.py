@@ -88,6 +88,9 @@ class MaskPolicyChoice(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
+mask_option = click.option("--mask", type=MaskPolicyChoice(), help="Mask policy (default: the stage's).")
+
+
 def tokenizer_of(path: Path, *, native: bool = True, chat_format: str = "nanochat") -> "Tokenizer":
     """The tokenizer at `path` (see `load_tokenizer`); that of a build only if `open_build` accepts the build."""
     from chatdata.shards.read import open_build

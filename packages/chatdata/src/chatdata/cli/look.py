@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, MaskPolicyChoice, build_argument, command, json_option, tell, tokenizer_of
+from chatdata.cli.command import FILE, build_argument, command, json_option, mask_option, tell, tokenizer_of
 from chatdata.errors import UsageError
 from chatdata.progress import say_json
 
@@ -95,7 +95,7 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
 @click.option("--seq-len", type=click.IntRange(min=1), required=True, help="Positions per sequence, T.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, help="Sequences per step, G.")
 @click.option("--split", default="train", help="train or val.")
-@click.option("--mask", type=MaskPolicyChoice(), help="Mask policy (default: the stage's).")
+@mask_option
 @click.option(
     "--long",
     type=click.Choice(["error", "drop", "truncate"]),
