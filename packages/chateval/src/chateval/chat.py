@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,7 +14,7 @@ from chatdata.tokenizer.bpe import Tokenizer
 from chateval.ask.generate import Prompt, Sampling, generate
 from chateval.ask.subject import Subject
 
-HELP = "/clear starts over, /quit or Ctrl-D exits."
+HELP = "/clear starts over, /help shows this line, /quit or Ctrl-D exits. Ctrl-C ends an answer."
 CALL, RESULT = NANOCHAT.python, NANOCHAT.output
 TOOL_MARKS = {CALL.opening: " ⟨", CALL.closing: "⟩", RESULT.opening: " → ", RESULT.closing: " "}
 
@@ -25,20 +26,32 @@ def converse(subject: Subject, sampling: Sampling, says: Sequence[str]) -> None:
     for number, text in enumerate(says or _typed()):
         if says:
             click.echo(click.style("you ", dim=True) + text)
-        if text == "/clear":
-            history = history[:1]
-            click.echo("– a new conversation –")
+        if text.startswith("/"):
+            history = history[:1] if text == "/clear" else history
+            click.echo("– a new conversation –" if text == "/clear" else HELP)
             continue
         user = NANOCHAT.user
         message = [special[user.opening], *subject.tokenizer.encode_ordinary(text), special[user.closing]]
         prompt = Prompt([*history, *message, special[NANOCHAT.assistant_start]], str(number), sampling)
-        ((_, completion),) = generate(subject, [prompt], _shower(subject.tokenizer))
+        with contextlib.nullcontext([]) if says else _interrupts() as interrupts:
+            ((_, completion),) = generate(subject, [prompt], _shower(subject.tokenizer, interrupts))
         click.echo()  # the bytes of an incomplete character are not shown
         if completion.ending == "context":
             click.echo(f"[the conversation fills the model's {subject.num_positions:,} positions: /clear starts over]")
         elif completion.ending == "max_tokens":
             click.echo(f"[cut at {sampling.max_new_tokens} tokens: --max-new-tokens]")
         history = [*prompt.tokens, *completion.tokens, special[NANOCHAT.assistant_end]]
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C adds to this list and raises nothing."""
+    found: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: found.append(number))
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _typed() -> Iterator[str]:
@@ -53,13 +66,16 @@ def _typed() -> Iterator[str]:
                 yield text
 
 
-def _shower(tokenizer: Tokenizer) -> Callable[[int, int, bool], None]:
-    """The on_token of `generate` that prints each token as soon as its bytes form characters."""
+def _shower(tokenizer: Tokenizer, interrupts: Sequence[int]) -> Callable[[int, int, bool], bool]:
+    """The on_token of `generate` that prints each token as soon as its bytes form characters.
+
+    An interrupt ends the answer, whose tokens stay in the conversation.
+    """
     names = {token: name for name, token in tokenizer.special_ids.items()}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     colour: str | None = None
 
-    def show(number: int, token: int, forced: bool) -> None:
+    def show(number: int, token: int, forced: bool) -> bool:
         nonlocal colour
         name = names.get(token)
         if name is None:
@@ -68,6 +84,6 @@ def _shower(tokenizer: Tokenizer) -> Callable[[int, int, bool], None]:
         else:
             click.echo(click.style(TOOL_MARKS.get(name, name), fg="cyan", dim=True), nl=False)
             colour = {CALL.opening: "cyan", RESULT.opening: "green"}.get(name)
-        sys.stdout.flush()
+        return bool(interrupts)
 
     return show

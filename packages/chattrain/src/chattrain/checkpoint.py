@@ -252,9 +252,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def last_checkpoint(run: Path) -> Checkpoint | None:
-    """The checkpoint with the most steps in a run folder. Only names that we write count, and partial ones do not."""
-    found = _folders(run, NAME)
-    return read_checkpoint(found[-1]) if found else None
+    """The checkpoint with the most steps in a run folder."""
+    found = kept_checkpoints(run)
+    return read_checkpoint(found[max(found)]) if found else None
+
+
+def kept_checkpoints(run: Path) -> dict[int, Path]:
+    """Steps done → checkpoint of a run folder, in order. Only names that we write count, and partial ones do not."""
+    return {int(path.name.removeprefix("step-")): path for path in _folders(run, NAME)}
 
 
 def keep_last(run: Path, number: int) -> None:

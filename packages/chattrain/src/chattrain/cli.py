@@ -52,7 +52,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
             ready = prepare(settings, build, ranks)
             num_steps = ready.recipe.num_steps
             if is_first:
-                write_run(out, RunRecord(data, ready.plan_record, ready.recipe))
+                write_run(out, RunRecord(data, ready.plan_record, ready.recipe, save_every=settings.save_every))
             if is_first and not as_json:
                 _echo_plan(ready.plan.counts(), num_steps, ready.recipe.stage)
                 if settings.resume:

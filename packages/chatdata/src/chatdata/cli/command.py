@@ -114,7 +114,7 @@ def tell(facts: Any, lines: Iterable[str], as_json: bool) -> None:
 def run_command(cli: click.Group, name: str, interrupted: str, only: str | None = None) -> None:
     """Run `cli`, print errors that a user can cause as one line, and exit.
 
-    interrupted: message after Ctrl-C in the command `only` (default: in every command; others just say "interrupted").
+    interrupted: message after Ctrl-C in the commands `only` (default: in every command; others just say "interrupted").
     Exit codes: 0 done, 1 anything wrong with data or a run, 2 usage, 3 a check found something, 130 stopped.
     `--debug`, anywhere, shows the traceback of an error.
     """
@@ -137,7 +137,7 @@ def run_command(cli: click.Group, name: str, interrupted: str, only: str | None 
     except click.exceptions.Abort as error:
         if isinstance(error.__cause__, EOFError):  # a file ended early; click takes it for Ctrl-D
             _fail(error.__cause__, debug)
-        own = only is None or next((word for word in arguments if word in cli.commands), None) == only
+        own = only is None or next((word for word in arguments if word in cli.commands), None) in only.split()
         _stop(interrupted if own else "interrupted", 130)
     except click.ClickException as error:
         if isinstance(error, click.NoSuchOption) and error.option_name in RENAMED:

@@ -44,6 +44,7 @@ class ScoringSettings:
     draws: int = 1
     allow_code: bool = False
     firewall: Path | None = None
+    like: Path | None = None  # a results folder whose settings and tasks must be the same
 
 
 def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: Progress) -> None:
@@ -58,6 +59,8 @@ def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: P
     if settings.firewall is not None:
         run.firewall = read_firewall(settings.firewall, run.tasks)
     require_same_run(settings.out, run)  # on every rank: if only one refused, the others would wait for it
+    if settings.like is not None:
+        require_same_run(settings.like, run, same_weights=False)
     ranks.wait()
     if ranks.is_first:
         _write_new_run(settings.out, run)

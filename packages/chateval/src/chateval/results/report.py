@@ -1,8 +1,10 @@
 """Results and comparisons for people: terminal tables, report.md, scores.png, `compare --markdown`."""
 
+import json
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 
@@ -17,6 +19,7 @@ from chateval.results.tables import escape_markdown, markdown_list, markdown_tab
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # column names, rows
 
 REPORT_NAME, PICTURE_NAME = "report.md", "scores.png"
+STEP_COLUMNS = ("items", "accuracy", "interval", "chance", "bits_per_byte")
 NO_PICTURE = "No picture: matplotlib is not installed (`uv sync --extra plot` installs it)."
 INTERVALS = (
     "Intervals are 95 % Wilson intervals over items: how far the share of right answers may be off because these items "
@@ -82,6 +85,12 @@ def markdown_report(run: Run, results: Results, picture: bool = False) -> str:
     settings = markdown_list(f"{key}: {value!r}" for key, value in run.settings.items())
     parts += ["## Settings", settings or "none", INTERVALS]
     return "\n\n".join(parts) + "\n"
+
+
+def results_line(results: Results) -> str:
+    """step 100: gsm8k 12.5 (8.1–18.8), mmlu 25.1 (24.4–25.8)"""
+    scores = ("{} {} ({})".format(name, *_score_cells(task.score)) for name, task in results.tasks.items())
+    return f"step {results.step}: {', '.join(scores)}"
 
 
 def percent(share: float | None) -> str:
@@ -198,6 +207,32 @@ def draw_scores(results: Results, path: Path) -> Path | None:
     axes.set_axisbelow(True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def write_steps(out: Path) -> None:
+    """Write scores.json and scores.png, accuracy against step, of a folder with a results folder for each step."""
+    found = [json.loads(path.read_bytes()) for path in sorted(out.glob(f"step-*/{RESULTS_NAME}"))]
+    tasks = [(each["step"], name, task) for each in found for name, task in each["tasks"].items()]
+    rows = [{"step": step, "task": name} | {key: task[key] for key in STEP_COLUMNS} for step, name, task in tasks]
+    write_json(out / "scores.json", rows)
+    if find_spec("matplotlib"):
+        with naming(out):
+            _draw_steps(rows, out / PICTURE_NAME)
+
+
+def _draw_steps(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    for name in dict.fromkeys(row["task"] for row in rows):
+        mine = [(row["step"], row["accuracy"], row["chance"], *row["interval"]) for row in rows if row["task"] == name]
+        steps, right, chance, low, high = zip(*mine, strict=True)
+        (line,) = axes.plot(steps, right, "o-", markersize=4, label=printable(name).replace("$", r"\$"))
+        axes.plot(steps, chance, "--", color=line.get_color(), linewidth=1)
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="step", ylabel="share of right answers (band: 95 % interval, dashed: chance)", ylim=(0, 1))
+    axes.figure.legend(loc="outside right upper", fontsize="small")
+    axes.figure.savefig(path, dpi=110)
 
 
 def show_comparison(comparison: Comparison) -> RenderableType:

@@ -69,8 +69,8 @@ def read_run(out: Path) -> Run:
     return decode(path.read_bytes(), Run, str(path), ResultsError)
 
 
-def require_same_run(out: Path, run: Run) -> None:
-    """Raise ResultsError if `out` already holds items of other weights, settings or tasks.
+def require_same_run(out: Path, run: Run, same_weights: bool = True) -> None:
+    """Raise ResultsError if `out` already holds items of other settings or tasks, or (`same_weights`) weights.
 
     A folder without run.json and without items is fine. The checkpoint's label may differ, because the weights decide.
     """
@@ -79,7 +79,7 @@ def require_same_run(out: Path, run: Run) -> None:
             raise ResultsError(f"{out}: items without {RUN_NAME}, so of unknown weights; use another --out")
         return
     old = read_run(out)
-    if old.weights_sha256 != run.weights_sha256:
+    if same_weights and old.weights_sha256 != run.weights_sha256:
         had, given = old.weights_sha256[:12], run.weights_sha256[:12]
         raise ResultsError(f"{out}: its items are of weights {had}…, not {given}…; use another --out")
     for part in ("settings", "tasks"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from chatdata.disk import Count, convert, decode, naming, write_whole
+from chatdata.disk import Count, Positive, convert, decode, naming, write_whole
 from chattrain.checkpoint import FORMAT, PlanRecord, Recipe
 from chattrain.errors import RunError
 from chattrain.model import ModelConfig, parameter_shapes
@@ -32,6 +32,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     plan: PlanRecord
     recipe: Recipe
     format: str = FORMAT
+    save_every: Positive | None = None  # may be another after a resume
 
 
 class TrainEntry(msgspec.Struct, tag_field="kind", tag="train", omit_defaults=True, frozen=True):

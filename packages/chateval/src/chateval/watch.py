@@ -1,0 +1,124 @@
+"""Score each checkpoint of a run as it appears, and draw score against step.
+
+D/step-00000100/             a results folder for each checkpoint
+D/step-00000100/checkpoint/  a copy, until its scores are drawn: the run prunes its own checkpoints
+D/scores.json, scores.png    the scores of all of them
+D/run.json                   the run's: scores of another run are refused
+
+After a kill the same call continues: a copy gets its name when it is whole.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from chatdata.progress import say, shown_progress
+from chateval.ask.run import ScoringSettings, score
+from chateval.ask.subject import Subject
+from chateval.errors import ResultsError
+from chateval.results.figures import Results
+from chateval.results.report import write_report, write_steps
+from chateval.results.run_file import changes
+from chattrain.checkpoint import TOKENIZER_FILES, WEIGHTS, checkpoint_name, kept_checkpoints
+from chattrain.run.start import Ranks
+from chattrain.run.telemetry import RUN_NAME, lock_run, read_run, write_run
+
+NEEDED = {"state.json", WEIGHTS, *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}  # not the optimizer
+POLL_S = 1.0
+
+
+def watch(
+    run: Path, settings: ScoringSettings, load: Callable[[Path], Subject], once: bool = False
+) -> Iterator[Results]:
+    """Score the run's checkpoints into `settings.out`, oldest first; yield the results of each.
+
+    Ends when the checkpoint of the run's last step is scored; with `once`, when all that exist are scored. Until then
+    it waits, also for a run that was stopped, and for one that does not exist yet.
+    Raises RunError (another watch writes there; with `once`: no run), ResultsError (`out` has scores of another run or
+    of other settings) and what `load` and `score` raise.
+    """
+    out, said, named = settings.out, "", set()
+    while not once and not (run / RUN_NAME).is_file():
+        said = _wait(f"{run}: no run there yet", said)
+    with lock_run(out, resume=True):
+        record = read_run(run)
+        old = read_run(out) if (out / RUN_NAME).is_file() else record
+        if changed := changes((old.plan, old.recipe), (record.plan, record.recipe), "run"):
+            raise ResultsError(f"{out}: has scores of another run: {'; '.join(changed)}; use another --out")
+        write_run(out, record)
+        shutil.rmtree(out / ".copy", ignore_errors=True)  # of a killed watch
+        last = checkpoint_name(record.recipe.num_steps)
+        while True:
+            collect = partial(_collect, run, out, read_run(run).save_every, named)
+            if copies := collect():
+                yield _score(copies[0], run, settings, load, collect)
+            elif once or (out / last).exists():
+                return
+            else:
+                said = _wait(f"{run}: waiting for its next checkpoint, until {last}", said)
+
+
+def _wait(line: str, said: str) -> str:
+    """Say once what for, and sleep."""
+    if line != said:
+        say(f"{line} (Ctrl-C ends)", error=True)
+    time.sleep(POLL_S)
+    return line
+
+
+def _collect(run: Path, out: Path, save_every: int | None, named: set[str]) -> list[Path]:
+    """Copy the checkpoints that have no results yet; return all copies, oldest first.
+
+    Those that were pruned before they could be copied are named, once.
+    """
+    kept = kept_checkpoints(run)
+    for checkpoint in kept.values():
+        if not (out / checkpoint.name).exists():
+            with suppress(FileNotFoundError):  # it is being pruned
+                _copy(checkpoint, out)
+    newest = max(kept, default=0)
+    saved = {*kept, *range(save_every or newest, newest, save_every or 1)}
+    if lost := {checkpoint_name(step) for step in saved} - {path.name for path in out.glob("step-*")} - named:
+        say(f"{run}: pruned before they could be copied: {', '.join(sorted(lost))}", error=True)
+        named |= lost
+    return sorted(out.glob("step-*/checkpoint"))
+
+
+def _copy(checkpoint: Path, out: Path) -> None:
+    """Hard links where possible: chattrain never writes to a file of a checkpoint again, it only removes it."""
+    half = out / ".copy"
+    shutil.rmtree(half, ignore_errors=True)
+    (half / "checkpoint/tokenizer").mkdir(parents=True)
+    listed = json.loads((checkpoint / "state.json").read_bytes())["files"]
+    for name in NEEDED & {"state.json", *listed}:
+        try:
+            os.link(checkpoint / name, half / "checkpoint" / name)
+        except OSError:  # another file system, one without hard links, or the file is gone
+            shutil.copyfile(checkpoint / name, half / "checkpoint" / name)
+    half.rename(out / checkpoint.name)
+
+
+def _score(
+    copy: Path, run: Path, settings: ScoringSettings, load: Callable[[Path], Subject], collect: Callable[[], object]
+) -> Results:
+    """Score a copy, draw its scores with the others, and remove it. `collect` is called between batches."""
+    folder, out = copy.parent, settings.out
+    subject = replace(load(copy), label=str(run / "checkpoints" / folder.name))
+    like = min([*out.glob(f"step-*/{RUN_NAME}"), folder / RUN_NAME]).parent
+    with shown_progress() as progress:
+
+        def show(name: str, *counts: object) -> None:
+            collect()
+            progress(f"{folder.name} {name}", *counts, part=True)
+
+        score(subject, replace(settings, out=folder, like=like), Ranks(0, 1, subject.device), show)
+    results = write_report(folder)
+    write_steps(out)
+    shutil.rmtree(copy.rename(out / ".copy"))
+    return results
