@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from chatdata.progress import say, shown_progress
@@ -32,10 +32,11 @@ from chattrain.run.telemetry import RUN_NAME, lock_run, read_run, write_run
 NEEDED = {"state.json", WEIGHTS, *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}  # not the optimizer
 POLL_S = 1.0
 
+Load = Callable[[Path], Subject]
+say_once = cache(partial(say, error=True))  # a line that was said is not said again
 
-def watch(
-    run: Path, settings: ScoringSettings, load: Callable[[Path], Subject], once: bool = False
-) -> Iterator[Results]:
+
+def watch(run: Path, settings: ScoringSettings, load: Load, once: bool = False) -> Iterator[Results]:
     """Score the run's checkpoints into `settings.out`, oldest first; yield the results of each.
 
     Ends when the checkpoint of the run's last step is scored; with `once`, when all that exist are scored. Until then
@@ -43,9 +44,10 @@ def watch(
     Raises RunError (another watch writes there; with `once`: no run), ResultsError (`out` has scores of another run or
     of other settings) and what `load` and `score` raise.
     """
-    out, said, named = settings.out, "", set()
+    out = settings.out
     while not once and not (run / RUN_NAME).is_file():
-        said = _wait(f"{run}: no run there yet", said)
+        say_once(f"{run}: no run there yet (Ctrl-C ends)")
+        time.sleep(POLL_S)
     with lock_run(out, resume=True):
         record = read_run(run)
         old = read_run(out) if (out / RUN_NAME).is_file() else record
@@ -55,28 +57,18 @@ def watch(
         shutil.rmtree(out / ".copy", ignore_errors=True)  # of a killed watch
         last = checkpoint_name(record.recipe.num_steps)
         while True:
-            collect = partial(_collect, run, out, read_run(run).save_every, named)
+            collect = partial(_collect, run, out, read_run(run).save_every)
             if copies := collect():
                 yield _score(copies[0], run, settings, load, collect)
             elif once or (out / last).exists():
                 return
             else:
-                said = _wait(f"{run}: waiting for its next checkpoint, until {last}", said)
+                say_once(f"{run}: waiting for its next checkpoint, until {last} (Ctrl-C ends)")
+                time.sleep(POLL_S)
 
 
-def _wait(line: str, said: str) -> str:
-    """Say once what for, and sleep."""
-    if line != said:
-        say(f"{line} (Ctrl-C ends)", error=True)
-    time.sleep(POLL_S)
-    return line
-
-
-def _collect(run: Path, out: Path, save_every: int | None, named: set[str]) -> list[Path]:
-    """Copy the checkpoints that have no results yet; return all copies, oldest first.
-
-    Those that were pruned before they could be copied are named, once.
-    """
+def _collect(run: Path, out: Path, save_every: int | None) -> list[Path]:
+    """Copy the checkpoints that have no results yet, name those that are gone; return all copies, oldest first."""
     kept = kept_checkpoints(run)
     for checkpoint in kept.values():
         if not (out / checkpoint.name).exists():
@@ -84,9 +76,8 @@ def _collect(run: Path, out: Path, save_every: int | None, named: set[str]) -> l
                 _copy(checkpoint, out)
     newest = max(kept, default=0)
     saved = {*kept, *range(save_every or newest, newest, save_every or 1)}
-    if lost := {checkpoint_name(step) for step in saved} - {path.name for path in out.glob("step-*")} - named:
-        say(f"{run}: pruned before they could be copied: {', '.join(sorted(lost))}", error=True)
-        named |= lost
+    if lost := {checkpoint_name(step) for step in saved} - {path.name for path in out.glob("step-*")}:
+        say_once(f"{run}: pruned before they could be copied: {', '.join(sorted(lost))}")
     return sorted(out.glob("step-*/checkpoint"))
 
 
@@ -104,9 +95,7 @@ def _copy(checkpoint: Path, out: Path) -> None:
     half.rename(out / checkpoint.name)
 
 
-def _score(
-    copy: Path, run: Path, settings: ScoringSettings, load: Callable[[Path], Subject], collect: Callable[[], object]
-) -> Results:
+def _score(copy: Path, run: Path, settings: ScoringSettings, load: Load, collect: Callable[[], object]) -> Results:
     """Score a copy, draw its scores with the others, and remove it. `collect` is called between batches."""
     folder, out = copy.parent, settings.out
     subject = replace(load(copy), label=str(run / "checkpoints" / folder.name))

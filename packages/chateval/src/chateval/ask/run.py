@@ -59,8 +59,7 @@ def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: P
     if settings.firewall is not None:
         run.firewall = read_firewall(settings.firewall, run.tasks)
     require_same_run(settings.out, run)  # on every rank: if only one refused, the others would wait for it
-    if settings.like is not None:
-        require_same_run(settings.like, run, same_weights=False)
+    require_same_run(settings.like or settings.out, run, same_weights=False)
     ranks.wait()
     if ranks.is_first:
         _write_new_run(settings.out, run)

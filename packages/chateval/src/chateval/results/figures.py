@@ -94,15 +94,12 @@ def compute_results(run: Run, items: Iterable[Item]) -> Results:
     """
     finished, unfinished = finished_items(run, items)
     flagged = run.firewall.flagged if run.firewall else {}
-    tasks = {}
-    for name, task in run.tasks.items():
-        tasks[name] = _task_result(task, finished[name], unfinished[name], flagged.get(name))
+    tasks = {n: _task_result(task, finished[n], unfinished[n], flagged.get(n)) for n, task in run.tasks.items()}
     # under a limit a task may be complete, but it is not what ChatCORE means
     whole = {name for name, task in run.tasks.items() if task.rows in (None, task.items)}
     accuracy = {n: t.score.accuracy for n, t in tasks.items() if n in whole and t.complete and t.score.items}
-    core = chat_core(accuracy)
     missing = tuple(name for name in CHAT_CORE_CHANCE if name not in accuracy)
-    return Results(run.weights_sha256, run.checkpoint, run.step, tasks, core, missing)
+    return Results(run.weights_sha256, run.checkpoint, run.step, tasks, chat_core(accuracy), missing)
 
 
 def finished_items(run: Run, items: Iterable[Item]) -> tuple[dict[str, Answers], dict[str, int]]:

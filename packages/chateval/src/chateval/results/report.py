@@ -216,8 +216,7 @@ def write_steps(out: Path) -> None:
     rows = [{"step": step, "task": name} | {key: task[key] for key in STEP_COLUMNS} for step, name, task in tasks]
     write_json(out / "scores.json", rows)
     if find_spec("matplotlib"):
-        with naming(out):
-            _draw_steps(rows, out / PICTURE_NAME)
+        _draw_steps(rows, out / PICTURE_NAME)
 
 
 def _draw_steps(rows: Sequence[dict[str, Any]], path: Path) -> None:
