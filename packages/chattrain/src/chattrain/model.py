@@ -45,11 +45,10 @@ class ModelConfig:
     rope_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            most = MAX_LAYERS if field.name == "n_layer" else MAX_SIZE
-            if field.name != "rope_dtype" and (type(value) is not int or not 1 <= value <= most):
-                raise ConfigError(f"model config: {field.name} is {value!r:.60}, must be an integer from 1 to {most:,}")
+        for name, value in vars(self).items():
+            most = MAX_LAYERS if name == "n_layer" else MAX_SIZE
+            if name != "rope_dtype" and (type(value) is not int or not 1 <= value <= most):
+                raise ConfigError(f"model config: {name} is {value!r:.60}, must be an integer from 1 to {most:,}")
         if self.rope_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"model config: rope_dtype is {self.rope_dtype!r}, must be 'float32' or 'bfloat16'")
         if self.n_embd % (2 * self.n_head):
@@ -191,7 +190,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model; make it on the device "meta", where nothing is initialised. `load_model` gives it memory and weights.
+    """The model; make it on the device "meta", where nothing is initialised. `load_model` gives it weights.
 
     recompute: keep only each block's input for the backward pass and compute the rest again (activation checkpointing).
     """
@@ -280,6 +279,7 @@ def load_model(
     """A model holding a copy of `weights` in fp32. Raises WeightsError for unknown, missing, wrongly shaped tensors."""
     check_weights(weights, config, "model weights")
     with torch.device("meta"):
-        model = GPT(config, recompute).to_empty(device=device)
-    model.load_state_dict(dict(weights))
+        model = GPT(config, recompute)
+    copies = {name: tensor.detach().to(device, torch.float32, copy=True) for name, tensor in weights.items()}
+    model.load_state_dict(copies, assign=True)
     return model

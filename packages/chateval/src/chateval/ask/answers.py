@@ -5,9 +5,8 @@ Each yields lines of items.jsonl, plain data with the fields of `chateval.result
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from chatdata.render.format import NANOCHAT
 from chatdata.tasks.task import Task, call_task
@@ -21,8 +20,7 @@ WHOLE_ENDINGS = ("assistant_end", "bos")  # of answers that were not cut
 CODE_THREADS = 4  # programs mostly wait for an interpreter to start
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """One answer to be given: a question, and which of its draws."""
 
     question: Question

@@ -66,7 +66,7 @@ def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: P
     ranks.wait()
     done = {item.key for item in read_items(settings.out)}
     ranks.wait()  # every rank reads before any rank writes
-    work = [(task, list(batches_of(task, settings, ranks))) for task in scored]
+    work = [(task, batches_of(task, run.tasks[task.name].draws, settings.batch_size, ranks)) for task in scored]
     if any(draw.key not in done for _, batches in work for batch in batches for draw in batch):
         path = settings.out / (ITEMS_NAME if ranks.is_first else f"items-{ranks.rank:05}.jsonl")
         with naming(path), open_items(path) as file:
@@ -85,16 +85,12 @@ def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: P
         _put_in_order(settings.out, scored, settings.draws)
 
 
-def batches_of(task: ScoredTask, settings: ScoringSettings, ranks: Ranks) -> Iterator[list[Draw]]:
+def batches_of(task: ScoredTask, num_draws: int, batch_size: int, ranks: Ranks) -> list[list[Draw]]:
     """This rank's batches of a task. Prompts of similar length share a batch, which keeps padding small."""
-    draws = [Draw(question, draw) for question in task.questions for draw in range(_num_draws(task, settings))]
+    draws = [Draw(question, draw) for question in task.questions for draw in range(num_draws)]
     draws.sort(key=lambda draw: -len(draw.question.prompt))
     mine = draws[ranks.rank :: ranks.num_ranks]
-    return (mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size))
-
-
-def _num_draws(task: ScoredTask, settings: ScoringSettings) -> int:
-    return 1 if task.kind == "categorical" else settings.draws
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
 def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[ScoredTask]) -> Run:
@@ -104,7 +100,8 @@ def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[S
     sampling["dtype"] = str(subject.dtype).removeprefix("torch.")
     tasks = {}
     for task in scored:
-        answers = {"items": len(task.questions), "rows": task.num_rows, "draws": _num_draws(task, settings)}
+        draws = 1 if task.kind == "categorical" else settings.draws
+        answers = {"items": len(task.questions), "rows": task.num_rows, "draws": draws}
         tasks[task.name] = RunTask(scoring=task.kind, chance=task.chance, source=task.source, **answers)
     return Run("chateval-run", 1, subject.weights_sha256, subject.label, subject.step, sampling, tasks)
 

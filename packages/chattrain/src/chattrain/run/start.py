@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,7 @@ from chattrain.run.settings import RunSettings
 from chattrain.run.watch import open_peers, watched
 
 
-@dataclass(frozen=True)
-class Ranks:
+class Ranks(NamedTuple):
     """This process, number `rank` of `num_ranks`, on `device`."""
 
     rank: int
@@ -125,9 +125,7 @@ class StopRequest:
         if self.asked and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if not self.asked:
-            self._asked_at = time.monotonic()
-        self.asked = True
+        self.asked, self._asked_at = True, self._asked_at or time.monotonic()
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether any rank was asked to stop: the same answer on all of them."""
@@ -146,8 +144,7 @@ class Learner:
     compiled_loss: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+class Run(NamedTuple):
     """Everything a run needs before its first step."""
 
     learner: Learner
