@@ -242,6 +242,9 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
     too_many = read.share and table.keys() & {"rows", "epochs"}
     twice = len(set(read.columns.values())) < len(read.columns)
     lowest = min(read.start or 0, read.stop or 0)
+    subsets = {} if "path" in table else task.splits
+    subset = read.subset or next(iter(subsets), "")
+    known = list(subsets.get(subset, ()))  # splits
     rows = "is generated" if task.generate else 'reads its "path"'
     kind = "plain text" if stage == "base" else "conversations"
     for wrong, text in (
@@ -255,15 +258,11 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
         (refused, f', key "ignore": "{refused}" {REFUSED_KEYS.get(refused)}'),
         (task.generate and lowest < 0, ": start and stop of a generated task cannot be negative"),
         (task.generate and not table.keys() & {"rows", "stop"}, f': "{name}" is generated and needs the key "rows"'),
+        (subsets and subset not in subsets, f', key "subset": "{subset}"{nearest(subset, list(subsets))}'),
+        (subsets and read.split not in known, f', key "split": "{read.split}"{nearest(read.split, known)}'),
     ):
         if wrong:
             raise RecipeError(here + text)
-    splits = {} if "path" in table else task.splits
-    subset = read.subset or next(iter(splits), "")
-    if splits and subset not in splits:
-        raise RecipeError(f'{here}, key "subset": "{subset}"{nearest(subset, list(splits))}')
-    if splits and read.split not in splits[subset]:
-        raise RecipeError(f'{here}, key "split": "{read.split}"{nearest(read.split, list(splits[subset]))}')
     rules: dict[str, Any] = {key: getattr(recipe, key) for key in ("reasoning", "consecutive", "invalid")}
     rules["tools"] = "signatures" if recipe.chat_format == NATIVE else "given"
     reading = Reading(tuple(sorted(set(read.ignore))), tuple(sorted(read.columns.items())), **rules)
