@@ -154,9 +154,8 @@ def load_recipe(name_or_path: str, tasks: Mapping[str, Task], **rules: Any) -> R
     shipped = shipped_recipes()
     path = shipped.get(name_or_path, Path(name_or_path))
     if not path.is_file():
-        raise RecipeError(
-            f'no recipe "{name_or_path}" (neither a file nor a name){nearest(name_or_path, list(shipped))}'
-        )
+        near = nearest(name_or_path, list(shipped))
+        raise RecipeError(f'no recipe "{name_or_path}" (neither a file nor a name){near}')
     shown = path.name if name_or_path in shipped else str(path)
     table: dict[str, Any] = decode(path.read_bytes(), dict, shown, RecipeError, "toml")
     if rules.get("overflow") == "keep":

@@ -136,13 +136,11 @@ def build(
             say(line)
         look.show_plan(planned, out, forms, about)
     elif dry_run:
-        splits = {
-            split: [
-                {"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken), "tokens": tokens}
-                for e, tokens in zip(entries, about.pop(split), strict=True)
-            ]
-            for split, entries in planned.splits.items()
-        }
+        splits: dict[str, list[dict[str, Any]]] = {split: [] for split in planned.splits}
+        for split, entries in planned.splits.items():
+            for e, tokens in zip(entries, about.pop(split), strict=True):
+                facts = {"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken), "tokens": tokens}
+                splits[split].append(facts)
         say_json({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "about": about, "splits": splits})
     if dry_run:
         return
