@@ -137,8 +137,8 @@ def build(
         look.show_plan(planned, out, forms, about)
     elif dry_run:
         splits: dict[str, list[dict[str, Any]]] = {split: [] for split in planned.splits}
-        for split, entries in planned.splits.items():
-            for e, tokens in zip(entries, about.pop(split), strict=True):
+        for split, of_split in planned.splits.items():
+            for e, tokens in zip(of_split, about.pop(split), strict=True):
                 facts = {"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken), "tokens": tokens}
                 splits[split].append(facts)
         say_json({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "about": about, "splits": splits})

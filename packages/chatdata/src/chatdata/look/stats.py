@@ -20,7 +20,7 @@ def build_stats(build: Build) -> dict[str, Any]:
         frame = split.named_index.group_by("name", pl.col("task").cast(pl.String), maintain_order=True).agg(
             documents=pl.len(),
             **{column.removeprefix("num_"): pl.col(column).sum().cast(pl.Int64) for column in SUMS},
-            length=pl.struct(**{k: pl.col("num_tokens").quantile(q, "nearest").cast(pl.Int32) for k, q in QUANTILES}),
+            length=pl.struct(pl.quantile("num_tokens", q, "nearest").cast(pl.Int32).alias(key) for key, q in QUANTILES),
         )
         splits[name] = sorted(frame.to_dicts(), key=lambda row: -row["tokens"])
     manifest = build.manifest
