@@ -107,15 +107,14 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
     changed = changed.unique("doc_b", keep="first", maintain_order=True).sort("doc")
     only_a = rest_a.join(changed, on="doc", how="anti").sort("doc")
     only_b = rest_b.join(changed, left_on="doc", right_on="doc_b", how="anti").sort("doc")
+    same_length = int((changed["num_tokens"] == changed["num_tokens_b"]).sum())
+    rows = changed.head(SHOWN_DOCUMENTS).to_dicts()
+    first = [_parting(a, b, row["doc"], row["doc_b"]) | {key: row[key] for key in _SHOWN} for row in rows]
     return {
         "equal": len(pairs),
         "columns": _column_differences(one, two, pairs),
         "order": _order_difference(one, two, pairs),
-        "changed": {
-            **_counted(changed),
-            "same_length": int((changed["num_tokens"] == changed["num_tokens_b"]).sum()),
-            "first": [_parting(a, b, row) for row in changed.head(SHOWN_DOCUMENTS).iter_rows(named=True)],
-        },
+        "changed": _counted(changed) | {"same_length": same_length, "first": first},
         "only_a": _counted(only_a),
         "only_b": _counted(only_b),
     }
@@ -157,17 +156,16 @@ def _counted(index: pl.DataFrame) -> dict[str, Any]:
     return {"count": len(index), "tasks": dict(index["name"].value_counts(sort=True).rows()), "first": first}
 
 
-def _parting(a: Split, b: Split, row: dict[str, Any]) -> dict[str, Any]:
+def _parting(a: Split, b: Split, doc_a: int, doc_b: int) -> dict[str, Any]:
     """Where two documents first differ: the position, what differs there, and a few tokens around it on both sides."""
-    one, two = a[row["doc"]], b[row["doc_b"]]
+    one, two = a[doc_a], b[doc_b]
     length = min(len(one), len(two))
     tokens, mask = one.tokens[:length] != two.tokens[:length], one.mask[:length] != two.mask[:length]
     position = int(np.argmax(tokens | mask)) if (tokens | mask).any() else length
     what = "length" if position == length else "tokens" if tokens[position] else "mask"
     only = "mask" if len(one) == len(two) and not tokens.any() else "tokens"
     sides = {side: _around(document, position) for side, document in (("a", one), ("b", two))}
-    shown = {"doc_a": row["doc"], "doc_b": row["doc_b"], **{key: row[key] for key in _SHOWN}}
-    return {**shown, "differs": only, "position": position, "first": what, **sides}
+    return {"doc_a": doc_a, "doc_b": doc_b, "differs": only, "position": position, "first": what, **sides}
 
 
 def _around(document: Document, position: int) -> dict[str, Any]:
