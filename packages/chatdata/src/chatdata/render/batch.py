@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -111,36 +111,40 @@ def render_batch(
     has_span = body > 0
     of_pieces = {"num_turns": (role == USER) | opens, "num_tool_calls": role == PYTHON, "num_spans": has_span}
     of_pieces["untrained_turns"] = end_untrained
+    counts = {name: np.add.reduceat(of_each, first_piece, dtype=np.int64) for name, of_each in of_pieces.items()}
     spans = np.empty(int(has_span.sum()), dtype=SPAN_DTYPE)
     spans["role"] = role[has_span]
     spans["start"] = (body_begin - np.repeat(bos, pieces.counts))[has_span]
     spans["length"] = body[has_span]
     spans["trained"] = supervised[has_span]
-    return RenderedBatch(
-        tokens=tokens,
-        mask=mask,
-        num_tokens=num_tokens,
-        num_supervised=np.add.reduceat(mask, bos, dtype=np.int64),
-        **{name: np.add.reduceat(counts, first_piece, dtype=np.int64) for name, counts in of_pieces.items()},
-        spans=spans,
-        digests=digests_of(tokens, mask, num_tokens),
-        **facts_of(pieces),
-    )
+    return rendered_batch(pieces, tokens, mask, num_tokens, spans, **counts)
 
 
-def facts_of(pieces: Pieces) -> dict[str, Any]:
-    """Notes and tallies of a RenderedBatch: those of the rows, and of the calls among the pieces."""
+def rendered_batch(
+    pieces: Pieces, tokens: np.ndarray, mask: np.ndarray, num_tokens: np.ndarray, spans: np.ndarray, **more: np.ndarray
+) -> RenderedBatch:
+    """A RenderedBatch with what follows from tokens and mask, and from the rows and the calls among the pieces.
+
+    more: num_turns, num_tool_calls, untrained_turns, num_spans.
+    """
     conversation = np.repeat(np.arange(len(pieces)), pieces.counts)
     replayed, other_tools = replay_calls(pieces.texts, pieces.codes & ROLE, conversation)
     notes = sorted([*replayed, *pieces.notes], key=itemgetter(0))
     tallies = sorted([*((i, TALLIES.index("other_tools"), n) for i, n in other_tools.items()), *pieces.tallies])
     of_notes, of_tallies = (np.fromiter((found[0] for found in facts), np.int64) for facts in (notes, tallies))
-    return {
-        "num_notes": np.bincount(of_notes, minlength=len(pieces)),
-        "notes": [note for _, note in notes],
-        "num_tallies": np.bincount(of_tallies, minlength=len(pieces)),
-        "tallies": np.array([tally[1:] for tally in tallies], dtype=TALLY_DTYPE),
-    }
+    return RenderedBatch(
+        tokens=tokens,
+        mask=mask,
+        num_tokens=num_tokens,
+        num_supervised=np.add.reduceat(mask, np.cumsum(num_tokens) - num_tokens, dtype=np.int64),
+        spans=spans,
+        digests=digests_of(tokens, mask, num_tokens),
+        num_notes=np.bincount(of_notes, minlength=len(pieces)),
+        notes=[note for _, note in notes],
+        num_tallies=np.bincount(of_tallies, minlength=len(pieces)),
+        tallies=np.array([tally[1:] for tally in tallies], dtype=TALLY_DTYPE),
+        **more,
+    )
 
 
 def check_ids(ids: np.ndarray, limit: int) -> None:
