@@ -109,11 +109,10 @@ class Entry(EntryKeys, frozen=True):
     def resolved(self) -> dict[str, Any]:
         """The entry as plain data for the manifest: files are named without the folders of this machine."""
         keys = ("task", "name", "split", "subset", "start", "stop", "rows", "repo", "revision")
-        given: dict[str, Any] = {"path": file_label(self.path)} if self.path else {}
-        given |= {"ignore": list(self.reading.ignore)} if self.reading.ignore else {}
-        given |= {"columns": dict(self.reading.columns)} if self.reading.columns else {}
-        given |= {key: getattr(self, key) for key in ("share", "val_share") if getattr(self, key) is not None}
-        given |= {"epochs": self.epochs} if self.epochs != 1 else {}
+        more: dict[str, Any] = {"path": file_label(self.path or ""), "share": self.share, "val_share": self.val_share}
+        more |= {"ignore": list(self.reading.ignore), "columns": dict(self.reading.columns)}
+        more["epochs"] = self.epochs if self.epochs != 1 else None
+        given = {key: value for key, value in more.items() if value}
         options = {key: file_label(value) if key in self.file_options else value for key, value in self.options.items()}
         return {**{key: getattr(self, key) for key in keys}, **given, **options}
 

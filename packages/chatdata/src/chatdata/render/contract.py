@@ -250,21 +250,19 @@ def _ends_of_turns(block: _Block) -> np.ndarray:
 
 
 def _check_turns(block: _Block) -> Iterator[Problem]:
-    index, truncated, num_documents = block.index, block.truncated, len(block.truncated)
-    for column, openings in (
-        ("num_turns", (NANOCHAT.user.opening, NANOCHAT.assistant_start)),
-        ("num_tool_calls", (NANOCHAT.python.opening,)),
-    ):
-        is_opening = np.isin(block.event, [EVENTS[token] for token in openings])
-        counted = np.bincount(block.document[is_opening], minlength=num_documents)
-        # both are counted before any cut: a truncated document may show fewer
-        wrong = (index[column] != counted) & ~(truncated & (index[column] > counted))
-        yield whole("index", f"{column} differs from the delimiters", wrong)
+    def opened(*tokens: str) -> np.ndarray:
+        return block.document[np.isin(block.event, [EVENTS[token] for token in tokens])]
+
     ends = _ends_of_turns(block)
-    documents = np.searchsorted(block.offsets, ends, side="right") - 1
-    counted = np.bincount(documents, weights=block.mask[ends] == 0, minlength=num_documents)
-    wrong = (index["untrained_turns"] != counted) & ~(truncated & (index["untrained_turns"] > counted))
-    yield whole("index", "untrained_turns differs from the mask", wrong)
+    for column, what, documents in (
+        ("num_turns", "delimiters", opened(NANOCHAT.user.opening, NANOCHAT.assistant_start)),
+        ("num_tool_calls", "delimiters", opened(NANOCHAT.python.opening)),
+        ("untrained_turns", "mask", np.searchsorted(block.offsets, ends[block.mask[ends] == 0], side="right") - 1),
+    ):
+        recorded, counted = block.index[column], np.bincount(documents, minlength=len(block.truncated))
+        # all are counted before any cut: a truncated document may show fewer
+        wrong = (recorded != counted) & ~(block.truncated & (recorded > counted))
+        yield whole("index", f"{column} differs from the {what}", wrong)
 
 
 def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:
