@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -124,11 +124,6 @@ def rendered_batch(
 
     more: num_turns, num_tool_calls, untrained_turns, num_spans.
     """
-    conversation = np.repeat(np.arange(len(pieces)), pieces.counts)
-    replayed, other_tools = replay_calls(pieces.texts, pieces.codes & ROLE, conversation)
-    notes = sorted([*replayed, *pieces.notes], key=itemgetter(0))
-    tallies = sorted([*((i, TALLIES.index("other_tools"), n) for i, n in other_tools.items()), *pieces.tallies])
-    of_notes, of_tallies = (np.fromiter((found[0] for found in facts), np.int64) for facts in (notes, tallies))
     return RenderedBatch(
         tokens=tokens,
         mask=mask,
@@ -136,12 +131,24 @@ def rendered_batch(
         num_supervised=np.add.reduceat(mask, np.cumsum(num_tokens) - num_tokens, dtype=np.int64),
         spans=spans,
         digests=digests_of(tokens, mask, num_tokens),
-        num_notes=np.bincount(of_notes, minlength=len(pieces)),
-        notes=[note for _, note in notes],
-        num_tallies=np.bincount(of_tallies, minlength=len(pieces)),
-        tallies=np.array([tally[1:] for tally in tallies], dtype=TALLY_DTYPE),
+        **facts_of(pieces),
         **more,
     )
+
+
+def facts_of(pieces: Pieces) -> dict[str, Any]:
+    """Notes and tallies of a RenderedBatch: those of the rows, and of the calls among the pieces."""
+    conversation = np.repeat(np.arange(len(pieces)), pieces.counts)
+    replayed, other_tools = replay_calls(pieces.texts, pieces.codes & ROLE, conversation)
+    notes = sorted([*replayed, *pieces.notes], key=itemgetter(0))
+    tallies = sorted([*((i, TALLIES.index("other_tools"), n) for i, n in other_tools.items()), *pieces.tallies])
+    of_notes, of_tallies = (np.fromiter((found[0] for found in facts), np.int64) for facts in (notes, tallies))
+    return {
+        "num_notes": np.bincount(of_notes, minlength=len(pieces)),
+        "notes": [note for _, note in notes],
+        "num_tallies": np.bincount(of_tallies, minlength=len(pieces)),
+        "tallies": np.array([tally[1:] for tally in tallies], dtype=TALLY_DTYPE),
+    }
 
 
 def check_ids(ids: np.ndarray, limit: int) -> None:
