@@ -193,11 +193,8 @@ def number_documents(plan: BuildPlan) -> dict[Source, RowMap]:
 
 def place_of(row_maps: Mapping[Source, RowMap], document: int) -> str:
     """A document's source and row, for error messages."""
-    for source, row_map in row_maps.items():
-        rows = np.flatnonzero(row_map.document_of == document)
-        if len(rows):
-            return source.where(int(rows[0]))
-    raise IndexError(document)
+    found = ((source, np.flatnonzero(row_map.document_of == document)) for source, row_map in row_maps.items())
+    return next(source.where(int(rows[0])) for source, rows in found if len(rows))
 
 
 def invalid_rows(documents: RenderedDocuments, row_maps: Mapping[Source, RowMap], chosen: np.ndarray) -> dict[str, Any]:
