@@ -5,11 +5,9 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -28,8 +26,7 @@ from chatdata.tokenizer.bpe import Tokenizer
 MAX_LISTED = 1_000  # bad rows in report.json: reading their places and the file takes seconds
 
 
-@dataclass(frozen=True)
-class BuildPlan:
+class BuildPlan(NamedTuple):
     """The recipe with every source found and every entry's task positions chosen."""
 
     recipe: Recipe
@@ -37,8 +34,8 @@ class BuildPlan:
     splits: dict[str, list[PlannedEntry]]
     sources: tuple[Source, ...]  # distinct, in the order the recipe names them
     limit: int | None
-    tasks: Mapping[str, Task] = field(default_factory=dict)  # all of them: the firewall also needs the scored ones
-    locations: Locations = field(default_factory=lambda: Locations(Path()))
+    tasks: Mapping[str, Task]  # all of them: the firewall also needs the scored ones
+    locations: Locations
 
     @property
     def model_format(self) -> ModelFormat | None:

@@ -71,4 +71,4 @@ def _with_scored_sets(plan: BuildPlan, wanted: Mapping[str, list[str]], against:
             f"the build dropped rows that hold items of {', '.join(missing)}, which are not here or differ: "
             "pass --data-dir with scored sets, --against with test items of your own"
         )
-    return replace(plan, tasks=tasks)
+    return plan._replace(tasks=tasks)
