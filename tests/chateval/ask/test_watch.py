@@ -180,6 +180,26 @@ def test_a_run_may_prune_while_its_checkpoints_are_scored(run, save, settings, m
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000040"]
 
 
+def test_the_last_copy_is_one_that_failed(run, save, settings, monkeypatch, capsys) -> None:
+    """What is left of it is in nobody's way."""
+    save(10)
+    link, score = os.link, chateval_watch.score
+
+    def vanish(source: Path, target: Path) -> None:
+        shutil.rmtree(run / "checkpoints/step-00000020", ignore_errors=True)
+        link(source, target)
+
+    def score_and_save(*arguments: Any) -> None:
+        save(20)
+        monkeypatch.setattr(os, "link", vanish)
+        score(*arguments)
+
+    monkeypatch.setattr(chateval_watch, "score", score_and_save)
+    assert steps_of(watch(run, settings, LOAD, once=True)) == [10]
+    assert "pruned before they could be copied: step-00000020\n" in capsys.readouterr().err
+    assert {path.name for path in settings.out.iterdir() if path.is_dir()} == {"step-00000010"}
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_files_are_linked_where_that_is_possible(run, save, settings, links, monkeypatch) -> None:
     save(10)
@@ -245,7 +265,7 @@ def test_scores_of_another_run_or_of_other_settings_are_refused(run, save, setti
     with pytest.raises(ResultsError, match=r"of other settings: max_new_tokens is 10, not 9; use another --out"):
         list(watch(run, replace(settings, sampling=Sampling(max_new_tokens=9)), LOAD, once=True))
     write_run_of(run, seed=43)
-    with pytest.raises(ResultsError, match=r"has scores of another run: .*seed is 42, not 43; use another --out"):
+    with pytest.raises(ResultsError, match=r"has scores of a run with another plan or recipe; use another --out"):
         list(watch(run, settings, LOAD, once=True))
     write_run_of(run)
     assert steps_of(watch(run, settings, LOAD, once=True)) == [20]

@@ -63,6 +63,7 @@ def run(**options: Any) -> None:
       chateval run --checkpoint runs/sft --tasks humaneval --data-dir data --allow-code
       torchrun --nproc-per-node 8 -m chateval run --checkpoint runs/sft --tasks mmlu --data-dir data
     """
+    from chatdata.look.console import console
     from chatdata.progress import shown_progress
     from chateval.ask.run import score
     from chateval.ask.subject import load_subject
@@ -82,7 +83,7 @@ def run(**options: Any) -> None:
     if options["as_json"]:
         say_json(results.to_json())
         return
-    _print(show_results(results))
+    console().print(show_results(results))
     say(f"{settings.out}: report.md")
 
 
@@ -138,6 +139,7 @@ def compare(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json:
       chateval compare scores/mid scores/sft
       chateval compare scores/mid scores/sft --json
     """
+    from chatdata.look.console import console
     from chateval.results.compare import compare as compare_results
     from chateval.results.report import markdown_comparison, show_comparison
 
@@ -145,7 +147,7 @@ def compare(a: Path, b: Path, num_examples: int, markdown: Path | None, as_json:
     if markdown is not None:
         with naming(markdown):
             markdown.write_text(markdown_comparison(comparison), encoding="utf-8")
-    say_json(comparison.to_json()) if as_json else _print(show_comparison(comparison))
+    say_json(comparison.to_json()) if as_json else console().print(show_comparison(comparison))
 
 
 @cli.command()
@@ -186,12 +188,6 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
             rows.append(row | {"rows": num_rows, "summary": task.summary})
     cells = [list(row.values()) for row in rows]
     say_json(rows) if as_json else table("scored tasks", list(rows[0]), cells)
-
-
-def _print(renderable: Any) -> None:
-    from chatdata.look.console import console
-
-    console().print(renderable)
 
 
 INTERRUPTED = "interrupted; the same command continues where it stopped"

@@ -24,7 +24,6 @@ from chateval.ask.subject import Subject
 from chateval.errors import ResultsError
 from chateval.results.figures import Results
 from chateval.results.report import write_report, write_steps
-from chateval.results.run_file import changes
 from chattrain.checkpoint import TOKENIZER_FILES, WEIGHTS, checkpoint_name, kept_checkpoints
 from chattrain.run.start import Ranks
 from chattrain.run.telemetry import RUN_NAME, lock_run, read_run, write_run
@@ -51,15 +50,14 @@ def watch(run: Path, settings: ScoringSettings, load: Load, once: bool = False) 
     with lock_run(out, resume=True):
         record = read_run(run)
         old = read_run(out) if (out / RUN_NAME).is_file() else record
-        if changed := changes((old.plan, old.recipe), (record.plan, record.recipe), "run"):
-            raise ResultsError(f"{out}: has scores of another run: {'; '.join(changed)}; use another --out")
+        if (old.plan, old.recipe) != (record.plan, record.recipe):
+            raise ResultsError(f"{out}: has scores of a run with another plan or recipe; use another --out")
         write_run(out, record)
         shutil.rmtree(out / ".copy", ignore_errors=True)  # of a killed watch
         last = checkpoint_name(record.recipe.num_steps)
         while True:
-            collect = partial(_collect, run, out, read_run(run).save_every)
-            if copies := collect():
-                yield _score(copies[0], run, settings, load, collect)
+            if copies := _collect(run, out):
+                yield _score(copies[0], run, settings, load)
             elif once or (out / last).exists():
                 return
             else:
@@ -67,9 +65,9 @@ def watch(run: Path, settings: ScoringSettings, load: Load, once: bool = False) 
                 time.sleep(POLL_S)
 
 
-def _collect(run: Path, out: Path, save_every: int | None) -> list[Path]:
+def _collect(run: Path, out: Path) -> list[Path]:
     """Copy the checkpoints that have no results yet, name those that are gone; return all copies, oldest first."""
-    kept = kept_checkpoints(run)
+    kept, save_every = kept_checkpoints(run), read_run(run).save_every
     for checkpoint in kept.values():
         if not (out / checkpoint.name).exists():
             with suppress(FileNotFoundError):  # it is being pruned
@@ -95,19 +93,20 @@ def _copy(checkpoint: Path, out: Path) -> None:
     half.rename(out / checkpoint.name)
 
 
-def _score(copy: Path, run: Path, settings: ScoringSettings, load: Load, collect: Callable[[], object]) -> Results:
-    """Score a copy, draw its scores with the others, and remove it. `collect` is called between batches."""
+def _score(copy: Path, run: Path, settings: ScoringSettings, load: Load) -> Results:
+    """Score a copy, draw its scores with the others, and remove it. New checkpoints are copied between two batches."""
     folder, out = copy.parent, settings.out
     subject = replace(load(copy), label=str(run / "checkpoints" / folder.name))
     like = min([*out.glob(f"step-*/{RUN_NAME}"), folder / RUN_NAME]).parent
     with shown_progress() as progress:
 
         def show(name: str, *counts: object) -> None:
-            collect()
+            _collect(run, out)
             progress(f"{folder.name} {name}", *counts, part=True)
 
         score(subject, replace(settings, out=folder, like=like), Ranks(0, 1, subject.device), show)
     results = write_report(folder)
     write_steps(out)
+    shutil.rmtree(out / ".copy", ignore_errors=True)  # of a checkpoint that was pruned meanwhile
     shutil.rmtree(copy.rename(out / ".copy"))
     return results

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 
@@ -208,16 +207,16 @@ def draw_scores(results: Results, path: Path) -> Path | None:
 
 
 def write_steps(out: Path) -> None:
-    """Write scores.json and scores.png, accuracy against step, of a folder with a results folder for each step."""
+    """Write scores.json and scores.png, accuracy against step, of a folder with a results folder for each step.
+
+    The picture has a line for each task, with its interval and chance; without matplotlib there is none.
+    """
     found = [json.loads(path.read_bytes()) for path in sorted(out.glob(f"step-*/{RESULTS_NAME}"))]
     tasks = [(each["step"], name, task) for each in found for name, task in each["tasks"].items()]
     rows = [{"step": step, "task": name} | {key: task[key] for key in STEP_COLUMNS} for step, name, task in tasks]
     write_json(out / "scores.json", rows)
-    if find_spec("matplotlib"):
-        _draw_steps(rows, out / PICTURE_NAME)
-
-
-def _draw_steps(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    if not find_spec("matplotlib"):
+        return
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
@@ -227,9 +226,9 @@ def _draw_steps(rows: Sequence[dict[str, Any]], path: Path) -> None:
         (line,) = axes.plot(steps, right, "o-", markersize=4, label=printable(name).replace("$", r"\$"))
         axes.plot(steps, chance, "--", color=line.get_color(), linewidth=1)
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="step", ylabel="share of right answers (band: 95 % interval, dashed: chance)", ylim=(0, 1))
+    axes.set(xlabel="step", ylabel="share right (band: 95 % interval, dashed: chance)", ylim=(0, 1))
     axes.figure.legend(loc="outside right upper", fontsize="small")
-    axes.figure.savefig(path, dpi=110)
+    axes.figure.savefig(out / PICTURE_NAME, dpi=110)
 
 
 def show_comparison(comparison: Comparison) -> RenderableType:
