@@ -277,6 +277,23 @@ def test_two_watches_do_not_share_a_folder(run, save, settings) -> None:
         list(watch(run, settings, LOAD, once=True))
 
 
+def test_a_damaged_checkpoint_is_named(chateval, run, save, words, tmp_path) -> None:
+    save(10)
+    command = ["watch", run, "--tasks", "demo_choice", "--limit", 2, "--once", "--out", tmp_path / "scores"]
+    checkpoint = run / "checkpoints/step-00000010"
+    state = (checkpoint / "state.json").read_bytes()
+    (checkpoint / "state.json").write_bytes(state[:10])
+    result = chateval(*command)
+    assert result.returncode == 1 and result.stderr.startswith(f"Error: {checkpoint}: ")
+    (checkpoint / "state.json").write_bytes(state)
+    with (checkpoint / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"abcd")
+    result = chateval(*command)
+    copy = tmp_path / "scores/step-00000010/checkpoint/model.safetensors"
+    assert result.returncode == 1 and result.stderr.startswith(f"Error: {copy}: SHA-256 differs from state.json's")
+
+
 def test_once_needs_a_run(chateval, tmp_path) -> None:
     result = chateval("watch", tmp_path / "none", "--tasks", "demo_choice", "--out", tmp_path / "scores", "--once")
     assert result.returncode == 1 and result.stderr.startswith(f"Error: {tmp_path}/none: not a run folder: ")

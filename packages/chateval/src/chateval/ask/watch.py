@@ -71,7 +71,7 @@ def _collect(run: Path, out: Path) -> list[Path]:
     for checkpoint in kept.values():
         if not (out / checkpoint.name).exists():
             with suppress(FileNotFoundError):  # it is being pruned
-                _copy(checkpoint, out)
+                _copy(out, checkpoint)
     newest = max(kept, default=0)
     saved = {*kept, *range(save_every or newest, newest, save_every or 1)}
     if lost := {checkpoint_name(step) for step in saved} - {path.name for path in out.glob("step-*")}:
@@ -79,12 +79,12 @@ def _collect(run: Path, out: Path) -> list[Path]:
     return sorted(out.glob("step-*/checkpoint"))
 
 
-def _copy(checkpoint: Path, out: Path) -> None:
+def _copy(out: Path, checkpoint: Path) -> None:
     """Hard links where possible: chattrain never writes to a file of a checkpoint again, it only removes it."""
+    listed = json.loads((checkpoint / "state.json").read_bytes())["files"]
     half = out / ".copy"
     shutil.rmtree(half, ignore_errors=True)
     (half / "checkpoint/tokenizer").mkdir(parents=True)
-    listed = json.loads((checkpoint / "state.json").read_bytes())["files"]
     for name in NEEDED & {"state.json", *listed}:
         try:
             os.link(checkpoint / name, half / "checkpoint" / name)
