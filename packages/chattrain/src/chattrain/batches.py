@@ -113,9 +113,8 @@ def read_step(
     inputs, targets = (t.pin_memory() if pin else t for t in (rows.inputs, rows.targets))
     cuts = (slice(start, start + device_batch_size) for start in range(0, share, device_batch_size))
     batches = (Batch(inputs[cut], targets[cut], reads[cut], rows.lengths and rows.lengths[cut]) for cut in cuts)
-    num_tokens, num_targets = int(plan.tokens_per_step[position]), int(plan.targets_per_step[position])
-    digest = _digest(rows, rank * share, width)
-    return Step(step, tuple(batches), num_tokens, num_targets, digest, target_reads, read_targets)
+    counts = int(plan.tokens_per_step[position]), int(plan.targets_per_step[position])
+    return Step(step, tuple(batches), *counts, _digest(rows, rank * share, width), target_reads, read_targets)
 
 
 def ahead(read: Callable[[int], T], numbers: Iterable[int], device: torch.device) -> Iterator[T]:

@@ -54,9 +54,8 @@ def read_ahead(
 def hidden_states(learner: Learner, called: nn.Module, inputs: Tensor, lengths: Lengths) -> Tensor:
     """inputs [B, W] → hidden [B, W, C] on the learner's device; attention stays inside the documents of `lengths`."""
     device = learner.ranks.device
-    documents = None
-    if lengths is not None:
-        documents = pack_sequences(lengths, inputs.shape[1], device, "flex" if device.type == "cuda" else "split")
+    form = "flex" if device.type == "cuda" else "split"
+    documents = None if lengths is None else pack_sequences(lengths, inputs.shape[1], device, form)
     with torch.autocast(device.type, torch.bfloat16, enabled=learner.bf16):
         return called(inputs.to(device, non_blocking=True), documents)
 

@@ -34,12 +34,11 @@ class Draw(NamedTuple):
 def answer_letters(subject: Subject, draws: Sequence[Draw]) -> Iterator[dict[str, Any]]:
     """Multiple choice: the letter is the answer."""
     for draw, choice in zip(draws, choose_letters(subject, [draw.question for draw in draws]), strict=True):
-        gold = draw.question.gold
+        letter, gold = choice.letter, draw.question.gold
         # one that is too long is answered anyway, but the model was never trained on text this long
-        beyond = choice.num_prompt_tokens > subject.num_positions
-        line = {**_head(draw), "output": choice.letter, "extracted": choice.letter, "gold": gold}
-        line |= {"correct": choice.letter == gold, "ending": "letter beyond context" if beyond else "letter"}
-        line |= {"num_prompt_tokens": choice.num_prompt_tokens, "num_tokens": 0}
+        ending = "letter beyond context" if choice.num_prompt_tokens > subject.num_positions else "letter"
+        line = {**_head(draw), "output": letter, "extracted": letter, "gold": gold, "correct": letter == gold}
+        line |= {"ending": ending, "num_prompt_tokens": choice.num_prompt_tokens, "num_tokens": 0}
         line |= {"gold_nats": choice.gold_nats, "gold_bytes": len(gold.encode())}
         yield line | {"tie": choice.tie, "margin": choice.margin, "letter_mass": choice.letter_mass}
 

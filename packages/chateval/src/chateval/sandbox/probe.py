@@ -15,10 +15,8 @@ import struct
 import time
 from pathlib import Path
 
-# ruff: noqa: F821 - `verify` assigns these in front of the program
-HOST_FOLDER: str  # a folder that exists outside
-RLIMITS: dict[str, tuple[int, int]]
-FOLDER_BYTES: int  # of the private folder
+# ruff: noqa: F821 - `verify` assigns in front of the program HOST_FOLDER, which exists outside, RLIMITS (name → soft and
+# hard limit) and FOLDER_BYTES, the size of the private folder
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -44,8 +42,7 @@ assert not os.environ, f"its environment has {list(os.environ)}"
 
 # system calls that would get around the rest
 for name, arguments in [("unshare", (0x10000000,)), ("shmget", (0, 4096, 0o1600)), ("msgget", (0, 0o1600))]:
-    denied = getattr(libc, name)(*arguments) == -1 and ctypes.get_errno() == errno.EPERM
-    assert denied, f"the call {name} is not denied"
+    assert getattr(libc, name)(*arguments) == -1 and ctypes.get_errno() == errno.EPERM, f"the call {name} is not denied"
 assert error_of(os.memfd_create, "probe") == errno.EPERM, "the call memfd_create is not denied"
 
 # files

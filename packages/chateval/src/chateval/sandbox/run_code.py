@@ -164,9 +164,7 @@ def run_code(isolation: Isolation, program: str, timeout_s: float = 10.0, limits
             finally:
                 _stop(process)
     details = {"timeout": f"not done after {timeout_s:g} s", "output": f"more than {limits.output_bytes} bytes"}
-    detail = details.get(ending, "")
-    if ending is None:
-        ending, detail = _ending_of(process.returncode, errors)
+    ending, detail = (ending, details.get(ending, "")) if ending else _ending_of(process.returncode, errors)
     return Outcome(ending == "passed", ending, detail, time.monotonic() - started)
 
 

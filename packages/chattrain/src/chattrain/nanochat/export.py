@@ -4,6 +4,7 @@ import dataclasses
 import json
 import secrets
 import shutil
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -72,12 +73,10 @@ def export_transformers(
 def transformers_names(config: ModelConfig) -> dict[str, str]:
     """nanochat's name → transformers', for every parameter."""
     names = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
-    for i in range(config.n_layer):
-        ours, theirs = f"transformer.h.{i}", f"model.layers.{i}"
-        for letter, projection in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("proj", "o_proj")):
-            names[f"{ours}.attn.c_{letter}.weight"] = f"{theirs}.self_attn.{projection}.weight"
-        names[f"{ours}.mlp.c_fc.weight"] = f"{theirs}.mlp.fc1.weight"
-        names[f"{ours}.mlp.c_proj.weight"] = f"{theirs}.mlp.fc2.weight"
+    block = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj"}
+    block |= {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for i, (ours, theirs) in product(range(config.n_layer), block.items()):
+        names[f"transformer.h.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
     return names
 
 
