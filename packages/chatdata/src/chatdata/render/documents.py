@@ -84,10 +84,8 @@ class RenderedDocuments:
         if limit is not None and recipe.overflow != "keep":
             over = np.flatnonzero(self.original_tokens > limit)
             if recipe.overflow == "error" and len(over):
-                length = int(self.original_tokens[over[0]])
-                raise BuildError(
-                    f'{self.where(int(over[0]))}: {length:,} tokens, over max_tokens = {limit:,} (overflow = "error")'
-                )
+                where, length = self.where(int(over[0])), int(self.original_tokens[over[0]])
+                raise BuildError(f'{where}: {length:,} tokens, over max_tokens = {limit:,} (overflow = "error")')
             if recipe.overflow == "drop":
                 self.drop_reason[over] = DROP_REASONS.index("overflow")
             else:
@@ -95,9 +93,8 @@ class RenderedDocuments:
         if recipe.zero_supervised != "keep":
             unsupervised = np.flatnonzero((self.num_supervised == 0) & (self.drop_reason == 0))
             if recipe.zero_supervised == "error" and len(unsupervised):
-                raise ConversationError(
-                    f'{self.where(int(unsupervised[0]))}: no supervised token is left (zero_supervised = "error")'
-                )
+                where = self.where(int(unsupervised[0]))
+                raise ConversationError(f'{where}: no supervised token is left (zero_supervised = "error")')
             self.drop_reason[unsupervised] = DROP_REASONS.index("zero_supervised")
 
     def _truncate(self, documents: np.ndarray, num_tokens: int) -> None:

@@ -37,10 +37,9 @@ class Shards:
         key = (kind, number)
         if key not in self._maps:
             try:
-                array = np.load(self.path(kind, number), mmap_mode="r", allow_pickle=False)
+                self._maps[key] = np.load(self.path(kind, number), mmap_mode="r").view(np.ndarray)
             except ValueError as error:
                 raise FormatError(f"{self.path(kind, number)}: not a readable .npy file: {error}") from None
-            self._maps[key] = array.view(np.ndarray)
         return self._maps[key]
 
     @cached_property

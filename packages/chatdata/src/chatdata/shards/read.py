@@ -22,14 +22,13 @@ from chatdata.shards.address import local_build
 from chatdata.shards.index import read_index
 from chatdata.shards.manifest import check_files, read_manifest
 from chatdata.shards.maps import Shards
-from chatdata.shards.masks import check_policy, covered, ranges_of, select
+from chatdata.shards.masks import MaskPolicy, Ranges, check_policy, covered, ranges_of, select
 
 if TYPE_CHECKING:
     import datasets
     import polars as pl
     import pyarrow as pa
 
-    from chatdata.shards.masks import MaskPolicy, Ranges
     from chatdata.tokenizer.bpe import Tokenizer
 
     Chosen = slice | Sequence[int] | np.ndarray  # or anything else that numpy takes as an array: a polars column

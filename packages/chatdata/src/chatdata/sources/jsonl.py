@@ -46,9 +46,8 @@ def jsonl_segments(lines: BufferedReader) -> list[Segment]:
         if offset - begin >= SEGMENT_BYTES:
             segments.append(Segment(num_rows, offset - begin, begin, begin_line, "line"))
             num_rows, begin, begin_line = 0, offset, number
-    if num_rows:
-        segments.append(Segment(num_rows, offset - begin, begin, begin_line, "line"))
-    return segments
+    last = Segment(num_rows, offset - begin, begin, begin_line, "line")
+    return [*segments, last] if num_rows else segments
 
 
 def array_segments(file: BufferedReader, name: str) -> list[Segment] | None:
