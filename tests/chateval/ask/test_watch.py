@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,7 +221,7 @@ def test_kill_9_in_the_middle(run, save, settings, words, tmp_path) -> None:
     """Killed while it copies, scores and draws; the run prunes meanwhile. Then it is as if it had never been killed."""
     save(10, 20)
     alone, killed = tmp_path / "alone", tmp_path / "scores"
-    assert steps_of(watch(run, replace(settings, out=alone), LOAD, once=True)) == [10, 20]
+    assert steps_of(watch(run, settings._replace(out=alone), LOAD, once=True)) == [10, 20]
     command = [sys.executable, "-m", "chateval", "watch", str(run), "--tasks", ",".join(TASKS), "--words", str(words)]
     command += ["--limit", "6", "--batch-size", "2", "--max-new-tokens", "10", "--device", "cpu", "--out", str(killed)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -241,7 +240,7 @@ def test_kill_9_in_the_middle(run, save, settings, words, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["write_report", "write_steps", "shutil.rmtree"])
 def test_ended_between_any_two_steps(run, save, settings, name, monkeypatch, tmp_path) -> None:
     save(10)
-    assert steps_of(watch(run, replace(settings, out=tmp_path / "alone"), LOAD, once=True)) == [10]
+    assert steps_of(watch(run, settings._replace(out=tmp_path / "alone"), LOAD, once=True)) == [10]
     with monkeypatch.context() as patch:
 
         def end(*paths: Any, **options: Any) -> None:
@@ -261,9 +260,9 @@ def test_scores_of_another_run_or_of_other_settings_are_refused(run, save, setti
     list(watch(run, settings, LOAD, once=True))
     save(20)
     with pytest.raises(ResultsError, match=r"its items are of other tasks: .*items is 6, not 5.*; use another --out"):
-        list(watch(run, replace(settings, limit=5), LOAD, once=True))
+        list(watch(run, settings._replace(limit=5), LOAD, once=True))
     with pytest.raises(ResultsError, match=r"of other settings: max_new_tokens is 10, not 9; use another --out"):
-        list(watch(run, replace(settings, sampling=Sampling(max_new_tokens=9)), LOAD, once=True))
+        list(watch(run, settings._replace(sampling=Sampling(max_new_tokens=9)), LOAD, once=True))
     write_run_of(run, seed=43)
     with pytest.raises(ResultsError, match=r"has scores of a run with another plan or recipe; use another --out"):
         list(watch(run, settings, LOAD, once=True))

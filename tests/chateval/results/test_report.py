@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,7 +60,7 @@ def test_the_table_fits_80_columns_with_every_number(some_results) -> None:
 
 
 def test_the_report_has_subjects_by_accuracy_and_nothing_alive(run_of, some_results, six_and_more) -> None:
-    results = dataclasses.replace(some_results, checkpoint="d4 | <script>\n# x")
+    results = msgspec.structs.replace(some_results, checkpoint="d4 | <script>\n# x")
     report = markdown_report(run_of(six_and_more), results)
     assert report.startswith("# Scores of d4 \\| \\<script\\>⏎\\# x, step 120\n")
     assert "No picture: matplotlib is not installed" in report and "![scores]" not in report

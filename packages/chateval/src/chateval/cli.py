@@ -1,7 +1,6 @@
 """The command line. Heavy imports are inside the functions that need them, to keep `--help` fast."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial, reduce
 from pathlib import Path
@@ -74,7 +73,7 @@ def run(**options: Any) -> None:
     # ranks only meet at the start and the end, and one may have hours of work left when another is done
     with join_ranks(options["device"], timedelta(days=7)) as ranks:
         subject = load_subject(options["checkpoint"], ranks.device, options["dtype"])
-        settings = replace(settings, out=settings.out or Path("scores") / subject.weights_sha256[:12])
+        settings = settings._replace(out=settings.out or Path("scores") / subject.weights_sha256[:12])
         with shown_progress(quiet=not ranks.is_first) as progress:
             score(subject, settings, ranks, progress)
         if not ranks.is_first:

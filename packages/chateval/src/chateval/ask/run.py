@@ -8,10 +8,10 @@ the lines are sorted into the tasks' order.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,8 +29,7 @@ from chateval.sandbox.run_code import Isolation, find_isolation
 from chattrain.run.start import Ranks
 
 
-@dataclass(frozen=True)
-class ScoringSettings:
+class ScoringSettings(NamedTuple):
     """The options of `chateval run`, except the model."""
 
     tasks: tuple[str, ...]
@@ -40,7 +39,7 @@ class ScoringSettings:
     task_files: tuple[Path, ...] = ()
     limit: int | None = None
     batch_size: int = 32
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = Sampling()
     draws: int = 1
     allow_code: bool = False
     firewall: Path | None = None

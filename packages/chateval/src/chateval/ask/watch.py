@@ -104,7 +104,7 @@ def _score(copy: Path, run: Path, settings: ScoringSettings, load: Load) -> Resu
             _collect(run, out)
             progress(f"{folder.name} {name}", *counts, part=True)
 
-        score(subject, replace(settings, out=folder, like=like), Ranks(0, 1, subject.device), show)
+        score(subject, settings._replace(out=folder, like=like), Ranks(0, 1, subject.device), show)
     results = write_report(folder)
     write_steps(out)
     shutil.rmtree(out / ".copy", ignore_errors=True)  # of a checkpoint that was pruned meanwhile

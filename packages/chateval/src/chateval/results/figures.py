@@ -6,8 +6,9 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from msgspec import Struct, to_builtins
 
 from chateval.errors import ResultsError
 from chateval.results.intervals import CHAT_CORE_CHANCE, chat_core, pass_scores, wilson_interval
@@ -22,8 +23,7 @@ SCORING_FIELDS = {"categorical": ("tie", "margin", "letter_mass"), "code": ()}
 SCORING_FIELDS |= {"generative": ("flexible_correct", "tool_calls", "tool_failures")}
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(Struct, frozen=True):
     """Right answers among finished items. With several draws, an item's score is their mean."""
 
     items: int
@@ -32,8 +32,7 @@ class Score:
     interval: tuple[float, float]  # Wilson, 95 %
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskResult:
+class TaskResult(Struct, frozen=True, kw_only=True):
     """Figures of one task over its finished items, those with all their draws. None: does not apply, or no items."""
 
     scoring: str
@@ -62,12 +61,11 @@ class TaskResult:
         return self.score.items == self.expected
 
     def to_json(self) -> dict[str, Any]:
-        record = asdict(self)
+        record = to_builtins(self)
         return {"complete": self.complete, **record.pop("score"), **record}
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(Struct, frozen=True):
     """Figures of a run, with its tasks in the run's order."""
 
     weights_sha256: str
@@ -80,7 +78,7 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         """Plain data, floats not rounded."""
         tasks = {name: task.to_json() for name, task in self.tasks.items()}
-        return {"format": RESULTS_FORMAT, "version": VERSION, **asdict(self), "tasks": tasks}
+        return {"format": RESULTS_FORMAT, "version": VERSION, **to_builtins(self), "tasks": tasks}
 
 
 def compute_results(run: Run, items: Iterable[Item]) -> Results:
