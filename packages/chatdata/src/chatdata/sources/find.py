@@ -64,7 +64,7 @@ def resolve(entry: Entry, task: Task, locations: Locations) -> Source:
     Raises MissingSource if it is neither here nor can be downloaded, SourceError if it is empty or has the wrong form.
     """
     if task.generate is not None:
-        options, option_files = _resolve_options(entry, task, locations)
+        options, option_files = _resolve_options(entry, locations)
         source = Source(entry.label, task, split=entry.split, options=options, option_files=option_files)
         source.make_row  # noqa: B018 - a word list that cannot be used is an error before anything is rendered
         return source
@@ -196,7 +196,7 @@ def _source_file(path: Path, name: str) -> SourceFile:
     return SourceFile(path, name)
 
 
-def _resolve_options(entry: Entry, task: Task, locations: Locations) -> tuple[dict[str, Any], dict[str, SourceFile]]:
+def _resolve_options(entry: Entry, locations: Locations) -> tuple[dict[str, Any], dict[str, SourceFile]]:
     """The task's options with paths in place of file names, and those files, for the manifest."""
     options, files = dict(entry.options), {}
     for key in entry.file_options:

@@ -7,21 +7,20 @@ The first two numbers decide whether a problem is train or test (one pair in ten
 problem is never trained on.
 """
 
-import operator
 import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from chatdata.calculator import calculate
 from chatdata.tasks.gsm8k import grade, to_conversation
 from chatdata.tasks.task import ScoredSet, Scoring, Task
 from chatdata.tasks.words import drawn, is_test_word
 
 TEXTS = Path(__file__).parent / "texts"
 FILES = ("math_templates.txt", "names.txt", "items.txt")
-_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-_OPERATION = re.compile(r"<<(\{\w\})([-+*])(\{\w\})=\{(\w)\}>>")
+_OPERATION = re.compile(r"<<(\{\w\}[-+*]\{\w\})=\{(\w)\}>>")
 
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str, str]]:
@@ -41,8 +40,8 @@ def _make_row(
         if is_test_pair(a, b) == is_test:
             break
     values |= {"a": a, "b": b, "c": draw.randint(2, 9)}
-    for left, operation, right, result in _OPERATION.findall(answer):
-        values[result] = _OPERATIONS[operation](values[left[1]], values[right[1]])
+    for call, result in _OPERATION.findall(answer):
+        values[result] = calculate(call.format(**values))
     question, answer = (text.format(**values).replace("\\n", "\n") for text in (question, answer))
     return {"question": question, "answer": answer}
 
