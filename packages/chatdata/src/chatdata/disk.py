@@ -204,6 +204,18 @@ def _read_toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+def json_lines(path: Path, error: Callable[[str], Exception], remedy: str = "") -> Iterator[tuple[str, Any]]:
+    """(file and line, plain data, also NaN) of each line of JSON, but not one that a kill cut off. Raises `error`."""
+    *lines, _unfinished = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}{remedy}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as problem:
+            raise error(f"{where}: not valid JSON: {problem}") from None
+        yield where, value
+
+
 def convert(value: Any, type: type[T], where: str, error: Callable[[str], Exception]) -> T:
     """Plain data, as JSON and TOML have it, as a `type`. Raises `error`, with `where` in front."""
     try:

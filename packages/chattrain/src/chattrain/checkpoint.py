@@ -225,10 +225,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such checkpoint or run folder")
     file = path / "state.json"
     if not file.is_file():
-        last = last_checkpoint(path)
-        if last is None:
-            raise CheckpointError(f"{path}: neither a checkpoint (no state.json) nor a run with checkpoints/")
-        return last
+        if last := last_checkpoint(path):
+            return last
+        raise CheckpointError(f"{path}: neither a checkpoint (no state.json) nor a run with checkpoints/")
     values = decode(file.read_bytes(), dict, str(file), CheckpointError)
     if (found := (values.get("format"), values.get("version"))) != (FORMAT, VERSION):
         ours = f"{FORMAT} version {VERSION}: read it with the chattrain that wrote it"

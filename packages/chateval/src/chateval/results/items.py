@@ -15,7 +15,7 @@ from typing import IO, Annotated, Any
 
 from msgspec import Meta, Struct
 
-from chatdata.disk import Count, convert, shown
+from chatdata.disk import Count, convert, json_lines, shown
 from chatdata.grading import same_answer
 from chatdata.tasks.task import load_tasks
 from chateval.errors import ResultsError
@@ -88,14 +88,8 @@ def read_items(out: Path) -> list[Item]:
     """
     found: dict[tuple[str, str, int], tuple[Item, str]] = {}
     for path in sorted(out.glob("items*.jsonl")):
-        *lines, _unfinished = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            where = f"{path} line {number}"
-            try:
-                value = json.loads(line)  # not msgspec's: a gold answer may hold a lone surrogate
-            except (ValueError, RecursionError) as error:
-                raise ResultsError(f"{where}: not valid JSON: {error}") from None
-            item, place = _checked(value, where), f"{path.name} line {number}"
+        for where, value in json_lines(path, ResultsError):
+            item, place = _checked(value, where), Path(where).name
             first, first_place = found.setdefault(item.key, (item, place))
             if first != item:
                 name = f"{item.task} item {item.item!r} draw {item.draw}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from chatdata.disk import Count, Positive, convert, decode, naming, write_whole
+from chatdata.disk import Count, Positive, convert, decode, json_lines, naming, write_whole
 from chattrain.checkpoint import FORMAT, PlanRecord, Recipe
 from chattrain.errors import RunError
 from chattrain.model import ModelConfig, parameter_shapes
@@ -146,14 +146,8 @@ def read_log(out: Path) -> list[Entry]:
 
     Raises RunError for a damaged line, OSError if there is no log.
     """
-    path, entries = out / LOG_NAME, []
-    *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        where = f"{path} line {number}: damaged, remove the line"
-        try:
-            value = json.loads(line)  # not `decode`: a loss may be NaN
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{where}: not valid JSON: {error}") from None
+    entries = []
+    for where, value in json_lines(out / LOG_NAME, RunError, ": damaged, remove the line"):
         kind = ValEntry if isinstance(value, dict) and value.get("kind") == "val" else TrainEntry
         entries.append(convert(value, kind, where, RunError))
     return entries
