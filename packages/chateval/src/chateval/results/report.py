@@ -246,13 +246,12 @@ def markdown_comparison(comparison: Comparison) -> str:
     for name, task in comparison.tasks.items():
         turned = (("right", task.turned_right, task.examples_right), ("wrong", task.turned_wrong, task.examples_wrong))
         for word, count, examples in turned:
-            if examples:
-                parts.append(f"## {escape_markdown(name)}: turned {word} in B ({len(examples)} of {count})")
-                rows = [
-                    (e.item, e.gold, e.extracted_a or "none", e.extracted_b or "none", e.output_a, e.output_b)
-                    for e in examples
-                ]
-                parts.append(markdown_table(columns, rows, ruler="---"))
+            rows = [
+                (e.item, e.gold, e.extracted_a or "none", e.extracted_b or "none", e.output_a, e.output_b)
+                for e in examples
+            ]
+            title = f"## {escape_markdown(name)}: turned {word} in B ({len(rows)} of {count})"
+            parts += [title, markdown_table(columns, rows, ruler="---")] if rows else []
     return "\n\n".join(parts) + "\n"
 
 
