@@ -393,7 +393,7 @@ def generation(part: Part) -> None:
     ):
         synchronise(part.device)
         started = time.perf_counter()
-        answers = generate(subject, prompts(replace(sampling, max_new_tokens=sizes.new_tokens)))
+        answers = generate(subject, prompts(sampling._replace(max_new_tokens=sizes.new_tokens)))
         num_tokens = sum(len(completion.tokens) for _, completion in answers)
         duration_s = time.perf_counter() - started
         part.say(

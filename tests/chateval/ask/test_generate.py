@@ -19,7 +19,7 @@ NUM_PROMPTS = 200
 
 
 def with_sampling(prompts, sampling) -> list[Prompt]:
-    return [replace(prompt, sampling=sampling) for prompt in prompts]
+    return [prompt._replace(sampling=sampling) for prompt in prompts]
 
 
 def answers(subject, prompts, sampling=GREEDY, batch_size=32) -> list[Completion]:
@@ -267,7 +267,7 @@ def test_rows_of_a_batch_have_their_own_sampling(random_subject) -> None:
     """Draws of one row do not depend on the temperature, top_k, top_p or length of the others."""
     kinds = [GREEDY, Sampling(1.0, None, 24), Sampling(0.7, 20, 12, 7), Sampling(1.3, None, 30, 8, 0.6)]
     prompts = random_prompts(random_subject.tokenizer)[:24]
-    mixed = [replace(prompt, sampling=kinds[i % 4]) for i, prompt in enumerate(prompts)]
+    mixed = [prompt._replace(sampling=kinds[i % 4]) for i, prompt in enumerate(prompts)]
     together = dict(generate(random_subject, mixed))
     alone = [next(generate(random_subject, [prompt]))[1] for prompt in mixed]
     assert [together[i] for i in range(24)] == alone

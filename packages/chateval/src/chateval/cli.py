@@ -116,8 +116,8 @@ def watch(run_folder: Path, device: str | None, dtype: str | None, once: bool, a
       chateval watch runs/sft --tasks spelling_bee --words words.txt --out scores/sft-steps --once
     """
     from chateval.ask.subject import load_subject
-    from chateval.ask.watch import watch as watch_run
     from chateval.results.report import results_line
+    from chateval.watch import watch as watch_run
     from chattrain.run.start import find_device
 
     load = partial(load_subject, device=find_device(device), dtype=dtype)
@@ -168,6 +168,29 @@ def chat(checkpoint: Path, says: tuple[str, ...], device: str | None, dtype: str
 
     subject = load_subject(checkpoint, find_device(device), dtype)
     converse(subject, Sampling(**options), says)
+
+
+@cli.command()
+@click.option("--checkpoint", type=FILE, required=True, help="A run folder, a checkpoint, or a transformers export.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on. One that others can reach needs a --token.")
+@click.option("--port", type=click.IntRange(0, 65_535), default=8000, help="0 takes any that is free.")
+@click.option("--token", envvar="CHATEVAL_TOKEN", show_envvar=True, help="Clients must send it as their API key.")
+@click.option("--batch-size", type=POSITIVE, default=64, help="Answers at once.")
+@click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="Default: cuda if available.")
+def serve(**options: Any) -> None:
+    """Serve a checkpoint to OpenAI clients, and a chat page to browsers.
+
+    Examples:
+      chateval serve --checkpoint runs/sft
+      chateval serve --checkpoint runs/sft --port 8001 --device cuda
+    """
+    from importlib.util import find_spec
+
+    if not (find_spec("starlette") and find_spec("uvicorn")):
+        raise click.ClickException("serve needs starlette and uvicorn: `uv sync --extra serve` installs them")
+    from chateval.serve.app import serve as serve_with
+
+    serve_with(**options)
 
 
 @cli.command(name="tasks")

@@ -12,8 +12,9 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -36,6 +37,8 @@ from chattrain.model import ModelConfig, Tensors, parse_config
 FORMAT, VERSION = "chattrain-checkpoint", 2  # 2: with SHA-256, and "layout" in the plan
 PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
 
+Dtype = Literal["float32", "bfloat16"]
+NonFinite = Literal["raise", "skip"]
 MAX_STEPS = 10**8 - 1  # fits the name of a checkpoint
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -53,8 +56,8 @@ class Recipe(msgspec.Struct, frozen=True):
     stage: str
     num_steps: Positive
     lr_scale: float
-    dtype: Literal["float32", "bfloat16"]
-    non_finite: Literal["raise", "skip"]
+    dtype: Dtype
+    non_finite: NonFinite
     seed: int
 
     def __post_init__(self) -> None:
@@ -112,7 +115,8 @@ class _State(msgspec.Struct):
     sha256: Sha256  # see `_state_sha256`
 
 
-class Checkpoint(NamedTuple):
+@dataclass(frozen=True)
+class Checkpoint:
     """One checkpoint folder. Its state is in memory, its tensors are still on disk."""
 
     path: Path
@@ -184,7 +188,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "tokenizer").mkdir(parents=True)
         for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-            write_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial / name)
+            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            write_tensors(contiguous, partial / name)
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, partial / "tokenizer" / name)

@@ -58,7 +58,8 @@ def toml_of(recipe: dict[str, Any]) -> str:
     """A recipe of numbers, texts and entries as TOML."""
     values = {key: value for key, value in recipe.items() if key != "train"}
     blocks = [("", values), *(("\n[[train]]\n", entry) for entry in recipe["train"])]
-    return "".join(head + "".join(f"{key} = {_toml(value)}\n" for key, value in of.items()) for head, of in blocks)
+    lines = [head + "".join(f"{key} = {_toml(value)}\n" for key, value in block.items()) for head, block in blocks]
+    return "".join(lines)
 
 
 def _toml(value: Any) -> str:

@@ -19,8 +19,9 @@ every batch would have to scan its documents for them, and a sequence that start
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 
@@ -34,7 +35,8 @@ DocumentSpans = tuple[np.ndarray, np.ndarray, np.ndarray]
 _USER, _PYTHON, _REASONING = (SPAN_ROLES.index(role) for role in ("user", "python", "reasoning"))
 
 
-class Ranges(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Ranges:
     """Runs of tokens, ascending, none empty, none overlapping: [starts, stops) of the split, each int64 [n]."""
 
     starts: np.ndarray

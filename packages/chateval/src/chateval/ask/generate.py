@@ -15,7 +15,8 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +36,8 @@ OnToken = Callable[[int, int, bool], bool | None]
 DROP_SHARE = 0.25  # copy the cache without its finished rows once they are this share: copying at every end costs more
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. At temperature 0: the highest logit, and the lowest id among equals."""
+class Sampling(NamedTuple):
+    """How tokens are chosen. At temperature 0 (below 1e-6): the highest logit, and the lowest id among equals."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -46,8 +46,7 @@ class Sampling:
     top_p: float = 1.0  # draw from the fewest tokens that have this share of the probability
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A prompt to continue. `key` names question and draw; key and seed determine the row's random numbers."""
 
     tokens: Sequence[int]
@@ -55,8 +54,7 @@ class Prompt:
     sampling: Sampling = Sampling()
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """An answer, without the token that ended it."""
 
     tokens: tuple[int, ...]
@@ -102,7 +100,7 @@ def generate(
         if len(prompt.tokens) >= subject.num_positions:
             yield number, Completion((), (), "context", 0, 0)
         else:
-            rows.append(_Row(prompt, number, len(rows), random.Random(_seed(prompt))))
+            rows.append(_Row(prompt, number, len(rows), random.Random(_seed(prompt.sampling.seed, prompt.key))))
     if not rows:
         return
     texts = [row.prompt.tokens for row in rows]
@@ -110,6 +108,7 @@ def generate(
     num_slots = min(longest, subject.num_positions)
     cache = KeyValueCache(subject.model.config, len(rows), num_slots, subject.device, subject.dtype)
     logits = prompt_logits(subject, texts, cache)
+    rows.sort(key=_kind)
     while True:
         unfinished = []
         for row, choice in zip(rows, _choose(logits, rows), strict=True):
@@ -146,20 +145,18 @@ def _read_tokens(subject: Subject, rows: list[_Row], cache: KeyValueCache) -> Te
 
 def _choose(logits: Tensor, rows: list[_Row]) -> list[int]:
     """A token for each row, from logits [B, V]. A row's draws do not depend on what else is in the batch."""
-    alike: dict[tuple[float, int | None, float], list[_Row]] = {}
-    for row in rows:
-        sampling = row.prompt.sampling
-        alike.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(row)
-    chosen: dict[int, int] = {}
-    for some in alike.values():
-        chosen |= zip((row.number for row in some), _choose_alike(logits, some), strict=True)
-    return [chosen[row.number] for row in rows]
+    return [token for _, alike in groupby(rows, _kind) for token in _choose_alike(logits, list(alike))]
+
+
+def _kind(row: _Row) -> tuple[float, int, float]:
+    """Rows of one kind are drawn together."""
+    sampling = row.prompt.sampling
+    return sampling.temperature, sampling.top_k or 0, sampling.top_p
 
 
 def _choose_alike(logits: Tensor, rows: list[_Row]) -> list[int]:
-    """A token for each of some rows with the same temperature, top_k and top_p."""
     cache_rows, sampling = [row.cache_row for row in rows], rows[0].prompt.sampling
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # a logit divided by less may overflow
         best = logits.argmax(-1).tolist()  # the first of equal ones
         return [best[place] for place in cache_rows]
     # softmax where the logits are, in fp32 on a GPU; sums and draw in float64 on the CPU: 32 × 65,536 logits took 20 ms
@@ -172,8 +169,7 @@ def _choose_alike(logits: Tensor, rows: list[_Row]) -> list[int]:
     if sampling.top_p < 1:
         descending = probabilities.sort(-1, descending=True).values
         num_kept = (descending.cumsum(-1) - descending < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
-        smallest = descending.gather(-1, num_kept - 1)
-        probabilities = probabilities.masked_fill(probabilities < smallest, 0)
+        probabilities = probabilities.masked_fill(probabilities < descending.gather(-1, num_kept - 1), 0)
     shares = probabilities.cpu().double().cumsum(-1)
     # one number per row and chosen token; forced tokens take none, so they do not change the draws after them
     draws = [0.0 if row.waiting else row.generator.random() for row in rows]
@@ -210,6 +206,5 @@ def _cut(row: _Row, num_positions: int) -> Ending | None:
     return "context" if row.position + 1 >= num_positions else None
 
 
-def _seed(prompt: Prompt) -> int:
-    text = f"{prompt.sampling.seed}/{prompt.key}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _seed(seed: int, key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest(), "little")

@@ -8,7 +8,6 @@ the lines are sorted into the tasks' order.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +94,7 @@ def batches_of(task: ScoredTask, num_draws: int, batch_size: int, ranks: Ranks) 
 def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[ScoredTask]) -> Run:
     """run.json: everything that determines the answers, except the questions themselves."""
     # without top_p, which only `chateval serve` sets
-    sampling = {key: value for key, value in asdict(settings.sampling).items() if (key, value) != ("top_p", 1.0)}
+    sampling = {key: value for key, value in settings.sampling._asdict().items() if (key, value) != ("top_p", 1.0)}
     sampling["dtype"] = str(subject.dtype).removeprefix("torch.")
     tasks = {}
     for task in scored:

@@ -5,11 +5,11 @@ difficulty of the questions as noise twice, and miss most real differences.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from msgspec import Struct, to_builtins
 
 from chateval.errors import ResultsError
 from chateval.results.figures import Answers, Results, compute_results, finished_items
@@ -21,7 +21,8 @@ FORMAT, VERSION = "chateval-comparison", 1
 EXCERPT_CHARACTERS = 200  # the end of an output, where the answer is
 
 
-class Turned(Struct, frozen=True):
+@dataclass(frozen=True)
+class Turned:
     """An item whose score differs, shown by its first draw that differs in the same direction."""
 
     item: str
@@ -33,7 +34,8 @@ class Turned(Struct, frozen=True):
     output_b: str
 
 
-class Paired(Struct, frozen=True):
+@dataclass(frozen=True)
+class Paired:
     """Two means over the same items, 0..1. None if no item is in both runs."""
 
     accuracy_a: float | None
@@ -42,7 +44,8 @@ class Paired(Struct, frozen=True):
     interval: tuple[float, float] | None  # of the difference: paired bootstrap, 95 %
 
 
-class TaskComparison(Paired, frozen=True):
+@dataclass(frozen=True)
+class TaskComparison(Paired):
     """One task, over the items finished in both runs."""
 
     items: int
@@ -57,7 +60,8 @@ class TaskComparison(Paired, frozen=True):
     examples_wrong: tuple[Turned, ...]
 
 
-class Side(Struct, frozen=True):
+@dataclass(frozen=True)
+class Side:
     """One of the two runs, as a whole."""
 
     folder: str
@@ -69,14 +73,15 @@ class Side(Struct, frozen=True):
     other_tasks: tuple[str, ...]  # tasks that the other run does not have: not compared
 
 
-class Comparison(Struct, frozen=True):
+@dataclass(frozen=True)
+class Comparison:
     a: Side
     b: Side
     tasks: dict[str, TaskComparison]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, floats not rounded."""
-        return {"format": FORMAT, "version": VERSION, **to_builtins(self)}
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
 
 def compare(a: Path, b: Path, examples: int = 5) -> Comparison:
@@ -132,7 +137,7 @@ def _compare_task(task: str, a: Answers, b: Answers, draws: int, examples: int) 
     counts |= {"only_in_a": len(a) - len(shared), "only_in_b": len(b) - len(shared)}
     passes = zip(*(pass_scores(num_right, draws).items() for num_right in (num_right_a, num_right_b)), strict=True)
     return TaskComparison(
-        **to_builtins(_paired(num_right_a / draws, num_right_b / draws)),
+        **asdict(_paired(num_right_a / draws, num_right_b / draws)),
         draws=draws,
         pass_at={k: _paired(np.array(a), np.array(b)) for (k, a), (_, b) in passes},
         p=mcnemar_exact(len(wrong), len(right)) if shared and draws == 1 else None,

@@ -14,7 +14,6 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,7 +32,8 @@ from chattrain.run.settings import RunSettings
 from chattrain.run.watch import open_peers, watched
 
 
-class Ranks(NamedTuple):
+@dataclass(frozen=True)
+class Ranks:
     """This process, number `rank` of `num_ranks`, on `device`."""
 
     rank: int
@@ -59,7 +59,9 @@ def find_device(wanted: str | None) -> torch.device:
     """The device of this name ("cpu", "cuda", "mps"), by default cuda if available. Raises DeviceError."""
     name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name):
+    if name not in available:
+        raise DeviceError(f"device {name!r}: must be one of {', '.join(available)}")
+    if not available[name]:
         raise DeviceError(f"device {name!r} is not available: torch {torch.__version__} does not find one")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
 
@@ -125,7 +127,9 @@ class StopRequest:
         if self.asked and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.asked, self._asked_at = True, self._asked_at or time.monotonic()
+        if not self.asked:
+            self._asked_at = time.monotonic()
+        self.asked = True
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether any rank was asked to stop: the same answer on all of them."""
@@ -144,7 +148,8 @@ class Learner:
     compiled_loss: bool
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Run:
     """Everything a run needs before its first step."""
 
     learner: Learner
