@@ -33,10 +33,7 @@ def say(line: str, error: bool = False) -> None:
 
 def say_json(value: Any) -> None:
     """Print a value as one line of JSON in ASCII: every other character is escaped, and DEL. NaN becomes null."""
-    try:
-        text = json.dumps(value, allow_nan=False)
-    except ValueError:
-        text = json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
+    text = json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
     print(text.replace("\x7f", "\\u007f"), flush=True)
 
 

@@ -109,11 +109,10 @@ class Entry(EntryKeys, frozen=True):
     def resolved(self) -> dict[str, Any]:
         """The entry as plain data for the manifest: files are named without the folders of this machine."""
         keys = ("task", "name", "split", "subset", "start", "stop", "rows", "repo", "revision")
-        given: dict[str, Any] = {"path": file_label(self.path)} if self.path else {}
-        given |= {"ignore": list(self.reading.ignore)} if self.reading.ignore else {}
-        given |= {"columns": dict(self.reading.columns)} if self.reading.columns else {}
-        given |= {key: getattr(self, key) for key in ("share", "val_share") if getattr(self, key) is not None}
-        given |= {"epochs": self.epochs} if self.epochs != 1 else {}
+        more: dict[str, Any] = {"path": file_label(self.path or ""), "share": self.share, "val_share": self.val_share}
+        more |= {"ignore": list(self.reading.ignore), "columns": dict(self.reading.columns)}
+        more["epochs"] = self.epochs if self.epochs != 1 else None
+        given = {key: value for key, value in more.items() if value}
         options = {key: file_label(value) if key in self.file_options else value for key, value in self.options.items()}
         return {**{key: getattr(self, key) for key in keys}, **given, **options}
 
@@ -154,9 +153,8 @@ def load_recipe(name_or_path: str, tasks: Mapping[str, Task], **rules: Any) -> R
     shipped = shipped_recipes()
     path = shipped.get(name_or_path, Path(name_or_path))
     if not path.is_file():
-        raise RecipeError(
-            f'no recipe "{name_or_path}" (neither a file nor a name){nearest(name_or_path, list(shipped))}'
-        )
+        near = nearest(name_or_path, list(shipped))
+        raise RecipeError(f'no recipe "{name_or_path}" (neither a file nor a name){near}')
     shown = path.name if name_or_path in shipped else str(path)
     table: dict[str, Any] = decode(path.read_bytes(), dict, shown, RecipeError, "toml")
     if rules.get("overflow") == "keep":
@@ -242,6 +240,9 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
     too_many = read.share and table.keys() & {"rows", "epochs"}
     twice = len(set(read.columns.values())) < len(read.columns)
     lowest = min(read.start or 0, read.stop or 0)
+    subsets = {} if "path" in table else task.splits
+    subset = read.subset or next(iter(subsets), "")
+    known = list(subsets.get(subset, ()))  # splits
     rows = "is generated" if task.generate else 'reads its "path"'
     kind = "plain text" if stage == "base" else "conversations"
     for wrong, text in (
@@ -255,15 +256,11 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
         (refused, f', key "ignore": "{refused}" {REFUSED_KEYS.get(refused)}'),
         (task.generate and lowest < 0, ": start and stop of a generated task cannot be negative"),
         (task.generate and not table.keys() & {"rows", "stop"}, f': "{name}" is generated and needs the key "rows"'),
+        (subsets and subset not in subsets, f', key "subset": "{subset}"{nearest(subset, list(subsets))}'),
+        (subsets and read.split not in known, f', key "split": "{read.split}"{nearest(read.split, known)}'),
     ):
         if wrong:
             raise RecipeError(here + text)
-    splits = {} if "path" in table else task.splits
-    subset = read.subset or next(iter(splits), "")
-    if splits and subset not in splits:
-        raise RecipeError(f'{here}, key "subset": "{subset}"{nearest(subset, list(splits))}')
-    if splits and read.split not in splits[subset]:
-        raise RecipeError(f'{here}, key "split": "{read.split}"{nearest(read.split, list(splits[subset]))}')
     rules: dict[str, Any] = {key: getattr(recipe, key) for key in ("reasoning", "consecutive", "invalid")}
     rules["tools"] = "signatures" if recipe.chat_format == NATIVE else "given"
     reading = Reading(tuple(sorted(set(read.ignore))), tuple(sorted(read.columns.items())), **rules)

@@ -116,8 +116,8 @@ def watch(run_folder: Path, device: str | None, dtype: str | None, once: bool, a
       chateval watch runs/sft --tasks spelling_bee --words words.txt --out scores/sft-steps --once
     """
     from chateval.ask.subject import load_subject
+    from chateval.ask.watch import watch as watch_run
     from chateval.results.report import results_line
-    from chateval.watch import watch as watch_run
     from chattrain.run.start import find_device
 
     load = partial(load_subject, device=find_device(device), dtype=dtype)

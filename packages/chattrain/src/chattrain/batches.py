@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, pairwise
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ class Batch:
         object.__setattr__(self, "rows", rows.pin_memory() if self.targets.is_pinned() else rows)
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
+class Step(NamedTuple):
     """What one rank feeds the model in one step of the optimizer."""
 
     number: int

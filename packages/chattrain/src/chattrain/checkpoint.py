@@ -12,9 +12,8 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -37,8 +36,6 @@ from chattrain.model import ModelConfig, Tensors, parse_config
 FORMAT, VERSION = "chattrain-checkpoint", 2  # 2: with SHA-256, and "layout" in the plan
 PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
 
-Dtype = Literal["float32", "bfloat16"]
-NonFinite = Literal["raise", "skip"]
 MAX_STEPS = 10**8 - 1  # fits the name of a checkpoint
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -56,8 +53,8 @@ class Recipe(msgspec.Struct, frozen=True):
     stage: str
     num_steps: Positive
     lr_scale: float
-    dtype: Dtype
-    non_finite: NonFinite
+    dtype: Literal["float32", "bfloat16"]
+    non_finite: Literal["raise", "skip"]
     seed: int
 
     def __post_init__(self) -> None:
@@ -115,8 +112,7 @@ class _State(msgspec.Struct):
     sha256: Sha256  # see `_state_sha256`
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """One checkpoint folder. Its state is in memory, its tensors are still on disk."""
 
     path: Path
@@ -188,8 +184,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "tokenizer").mkdir(parents=True)
         for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            write_tensors(contiguous, partial / name)
+            write_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial / name)
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, partial / "tokenizer" / name)

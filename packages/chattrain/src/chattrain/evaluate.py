@@ -28,10 +28,7 @@ Forward = Callable[[torch.Tensor, Lengths], torch.Tensor]
 
 def token_byte_counts(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of every token: int64 [vocab_size]; 0 for special tokens."""
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for token_id, token in tokenizer.token_bytes.items():
-        counts[token_id] = len(token)
-    return counts
+    return np.array([len(tokenizer.token_bytes.get(i, b"")) for i in range(tokenizer.vocab_size)], np.int64)
 
 
 @torch.no_grad()

@@ -6,12 +6,9 @@ number before step 0, so each micro-batch's loss is divided by it once and gradi
 
 import contextlib
 import math
-import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +31,7 @@ from chattrain.run.start import Learner, Run, StopRequest
 from chattrain.run.telemetry import TrainEntry, ValEntry, digest_text, flops_per_token, mfu, open_log, peak_memory
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """The outcome of a step, over all ranks and micro-batches, as it is logged."""
 
     loss: float  # nats per target
@@ -98,9 +94,9 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     found = torch.cat([torch.stack([*totals, norm]), *losses]).cpu().numpy()  # here, and nowhere else, the host waits
     *sums, gradient_norm = found[: len(totals) + 1].tolist()
-    total = torch.tensor(reduce(operator.add, sums), dtype=torch.float64)  # sum() is another one from Python 3.12 on
-    loss = float(ranks.sum(total)) / max(step.num_targets, 1)
-    digest = int(ranks.sum(torch.tensor(step.digest, dtype=torch.int64)))
+    # one after the other, in float64: from Python 3.12 on, sum() is another one
+    loss = float(ranks.sum(torch.tensor(np.cumsum(sums)[-1]))) / max(step.num_targets, 1)
+    digest = int(ranks.sum(torch.tensor(step.digest)))
     read_losses = np.bincount(step.target_reads, found[len(totals) + 1 :], len(step.read_targets))
     reads = np.asarray(ranks.sum(torch.from_numpy(np.stack([read_losses, step.read_targets]))))
     finite = math.isfinite(loss) and math.isfinite(gradient_norm)
@@ -147,7 +143,7 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
             share_of_peak = mfu(learner.model.config, plan.seq_len, tokens_per_s / ranks.num_ranks, ranks.device)
             speed = {"tokens_per_s": round(tokens_per_s, 1), "mfu": share_of_peak}
             speed |= {"memory_bytes": peak_memory(ranks.device), "data_wait_share": round(wait_s / duration_s, 5)}
-            logged = asdict(result)
+            logged = result._asdict()
             write_losses(logged.pop("reads"))
             write(TrainEntry(**logged, **counts, **speed))
             progress(recipe.stage, done, end, "steps", f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")

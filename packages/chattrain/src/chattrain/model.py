@@ -45,11 +45,10 @@ class ModelConfig:
     rope_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            most = MAX_LAYERS if field.name == "n_layer" else MAX_SIZE
-            if field.name != "rope_dtype" and (type(value) is not int or not 1 <= value <= most):
-                raise ConfigError(f"model config: {field.name} is {value!r:.60}, must be an integer from 1 to {most:,}")
+        for name, value in vars(self).items():
+            most = MAX_LAYERS if name == "n_layer" else MAX_SIZE
+            if name != "rope_dtype" and (type(value) is not int or not 1 <= value <= most):
+                raise ConfigError(f"model config: {name} is {value!r:.60}, must be an integer from 1 to {most:,}")
         if self.rope_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"model config: rope_dtype is {self.rope_dtype!r}, must be 'float32' or 'bfloat16'")
         if self.n_embd % (2 * self.n_head):
@@ -141,19 +140,6 @@ def softcap(z: Tensor) -> Tensor:
     return SOFTCAP * torch.tanh(z / SOFTCAP)
 
 
-class _Uninitialised:
-    """Weights come from `load_model`. torch's own initialisation is slow, and on meta it imports torch's compiler."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class Linear(_Uninitialised, nn.Linear): ...
-
-
-class Embedding(_Uninitialised, nn.Embedding): ...
-
-
 class Attention(nn.Module):
     """x [B, T, C] → [B, T, C]: rotated and normed queries and keys, causal over the row, the cache or each document."""
 
@@ -161,10 +147,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_size = layer, config.head_size
         key_value_width = config.n_kv_head * config.head_size
-        self.c_q = Linear(config.n_embd, config.n_embd, bias=False)
-        self.c_k = Linear(config.n_embd, key_value_width, bias=False)
-        self.c_v = Linear(config.n_embd, key_value_width, bias=False)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_k = nn.Linear(config.n_embd, key_value_width, bias=False)
+        self.c_v = nn.Linear(config.n_embd, key_value_width, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, documents: PackedSequences | None, cache: Cache | None) -> Tensor:
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_size)) for linear in (self.c_q, self.c_k, self.c_v))
@@ -183,8 +169,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -204,7 +190,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model with uninitialised weights; `load_model` fills them in.
+    """The model; make it on the device "meta", where nothing is initialised. `load_model` gives it weights.
 
     recompute: keep only each block's input for the backward pass and compute the rest again (activation checkpointing).
     """
@@ -213,8 +199,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.recompute = config, recompute
         blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.transformer = nn.ModuleDict({"wte": Embedding(config.vocab_rows, config.n_embd), "h": blocks})
-        self.lm_head = Linear(config.n_embd, config.vocab_rows, bias=False)
+        # to initialise an embedding, torch would import its compiler
+        embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_rows, config.n_embd), freeze=False)
+        self.transformer = nn.ModuleDict({"wte": embedding, "h": blocks})
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_rows, bias=False)
 
     def forward(
         self,
@@ -290,7 +278,8 @@ def load_model(
 ) -> GPT:
     """A model holding a copy of `weights` in fp32. Raises WeightsError for unknown, missing, wrongly shaped tensors."""
     check_weights(weights, config, "model weights")
-    with torch.device(device):
+    with torch.device("meta"):
         model = GPT(config, recompute)
-    model.load_state_dict(dict(weights))
+    copies = {name: tensor.detach().to(device, torch.float32, copy=True) for name, tensor in weights.items()}
+    model.load_state_dict(copies, assign=True)
     return model

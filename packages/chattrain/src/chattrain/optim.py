@@ -13,7 +13,7 @@ it to the others. Gradients are the same on all ranks, so the weights are those 
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,7 @@ NEWTON_SCHULZ_STEPS = 5
 ADAMW_WORK = 64  # of an element, where Muon's takes its matrix's shorter side: rough, for it depends on the device
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """How a stage moves the learning rates and Muon's momentum."""
 
     lr_fraction: float  # of every base learning rate, for the whole stage
@@ -81,7 +80,6 @@ class Muon(Optimizer):
 
     def _momentum(self, matrix: Tensor, momentum: float) -> Tensor:
         state, gradient = self.state[matrix], matrix.grad
-        assert gradient is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)

@@ -20,7 +20,7 @@ A read is the part of one document that one sequence takes:
                        sequence 1           b b b b c             reads (b, 1 … 5), (c, 0 … 1)
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +28,7 @@ from chatdata.packing.epoch import TrainingPlan
 from chattrain.nanochat.order import line_tokens
 
 
-@dataclass(frozen=True, eq=False)
-class Reads:
+class Reads(NamedTuple):
     """The runs of tokens that sequences read, in reading order. All int64 [n]."""
 
     sequence: np.ndarray  # of the plan, not of the step
@@ -47,8 +46,7 @@ def reads_of_step(plan: TrainingPlan, step: int) -> Reads:
 def reads_of_sequences(plan: TrainingPlan, first: int, last: int) -> Reads:
     """What sequences [first, last) of the plan read."""
     sequences = np.arange(first, last)
-    if plan.packing is not None:
-        packing = plan.packing
+    if (packing := plan.packing) is not None:
         placed = slice(packing.bounds[first], packing.bounds[last])
         sequence = np.repeat(sequences, np.diff(packing.bounds[first : last + 1]))
         lengths = packing.lengths[placed]
@@ -64,7 +62,7 @@ def reads_of_sequences(plan: TrainingPlan, first: int, last: int) -> Reads:
         part = _reads_of_line(offsets, sequences[mine], starts[mine], plan.seq_len + 1)
         parts.append(Reads(part.sequence, part.document * plan.num_ranks + rank, part.start, part.stop))
     order = np.argsort(np.concatenate([part.sequence for part in parts]), kind="stable")
-    return Reads(*(np.concatenate([getattr(p, name) for p in parts])[order] for name in Reads.__dataclass_fields__))
+    return Reads(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
 
 
 def name_documents(reads: Reads, most: int = 8) -> str:

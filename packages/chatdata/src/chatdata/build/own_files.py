@@ -58,8 +58,7 @@ def toml_of(recipe: dict[str, Any]) -> str:
     """A recipe of numbers, texts and entries as TOML."""
     values = {key: value for key, value in recipe.items() if key != "train"}
     blocks = [("", values), *(("\n[[train]]\n", entry) for entry in recipe["train"])]
-    lines = [head + "".join(f"{key} = {_toml(value)}\n" for key, value in block.items()) for head, block in blocks]
-    return "".join(lines)
+    return "".join(head + "".join(f"{key} = {_toml(value)}\n" for key, value in of.items()) for head, of in blocks)
 
 
 def _toml(value: Any) -> str:

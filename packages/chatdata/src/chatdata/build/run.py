@@ -103,9 +103,8 @@ def build(
             rendered = render(_show_rows(plan, units, paths.keys(), progress))
         if rendered and not plan.model_format:
             used = load_encoder(encoder, plan.tokenizer)
-            report["encoder"] = {"name": used.name, "version": used.version}
-            report["encoder"]["texts"] = sum(unit.num_texts for unit in rendered)
-            report["encoder"]["texts_checked"] = sum(unit.num_checked for unit in rendered)
+            texts = {"texts": sum(u.num_texts for u in rendered), "texts_checked": sum(u.num_checked for u in rendered)}
+            report["encoder"] = {"name": used.name, "version": used.version, **texts}
             load_encoder.cache_clear()  # gigatoken keeps up to 200 MB of pieces it has met
         paths |= {unit.key: unit.path for unit in rendered}
         batches = [batch for unit in units for batch in read_unit(paths[unit.key], plan.tokenizer.dtype)]

@@ -98,14 +98,8 @@ def cut_units(
 
     chat_format: as in the manifest.
     """
-    same = {
-        "format": UNIT_FORMAT,
-        "code": code_sha256(Path(__file__).parents[1]),
-        "task": source.task.name,
-        "task_code": source.task.code_sha256,
-        "tokenizer": tokenizer.sha256,
-        "chat_format": chat_format,
-    }
+    same = {"format": UNIT_FORMAT, "code": code_sha256(Path(__file__).parents[1]), "chat_format": chat_format}
+    same |= {"task": source.task.name, "task_code": source.task.code_sha256, "tokenizer": tokenizer.sha256}
     units, first, row, num_bytes = [], 0, 0, 0.0
     for num_rows, segment_bytes in source.segments(len(wanted)):
         num_bytes += segment_bytes * float(wanted[row : row + num_rows].mean()) if num_rows else 0.0

@@ -107,18 +107,14 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
     changed = changed.unique("doc_b", keep="first", maintain_order=True).sort("doc")
     only_a = rest_a.join(changed, on="doc", how="anti").sort("doc")
     only_b = rest_b.join(changed, left_on="doc", right_on="doc_b", how="anti").sort("doc")
+    same_length = int((changed["num_tokens"] == changed["num_tokens_b"]).sum())
+    rows = changed.head(SHOWN_DOCUMENTS).to_dicts()
+    first = [_parting(a, b, row["doc"], row["doc_b"]) | {key: row[key] for key in _SHOWN} for row in rows]
     return {
         "equal": len(pairs),
         "columns": _column_differences(one, two, pairs),
         "order": _order_difference(one, two, pairs),
-        "changed": {
-            **_counted(changed),
-            "same_length": int((changed["num_tokens"] == changed["num_tokens_b"]).sum()),
-            "first": [
-                _parting(a, b, row["doc"], row["doc_b"]) | {key: row[key] for key in _SHOWN}
-                for row in changed.head(SHOWN_DOCUMENTS).iter_rows(named=True)
-            ],
-        },
+        "changed": _counted(changed) | {"same_length": same_length, "first": first},
         "only_a": _counted(only_a),
         "only_b": _counted(only_b),
     }

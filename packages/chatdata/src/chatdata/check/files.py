@@ -13,8 +13,8 @@ from chatdata.errors import general
 from chatdata.look.ledger import ledger_lines, place_of
 from chatdata.progress import Progress, no_progress
 from chatdata.recipe import Entry
-from chatdata.render.batch import replay_calls
-from chatdata.render.pieces import ROLE, TALLIES, pieces_of_rows
+from chatdata.render.batch import facts_of
+from chatdata.render.pieces import TALLIES, pieces_of_rows
 from chatdata.sources.find import Locations, resolve
 from chatdata.tasks.task import load_tasks
 
@@ -37,10 +37,8 @@ def check_files(files: Sequence[Path], progress: Progress = no_progress) -> dict
         for rows, raw in source.read_batches(0, np.ones(source.num_rows, dtype=bool)):
             pieces = pieces_of_rows(source, rows, raw)
             notes |= {int(rows[i]): json.loads(note)[1] for i, note in pieces.notes}
-            for _, kind, number in pieces.tallies:
+            for kind, number in facts_of(pieces)["tallies"].tolist():
                 counts[TALLIES[kind]] += number
-            of_piece = np.repeat(np.arange(len(pieces)), pieces.counts)
-            counts["other_tools"] += replay_calls(pieces.texts, pieces.codes & ROLE, of_piece)[1].total()
             progress(source.name, int(rows[-1]) + 1, source.num_rows, "rows")
         num_rows += source.num_rows
         for place, reason in zip(source.places(np.array(list(notes), dtype=np.int64)), notes.values(), strict=True):

@@ -156,12 +156,11 @@ def source_problems(build: Build, plan: BuildPlan) -> list[str]:
         if len(here["files"]) != len(record["files"]):
             problems.append(f"source {record['name']}: {len(here['files'])} files, not {len(record['files'])}")
             continue
-        for file, old in zip(here["files"], record["files"], strict=True):
-            if file["sha256"] != old["sha256"]:
-                problems.append(f"source {record['name']}: {file['name']} has another SHA-256 than the build's")
-        for key, what in (("task_code_sha256", "the task file"), ("rows_sha256", "the list of its rows")):
-            if here.get(key) != record.get(key):
-                problems.append(f"source {record['name']}: {what} has another SHA-256 than the build's")
+        files = zip(here["files"], record["files"], strict=True)
+        changed = [file["name"] for file, old in files if file["sha256"] != old["sha256"]]
+        others = (("task_code_sha256", "the task file"), ("rows_sha256", "the list of its rows"))
+        changed += [what for key, what in others if here.get(key) != record.get(key)]
+        problems += [f"source {record['name']}: {what} has another SHA-256 than the build's" for what in changed]
     return problems
 
 

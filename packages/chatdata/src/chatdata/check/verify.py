@@ -140,10 +140,9 @@ def _add_sums(sums: dict[str, np.ndarray], index: dict[str, np.ndarray]) -> None
     num_entries = len(sums["documents"])
     known = (index["entry"] >= 0) & (index["entry"] < num_entries)
     entry = index["entry"][known].astype(np.int64)
-    lost = index["original_tokens"].astype(np.int64) - index["num_tokens"]
-    columns = {"tokens": "num_tokens", "supervised": "num_supervised", "truncated": "truncated"}
-    values = {key: index[column] for key, column in columns.items()} | {"tokens_lost": lost}
-    values["documents"] = np.ones(len(known), dtype=np.int64)
+    values = {"documents": np.ones(len(known)), "tokens": index["num_tokens"], "supervised": index["num_supervised"]}
+    values["tokens_lost"] = index["original_tokens"].astype(np.int64) - index["num_tokens"]
+    values["truncated"] = index["truncated"]
     for key in sums:  # float64 is exact up to 2**53
         sums[key] += np.bincount(entry, weights=values[key][known], minlength=num_entries)
 

@@ -13,10 +13,9 @@ import click
 from chatdata.cli.build import build
 from chatdata.cli.check import check, diff, reproduce, verify
 from chatdata.cli.command import json_option, program, run_command, task_files_option, tell
-from chatdata.cli.identity import identity_command
 from chatdata.cli.look import inspect, plan, report, stats
+from chatdata.cli.prepare import identity_command, tokenizer
 from chatdata.cli.share import export, pull, push
-from chatdata.cli.tokenizer import tokenizer
 from chatdata.progress import say_json
 
 cli = program("chatdata", "Render chat conversations once, offline, to token shards with a parallel loss mask.")

@@ -94,14 +94,19 @@ def build(
     for key, flag in (("val_share", "--val"), ("write_recipe", "--write-recipe")):
         if given[key] is not None and not files:
             raise UsageError(f"{flag} is for FILEs: chatdata build chats.jsonl … {flag} {given[key]}")
-    if files and (recipe or demo):
-        raise UsageError(f"give FILEs or {'--recipe' if recipe else '--demo'}, not both")
+    for wrong, message in (
+        (files and (recipe or demo), f"give FILEs or {'--recipe' if recipe else '--demo'}, not both"),
+        (not (files or recipe or stage), "give FILEs, --stage mid|sft|base, or --recipe NAME|FILE"),
+        (demo and stage == "base" and not recipe, "--demo has the stages mid and sft, not base"),
+    ):
+        if wrong:
+            raise UsageError(message)
     rules = {key: given[key] for key in ("max_tokens", "overflow", "invalid", "chat_format")}
     if files:
         paths = (files, given["write_recipe"])
         loaded, text = own_files.equivalent_recipe(*paths, stage or "sft", given["val_share"], tasks, **rules)
     else:
-        loaded, text = load_recipe(_recipe_name(stage, recipe, demo), tasks, **rules), ""
+        loaded, text = load_recipe(recipe or (f"demo-{stage}" if demo else str(stage)), tasks, **rules), ""
     locations = Locations(loaded.folder, given["data_dir"], given["identity"], given["words"])
     entries = [entry for split in loaded.splits.values() for entry in split]
     num_paths = len({entry.path for entry in entries if entry.task == "identity"})
@@ -136,13 +141,11 @@ def build(
             say(line)
         look.show_plan(planned, out, forms, about)
     elif dry_run:
-        splits = {
-            split: [
-                {"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken), "tokens": tokens}
-                for e, tokens in zip(entries, about.pop(split), strict=True)
-            ]
-            for split, entries in planned.splits.items()
-        }
+        splits: dict[str, list[dict[str, Any]]] = {split: [] for split in planned.splits}
+        for split, of_split in planned.splits.items():
+            for e, tokens in zip(of_split, about.pop(split), strict=True):
+                facts = {"entry": e.entry.label, "source": e.source.name, "rows": len(e.taken), "tokens": tokens}
+                splits[split].append(facts)
         say_json({"out": str(out), "recipe": loaded.name, "stage": loaded.stage, "about": about, "splits": splits})
     if dry_run:
         return
@@ -154,13 +157,3 @@ def build(
         say_json({"out": str(out), "build_id": manifest["build_id"], "splits": manifest["splits"]})
     else:
         look.show_result(manifest, json.loads((out / "report.json").read_text()), out)
-
-
-def _recipe_name(stage: str | None, recipe: str | None, demo: bool) -> str:
-    if recipe:
-        return recipe
-    if stage is None:
-        raise UsageError("give FILEs, --stage mid|sft|base, or --recipe NAME|FILE")
-    if demo and stage == "base":
-        raise UsageError("--demo has the stages mid and sft, not base")
-    return f"demo-{stage}" if demo else stage

@@ -64,8 +64,7 @@ def check(
 ) -> Findings:
     """Compare the documents of train, as cut to length, with the `scored` items, in `workers` threads."""
     started = time.process_time()
-    in_train = np.zeros(len(store.num_tokens), dtype=bool)
-    about_words = np.zeros(len(store.num_tokens), dtype=bool)
+    in_train, about_words = np.zeros((2, len(store.num_tokens)), dtype=bool)
     for planned in train:
         row_map = row_maps[planned.source]
         documents = row_map.document_of[row_map.row_at[planned.task_positions]]

@@ -36,9 +36,7 @@ def show_plan(plan: BuildPlan, out: Path, forms: Mapping[Source, str], about: Ma
     rows = [(*cells[:3], cells[3] + (f" ×{n}" if n > 1 else ""), *cells[4:]) for cells, n in counts.items()]
     titles = ("split", "entry", "form", "rows", "share", "actual", "about tokens", "source")
     columns = {title: cells for title, cells in zip(titles, zip(*rows, strict=True), strict=True) if any(cells)}
-    lines = grid(*columns)
-    for title, column in zip(columns, lines.columns, strict=True):
-        column.justify = "right" if title in titles[3:-1] else "left"
+    lines = grid(*columns, right=titles[3:-1])
     for line in zip(*columns.values(), strict=True):
         lines.add_row(*map(escape, line))
     console().print(lines)

@@ -1,7 +1,7 @@
 """Tables and numbers on standard output."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -26,20 +26,19 @@ def console() -> Console:
     return _Console(width=max(width, 132), highlight=False, soft_wrap=True)
 
 
-def grid(*columns: str, **options: Any) -> Table:
-    """An empty table without lines. options: of rich's Table."""
+def grid(*columns: str, right: Container[str] = (), **options: Any) -> Table:
+    """An empty table without lines. right: columns that are aligned right. options: of rich's Table."""
     made = Table(box=None, pad_edge=False, header_style="bold", **options)
     for column in columns:
-        made.add_column(column, no_wrap=True)
+        made.add_column(column, no_wrap=True, justify="right" if column in right else "left")
     return made
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], total: Sequence[Any] = ()) -> None:
     """Print a table: first column left, the others right; integers with thousands separators."""
-    lines = grid(*columns, title=title, title_justify="left", show_footer=bool(total))
-    for i, column in enumerate(lines.columns):
-        column.justify = "right" if i else "left"
-        column.footer = _cell(total[i]) if total else ""
+    lines = grid(*columns, right=columns[1:], title=title, title_justify="left", show_footer=bool(total))
+    for column, cell in zip(lines.columns, total, strict=False):
+        column.footer = _cell(cell)
     for row in rows:
         lines.add_row(*map(_cell, row))
     console().print(lines)

@@ -19,10 +19,7 @@ from chatdata.shards.read import Split, open_build
 from chatdata.tokenizer.bpe import Tokenizer
 
 SHOWN_DOCUMENTS = 3
-FACTS = (
-    *("name", "task", "entry", "row", "task_position"),
-    *("num_tokens", "num_supervised", "num_turns", "num_tool_calls"),
-)
+FACTS = ("name", "task", "entry", "row", "task_position", "num_tokens", "num_supervised", "num_turns", "num_tool_calls")
 SUPERVISED_STYLE = "bold green"
 
 
@@ -67,10 +64,9 @@ def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> N
         for row in rows:
             say_json(row)
         return
-    lines = grid(*rows[0])
-    for column in lines.columns:
-        column.no_wrap = column.header != "token"  # a very long token folds rather than being cut
-        column.justify = "right" if column.no_wrap else "left"
+    idx, token, *others = rows[0]
+    lines = grid(idx, token, *others, right=[idx, *others])
+    lines.columns[1].no_wrap = False  # a very long token folds rather than being cut
     for row in rows:
         cells = ("·" if v is None else repr(v) if key == "token" else str(v) for key, v in row.items())
         lines.add_row(*map(escape, cells), style=SUPERVISED_STYLE if row["mask"] else "")

@@ -17,9 +17,8 @@ def ledger_lines(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     counts = Counter[str]()
     for entry in entries:
         counts.update(entry.get("dropped", {}) | {name: entry.get(name, 0) for name in WORDS if name in entry})
-    return [
-        f"{counts[name]:,} {words.format(s='s'[: counts[name] != 1])}" for name, words in WORDS.items() if counts[name]
-    ]
+    found = ((counts[name], words) for name, words in WORDS.items() if counts[name])
+    return [f"{number:,} {words.format(s='s'[: number != 1])}" for number, words in found]
 
 
 def summed(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,24 +8,19 @@ from chatdata.look.console import console, share, table
 from chatdata.look.ledger import ledger_lines
 from chatdata.shards.read import Build
 
+QUANTILES = (("min", 0), ("median", 0.5), ("p99", 0.99), ("max", 1))  # of num_tokens
 SUMS = ("num_tokens", "num_supervised", "truncated", "num_turns", "num_tool_calls")
 
 
 def build_stats(build: Build) -> dict[str, Any]:
     """Per split and name: documents, tokens, supervised, truncated, turns, tool calls, and quantiles of length; and the
     ledger of each split."""
-    length = pl.col("num_tokens")
     splits, ledger = {}, {name: contents["entries"] for name, contents in build.manifest["splits"].items()}
     for name, split in build.splits.items():
         frame = split.named_index.group_by("name", pl.col("task").cast(pl.String), maintain_order=True).agg(
             documents=pl.len(),
             **{column.removeprefix("num_"): pl.col(column).sum().cast(pl.Int64) for column in SUMS},
-            length=pl.struct(
-                min=length.min(),
-                median=length.quantile(0.5, "nearest").cast(pl.Int32),
-                p99=length.quantile(0.99, "nearest").cast(pl.Int32),
-                max=length.max(),
-            ),
+            length=pl.struct(pl.quantile("num_tokens", q, "nearest").cast(pl.Int32).alias(key) for key, q in QUANTILES),
         )
         splits[name] = sorted(frame.to_dicts(), key=lambda row: -row["tokens"])
     manifest = build.manifest

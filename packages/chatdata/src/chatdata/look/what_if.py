@@ -1,6 +1,6 @@
 """What training on a build would look like, in numbers, before any GPU hour: `chatdata plan`.
 
-The numbers come from `plan_epoch` and `plan_sequences`, which chattrain trains on. Shapes as in packing/epoch.py.
+The numbers come from `plan_epoch`, which chattrain trains on. Shapes as in packing/epoch.py.
 """
 
 from typing import Any, get_args
@@ -71,7 +71,7 @@ def what_if(
         too_long = lengths > seq_len + 1
         for layout in get_args(Layout):
             # a sequence a step, so that none is left over
-            plan = epoch.plan_sequences(split, layout, mask, seq_len, 1, seed, "truncate", num_targets)
+            plan = epoch.plan_epoch(split, layout, mask, seq_len, 1, seed, "truncate", num_targets, may_be_empty=True)
             input_tokens, targets = int(plan.tokens_per_step.sum()), int(plan.targets_per_step.sum())
             positions = _positions(plan, batch_size)
             if layout == "stream":

@@ -84,41 +84,21 @@ def plan_epoch(
     step_sequences: int,
     seed: int = 42,
     long: Long = "error",
+    num_targets: np.ndarray | None = None,
+    may_be_empty: bool = False,
 ) -> TrainingPlan:
     """Plan an epoch over `split` in steps of `step_sequences`.
 
-    Raises PlanError for arguments out of range, for a split that does not fill one step and for one without any target;
-    PackingError for a document of more than T + 1 tokens with layout pack or pad and long="error".
-    """
-    plan = plan_sequences(split, layout, mask, seq_len, step_sequences, seed, long)
-    left_out, num_targets = plan.left_out, plan.targets_per_step.sum() + plan.left_out.sequence_targets
-    num_sequences = plan.num_steps * step_sequences + left_out.sequences
-    if not num_targets and (num_sequences or left_out.documents_without_targets):
-        raise PlanError(f"{split.name} has {len(split):,} documents, but not one target with mask {mask}")
-    if not plan.num_steps:
-        raise too_small(split, num_sequences, seq_len, step_sequences)
-    return plan
-
-
-def plan_sequences(
-    split: Split,
-    layout: Layout,
-    mask: MaskPolicy,
-    seq_len: int,
-    step_sequences: int = 1,
-    seed: int = 42,
-    long: Long = "error",
-    num_targets: np.ndarray | None = None,
-) -> TrainingPlan:
-    """`plan_epoch` without its last two checks: the plan may have no step, and no target.
-
     num_targets: int64 [documents], `document_targets` where it is already known.
+    Raises PlanError for arguments out of range, and unless it `may_be_empty` for a split that does not fill one step
+    and for one without any target; PackingError for a document of more than T + 1 tokens with layout pack or pad and
+    long="error".
     """
     for name, value, valid in (("layout", layout, get_args(Layout)), ("long", long, get_args(Long))):
         if value not in valid:
             raise PlanError(f"{name} is {value!r}: it must be one of {', '.join(valid)}")
     check_sizes(seq_len, step_sequences)
-    packing, left_out = None, {}
+    packing, left_out = None, dict[str, int]()
     if layout == "stream":
         num_sequences, left_out["tail_tokens"] = stream(split.num_tokens, seq_len)
         tokens = np.full(num_sequences, seq_len)
@@ -134,6 +114,10 @@ def plan_sequences(
         left_out |= {"long_tokens": packing.num_tokens_lost, "one_token_documents": num_one_token}
         left_out["documents_without_targets"] = packing.num_without_targets - num_one_token
     num_steps, num_over = divmod(len(tokens), step_sequences)
+    if not may_be_empty and not targets.any() and (len(targets) or left_out.get("documents_without_targets")):
+        raise PlanError(f"{split.name} has {len(split):,} documents, but not one target with mask {mask}")
+    if not may_be_empty and not num_steps:
+        raise too_small(split, len(tokens), seq_len, step_sequences)
     used = num_steps * step_sequences
     left = LeftOut(**left_out, sequences=num_over, sequence_targets=int(targets[used:].sum()))
     tokens, targets = (values[:used].reshape(num_steps, step_sequences).sum(1) for values in (tokens, targets))

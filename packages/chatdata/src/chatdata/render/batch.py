@@ -9,7 +9,7 @@ where the calculator says something else, the model learns one thing and meets a
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ COUNTS = (
     *("num_tokens", "num_supervised", "num_turns", "num_tool_calls", "untrained_turns"),
     *("num_spans", "num_notes", "num_tallies"),
 )
+# what has several values per document, and which of COUNTS says how many
+LISTS = {name: f"num_{name}" for name in ("tokens", "spans", "notes", "tallies")} | {"mask": "num_tokens"}
 SPAN_DTYPE = np.dtype([("role", "u1"), ("start", "<u4"), ("length", "<u4"), ("trained", "u1")])  # packed: 10 bytes
 TALLY_DTYPE = np.dtype([("kind", "u1"), ("number", "<u4")])  # kind: place in TALLIES
 # What a calculation can come to. point_zero: `10.0` recorded, `10` computed; format: the same number, written
@@ -58,12 +60,7 @@ class RenderedBatch(NamedTuple):
 
 
 def render_batch(
-    pieces: Pieces,
-    ids: np.ndarray,
-    num_ids: np.ndarray,
-    special_ids: Mapping[str, int],
-    dtype: np.dtype,
-    vocab_size: int,
+    pieces: Pieces, ids: np.ndarray, num_ids: np.ndarray, special_ids: dict[str, int], dtype: np.dtype, vocab_size: int
 ) -> RenderedBatch:
     """Render conversations, tokens in `dtype`. Nothing is cut.
 
@@ -111,20 +108,31 @@ def render_batch(
     has_span = body > 0
     of_pieces = {"num_turns": (role == USER) | opens, "num_tool_calls": role == PYTHON, "num_spans": has_span}
     of_pieces["untrained_turns"] = end_untrained
+    counts = {name: np.add.reduceat(of_each, first_piece, dtype=np.int64) for name, of_each in of_pieces.items()}
     spans = np.empty(int(has_span.sum()), dtype=SPAN_DTYPE)
     spans["role"] = role[has_span]
     spans["start"] = (body_begin - np.repeat(bos, pieces.counts))[has_span]
     spans["length"] = body[has_span]
     spans["trained"] = supervised[has_span]
+    return rendered_batch(pieces, tokens, mask, num_tokens, spans, **counts)
+
+
+def rendered_batch(
+    pieces: Pieces, tokens: np.ndarray, mask: np.ndarray, num_tokens: np.ndarray, spans: np.ndarray, **more: np.ndarray
+) -> RenderedBatch:
+    """A RenderedBatch with what follows from tokens and mask, and from the rows and the calls among the pieces.
+
+    more: num_turns, num_tool_calls, untrained_turns, num_spans.
+    """
     return RenderedBatch(
         tokens=tokens,
         mask=mask,
         num_tokens=num_tokens,
-        num_supervised=np.add.reduceat(mask, bos, dtype=np.int64),
-        **{name: np.add.reduceat(counts, first_piece, dtype=np.int64) for name, counts in of_pieces.items()},
+        num_supervised=np.add.reduceat(mask, np.cumsum(num_tokens) - num_tokens, dtype=np.int64),
         spans=spans,
         digests=digests_of(tokens, mask, num_tokens),
         **facts_of(pieces),
+        **more,
     )
 
 
@@ -211,41 +219,29 @@ def _calculate(call: str) -> str | None:
         return None
 
 
+def _dtypes(dtype: np.dtype) -> dict[str, np.dtype]:
+    """Of a batch's arrays on disk, by field, if tokens are of `dtype`."""
+    arrays = {"tokens": dtype, "mask": np.dtype(np.uint8), **dict.fromkeys(COUNTS, np.dtype(np.int32))}
+    return arrays | {"spans": SPAN_DTYPE, "digests": np.dtype("V16"), "tallies": TALLY_DTYPE}
+
+
 def arrow_schema(dtype: np.dtype) -> pa.Schema:
     """Of batches on disk: a row per document. Lists of fixed-width values: read back as views of the mapped file."""
-    fields = {
-        "tokens": pa.list_(pa.from_numpy_dtype(dtype)),
-        "mask": pa.list_(pa.uint8()),
-        **dict.fromkeys(COUNTS, pa.int32()),
-        "spans": pa.list_(pa.binary(SPAN_DTYPE.itemsize)),
-        "digest": pa.binary(16),
-        "notes": pa.list_(pa.string()),
-        "tallies": pa.list_(pa.binary(TALLY_DTYPE.itemsize)),
-    }
-    return pa.schema(fields)
+    empty = {name: np.zeros(0, kind) for name, kind in _dtypes(dtype).items()}
+    return to_record_batch(RenderedBatch(notes=[], **empty)).schema
 
 
 def to_record_batch(batch: RenderedBatch) -> pa.RecordBatch:
-    arrays = {
-        "tokens": list_to_arrow(to_arrow(batch.tokens), batch.num_tokens),
-        "mask": list_to_arrow(to_arrow(batch.mask), batch.num_tokens),
-        **{name: to_arrow(getattr(batch, name).astype(np.int32)) for name in COUNTS},
-        "spans": list_to_arrow(to_arrow(batch.spans), batch.num_spans),
-        "digest": to_arrow(batch.digests),
-        "notes": list_to_arrow(strings_to_arrow(batch.notes), batch.num_notes),
-        "tallies": list_to_arrow(to_arrow(batch.tallies), batch.num_tallies),
-    }
-    return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+    arrays = []
+    for name, values in batch._asdict().items():
+        values = values.astype(np.int32) if name in COUNTS else values
+        array = strings_to_arrow(values) if name == "notes" else to_arrow(values)
+        arrays.append(list_to_arrow(array, getattr(batch, LISTS[name])) if name in LISTS else array)
+    return pa.RecordBatch.from_arrays(arrays, names=batch._fields)
 
 
 def from_record_batch(batch: pa.RecordBatch, dtype: np.dtype) -> RenderedBatch:
     """Views of the batch's memory; tokens are of `dtype`."""
-    return RenderedBatch(
-        tokens=to_numpy(batch.column("tokens").values, dtype),
-        mask=to_numpy(batch.column("mask").values, np.dtype(np.uint8)),
-        **{name: to_numpy(batch.column(name), np.dtype(np.int32)) for name in COUNTS},
-        spans=to_numpy(batch.column("spans").values, SPAN_DTYPE),
-        digests=to_numpy(batch.column("digest"), np.dtype("V16")),
-        notes=batch.column("notes").values,
-        tallies=to_numpy(batch.column("tallies").values, TALLY_DTYPE),
-    )
+    columns = zip(RenderedBatch._fields, batch.columns, strict=True)
+    found = {name: column.values if name in LISTS else column for name, column in columns}
+    return RenderedBatch(**found | {name: to_numpy(found[name], kind) for name, kind in _dtypes(dtype).items()})

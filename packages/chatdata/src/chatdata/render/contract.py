@@ -189,26 +189,21 @@ def _check_delimiters(block: _Block, grammar: Grammar) -> Iterator[Problem]:
 def _fault(previous: int, event: int, grammar: Grammar) -> str:
     """What is wrong when `event` comes after `previous`, in words."""
     chat, name, before = NANOCHAT, NAMES[event], NAMES[previous]
-    if previous == START:
-        return "does not begin with bos"
-    if event == EVENTS[chat.bos]:
-        return "bos inside a document"
-    if OTHER in (previous, event):
-        return "a special token that no document holds"
-    if grammar.stage == "base":
-        return f"{name} in plain text"
-    if grammar.opens[previous]:
-        return f"{before} without its end"
-    parts = (chat.python, chat.output)
+    parts, in_message = (chat.python, chat.output), grammar.role_after[previous] == TEXT
     ends_part = event in [EVENTS[part.closing] for part in parts]
-    if grammar.role_after[previous] == TEXT and not ends_part:  # in an assistant message
-        return "assistant_start without its end"
-    if ends_part or event in (EVENTS[chat.user.closing], EVENTS[chat.assistant_end]):
-        return f"{name} without its start"
-    if event in [EVENTS[part.opening] for part in parts]:
-        return f"{name} outside an assistant message"
-    if event == END:
-        return "no message"
+    for holds, fault in (
+        (previous == START, "does not begin with bos"),
+        (event == EVENTS[chat.bos], "bos inside a document"),
+        (OTHER in (previous, event), "a special token that no document holds"),
+        (grammar.stage == "base", f"{name} in plain text"),
+        (grammar.opens[previous], f"{before} without its end"),
+        (in_message and not ends_part, "assistant_start without its end"),
+        (ends_part or event in (EVENTS[chat.user.closing], EVENTS[chat.assistant_end]), f"{name} without its start"),
+        (event in [EVENTS[part.opening] for part in parts], f"{name} outside an assistant message"),
+        (event == END, "no message"),
+    ):
+        if holds:
+            return fault
     return f"{name} after {before}: roles alternate, starting with user"
 
 
@@ -250,21 +245,19 @@ def _ends_of_turns(block: _Block) -> np.ndarray:
 
 
 def _check_turns(block: _Block) -> Iterator[Problem]:
-    index, truncated, num_documents = block.index, block.truncated, len(block.truncated)
-    for column, openings in (
-        ("num_turns", (NANOCHAT.user.opening, NANOCHAT.assistant_start)),
-        ("num_tool_calls", (NANOCHAT.python.opening,)),
-    ):
-        is_opening = np.isin(block.event, [EVENTS[token] for token in openings])
-        counted = np.bincount(block.document[is_opening], minlength=num_documents)
-        # both are counted before any cut: a truncated document may show fewer
-        wrong = (index[column] != counted) & ~(truncated & (index[column] > counted))
-        yield whole("index", f"{column} differs from the delimiters", wrong)
+    def opened(*tokens: str) -> np.ndarray:
+        return block.document[np.isin(block.event, [EVENTS[token] for token in tokens])]
+
     ends = _ends_of_turns(block)
-    documents = np.searchsorted(block.offsets, ends, side="right") - 1
-    counted = np.bincount(documents, weights=block.mask[ends] == 0, minlength=num_documents)
-    wrong = (index["untrained_turns"] != counted) & ~(truncated & (index["untrained_turns"] > counted))
-    yield whole("index", "untrained_turns differs from the mask", wrong)
+    for column, what, documents in (
+        ("num_turns", "delimiters", opened(NANOCHAT.user.opening, NANOCHAT.assistant_start)),
+        ("num_tool_calls", "delimiters", opened(NANOCHAT.python.opening)),
+        ("untrained_turns", "mask", np.searchsorted(block.offsets, ends[block.mask[ends] == 0], side="right") - 1),
+    ):
+        recorded, counted = block.index[column], np.bincount(documents, minlength=len(block.truncated))
+        # all are counted before any cut: a truncated document may show fewer
+        wrong = (recorded != counted) & ~(block.truncated & (recorded > counted))
+        yield whole("index", f"{column} differs from the {what}", wrong)
 
 
 def _check_counts(block: _Block, rules: Rules) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ Delimiters must differ from each other: the contract tells from a delimiter alon
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -96,8 +97,7 @@ START, OTHER, END = 0, len(EVENTS) + 1, len(EVENTS) + 2  # OTHER: a special toke
 NAMES = ("start", *(token.strip("<|>") for token in EVENTS), "another special token", "end")
 
 
-@dataclass(frozen=True)
-class Grammar:
+class Grammar(NamedTuple):
     """The chat format, or plain text for stage base, as arrays by event."""
 
     stage: str

@@ -9,14 +9,14 @@ import numpy as np
 from chatdata.conversation import Conversation, parse_conversation
 from chatdata.document import Document
 from chatdata.errors import ChatdataError
-from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, check_ids, digests_of, facts_of
+from chatdata.render.batch import SPAN_DTYPE, RenderedBatch, check_ids, rendered_batch
 from chatdata.render.format import PART_ROLES, PYTHON, USER
 from chatdata.render.model_format import ModelFormat, render_in_format
 from chatdata.render.pieces import INVALID, TALLIES, Pieces
 from chatdata.sources.source import Rows, Source
 from chatdata.tasks.task import call_task
 
-COUNTED = ("num_turns", "untrained_turns", "num_tool_calls")
+COUNTED = ("num_turns", "untrained_turns", "num_tool_calls", "num_spans")
 
 
 def render_row(model_format: ModelFormat, source: Source, record: Any) -> tuple[Document, Counter[str], Conversation]:
@@ -30,6 +30,7 @@ def render_row(model_format: ModelFormat, source: Source, record: Any) -> tuple[
     counts["num_turns"] = sum(message["role"] != "system" for message in conversation["messages"])
     counts["untrained_turns"] = sum(message.get("trained") is False for message in conversation["messages"])
     counts["num_tool_calls"] = sum(span.role == PYTHON for span in document.spans)
+    counts["num_spans"] = len(document.spans)
     return document, counts, conversation
 
 
@@ -60,15 +61,8 @@ def render_rows(model_format: ModelFormat, source: Source, rows: np.ndarray, raw
     tallies = [(i, k, of[name]) for i, of in enumerate(counts) for k, name in enumerate(TALLIES) if of[name]]
     tokens, mask = (np.concatenate([getattr(d, name) for d in documents]) for name in ("tokens", "mask"))
     check_ids(tokens, tokenizer.vocab_size)
-    num_tokens = np.array([len(document) for document in documents])
-    return RenderedBatch(
-        tokens=tokens,
-        mask=mask,
-        num_tokens=num_tokens,
-        num_supervised=np.array([document.num_supervised for document in documents]),
-        **{name: np.array([of[name] for of in counts]) for name in COUNTED},
-        num_spans=np.array([len(document.spans) for document in documents]),
-        spans=np.array([tuple(span) for document in documents for span in document.spans], SPAN_DTYPE),
-        digests=digests_of(tokens, mask, num_tokens),
-        **facts_of(Pieces(list(texts), codes, np.bincount(places, minlength=len(rows)), notes, tallies)),
-    )
+    num_tokens = np.array([*map(len, documents)])
+    spans = np.array([tuple(span) for document in documents for span in document.spans], SPAN_DTYPE)
+    pieces = Pieces(list(texts), codes, np.bincount(places, minlength=len(rows)), notes, tallies)
+    counted = {name: np.array([of[name] for of in counts]) for name in COUNTED}
+    return rendered_batch(pieces, tokens, mask, num_tokens, spans, **counted)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from chatdata.arrow import to_numpy
+from chatdata.arrow import values_of
 from chatdata.conversation import AS_WRITTEN, Message, Reading, parse_conversation
 from chatdata.document import blocks_of
 from chatdata.errors import ChatdataError
@@ -212,12 +212,10 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
             return None
     column = table.column("messages")
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
-        return None
-    fields = list(kind.value_type)
-    if sorted(field.name for field in fields) != ["content", "role"]:
-        return None
-    if not all(pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in fields):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    fields = list(kind.value_type) if is_list and pa.types.is_struct(kind.value_type) else []
+    has_texts = all(pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in fields)
+    if sorted(field.name for field in fields) != ["content", "role"] or not has_texts:
         return None
     messages = column.flatten()
     role, content = messages.field("role"), messages.field("content")
@@ -225,11 +223,10 @@ def pieces_of_table(table: pa.RecordBatch) -> Pieces | None:
         return None
     if pc.any(pc.match_substring(content, "<think>")).as_py():
         return None
-    offsets = to_numpy(column.offsets, np.dtype("i8" if pa.types.is_large_list(kind) else "i4"))
-    lengths = np.diff(offsets).astype(np.int64)
+    lengths = values_of(column.value_lengths()).astype(np.int64)
     roles = role.dictionary_encode()  # three strings, and a number per message
     code_of = np.array([_MESSAGE_ROLES.get(name, 9) for name in roles.dictionary.to_pylist()], dtype=np.uint8)
-    codes = code_of[to_numpy(roles.indices, np.dtype("i4"))]
+    codes = code_of[values_of(roles.indices)]
     first = np.cumsum(lengths) - lengths
     if not len(lengths) or lengths.min() == 0:
         return None

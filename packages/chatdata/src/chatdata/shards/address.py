@@ -14,9 +14,8 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from chatdata.disk import CACHE_UNUSABLE, cache_folder, file_sha256, sync, write_whole, writes_to
 from chatdata.errors import BuildError, FormatError, MissingSource, UsageError, first_line
@@ -28,8 +27,7 @@ from chatdata.sources.hub import commit_of, download, requests_to
 OURS = r"(train|val)/(tokens|mask|offsets|index)-\d{5}\.\w+|tokenizer/[^/]+|(manifest|report|firewall)\.json"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an address leads: a dataset repository on the Hub, or a folder of a store."""
 
     name: str  # the address, in full
@@ -92,7 +90,7 @@ def _fetched(place: Place, expect: str | None, quiet: bool) -> Path:
     try:
         with requests_to(f"{place.name}: ", place.repo, place.revision):
             if place.repo and not re.fullmatch(r"[0-9a-f]{40}", place.revision):
-                place = replace(place, revision=commit_of(place.repo, place.revision))
+                place = place._replace(revision=commit_of(place.repo, place.revision))
             if folder is None or commit != [place.revision]:
                 folder = _fetch(place, expect, quiet)
                 write_whole(record, f"{folder.name} {place.revision}".encode())

@@ -173,12 +173,11 @@ def other_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     """Files, folders and links in the folder of a build, at any depth, that are not the build's."""
     known = {*(file for _, file, _ in build_files(folder, manifest)), folder / MARK}
     folders = {file.parent for file in known}
-    found = []
-    for place, subfolders, files in os.walk(folder):
-        found += [path for path in (Path(place, name) for name in files) if path not in known]
-        inner = [Path(place, name) for name in subfolders]
-        found += [path for path in inner if path not in folders or path.is_symlink()]
-    return sorted(found)
+
+    def is_ours(path: Path) -> bool:
+        return path in folders and not path.is_symlink() if path.is_dir() else path in known
+
+    return sorted(path for path in folder.rglob("*") if not is_ours(path))
 
 
 def contradictions(manifest: dict[str, Any]) -> Iterator[str]:

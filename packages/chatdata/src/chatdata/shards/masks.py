@@ -19,9 +19,8 @@ every batch would have to scan its documents for them, and a sequence that start
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
@@ -35,8 +34,7 @@ DocumentSpans = tuple[np.ndarray, np.ndarray, np.ndarray]
 _USER, _PYTHON, _REASONING = (SPAN_ROLES.index(role) for role in ("user", "python", "reasoning"))
 
 
-@dataclass(frozen=True, eq=False)
-class Ranges:
+class Ranges(NamedTuple):
     """Runs of tokens, ascending, none empty, none overlapping: [starts, stops) of the split, each int64 [n]."""
 
     starts: np.ndarray

@@ -13,7 +13,7 @@ from chatdata.disk import file_sha256, sync
 from chatdata.document import blocks_of
 from chatdata.errors import BuildError
 from chatdata.progress import Progress
-from chatdata.render.batch import OUTCOMES, check_ids
+from chatdata.render.batch import check_ids
 from chatdata.render.documents import DROP_REASONS, RenderedDocuments
 from chatdata.shards.index import index_schema
 from chatdata.shards.manifest import FILE_NAMES, HEADER_BYTES, npy_header
@@ -91,9 +91,8 @@ def _tool_calls(
         num_calls -= documents.tallied(of_entry).get("other_tools", 0)
         if num_calls:
             kinds = Counter(found.kind for i, found in mismatches if rows["entry"][i] == number)
-            by_kind = {kind: kinds[kind] for kind in OUTCOMES if kinds[kind]}
             named = {"task": planned.entry.task, "name": planned.entry.name}
-            counts[str(number)] = {**named, "calls": num_calls, **by_kind}
+            counts[str(number)] = {**named, "calls": num_calls, **kinds}
     listed = [
         {"entry": int(rows["entry"][i]), "row": int(rows["row"][i]), **found._asdict()}
         for i, found in mismatches[:MAX_LISTED_CALLS]

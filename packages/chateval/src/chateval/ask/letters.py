@@ -39,10 +39,9 @@ def choose_letters(subject: Subject, questions: Sequence[Question]) -> list[Choi
     choices = []
     for i, question in enumerate(questions):
         values = logits[i, letter_ids(subject, question.letters)].tolist()
-        best = max(range(len(values)), key=values.__getitem__)  # the first of equal ones
-        others = [value for place, value in enumerate(values) if place != best]
-        tie, margin = values[best] in others, values[best] - max(others)
+        best, second = sorted(values, reverse=True)[:2]
+        letter = question.letters[values.index(best)]  # the first of equal ones
         letter_mass = sum(math.exp(value - totals[i]) for value in values)
         gold_nats = totals[i] - values[question.letters.index(question.gold)]
-        choices.append(Choice(question.letters[best], tie, margin, letter_mass, gold_nats, len(question.prompt)))
+        choices.append(Choice(letter, best == second, best - second, letter_mass, gold_nats, len(question.prompt)))
     return choices

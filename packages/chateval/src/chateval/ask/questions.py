@@ -2,15 +2,13 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from chatdata.build.plan import permutation, select
+from chatdata.build.plan import permutation
 from chatdata.conversation import parse_conversation
 from chatdata.document import Document
 from chatdata.errors import ChatdataError, MissingSource, TaskError, nearest
@@ -25,8 +23,7 @@ from chateval.errors import UsageError
 Kind = Literal["categorical", "generative", "code"]
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
+class Question(NamedTuple):
     """One row of a scored task."""
 
     task: str  # the scored set's name
@@ -41,10 +38,10 @@ class Question:
 
     @property
     def document(self) -> Document:
-        """The whole conversation, rendered. Not cached, because multiple choice never needs it."""
+        """The whole conversation, rendered. Multiple choice never needs it."""
         return render_conversation(self.tokenizer, self.conversation)
 
-    @cached_property
+    @property
     def prompt_sha256(self) -> str:
         """Over the ids as `<u4` bytes: two models are compared on an item only if their prompts are the same."""
         return hashlib.sha256(np.array(self.prompt, dtype="<u4").tobytes()).hexdigest()[:16]
@@ -104,12 +101,9 @@ def load_questions(
 
 def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokenizer, limit: int | None) -> ScoredTask:
     num_rows = entry.rows if source.make_row else source.num_rows
-    order = permutation(num_rows) if task.permuted else np.arange(num_rows)
-    chosen = order[list(select(num_rows, None, None, None, limit))]
-    wanted = np.zeros(num_rows, dtype=bool)
-    wanted[chosen] = True
+    chosen = (permutation(num_rows) if task.permuted else np.arange(num_rows))[:limit]
     questions = {}
-    for number, row in source.read(wanted):
+    for number, row in source.read(np.isin(np.arange(num_rows), chosen)):
         item = f"{entry.label} row {number}"
         try:
             questions[number] = _question(name, item, task, row, tokenizer)

@@ -5,11 +5,11 @@ difficulty of the questions as noise twice, and miss most real differences.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, to_builtins
 
 from chateval.errors import ResultsError
 from chateval.results.figures import Answers, Results, compute_results, finished_items
@@ -21,8 +21,7 @@ FORMAT, VERSION = "chateval-comparison", 1
 EXCERPT_CHARACTERS = 200  # the end of an output, where the answer is
 
 
-@dataclass(frozen=True)
-class Turned:
+class Turned(Struct, frozen=True):
     """An item whose score differs, shown by its first draw that differs in the same direction."""
 
     item: str
@@ -34,8 +33,7 @@ class Turned:
     output_b: str
 
 
-@dataclass(frozen=True)
-class Paired:
+class Paired(Struct, frozen=True):
     """Two means over the same items, 0..1. None if no item is in both runs."""
 
     accuracy_a: float | None
@@ -44,8 +42,7 @@ class Paired:
     interval: tuple[float, float] | None  # of the difference: paired bootstrap, 95 %
 
 
-@dataclass(frozen=True)
-class TaskComparison(Paired):
+class TaskComparison(Paired, frozen=True):
     """One task, over the items finished in both runs."""
 
     items: int
@@ -60,8 +57,7 @@ class TaskComparison(Paired):
     examples_wrong: tuple[Turned, ...]
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(Struct, frozen=True):
     """One of the two runs, as a whole."""
 
     folder: str
@@ -73,15 +69,14 @@ class Side:
     other_tasks: tuple[str, ...]  # tasks that the other run does not have: not compared
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Struct, frozen=True):
     a: Side
     b: Side
     tasks: dict[str, TaskComparison]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, floats not rounded."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return {"format": FORMAT, "version": VERSION, **to_builtins(self)}
 
 
 def compare(a: Path, b: Path, examples: int = 5) -> Comparison:
@@ -137,7 +132,7 @@ def _compare_task(task: str, a: Answers, b: Answers, draws: int, examples: int) 
     counts |= {"only_in_a": len(a) - len(shared), "only_in_b": len(b) - len(shared)}
     passes = zip(*(pass_scores(num_right, draws).items() for num_right in (num_right_a, num_right_b)), strict=True)
     return TaskComparison(
-        **asdict(_paired(num_right_a / draws, num_right_b / draws)),
+        **to_builtins(_paired(num_right_a / draws, num_right_b / draws)),
         draws=draws,
         pass_at={k: _paired(np.array(a), np.array(b)) for (k, a), (_, b) in passes},
         p=mcnemar_exact(len(wrong), len(right)) if shared and draws == 1 else None,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from statistics import NormalDist
 
 import numpy as np
@@ -64,11 +65,9 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     """
     assert only_a >= 0 and only_b >= 0
     disagreements, fewer = only_a + only_b, min(only_a, only_b)
-    ways = tail = 1  # of choosing 0 of the disagreements
-    for chosen in range(1, fewer + 1):
-        ways = ways * (disagreements - chosen + 1) // chosen
-        tail += ways
-    return min(1.0, 2 * tail / 2**disagreements)
+    # of choosing 0, 1, … of the disagreements
+    ways = accumulate(range(1, fewer + 1), lambda n, chosen: n * (disagreements - chosen + 1) // chosen, initial=1)
+    return min(1.0, 2 * sum(ways) / 2**disagreements)
 
 
 def paired_bootstrap(

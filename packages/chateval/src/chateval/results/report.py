@@ -188,14 +188,12 @@ def draw_scores(results: Results, path: Path) -> Path | None:
     axes = figure.subplots()
     labels = []
     for place, (name, task) in enumerate(tasks.items()):
-        accuracy, (low, high) = task.score.accuracy, task.score.interval
-        fill = {"color": BAR_COLOUR} if task.complete else INCOMPLETE
-        axes.barh(place, 100 * accuracy, height=0.6, **fill)
-        whiskers = [[100 * (accuracy - low)], [100 * (high - accuracy)]]
-        axes.errorbar(100 * accuracy, place, xerr=whiskers, color="black", capsize=4, linewidth=1.2)
+        accuracy, low, high = (100 * share for share in (task.score.accuracy, *task.score.interval))
+        axes.barh(place, accuracy, height=0.6, **({"color": BAR_COLOUR} if task.complete else INCOMPLETE))
+        whiskers = [[accuracy - low], [high - accuracy]]
+        axes.errorbar(accuracy, place, xerr=whiskers, color="black", capsize=4, linewidth=1.2)
         if task.chance:
-            ends = [place - 0.4, place + 0.4]
-            axes.plot([100 * task.chance] * 2, ends, color=CHANCE_COLOUR, linestyle="--", linewidth=2)
+            axes.vlines(100 * task.chance, place - 0.4, place + 0.4, CHANCE_COLOUR, "dashed", linewidth=2)
         axes.text(102, place, "{}  ({})".format(*_score_cells(task.score)), va="center", fontsize=9)
         labels.append(printable(name) + ("" if task.complete else f"\n{task.score.items} of {task.expected}"))
     axes.set_yticks(range(len(tasks)), labels, parse_math=False)
@@ -286,8 +284,6 @@ def _comparison_notes(comparison: Comparison) -> Iterator[str]:
         for letter, count in (("A", task.only_in_a), ("B", task.only_in_b)):
             if count:
                 yield f"{name}: {count} items only in {letter}, not compared"
-    for letter, side in sides:
-        if side.other_tasks:
-            yield f"tasks only in {letter}, not compared: {', '.join(side.other_tasks)}"
-    for letter, side in sides:
-        yield f"{letter}: {_chat_core(side)}"
+    others = ((letter, ", ".join(side.other_tasks)) for letter, side in sides)
+    yield from (f"tasks only in {letter}, not compared: {tasks}" for letter, tasks in others if tasks)
+    yield from (f"{letter}: {_chat_core(side)}" for letter, side in sides)

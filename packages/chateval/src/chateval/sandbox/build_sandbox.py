@@ -20,6 +20,7 @@ from pathlib import Path
 
 RUNNER = Path(__file__).with_name("runner.py").read_text()  # read here: from the new root folder it cannot be
 PYTHON = "/python/bin/python3"
+NEW_ROOT = "/proc"  # the root folder while it is built: nothing of the host's that is bound lies here
 
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MNT_DETACH = 2, 4, 4096, 16384, 2  # <sys/mount.h>
 READ_ONLY, NO_SUID, NO_DEV, RECURSIVE = 1, 2, 4, 0x8000  # MOUNT_ATTR_*, AT_RECURSIVE
@@ -54,27 +55,22 @@ def build_root(settings: dict) -> None:
     Path("/proc/self/oom_score_adj").write_text("1000")  # when memory runs out, the kernel kills this first
     socket.sethostname("sandbox")
     os.umask(0o022)
-    # Everything is built on a tmpfs over /tmp that only this mount namespace sees: the host needs no cleanup.
-    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
-    for name in ("new_root", "host"):
-        Path(f"/tmp/{name}").mkdir()
-    pivot_root("/tmp", "/tmp/host")
-    os.chdir("/")
-    mount("tmpfs", "/new_root", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
+    # Only this mount namespace sees the tmpfs that everything is built on: the host needs no cleanup.
+    mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
     for target, path in settings["links"]:
-        Path(f"/new_root{path}").symlink_to(target)
+        Path(f"{NEW_ROOT}{path}").symlink_to(target)
     for source, path in settings["binds"]:
-        bind(f"/host{source}", f"/new_root{path}")
+        bind(source, f"{NEW_ROOT}{path}")
     for path in settings["covered"]:
-        if Path(f"/new_root{path}").is_dir():
-            mount("tmpfs", f"/new_root{path}", "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=555")
-    Path("/new_root/tmp").mkdir()
+        if Path(f"{NEW_ROOT}{path}").is_dir():
+            mount("tmpfs", f"{NEW_ROOT}{path}", "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=555")
+    Path(f"{NEW_ROOT}/tmp").mkdir()
     # nr_inodes: empty files do not count towards the size, but take kernel memory
     options = "size={folder_bytes},nr_inodes=4096,uid={uid},gid={uid},mode=700".format_map(settings)
-    mount("tmpfs", "/new_root/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
-    restrict("/new_root", READ_ONLY | NO_SUID | NO_DEV, 0)
-    os.chdir("/new_root")
-    pivot_root(".", ".")
+    mount("tmpfs", f"{NEW_ROOT}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
+    restrict(NEW_ROOT, READ_ONLY | NO_SUID | NO_DEV, 0)
+    os.chdir(NEW_ROOT)
+    check(libc.syscall(ctypes.c_long(PIVOT_ROOT[os.uname().machine]), b".", b"."), "pivot_root")
     check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
     os.chdir("/tmp")
 
@@ -87,7 +83,7 @@ def bind(source: str, target: str) -> None:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).touch()
     mount(source, target, None, MS_BIND | MS_REC, None)
-    is_device = target.startswith("/new_root/dev/")
+    is_device = target.startswith(f"{NEW_ROOT}/dev/")
     restrict(target, READ_ONLY | NO_SUID | (0 if is_device else NO_DEV), RECURSIVE)
 
 
@@ -101,10 +97,6 @@ def restrict(path: str, attributes: int, flags: int) -> None:
     change = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
     number, size = ctypes.c_long(MOUNT_SETATTR), ctypes.c_size_t(ctypes.sizeof(change))
     check(libc.syscall(number, -100, path.encode(), flags, change, size), f"mount_setattr of {path}")
-
-
-def pivot_root(new: str, old: str) -> None:
-    check(libc.syscall(ctypes.c_long(PIVOT_ROOT[os.uname().machine]), new.encode(), old.encode()), "pivot_root")
 
 
 def give_up_privileges(uid: int, program: bytes) -> None:

@@ -38,7 +38,7 @@ import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from chateval.errors import SandboxError
 from chateval.sandbox.seccomp import AUDIT_ARCH, build_filter
@@ -64,8 +64,7 @@ class Isolation:
     covered: tuple[str, ...]  # folders hidden by an empty one: installed packages
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """What one program may use. Wall-clock time is run_code's timeout_s."""
 
     memory_bytes: int = 512 * 2**20  # address space per process
@@ -76,8 +75,7 @@ class Limits:
     output_bytes: int = 2**20  # standard output and standard error together
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a program ended.
 
     passed: it printed the secret. failed: it ended without. timeout, cpu, output: it was stopped at that limit.
@@ -115,8 +113,7 @@ def describe_isolation(unshare: str, as_root: bool) -> Isolation:
     if not as_root:
         namespaces += ["--user", f"--map-user={UNPRIVILEGED}", f"--map-group={UNPRIVILEGED}", "--keep-caps"]
     binds, links = [(executable, "/python/bin/python3")], []
-    for name in dict.fromkeys(("lib", sys.platlibdir)):
-        binds.append((os.path.realpath(f"{sys.base_prefix}/{name}"), f"/python/{name}"))
+    binds += [(os.path.realpath(f"{sys.base_prefix}/{name}"), f"/python/{name}") for name in {"lib", sys.platlibdir}]
     for path in map(Path, ("/usr/lib", "/usr/lib64", "/lib", "/lib64")):
         if path.is_symlink():
             links.append((str(path.readlink()), str(path)))

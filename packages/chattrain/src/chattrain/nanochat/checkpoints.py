@@ -7,14 +7,13 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chatdata.disk import decode
 from chatdata.errors import first_line
 from chattrain.errors import ImportNanochatError
-from chattrain.model import ModelConfig, check_weights, parse_config
-from chattrain.nanochat.export import BY_VOCABULARY
+from chattrain.model import ModelConfig, parse_config
+from chattrain.nanochat.export import whole_weights
 
 COMPILED_PREFIX = "_orig_mod."  # torch.compile's wrapper puts it before every name
 
@@ -57,11 +56,7 @@ def import_nanochat(folder: str | Path) -> tuple[dict[str, Tensor], ModelConfig,
         raise ImportNanochatError(f"{model_path}: not a dictionary of tensors")
     weights = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in saved.items()}
     _refuse_newer(weights, f"{model_path}, tensor")
-    for name in BY_VOCABULARY:
-        if name in weights and weights[name].shape[:1] == (config.vocab_size,):
-            weights[name] = F.pad(weights[name], (0, 0, 0, config.vocab_rows - config.vocab_size))
-    check_weights(weights, config, str(model_path))
-    return {name: tensor.float() for name, tensor in weights.items()}, config, step
+    return whole_weights(weights, config, str(model_path)), config, step
 
 
 def _refuse_newer(names: Iterable[str], where: str) -> None:

@@ -112,12 +112,21 @@ def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         if name not in free and fields.get(name) != value:
             raise ExportError(f"{folder}/config.json: {name} is {fields.get(name)!r}, must be {value!r}")
     ours = {theirs: name for name, theirs in transformers_names(config).items()}
-    weights = {ours.get(name, name): tensor.float() for name, tensor in tensors.items()}
+    weights = {ours.get(name, name): tensor for name, tensor in tensors.items()}
+    return config, whole_weights(weights, config, f"{folder}/model.safetensors")
+
+
+def whole_weights(weights: Tensors, config: ModelConfig, where: str) -> dict[str, Tensor]:
+    """Weights of a file (`where` names it) in fp32; padding rows that it lacks are added, zero and never chosen.
+
+    Raises WeightsError for unknown, missing or wrongly shaped tensors.
+    """
+    whole = {name: tensor.float() for name, tensor in weights.items()}
     for name in BY_VOCABULARY:
-        if name in weights:
-            weights[name] = F.pad(weights[name], (0, 0, 0, config.vocab_rows - config.vocab_size))
-    check_weights(weights, config, f"{folder}/model.safetensors")
-    return config, weights
+        if name in whole and whole[name].shape[:1] == (config.vocab_size,):
+            whole[name] = F.pad(whole[name], (0, 0, 0, config.vocab_rows - config.vocab_size))
+    check_weights(whole, config, where)
+    return whole
 
 
 def transformers_config(config: ModelConfig, bos_id: int, assistant_end_id: int) -> dict[str, object]:

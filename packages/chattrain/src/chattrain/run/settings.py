@@ -24,6 +24,7 @@ def choice(text: str, values: tuple[str, ...], default: str | None = None) -> An
     return setting(text, click.Choice(values), default)
 
 
+required = partial(setting, default=MISSING)
 switch = partial(setting, default=False, is_flag=True)
 
 
@@ -31,14 +32,10 @@ switch = partial(setting, default=False, is_flag=True)
 class RunSettings:
     """None: the default of the stage or the device."""
 
-    data: str | Path = setting(
-        "A chatdata build: its folder, or an address (hf://, s3://, …).", default=MISSING, metavar="BUILD"
-    )
+    data: str | Path = required("A chatdata build: its folder, or an address (hf://, s3://, …).", metavar="BUILD")
     out: Path = setting("Run folder (default: runs/<stage>).", FILE, MISSING, required=False)
-    init: str = setting(
-        "Fresh weights (also random:LAYERSxWIDTHxHEADS), a checkpoint or a run.",
-        default=MISSING,
-        metavar="random:dN|CHECKPOINT",
+    init: str = required(
+        "Fresh weights (also random:LAYERSxWIDTHxHEADS), a checkpoint or a run.", metavar="random:dN|CHECKPOINT"
     )
     stage: str | None = choice("Stage policy (default: the build's stage).", ("base", "mid", "sft"))
     seq_len: int = setting("T, positions of a sequence.", POSITIVE, 2048)

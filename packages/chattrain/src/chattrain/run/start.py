@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,7 @@ from chattrain.run.settings import RunSettings
 from chattrain.run.watch import open_peers, watched
 
 
-@dataclass(frozen=True)
-class Ranks:
+class Ranks(NamedTuple):
     """This process, number `rank` of `num_ranks`, on `device`."""
 
     rank: int
@@ -59,9 +59,7 @@ def find_device(wanted: str | None) -> torch.device:
     """The device of this name ("cpu", "cuda", "mps"), by default cuda if available. Raises DeviceError."""
     name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name not in available:
-        raise DeviceError(f"device {name!r}: must be one of {', '.join(available)}")
-    if not available[name]:
+    if not available.get(name):
         raise DeviceError(f"device {name!r} is not available: torch {torch.__version__} does not find one")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
 
@@ -127,9 +125,7 @@ class StopRequest:
         if self.asked and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if not self.asked:
-            self._asked_at = time.monotonic()
-        self.asked = True
+        self.asked, self._asked_at = True, self._asked_at or time.monotonic()
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether any rank was asked to stop: the same answer on all of them."""
@@ -148,8 +144,7 @@ class Learner:
     compiled_loss: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+class Run(NamedTuple):
     """Everything a run needs before its first step."""
 
     learner: Learner

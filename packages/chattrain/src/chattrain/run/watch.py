@@ -1,6 +1,5 @@
 """When a rank dies the others must not wait for it: on nccl they would for 10 minutes, and not say why."""
 
-import hashlib
 import os
 import select
 import threading
@@ -8,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from chatdata.progress import say
@@ -19,15 +17,12 @@ GRACE_S = 5.0  # between a rank's end and that of the others, where it does not 
 
 def open_peers() -> dict[int, int]:
     """Handles of the processes of this machine's other ranks → their ranks; none where the system has no pidfd."""
-    here = 0
+    here = ""
     if hasattr(os, "pidfd_open"):
-        name = f"{Path('/proc/sys/kernel/random/boot_id').read_text()}{Path('/proc/self/ns/pid').readlink()}"
-        here = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-    mine = torch.tensor([here, os.getpid()])
-    found = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, mine)
-    peers = {}
-    for rank, (machine, pid) in enumerate(row.tolist() for row in found):
+        here = f"{Path('/proc/sys/kernel/random/boot_id').read_text()}{Path('/proc/self/ns/pid').readlink()}"
+    found, peers = [("", 0)] * dist.get_world_size(), {}
+    dist.all_gather_object(found, (here, os.getpid()))
+    for rank, (machine, pid) in enumerate(found):
         if here and machine == here and rank != dist.get_rank():
             try:
                 peers[os.pidfd_open(pid)] = rank

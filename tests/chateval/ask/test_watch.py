@@ -19,12 +19,12 @@ import msgspec
 import pytest
 import torch
 
-import chateval.watch as chateval_watch
+import chateval.ask.watch as chateval_watch
 from chateval.ask.generate import Sampling
 from chateval.ask.run import ScoringSettings
 from chateval.ask.subject import load_subject
+from chateval.ask.watch import watch
 from chateval.errors import ResultsError
-from chateval.watch import watch
 from chattrain.checkpoint import PlanRecord, Recipe, checkpoint_name, keep_last, read_checkpoint, save_checkpoint
 from chattrain.errors import RunError
 from chattrain.run.telemetry import RunRecord, lock_run, write_run
@@ -247,7 +247,7 @@ def test_ended_between_any_two_steps(run, save, settings, name, monkeypatch, tmp
             if name != "shutil.rmtree" or (tmp_path / "scores/scores.json").exists():
                 raise KeyboardInterrupt
 
-        patch.setattr(f"chateval.watch.{name}", end)
+        patch.setattr(f"chateval.ask.watch.{name}", end)
         with pytest.raises(KeyboardInterrupt):
             list(watch(run, settings, LOAD, once=True))
     shutil.rmtree(run / "checkpoints")
