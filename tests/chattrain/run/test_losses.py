@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,8 @@ from chattrain.errors import RunError
 from chattrain.loop import train_step
 from chattrain.model import GPT
 from chattrain.reads import reads_of_step
-from chattrain.run.losses import open_losses, recorded_steps, summarise
+from chattrain.run import losses as record
+from chattrain.run.losses import open_losses, recorded_steps, sum_losses, summarise
 from chattrain.run.settings import RunSettings
 from chattrain.run.start import Ranks, prepare
 
@@ -190,14 +192,19 @@ def test_what_is_not_recorded_is_said(run: Path, tmp_path: Path) -> None:
     (tmp_path / "steps.bin").rename(run / "losses/steps.bin")
 
 
-def test_a_summary() -> None:
+@pytest.mark.parametrize("at_once", [1, 1024])
+def test_a_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """Document 1 costs 3 nats per target where its step costs (12 + 2) / 8; NaN is counted, no target is no loss."""
-    rows = [
-        *((10, 1, "a", 4, 12.0, 4), (10, 2, "b", 0, 2.0, 4), (11, 3, "b", 1, math.nan, 9), (11, 4, "a", 5, 0.0, 0)),
-        *((12, 1, "a", 4, 3.0, 1), (12, 2, "b", 0, 1.0, 1)),
-    ]
-    names = ("step", "doc", "name", "row", "loss", "targets")
-    found = summarise(pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))))
+    steps = {10: [(1, 12.0, 4), (2, 2.0, 4)], 11: [(3, math.nan, 9), (4, 0.0, 0)], 12: [(1, 3.0, 1), (2, 1.0, 1)]}
+    written(tmp_path, [[losses, targets] for _, losses, targets in (zip(*s, strict=True) for s in steps.values())], 10)
+    documents = {number: np.array([document for document, *_ in step]) for number, step in steps.items()}
+    monkeypatch.setattr(record, "reads_of_step", lambda plan, step: SimpleNamespace(document=documents[step]))
+    monkeypatch.setattr(record, "tasks_of_documents", lambda plan: (["b", "a"], np.array([0, 1, 0, 0, 1])))
+    monkeypatch.setattr(record, "STEPS_AT_ONCE", at_once)
+    split = SimpleNamespace(index_table=lambda: pa.table({"row": [0, 4, 0, 1, 5]}))
+    sums = sum_losses(tmp_path, SimpleNamespace(split=split))  # type: ignore[arg-type]
+    assert sums.by_task[:, 10].tolist() == [[2.0, 12.0], [4.0, 4.0]]
+    found = summarise(sums)
     assert found == {
         "steps": [10, 12],
         "not_finite": 1,

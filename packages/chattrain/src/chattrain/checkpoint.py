@@ -31,7 +31,7 @@ from chatdata.shards.masks import MaskPolicy
 from chatdata.tokenizer.bpe import Tokenizer
 from chatdata.tokenizer.files import load_tokenizer
 from chattrain.errors import CheckpointError, NonFiniteError, ResumeError, RunError
-from chattrain.model import ModelConfig, Tensors, parse_config
+from chattrain.model import ModelConfig, State, Tensors, parse_config
 
 FORMAT, VERSION = "chattrain-checkpoint", 2  # 2: with SHA-256, and "layout" in the plan
 PLAN_VERSION = 2  # of the plan's hash: raise it when the same settings come to mean other batches
@@ -134,6 +134,9 @@ class Checkpoint(NamedTuple):
         if len(updates) > 1 or not least <= max(updates) <= self.step:
             raise CheckpointError(f"{self.path}: step {self.step:,}, but its optimizer did {max(updates):,.0f} updates")
         return tensors
+
+    def state(self) -> State:
+        return self.config, self.weights(), self.optimizer_tensors()
 
     def native_tokenizer(self) -> Tokenizer:
         """Raises CheckpointError if the checkpoint was trained in another chat format, TokenizerError."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from chatdata.cli.command import FILE, expect_option, program, run_command, tokenizer_of
+from chatdata.cli.command import FILE, expect_option, program, run_command, tell, tokenizer_of
 from chatdata.disk import check_file, check_free
 from chatdata.errors import UsageError
-from chatdata.progress import say, say_json
+from chatdata.progress import say, say_json, shown_progress
 from chattrain.run.settings import RunSettings, settings_options
 
 cli = program("chattrain", "Train small chat models on chatdata builds: streamed by stage policy, exact, resumable.")
@@ -35,7 +35,7 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
     from chattrain import loop
     from chattrain.checkpoint import checkpoint_name
     from chattrain.run.start import StopRequest, join_ranks, memory_limited, prepare
-    from chattrain.run.telemetry import RunRecord, draw_curve, lock_run, write_run
+    from chattrain.run.telemetry import RunRecord, device_name, draw_curve, lock_run, write_run
 
     build = open_build(options["data"], options.pop("expect"))
     options["out"] = out = options["out"] or Path("runs") / (options["stage"] or build.manifest["stage"])
@@ -52,7 +52,12 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
             ready = prepare(settings, build, ranks)
             num_steps = ready.recipe.num_steps
             if is_first:
-                write_run(out, RunRecord(data, ready.plan_record, ready.recipe, save_every=settings.save_every))
+                machine = {"device": ranks.device.type, "name": device_name(ranks.device)}
+                machine |= {"num_ranks": ranks.num_ranks, "device_batch_size": settings.device_batch_size}
+                record = RunRecord(
+                    data, ready.plan_record, ready.recipe, save_every=settings.save_every, machine=machine
+                )
+                write_run(out, record)
             if is_first and not as_json:
                 _echo_plan(ready.plan.counts(), num_steps, ready.recipe.stage)
                 if settings.resume:
@@ -63,14 +68,11 @@ def run(dry_run: bool, as_json: bool, **options: Any) -> None:
         return
     curve = draw_curve(out) if done else None
     checkpoint = str(out / "checkpoints" / checkpoint_name(done))
-    if as_json:
-        say_json({"out": str(out), "steps": done, "of": num_steps, "checkpoint": checkpoint})
-        return
-    say(f"{done} of {num_steps} steps done; checkpoint {checkpoint}")
-    if done < num_steps:
-        say("to continue: the same command with --resume")
+    lines = [f"{done} of {num_steps} steps done; checkpoint {checkpoint}"]
+    lines += ["to continue: the same command with --resume"] if done < num_steps else []
     if done:
-        say(f"loss curve: {curve}" if curve else "no loss curve: `uv sync --extra plot` installs matplotlib")
+        lines.append(f"loss curve: {curve}" if curve else "no loss curve: `uv sync --extra plot` installs matplotlib")
+    tell({"out": str(out), "steps": done, "of": num_steps, "checkpoint": checkpoint}, lines, as_json)
 
 
 def _echo_dry_run(numbers: dict[str, Any]) -> None:
@@ -133,17 +135,18 @@ def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) 
     import pyarrow.parquet as pq
 
     from chatdata.look.console import table
-    from chattrain.run.losses import THIRDS, loss_table, summarise
+    from chattrain.run.losses import THIRDS, loss_table, sum_losses, summarise
     from chattrain.run.telemetry import read_run
     from chattrain.run.trace import plan_again
 
-    record = loss_table(run_folder, plan_again(read_run(run_folder), data))
+    plan = plan_again(read_run(run_folder), data)
     if out:
         check_file(out)
+        record = loss_table(run_folder, plan)
         pq.write_table(record, out, compression="zstd")
-        say_json({"out": str(out), "losses": len(record)}) if as_json else say(f"{out}: {len(record):,} losses")
+        tell({"out": str(out), "losses": len(record)}, [f"{out}: {len(record):,} losses"], as_json)
         return
-    found = summarise(record)
+    found = summarise(sum_losses(run_folder, plan))
     if as_json:
         say_json(found)
         return
@@ -153,6 +156,29 @@ def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) 
     table(title, ("task", *THIRDS), [[name, *row] for name, row in thirds.items()])
     rows = [[f"{v:.4f}" if isinstance(v, float) else v for v in each.values()] for each in found["hardest"]]
     table("documents with the highest mean loss", [*found["hardest"][0]] if rows else [], rows)
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=FILE)
+@click.option("--out", type=FILE, help="File to write (default: RUN-report.html).")
+@click.option("--data", metavar="BUILD", help="The build, if it has moved: its folder, or an address.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the report as JSON.")
+def report(run_folder: Path, out: Path | None, data: str | None, as_json: bool) -> None:
+    """Write an HTML page that shows how a run went.
+
+    It shows losses in all and per task, validations, speed, steps whose loss jumped with the documents behind them, and
+    the losses of single tokens, replayed from kept checkpoints. Needs Altair (`uv sync --extra report`).
+
+    Examples:
+      chattrain report runs/mid
+      chattrain report runs/sft --out sft.html
+    """
+    from chatdata.look.console import megabytes
+    from chattrain.report.page import write_report
+
+    with shown_progress(quiet=as_json) as progress:
+        facts = write_report(run_folder, out, data, progress)
+    tell(facts, [*facts["missing"], f"{facts['out']}: {megabytes(facts['bytes'])}"], as_json)
 
 
 @cli.command()

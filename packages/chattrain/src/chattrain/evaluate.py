@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from chatdata.arrow import values_of
 from chatdata.packing.epoch import TrainingPlan
 from chatdata.tokenizer.bpe import Tokenizer
 from chattrain.batches import Batch, Lengths, ahead, read_rows
 from chattrain.loss import position_losses
 from chattrain.model import GPT
 from chattrain.reads import reads_of_sequences
+from chattrain.run.losses import tasks_of_documents
 from chattrain.run.start import Ranks, StopRequest
 
 # (inputs [B, W], document lengths or None) → hidden [B, W, C]: the model with its device, dtype and attention chosen
@@ -48,7 +48,7 @@ def bits_per_byte(
 
     show: gets how many sequences are done, and of how many.
     """
-    tasks, task_of_document = _tasks(plan)
+    tasks, task_of_document = tasks_of_documents(plan)
     # sequences that do not fill a step are evaluated too
     num_sequences = plan.num_steps * plan.step_sequences + plan.left_out.sequences
     nats, num_bytes = np.zeros(len(tasks)), np.zeros(len(tasks))
@@ -87,12 +87,3 @@ def bits_per_byte(
     total_bytes = float(num_bytes.sum())
     total = float(nats.sum()) / (math.log(2) * total_bytes) if total_bytes else math.nan
     return {"total": total, "tasks": per_task, "bytes": int(total_bytes)}
-
-
-def _tasks(plan: TrainingPlan) -> tuple[list[str], np.ndarray]:
-    """Names of entries (the task's, or the recipe's own), and the number of each document's (int64 [documents])."""
-    import pyarrow as pa
-
-    entries = plan.split.index_table()["entry"].combine_chunks()
-    column = pa.array(plan.split.names).take(entries).dictionary_encode()
-    return column.dictionary.to_pylist(), values_of(column.indices).astype(np.int64)

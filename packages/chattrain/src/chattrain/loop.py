@@ -39,7 +39,9 @@ class StepResult(NamedTuple):
     gradient_norm: float  # before the update
     batch: str  # see `digest_text`
     skipped: bool  # nothing was updated: loss or gradient was not finite
-    reads: np.ndarray  # float64 [2, reads of the step]: summed loss in nats and number of targets of each; not logged
+    # not logged:
+    reads: np.ndarray  # float64 [2, reads of the step]: summed loss in nats and number of targets of each
+    losses: np.ndarray  # float32 [N], of every target of this rank, in the order of Step.target_reads
 
 
 def read_ahead(
@@ -113,7 +115,7 @@ def train_step(learner: Learner, recipe: Recipe, plan: TrainingPlan, step: Step)
         set_step(learner.optimizers, rate, momentum(schedule, step.number))
         update(learner.optimizers, ranks.rank, ranks.num_ranks)
     model.zero_grad(set_to_none=True)
-    return StepResult(loss, rate, gradient_norm, digest_text(digest), not finite, reads)
+    return StepResult(loss, rate, gradient_norm, digest_text(digest), not finite, reads, found[len(totals) + 1 :])
 
 
 def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
@@ -143,8 +145,8 @@ def train(run: Run, settings: RunSettings, stop: StopRequest) -> int:
             share_of_peak = mfu(learner.model.config, plan.seq_len, tokens_per_s / ranks.num_ranks, ranks.device)
             speed = {"tokens_per_s": round(tokens_per_s, 1), "mfu": share_of_peak}
             speed |= {"memory_bytes": peak_memory(ranks.device), "data_wait_share": round(wait_s / duration_s, 5)}
-            logged = result._asdict()
-            write_losses(logged.pop("reads"))
+            write_losses(result.reads)
+            logged = {key: value for key, value in result._asdict().items() if not isinstance(value, np.ndarray)}
             write(TrainEntry(**logged, **counts, **speed))
             progress(recipe.stage, done, end, "steps", f"loss {result.loss:.4f}, {tokens_per_s:,.0f} tokens/s")
             stopped = stop.agreed(ranks)

@@ -98,6 +98,7 @@ def random_config(name: str, vocab_size: int, sequence_len: int) -> ModelConfig:
 
 
 Tensors = Mapping[str, Tensor]  # by name
+State = tuple[ModelConfig, Tensors, Tensors]  # weights, and optimizer tensors: {} before step 0
 Rotary = tuple[Tensor, Tensor]  # cos and sin of the positions, see rotary_tables
 
 

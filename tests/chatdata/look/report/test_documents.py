@@ -5,7 +5,8 @@ from __future__ import annotations
 import polars as pl
 
 from chatdata import render_conversation
-from chatdata.look.report.documents import Segment, choose, lines_of, quotas, spelled
+from chatdata.look.report.documents import Segment, choose, lines_of, quotas
+from chatdata.look.report.html import spelled
 from chatdata.tokenizer.bpe import Tokenizer
 
 

@@ -10,13 +10,14 @@ reads that no step counts.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from chatdata.arrow import values_of
 from chatdata.disk import naming
 from chatdata.packing.epoch import TrainingPlan
 from chattrain.errors import RunError
@@ -25,6 +26,7 @@ from chattrain.reads import reads_of_step
 FOLDER, READS_NAME, STEPS_NAME = "losses", "reads.bin", "steps.bin"
 READ = np.dtype([("loss", "<f4"), ("targets", "<u4")])
 THIRDS, MOST_SHOWN = ("first", "middle", "last"), 10
+STEPS_AT_ONCE = 1024  # of a record that is read as a whole
 
 
 @contextmanager
@@ -59,6 +61,15 @@ def recorded_steps(out: Path) -> np.ndarray:
     return ends[ends <= (out / FOLDER / READS_NAME).stat().st_size // READ.itemsize]
 
 
+def require_recorded(out: Path) -> np.ndarray:
+    """`recorded_steps`; RunError if no read is recorded."""
+    ends = recorded_steps(out)
+    if not ends.any():
+        missing = "no losses are recorded: an earlier chattrain did the steps, or none is done"
+        raise RunError(f"{out}: {missing}; a run records every step from now on, with --resume too")
+    return ends
+
+
 def read_losses(out: Path, plan: TrainingPlan, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps and documents (int64 [n]) and values (READ [n]) of what is recorded of steps [first, last), in plan order.
 
@@ -77,41 +88,80 @@ def read_losses(out: Path, plan: TrainingPlan, first: int, last: int) -> tuple[n
     return steps, np.concatenate([np.empty(0, np.int64), *documents.values()]), values
 
 
+def tasks_of_documents(plan: TrainingPlan) -> tuple[list[str], np.ndarray]:
+    """Names of entries (the task's, or the recipe's own), and the number of each document's (int64 [documents])."""
+    entries = plan.split.index_table()["entry"].combine_chunks()
+    column = pa.array(plan.split.names).take(entries).dictionary_encode()
+    return column.dictionary.to_pylist(), values_of(column.indices).astype(np.int64)
+
+
 def loss_table(out: Path, plan: TrainingPlan) -> pa.Table:
     """All that is recorded: step, doc, task, name, row, loss (summed, in nats) and targets of every read.
 
     Raises RunError if nothing is recorded, or something else than the plan.
     """
-    steps, documents, values = read_losses(out, plan, 0, len(recorded_steps(out)))
-    if not len(steps):
-        missing = "no losses are recorded: an earlier chattrain did the steps, or none is done"
-        raise RunError(f"{out}: {missing}; a run records every step from now on, with --resume too")
+    steps, documents, values = read_losses(out, plan, 0, len(require_recorded(out)))
     facts = plan.split.index_table().select(["task", "entry", "row"]).take(documents)
     name = pa.array(plan.split.names).take(facts["entry"].combine_chunks())
     columns = {"step": steps, "doc": documents, "task": facts["task"], "name": name, "row": facts["row"]}
     return pa.table(columns | {key: np.ascontiguousarray(values[key]) for key in READ.names})
 
 
-def summarise(table: pa.Table) -> dict[str, Any]:
-    """Nats per target of each task in the first, middle and last third of the steps, and the documents with most.
+@dataclass(frozen=True, eq=False)
+class LossSums:
+    """A record, added up: E task names, S steps, D documents of the split. Losses that are not finite are left out."""
+
+    tasks: list[str]  # [E]
+    task_of_document: np.ndarray  # int64 [D]
+    row_of_document: np.ndarray  # int64 [D]
+    by_task: np.ndarray  # float64 [2, S, E]: summed loss in nats, and targets
+    by_document: np.ndarray  # float64 [4, D]: reads with targets, loss, targets, sum of what `summarise` calls `above`
+    not_finite: int  # reads left out
+
+
+def sum_losses(out: Path, plan: TrainingPlan) -> LossSums:
+    """Read the whole record, STEPS_AT_ONCE steps at a time, so that memory does not grow with the number of reads.
+
+    Raises RunError if nothing is recorded, or something else than the plan.
+    """
+    num_steps, (tasks, task_of_document) = len(require_recorded(out)), tasks_of_documents(plan)
+    by_task, by_document = np.zeros((2, num_steps, len(tasks))), np.zeros((4, len(task_of_document)))
+    not_finite = 0
+    for first in range(0, num_steps, STEPS_AT_ONCE):
+        part = by_task[:, first : first + STEPS_AT_ONCE]
+        step, document, values = read_losses(out, plan, first, first + part.shape[1])
+        not_finite += int(np.count_nonzero(~np.isfinite(values["loss"])))
+        used = np.isfinite(values["loss"]) & (values["targets"] > 0)
+        step, document, loss, targets = step[used] - first, document[used], *(values[used][key] for key in READ.names)
+        cell = step * len(tasks) + task_of_document[document]
+        part[:] = [np.bincount(cell, value, part[0].size).reshape(part[0].shape) for value in (loss, targets)]
+        nats_of_step, targets_of_step = part.sum(axis=2)
+        above = loss / targets - nats_of_step[step] / targets_of_step[step]
+        for sums, value in zip(by_document, (1.0, loss, targets, above), strict=True):
+            np.add.at(sums, document, value)
+    rows = plan.split.index_table()["row"].to_numpy()
+    return LossSums(tasks, task_of_document, rows, by_task, by_document, not_finite)
+
+
+def summarise(sums: LossSums, by: Literal["mean", "above"] = "mean") -> dict[str, Any]:
+    """Nats per target of each task in the first, middle and last third of the steps, and the documents with most `by`.
 
     A document's `above` is how far it is above the mean of all targets of its steps, on average over its reads. Losses
     that are not finite are counted and left out.
     """
-    finite = table.filter(pc.is_finite(table["loss"]))
-    used = finite.filter(pc.greater(finite["targets"], 0))
-    first, last = pc.min_max(table["step"]).as_py().values()
-    step, nats, targets = (used[name].to_numpy() for name in ("step", *READ.names))
-    of_step = np.bincount(step, nats) / np.maximum(np.bincount(step, targets), 1)
-    used = used.append_column("above", pa.array(nats / targets - of_step[step]))
-    used = used.append_column("third", pa.array(3 * (step - first) // (last + 1 - first)))
-    sums = [("loss", "sum"), ("targets", "sum")]
-    groups = used.group_by(["name", "third"]).aggregate(sums).sort_by("name").to_pylist()
-    tasks: dict[str, dict[str, float | None]] = {group["name"]: dict.fromkeys(THIRDS) for group in groups}
-    for group in groups:
-        tasks[group["name"]][THIRDS[group["third"]]] = group["loss_sum"] / group["targets_sum"]
-    documents = used.group_by(["doc", "name", "row"]).aggregate([("step", "count"), *sums, ("above", "mean")])
-    documents = documents.rename_columns(["doc", "name", "row", "reads", "loss", "targets", "above"])
-    documents = documents.append_column("mean", pc.divide(documents["loss"], documents["targets"]))
-    hardest = documents.sort_by([("mean", "descending"), ("doc", "ascending")]).slice(0, MOST_SHOWN).to_pylist()
-    return {"steps": [first, last], "not_finite": len(table) - len(finite), "tasks": tasks, "hardest": hardest}
+    first, last = int(np.argmax(sums.by_task[1].any(axis=1))), sums.by_task.shape[1] - 1
+    third = 3 * (np.arange(first, last + 1) - first) // (last + 1 - first)
+    thirds = [means(sums.by_task[:, first:][:, third == i].sum(axis=1)) for i in range(len(THIRDS))]
+    tasks = {name: dict(zip(THIRDS, of, strict=True)) for name, *of in sorted(zip(sums.tasks, *thirds, strict=True))}
+    documents = np.flatnonzero(sums.by_document[0])
+    reads, loss, targets, above = sums.by_document[:, documents]
+    columns = {"doc": documents, "name": pa.array(sums.tasks).take(pa.array(sums.task_of_document[documents]))}
+    columns |= {"row": sums.row_of_document[documents], "reads": reads.astype(int), "loss": loss}
+    columns |= {"targets": targets.astype(int), "above": above / reads, "mean": loss / targets}
+    hardest = pa.table(columns).sort_by([(by, "descending"), ("doc", "ascending")]).slice(0, MOST_SHOWN).to_pylist()
+    return {"steps": [first, last], "not_finite": sums.not_finite, "tasks": tasks, "hardest": hardest}
+
+
+def means(sums: np.ndarray) -> list[float | None]:
+    """[2, n], losses and targets → nats per target, None without targets."""
+    return [nats / targets if targets else None for nats, targets in sums.T.tolist()]

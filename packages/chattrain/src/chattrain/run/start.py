@@ -22,11 +22,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from chatdata.errors import first_line
-from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, TrainingPlan, plan_epoch
+from chatdata.packing.epoch import STAGE_LAYOUTS, STAGE_MASKS, Layout, TrainingPlan, plan_epoch
 from chatdata.shards.read import Build
 from chattrain.checkpoint import PlanRecord, Recipe, last_checkpoint, plan_record, read_checkpoint, require_same
 from chattrain.errors import DeviceError, RankError, ResumeError, RunError
-from chattrain.model import GPT, initial_weights, load_model, random_config
+from chattrain.model import GPT, State, initial_weights, load_model, random_config
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.optim import SCHEDULES, load_optimizer_tensors, make_optimizers
 from chattrain.run.settings import RunSettings
@@ -174,35 +174,42 @@ def prepare(settings: RunSettings, build: Build, ranks: Ranks) -> Run:
     recipe = Recipe(settings.init, stage, num_steps, settings.lr_scale, dtype, settings.non_finite, settings.seed)
 
     saved = last_checkpoint(settings.out) if settings.resume else None
-    kind, _, size = settings.init.partition(":")
     if saved is not None:
         require_same(saved.plan, record)
         require_same(saved.recipe, recipe)
         if saved.step > num_steps:
             raise ResumeError(f"{saved.path}: step {saved.step:,} of a run of {num_steps:,} steps")
-        config, weights = saved.config, saved.weights()
-    elif kind == "random":
-        config = random_config(size, build.manifest["tokenizer"]["vocab_size"], settings.seq_len)
-        weights = initial_weights(config, settings.seed)
-    else:
-        found = read_checkpoint(Path(settings.init))
-        _require_same_tokenizer(found.path, build)
-        config = replace(found.config, sequence_len=max(found.config.sequence_len, settings.seq_len))
-        weights = found.weights()
+    state = saved.state() if saved else first_state(recipe, build, settings.seq_len)
+    learner = make_learner(settings, ranks, recipe, plan.layout, state)
+    return Run(learner, plan, record, val_plan, recipe, start=0 if saved is None else saved.step)
 
+
+def first_state(recipe: Recipe, build: Build, seq_len: int) -> State:
+    """What a run starts from: fresh weights, or those of another checkpoint."""
+    kind, _, size = recipe.init.partition(":")
+    if kind == "random":
+        config = random_config(size, build.manifest["tokenizer"]["vocab_size"], seq_len)
+        return config, initial_weights(config, recipe.seed), {}
+    found = read_checkpoint(Path(recipe.init))
+    _require_same_tokenizer(found.path, build)
+    return replace(found.config, sequence_len=max(found.config.sequence_len, seq_len)), found.weights(), {}
+
+
+def make_learner(settings: RunSettings, ranks: Ranks, recipe: Recipe, layout: Layout, state: State) -> Learner:
+    """Model and optimizers in a state. Of `settings`, only `compile` and `recompute` are used."""
+    config, weights, optimizer = state
+    on_cuda = ranks.device.type == "cuda"
     model = load_model(config, weights, ranks.device, settings.recompute)
     compiled = on_cuda if settings.compile is None else settings.compile
     # One graph for one width is fastest. Batches of pad differ in width: torch compiles at most 8, then runs without.
-    called = torch.compile(model, dynamic=plan.layout == "pad") if compiled else model
+    called = torch.compile(model, dynamic=layout == "pad") if compiled else model
     if ranks.num_ranks > 1:
         # as views of DDP's buckets gradients are held once, not twice: 2.2 GB less at d20
         devices = [ranks.device] if on_cuda else None
         called = DistributedDataParallel(called, device_ids=devices, gradient_as_bucket_view=True)
-    optimizers = make_optimizers(model, SCHEDULES[stage].lr_fraction * settings.lr_scale)
-    if saved is not None:
-        load_optimizer_tensors(model, optimizers, saved.optimizer_tensors(), ranks.rank, ranks.num_ranks)
-    learner = Learner(model, called, optimizers, ranks, recipe.dtype == "bfloat16", compiled and on_cuda)
-    return Run(learner, plan, record, val_plan, recipe, start=0 if saved is None else saved.step)
+    optimizers = make_optimizers(model, SCHEDULES[recipe.stage].lr_fraction * recipe.lr_scale)
+    load_optimizer_tensors(model, optimizers, optimizer, ranks.rank, ranks.num_ranks)
+    return Learner(model, called, optimizers, ranks, recipe.dtype == "bfloat16", compiled and on_cuda)
 
 
 def _make_plans(

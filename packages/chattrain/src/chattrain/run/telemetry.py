@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -33,6 +34,8 @@ class RunRecord(msgspec.Struct, frozen=True):
     recipe: Recipe
     format: str = FORMAT
     save_every: Positive | None = None  # may be another after a resume
+    # device, its name, num_ranks, device_batch_size: they may change how sums are rounded; {} of an earlier chattrain
+    machine: dict[str, Any] = {}
 
 
 class TrainEntry(msgspec.Struct, tag_field="kind", tag="train", omit_defaults=True, frozen=True):
@@ -170,11 +173,13 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 def mfu(config: ModelConfig, seq_len: int, tokens_per_s: float, device: torch.device) -> float | str:
     """Share of the device's peak bf16 arithmetic, or "unknown". Padding does not count as work."""
-    if device.type != "cuda":
-        return "unknown"
-    name = torch.cuda.get_device_name(device)
+    name = device_name(device)
     peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
     return "unknown" if peak is None else round(flops_per_token(config, seq_len) * tokens_per_s / peak, 4)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_memory(device: torch.device) -> int:

@@ -49,15 +49,20 @@ def trace_step(run: Path, step: int, data: str | Path | None = None) -> dict[str
     plan = plan_again(record, data)
     log = read_log(run) if (run / LOG_NAME).is_file() else []
     logged = next((entry for entry in log if isinstance(entry, TrainEntry) and entry.step == step), None)
+    documents = step_documents(run, plan, step)
+    return {"step": step, "split": plan.split.name, "log": msgspec.to_builtins(logged), "documents": documents}
+
+
+def step_documents(run: Path, plan: TrainingPlan, step: int) -> list[dict[str, Any]]:
+    """The reads of a step as `trace_step` returns them."""
     reads = reads_of_step(plan, step)
     index = plan.split.index_table().select(["task", "entry", "row", "task_position"]).take(reads.document).to_pylist()
     places = np.stack([reads.document, reads.sequence % plan.step_sequences, reads.start, reads.stop], axis=1)
     names = plan.split.names
     *_, values = read_losses(run, plan, step, step + 1)
     losses = [dict(zip(READ.names, read, strict=True)) for read in values.tolist()] or [{}] * len(index)
-    documents = [
+    return [
         {"doc": doc, "name": names[facts["entry"]], **facts, "sequence": sequence, "start": start, "stop": stop, **loss}
         | {"text": plan.split.build.tokenizer.decode(plan.split[doc].tokens[start:stop].tolist())}
         for facts, (doc, sequence, start, stop), loss in zip(index, places.tolist(), losses, strict=True)
     ]
-    return {"step": step, "split": plan.split.name, "log": msgspec.to_builtins(logged), "documents": documents}

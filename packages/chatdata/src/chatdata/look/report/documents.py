@@ -10,6 +10,7 @@ import polars as pl
 
 from chatdata.document import LINE_ENDS
 from chatdata.firewall.listing import FlaggedItem
+from chatdata.look.report.html import CONTROLS
 from chatdata.shards.read import Build
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -19,8 +20,6 @@ MAX_BYTES = 6_000
 MAX_FLAGGED, FLAGGED_OF_SET = 12, 4  # scored items shown with a document
 FLAGGED = "holds a scored item"
 EXTREMES = {FLAGGED: MAX_FLAGGED, "truncated": 4, "longest": 2, "shortest": 2}  # of a task; the rest is by digest
-# control characters other than tab and newline, which a page would drop or obey, shown as their pictures
-_CONTROLS = {c: chr(0x2400 + c) for c in range(32) if c not in b"\t\n"} | {127: "␡"}
 
 
 class Segment(NamedTuple):
@@ -120,18 +119,9 @@ def lines_of(
     # runs of text with equal mask; each special token is a separate run
     for start, stop in pairwise(np.unique([0, *cuts, num_shown]).tolist()):
         supervised, name = bool(mask[start]), names.get(ids[start])
-        text = (name or tokenizer.decode(ids[start:stop])).translate(_CONTROLS)
+        text = (name or tokenizer.decode(ids[start:stop])).translate(CONTROLS)
         kind = "supervised chip" if name and supervised else "chip" if name else "supervised" if supervised else "plain"
         lines[-1].append(Segment(kind, text))
         if name in LINE_ENDS:
             lines.append([])
     return [line for line in lines if line], len(tokens) - num_shown
-
-
-def spelled(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as people can read it: blanks and control characters as pictures, bytes that are not text as hex."""
-    data = tokenizer.token_bytes.get(token_id)
-    if data is None:
-        return tokenizer.decode_token(token_id)
-    text = data.decode(errors="backslashreplace")
-    return text.translate(_CONTROLS).translate({ord(" "): "␣", ord("\t"): "␉", ord("\n"): "␤"})

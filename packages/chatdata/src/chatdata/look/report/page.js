@@ -1,20 +1,3 @@
-"use strict";
-
-// Charts, one after the other, each in the place of its picture. `ast` interprets Vega's expressions, so that no text is ever evaluated as code, which the
-// page's policy would refuse anyway.
-async function draw() {
-  const specs = JSON.parse(document.getElementById("charts").textContent);
-  for (const [id, spec] of Object.entries(specs)) {
-    const chart = document.getElementById(id);
-    try {
-      await vegaEmbed(chart, spec, { renderer: "svg", actions: false, ast: true });
-    } catch (error) {
-      chart.textContent = `no chart: ${error.message}`;
-    }
-  }
-}
-draw();
-
 // Documents: those with the text searched for, of the split and task chosen.
 const search = document.getElementById("search");
 const task = document.getElementById("task");

@@ -1,31 +1,20 @@
-"""`chatdata report`: one HTML file that holds Vega, styles, numbers and documents, and loads nothing else.
+"""`chatdata report`: one HTML file with the numbers and documents of a build."""
 
-Text from the data may be anything. It reaches the page in two ways: through jinja2 with escaping on, and as JSON with
-`<`, `>`, `&` and `'` written as \\u003c …. As a second guard, a Content-Security-Policy lets only our scripts run, by
-their SHA-256, and lets nothing be fetched, not even an image.
-"""
-
-import base64
-import hashlib
 import json
-import os
-from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from chatdata.disk import check_file, naming, write_whole
 from chatdata.errors import UsageError
 from chatdata.firewall.listing import read_listing
-from chatdata.look.console import share
 from chatdata.look.ledger import WORDS, ledger_lines, summed
+from chatdata.look.report.charts import MEASURES, chart_specs
 from chatdata.look.report.collect import ROLES, report_numbers
-from chatdata.look.report.documents import FLAGGED, MAX_BYTES, ShownDocument, first_flagged, shown_documents, spelled
+from chatdata.look.report.documents import FLAGGED, MAX_BYTES, first_flagged, shown_documents
+from chatdata.look.report.html import HERE, check_report, named, spelled, write_page
 from chatdata.shards.address import cached_build
-from chatdata.shards.read import Build, open_build
+from chatdata.shards.read import open_build
 
 EXCERPT = 200  # characters of a document that holds a scored item, next to the item's name
-MISSING = "a report needs Altair, its JavaScript and Jinja: `uv sync --extra report` installs them"
 
 
 def default_out(build: Path) -> Path:
@@ -33,15 +22,10 @@ def default_out(build: Path) -> Path:
 
     For a build in the cache, `<build_id>-report.html` here, with the first 12 digits.
     """
-    folder = _named(build)
+    folder = named(build)
     if folder == cached_build(folder.name):
         folder = Path.cwd() / folder.name[:12]
     return folder.with_name(f"{folder.name}-report.html")
-
-
-def _named(folder: Path) -> Path:
-    """The folder by its full path: "." and ".." get a name, a link keeps its own."""
-    return Path(os.path.abspath(folder))  # noqa: PTH100
 
 
 def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
@@ -51,68 +35,47 @@ def write_report(path: Path, out: Path | None = None) -> dict[str, Any]:
     `report` is not installed, or if `out` is a folder, inside the build, or in a folder that does not exist;
     FormatError if the build is damaged.
     """
-    try:
-        import altair  # noqa: F401
-        import jinja2  # noqa: F401
-        import vl_convert  # noqa: F401
-    except ImportError:
-        raise UsageError(MISSING) from None
     out = out or default_out(path)
     if out.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--out {out} is inside the build, where every file is accounted for; choose another folder")
-    check_file(out)
+    check_report(out)
     build = open_build(path)
     listing = read_listing(path, build.manifest["build_id"])
     flagged = first_flagged(build, listing.items) if listing else []
     shown = shown_documents(build, [doc for _, doc in flagged if doc is not None])
     numbers = report_numbers(build)
-    page = render(build, numbers, shown, {"listing": listing, "flagged": flagged}).encode("utf-8")
-    with naming(out):
-        write_whole(out, page)
-    return {"out": str(out), "bytes": len(page), "documents_shown": len(shown), **numbers}
-
-
-def render(build: Build, numbers: dict[str, Any], documents: Sequence[ShownDocument], firewall: dict[str, Any]) -> str:
-    """The page as HTML. numbers: see `report_numbers`; firewall: `listing`, `flagged` (see `first_flagged`)."""
-    import jinja2
-
-    from chatdata.look.report.charts import MEASURES, chart_specs, picture, vega
-
-    settings: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=jinja2.FunctionLoader(_file), undefined=jinja2.StrictUndefined, **settings)
-    environment.filters |= {"count": lambda n: f"{n:,}", "share": share, "options": _options, "in_words": ledger_lines}
-    charts, splits = chart_specs(numbers, build.tokenizer), numbers["splits"]
+    splits = numbers["splits"]
     used = {role for split in splits.values() for task in split["tasks"] for role in task["roles"]}
     ledger = {name: summed(split["entries"]) for name, split in splits.items()}
     dropped = {reason for entries in ledger.values() for entry in entries for reason in entry["dropped"]}
-    scripts = [_inline(vega()), _inline(_file("page.js"))]
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    return environment.get_template("page.html").render(
-        name=_named(build.path).name,
+    size = write_page(
+        out,
+        HERE,
+        chart_specs(numbers, build.tokenizer),
+        name=named(build.path).name,
         manifest=build.manifest,
         made=_made(build.path),
         numbers=numbers,
         ledger=ledger,
+        in_words=ledger_lines,
+        options=_options,
         reasons={reason: words.partition("{s} ")[2] for reason, words in WORDS.items() if reason in dropped},
         origins={source["name"]: _origin(source) for source in build.manifest["sources"]},
         measures=list(enumerate(MEASURES.values())),
         roles=[(i, role) for i, role in enumerate(ROLES) if role in used],
         max_bytes=MAX_BYTES,
-        documents=documents,
+        documents=shown,
         excerpts={
             d.index["doc"]: " ".join(s.text for line in d.lines for s in line if "chip" not in s.kind)[:EXCERPT]
-            for d in documents
+            for d in shown
             if d.why == FLAGGED
         },
         unused=[(i, spelled(build.tokenizer, i)) for i in numbers["vocabulary"]["unused_ids"]],
         tokenizer_sha256=build.tokenizer.sha256,
-        charts=charts,
-        pictures={name: picture(chart) for name, chart in charts.items()},
-        style=_file("page.css"),
-        scripts=scripts,
-        **firewall,
-        hashes=" ".join(f"'sha256-{digest}'" for digest in digests),
+        listing=listing,
+        flagged=flagged,
     )
+    return {"out": str(out), "bytes": size, "documents_shown": len(shown), **numbers}
 
 
 def _made(path: Path) -> dict[str, Any]:
@@ -124,15 +87,6 @@ def _made(path: Path) -> dict[str, Any]:
         return counts | speed | {"workers": int(made["workers"]), "day": str(made["finished"]).partition("T")[0]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _file(name: str) -> str:
-    return resources.files("chatdata.look.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _inline(script: str) -> str:
-    """A script that is safe inside script tags: nothing in it closes them or opens a comment."""
-    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\r\n", "\n")
 
 
 def _origin(source: dict[str, Any]) -> str:
