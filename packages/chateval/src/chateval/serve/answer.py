@@ -38,8 +38,8 @@ def api_error(error: Exception) -> ApiError:
 class Answer:
     """A thread `add`s tokens and `finish`es it, the event loop that made it reads `texts`. `end`: once it is over."""
 
-    def __init__(self, prompt: Prompt, stops: Sequence[str], tokenizer: Tokenizer, receive: Receive) -> None:
-        self.prompt, self.stops, self.tokenizer = prompt, stops, tokenizer
+    def __init__(self, prompt: Prompt, stop: str | Sequence[str], tokenizer: Tokenizer, receive: Receive) -> None:
+        self.prompt, self.tokenizer, self.stops = prompt, tokenizer, [stop] if isinstance(stop, str) else stop
         self.names = {token: name for name, token in tokenizer.special_ids.items()}
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.held, self.is_empty, self.is_stopped = "", True, False
@@ -52,8 +52,7 @@ class Answer:
         name = self.names.get(token)
         text = self.decoder.decode(self.tokenizer.token_bytes.get(token, b""), final=name is not None)
         if name is not None:
-            text += FENCES.get(name, name)
-            text = text.removeprefix("\n") if self.is_empty else text
+            text += FENCES.get(name, name).removeprefix("\n" if self.is_empty and not text else "")
         self._give(text)
         return self.is_stopped or self.end is not None
 
@@ -83,7 +82,7 @@ class Answer:
         self.is_empty = self.is_empty and not text
         text = self.held + text
         found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        starts = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        starts = (n for stop in self.stops for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
         end = min(found, default=len(text) - hold * max(starts, default=0))
         self.is_stopped, self.held = bool(found), text[end:]
         if end:

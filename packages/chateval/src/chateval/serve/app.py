@@ -61,8 +61,7 @@ def make_app(subject: Subject, batcher: Batcher, token: str | None) -> Starlette
         if len(body) > MAX_BODY:
             raise ApiError(413, f"a request has at most {MAX_BODY} bytes")
         asked, prompt = read_request(bytes(body), subject, about["id"])
-        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop
-        answer = Answer(prompt, stops, subject.tokenizer, request.receive)
+        answer = Answer(prompt, asked.stop, subject.tokenizer, request.receive)
         batcher.submit(answer)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
@@ -81,8 +80,7 @@ async def _events(answer: Answer, head: dict[str, Any], options: Mapping[Any, bo
     """Server-sent events. An error after the first byte is the last event."""
 
     def event(*choices: dict[str, Any], **more: Any) -> str:
-        chunk = {**head, "object": "chat.completion.chunk", "choices": choices, **more}
-        return f"data: {json.dumps(chunk)}\n\n"
+        return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
 
     yield event({"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
     try:
