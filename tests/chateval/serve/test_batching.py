@@ -19,7 +19,7 @@ def requests_of_all_kinds(number):
     for seed in range(number):
         text = "".join(draw.choices("abc 123.é😀", k=draw.randint(1, 60)))
         more = {"temperature": draw.choice([0, 0.3, 1, 1.7]), "top_p": draw.choice([1, 0.9, 0.4]), "seed": seed}
-        more |= {"max_tokens": draw.randint(1, 40), "stop": draw.choice([None, "e", ["a", "th"]])}
+        more |= {"max_tokens": draw.randint(1, 24), "stop": draw.choice([None, "e", ["a", "th"]])}
         yield {"model": "random", "messages": [{"role": "user", "content": text}], **more}
 
 

@@ -106,7 +106,7 @@ def test_errors_are_shown_and_the_question_is_kept(browser, sums, serve) -> None
         say_long = "9 " * 200
         browser.type(say_long)
         browser.press(*ENTER)
-        browser.wait("document.getElementById('problem').textContent.includes('fill the context of 256')")
+        browser.wait("problem.textContent.includes('context of 256: ask something shorter')")
         assert browser.run("document.getElementById('text').value") == say_long and shown(browser) == []
         browser.run("document.getElementById('text').value = ''")
         say(browser, "2 2")
