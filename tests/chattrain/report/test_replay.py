@@ -14,6 +14,7 @@ from chatdata.progress import no_progress
 from chatdata.shards.read import open_build
 from chatdata.tokenizer.bpe import SPLIT_PATTERN, Tokenizer, append_special_tokens
 from chattrain.batches import read_step
+from chattrain.errors import CheckpointError
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.report import replay as replays
 from chattrain.run.telemetry import read_run
@@ -65,6 +66,9 @@ def test_what_is_not_replayed(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert replays.within_reach(run, 20) == {s: s - s % 8 for s in (*range(5), *range(8, 13), *range(16, 20))}
     found = replay(run, [(14, 0, ""), (6, 0, ""), (9, 0, "")])
     assert (found["far"], found["late"], [read["step"] for read in found["shown"]]) == ([6, 14], [], [9])
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="step-00000007: no such checkpoint"):
+        patch.setattr(replays, "within_reach", lambda *_: {9: 7})  # pruned meanwhile, by a run that goes on
+        replay(run, [(9, 0, "")])
     monkeypatch.setattr(replays, "MAX_S", -1.0)
     found = replay(run, [(9, 0, ""), (0, 0, "")])
     assert (found["far"], found["late"], found["shown"], found["steps"]) == ([], [0, 9], [], 0)

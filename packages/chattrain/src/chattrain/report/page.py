@@ -57,12 +57,11 @@ def run_numbers(run: Path, data: str | None, progress: Progress) -> dict[str, An
     record, log, missing = read_run(run), run / LOG_NAME, list[str]()
 
     def attempt(what: str, work: Callable[[], Any]) -> Any:
-        """An error that a user can cause becomes a line of `missing`."""
+        """What a user can cause, too little memory included, becomes a line of `missing`."""
         try:
             return work()
-        except (ChatdataError, ChattrainError, OSError) as error:
+        except (ChatdataError, ChattrainError, OSError, RuntimeError) as error:
             missing.append(f"{what}: {first_line(error)}")
-            return None
 
     saved = attempt("no checkpoint", lambda: read_checkpoint(run))
     without = "no tasks, documents or texts, because the build is missing"

@@ -18,7 +18,7 @@ from chatdata.packing.epoch import TrainingPlan
 from chatdata.progress import Progress
 from chatdata.tokenizer.bpe import Tokenizer
 from chattrain.batches import Step
-from chattrain.checkpoint import kept_checkpoints, read_checkpoint
+from chattrain.checkpoint import checkpoint_name, kept_checkpoints, read_checkpoint
 from chattrain.loop import StepResult, read_ahead, train_step
 from chattrain.run.losses import read_losses, recorded_steps
 from chattrain.run.settings import RunSettings
@@ -50,8 +50,9 @@ def replay(
     size = record.machine.get("device_batch_size") or plan.device_batch_size
     settings = RunSettings(record.data, run, record.recipe.init, compile=False)
     for first in dict.fromkeys(reach[step] for step, *_ in wanted if step in reach):
-        kept, steps = kept_checkpoints(run).get(first), {step for step, *_ in wanted if reach.get(step) == first}
-        state = read_checkpoint(kept).state() if kept else first_state(record.recipe, plan.split.build, plan.seq_len)
+        steps = {step for step, *_ in wanted if reach.get(step) == first}
+        start = run / "checkpoints" / checkpoint_name(first)
+        state = read_checkpoint(start).state() if first else first_state(record.recipe, plan.split.build, plan.seq_len)
         learner = make_learner(settings, Ranks(0, 1, device), record.recipe, plan.layout, state)
         # the micro-batches of all ranks, rank by rank
         for step in read_ahead(plan, range(first, max(steps) + 1), 0, 1, size, device=device):

@@ -43,7 +43,7 @@ def check_report(out: Path) -> None:
     except ImportError:
         raise UsageError(MISSING) from None
     check_file(out)
-    if out.is_file() and not out.read_bytes().startswith(START):
+    if out.is_file() and not START.startswith(out.read_bytes()[: len(START)]):
         raise UsageError(f"--out {out} is a file that is not a report; choose another name")
 
 
