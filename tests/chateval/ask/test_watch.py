@@ -299,6 +299,13 @@ def test_once_needs_a_run(chateval, tmp_path) -> None:
     assert not (tmp_path / "scores").exists()
 
 
+def test_wrong_tasks_are_refused_before_there_is_a_checkpoint(chateval, tmp_path) -> None:
+    for tasks, message in (("nmlu", 'no scored task "nmlu"'), ("humaneval", "pass --allow-code"), ("mmlu", "missing")):
+        folders = ("--data-dir", tmp_path, "--out", tmp_path / "scores")
+        result = chateval("watch", tmp_path / "none", "--tasks", tasks, *folders)
+        assert result.returncode in (1, 2) and message in result.stderr
+
+
 def test_ctrl_c(chateval, run, save, tmp_path, monkeypatch) -> None:
     save(10)
     monkeypatch.setattr(chateval_watch.time, "sleep", lambda duration_s: signal.raise_signal(signal.SIGINT))

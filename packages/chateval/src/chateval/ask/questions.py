@@ -78,7 +78,14 @@ def load_questions(
     words: str | None = None,
     limit: int | None = None,
 ) -> list[ScoredTask]:
-    """The scored sets `names` with their first `limit` rows (default: all).
+    """The scored sets `names` with their first `limit` rows (default: all). Raises what `find_sets` raises."""
+    return [_read(*found, tokenizer, limit) for found in find_sets(names, tasks, data_dir, words)]
+
+
+def find_sets(
+    names: Sequence[str], tasks: Mapping[str, Task], data_dir: Path | None, words: str | None
+) -> list[tuple[str, Task, Entry, Source]]:
+    """Each of the scored sets `names` with its task, entry and source.
 
     Raises UsageError for unknown names, MissingSource naming every source that was not found.
     """
@@ -89,14 +96,14 @@ def load_questions(
     locations = Locations(Path(), data_dir=data_dir, words=words)
     found, missing = [], []
     for name in dict.fromkeys(names):
-        entry = scored_entry(owners[name], name)
+        task, entry = owners[name], scored_entry(owners[name], name)
         try:
-            found.append((name, entry, resolve(entry, owners[name], locations)))
+            found.append((name, task, entry, resolve(entry, task, locations)))
         except MissingSource as error:
             missing.append(str(error))
     if missing:
         raise MissingSource("sources missing: " + " · ".join(missing))
-    return [_read(name, owners[name], entry, source, tokenizer, limit) for name, entry, source in found]
+    return found
 
 
 def _read(name: str, task: Task, entry: Entry, source: Source, tokenizer: Tokenizer, limit: int | None) -> ScoredTask:

@@ -7,7 +7,7 @@ the lines are sorted into the tasks' order.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import torch
 
 from chatdata.disk import naming, write_whole
 from chatdata.progress import Progress
-from chatdata.tasks.task import load_tasks
+from chatdata.tasks.task import Task, load_tasks
 from chateval.ask.answers import Draw, answer_letters, answer_programs, answer_texts
 from chateval.ask.generate import Sampling
 from chateval.ask.questions import ScoredTask, load_questions, scored_sets
@@ -51,7 +51,7 @@ def score(subject: Subject, settings: ScoringSettings, ranks: Ranks, progress: P
     Raises UsageError, MissingSource, ScoringError, ResultsError (the folder of another run), SandboxError.
     """
     tasks = load_tasks(settings.task_files)
-    isolation = _isolation(settings, [name for name, task in scored_sets(tasks).items() if task.scoring.program])
+    isolation = find_isolation_for(settings, tasks)
     scored = load_questions(settings.tasks, tasks, subject.tokenizer, settings.data_dir, settings.words, settings.limit)
     run = describe_run(subject, settings, scored)
     if settings.firewall is not None:
@@ -104,8 +104,9 @@ def describe_run(subject: Subject, settings: ScoringSettings, scored: Sequence[S
     return Run("chateval-run", 1, subject.weights_sha256, subject.label, subject.step, sampling, tasks)
 
 
-def _isolation(settings: ScoringSettings, code_tasks: Sequence[str]) -> Isolation | None:
-    """What the model's programs will run in; None if no task needs it."""
+def find_isolation_for(settings: ScoringSettings, tasks: Mapping[str, Task]) -> Isolation | None:
+    """What the model's programs will run in; None if no task needs it. Raises UsageError, SandboxError."""
+    code_tasks = [name for name, task in scored_sets(tasks).items() if task.scoring.program]
     name = next((name for name in settings.tasks if name in code_tasks), None)
     if name is None:
         return None

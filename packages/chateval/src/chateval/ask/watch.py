@@ -19,7 +19,9 @@ from functools import cache, partial
 from pathlib import Path
 
 from chatdata.progress import say, shown_progress
-from chateval.ask.run import ScoringSettings, score
+from chatdata.tasks.task import load_tasks
+from chateval.ask.questions import find_sets
+from chateval.ask.run import ScoringSettings, find_isolation_for, score
 from chateval.ask.subject import Subject
 from chateval.errors import ResultsError
 from chateval.results.figures import Results
@@ -43,7 +45,9 @@ def watch(run: Path, settings: ScoringSettings, load: Load, once: bool = False) 
     Raises RunError (another watch writes there; with `once`: no run), ResultsError (`out` has scores of another run or
     of other settings) and what `load` and `score` raise.
     """
-    out = settings.out
+    out, tasks = settings.out, load_tasks(settings.task_files)
+    find_isolation_for(settings, tasks)  # what cannot be scored is said now, not when there is a checkpoint
+    find_sets(settings.tasks, tasks, settings.data_dir, settings.words)
     while not once and not (run / RUN_NAME).is_file():
         say_once(f"{run}: no run there yet (Ctrl-C ends)")
         time.sleep(POLL_S)
