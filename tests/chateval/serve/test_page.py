@@ -102,7 +102,13 @@ def test_errors_are_shown_and_the_question_is_kept(browser, sums, serve) -> None
         browser.open(served.url, width=500, height=800)
         browser.wait("!document.getElementById('key').hidden")
         assert text_of(browser, "#problem") == "This server needs its token." and browser.axe() == []
-        browser.run("document.getElementById('token').value = 's3cret'; document.getElementById('text').focus()")
+        for token, is_right in (("wrong", False), ("s3cret", True)):
+            browser.run("document.getElementById('token').value = ''")
+            assert browser.run("document.activeElement.id") == "token"
+            browser.type(token)
+            browser.press(*ENTER)
+            browser.wait(f"document.getElementById('key').hidden === {json.dumps(is_right)}")
+        browser.wait("document.activeElement.id === 'text'")
         say_long = "9 " * 200
         browser.type(say_long)
         browser.press(*ENTER)
