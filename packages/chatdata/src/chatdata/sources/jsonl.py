@@ -6,7 +6,7 @@ then names the line: what json takes is what is accepted.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import BufferedReader, BytesIO
 from itertools import islice
 from typing import Any, NamedTuple
@@ -24,8 +24,7 @@ _BETWEEN = re.compile(rb"[\s,]*")  # rows of an array
 _BOM = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH = b'"\\'
 Batches = Iterator[tuple[np.ndarray, list[Any]]]
-_Messages = list[dict[str, str]]
-_Chat = _Messages | dict[str, _Messages | str | float | int | bool | None]
+_decode = msgspec.json.Decoder().decode
 
 
 class Segment(NamedTuple):
@@ -130,45 +129,14 @@ def _parse_lines(kept: list[bytes]) -> list[Any]:
     values: list[Any] = []
     for start in range(0, len(kept), LINES_PER_CHECK):
         lines = kept[start : start + LINES_PER_CHECK]
-        for decode, count in _DECODERS:
-            try:
-                parsed = [decode(line) for line in lines]
-                # a key that comes twice leaves fewer strings in the value than there are in the text
-                if count(parsed) == _strings_in_text(b"".join(lines)):
-                    break
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                continue
-        else:
-            parsed = list(map(_parse_line, lines))
-        values += parsed
+        try:
+            parsed = list(map(_decode, lines))
+            # a key that comes twice leaves fewer strings in the values than there are in the text
+            is_whole = _strings_in_text(msgspec.json.encode(parsed)) == _strings_in_text(b"".join(lines))
+        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
+            is_whole = False
+        values += parsed if is_whole else map(_parse_line, lines)
     return values
-
-
-def _strings_in_chats(values: list[Any]) -> int:
-    count = 0
-    for value in values:
-        inners, count = ([value], count) if type(value) is list else (value.values(), count + len(value))
-        for inner in inners:
-            count += 2 * sum(map(len, inner)) if type(inner) is list else type(inner) is str
-    return count
-
-
-def _strings_in(value: Any) -> int:
-    """Strings in a list or object, at any depth, keys included."""
-    count, inners = (len(value), value.values()) if type(value) is dict else (0, value)
-    for inner in inners:
-        kind = type(inner)
-        if kind is str:
-            count += 1
-        elif kind is dict or kind is list:
-            count += _strings_in(inner)
-    return count
-
-
-_DECODERS: list[tuple[Callable[[bytes], Any], Callable[[list[Any]], int]]] = [
-    (msgspec.json.Decoder(_Chat).decode, _strings_in_chats),  # what most files hold: types need not be looked at
-    (msgspec.json.Decoder().decode, _strings_in),
-]
 
 
 def _strings_in_text(text: bytes) -> int:
