@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,11 +155,22 @@ def test_a_killed_push(build: Path, hub: HubServer, tmp_path: Path) -> None:
     code = "import sys; sys.argv[1:1] = ['push']; from chatdata.cli import main; main()"
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
     process = subprocess.Popen([sys.executable, "-c", code, build, ADDRESS], env=env, stderr=subprocess.DEVNULL)
-    hub.on_put = lambda: os.kill(process.pid, signal.SIGKILL) if len(hub.lfs) == 3 else None
+    numbers = itertools.count(1)
+
+    def kill_at_the_fourth() -> None:
+        if next(numbers) > 3:
+            while process.poll() is None and len(hub.lfs) < 3:
+                time.sleep(0.01)
+            process.kill()
+            raise ConnectionAbortedError  # its file is not taken
+
+    hub.on_put = kill_at_the_fourth
     assert process.wait(60) == -signal.SIGKILL
     assert head(hub).keys() == {".gitattributes"}
     hub.on_put = lambda: None
-    sent = len(hub.lfs)
+    sent = set(hub.lfs)
     hub.take_requests()
     push(open_build(build), ADDRESS, "")
-    assert puts(hub) == 8 - sent and contents(build).items() <= head(hub).items()
+    sent_again = {path.removeprefix("/lfs/") for method, path in hub.take_requests() if method == "PUT"}
+    assert len(sent) == 3 and len(sent_again) == 5 and not sent_again & sent
+    assert contents(build).items() <= head(hub).items()
