@@ -238,9 +238,8 @@ def file_problem(file: Path, record: dict[str, Any], hashed: bool = True) -> str
     size = file.stat().st_size
     if size != record.get("bytes", size):
         return f"{size:,} bytes, but the manifest says {record['bytes']:,}"
-    return (
-        "SHA-256 differs from the manifest's" if record and hashed and file_sha256(file) != record["sha256"] else None
-    )
+    differs = record and hashed and file_sha256(file) != record["sha256"]
+    return "SHA-256 differs from the manifest's" if differs else None
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> tuple[list[str], dict[str, list[int]]]:

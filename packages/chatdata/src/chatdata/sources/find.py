@@ -131,12 +131,9 @@ def check_complete(files: list[Path], what: str, remedy: str = "") -> None:
     if numbered and len(numbered) < len(files):
         other = next(file.name for file in files if not _NUMBERED.search(file.name))
         raise MissingSource(f"{what} has {other} next to numbered files: it would be read as one of them")
-    missing = sorted(set(range(totals[0])) - numbers) if totals else []
-    if missing:
-        shown = ", ".join(f"{number:05d}" for number in missing[:5])
-        raise MissingSource(
-            f"{what} is incomplete: {len(missing)} of {totals[0]} files missing (number {shown}){remedy}"
-        )
+    if missing := sorted(set(range(totals[0])) - numbers) if totals else []:
+        some = f"{totals[0]} files missing (number {', '.join(f'{number:05d}' for number in missing[:5])})"
+        raise MissingSource(f"{what} is incomplete: {len(missing)} of {some}{remedy}")
 
 
 def _check_repository(folder: Path, what: str, remedy: str = "") -> None:
@@ -213,9 +210,7 @@ def _resolve_options(entry: Entry, locations: Locations) -> tuple[dict[str, Any]
         pinned = options.get(f"{key}_sha256")
         if pinned and file.sha256 != pinned:
             again = f"; to download it again delete {path}" if "://" in value else ""
-            raise SourceError(
-                f"{entry.label}: {file.name} has SHA-256 {file.sha256}, "
-                f"but the recipe pins {key}_sha256 = {pinned}{again}"
-            )
+            recipe = f"the recipe pins {key}_sha256 = {pinned}{again}"
+            raise SourceError(f"{entry.label}: {file.name} has SHA-256 {file.sha256}, but {recipe}")
         options[key], files[key] = path, file
     return options, files

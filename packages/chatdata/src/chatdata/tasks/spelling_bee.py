@@ -22,12 +22,10 @@ _QUOTES = ("", "'", '"')
 
 
 def generate(split: str, options: Mapping[str, Any]) -> Callable[[int], dict[str, str]]:
-    words = split_words(read_words(options["words"]), options["words"], split, options["holdout"])
-    quoted = next((word for word in words if "'" in word or "\\" in word), None)
-    if quoted is not None:
-        raise SourceError(
-            f"{options['words'].name}: the word {quoted!r} cannot be quoted in the call '…'.count('…'); leave it out"
-        )
+    path = options["words"]
+    words = split_words(read_words(path), path, split, options["holdout"])
+    if quoted := next((word for word in words if "'" in word or "\\" in word), None):
+        raise SourceError(f"{path.name}: the word {quoted!r} cannot be quoted in the call '…'.count('…'); leave it out")
     return drawn(split, _make_row, words, read_phrasings(options["phrasings"]))
 
 

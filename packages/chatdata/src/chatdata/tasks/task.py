@@ -105,9 +105,8 @@ class Task:
             raise TaskError(f'task "{self.name}": kind is {self.kind!r}, must be "conversation" or "text"')
         for name, scored in self.scoring.sets.items() if self.generate and self.scoring else ():
             if scored.rows is None:
-                raise TaskError(
-                    f'task "{self.name}": rows are generated; ScoredSet "{name}" must say how many, rows = N'
-                )
+                right = f'ScoredSet "{name}" must say how many, rows = N'
+                raise TaskError(f'task "{self.name}": rows are generated; {right}')
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A task is sent to a worker by name: its functions need not be importable there."""

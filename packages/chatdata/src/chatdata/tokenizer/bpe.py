@@ -9,7 +9,7 @@ import re
 import tomllib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -91,10 +91,8 @@ class Tokenizer:
         single = tiktoken.Encoding(name, pat_str=alternatives or "(?!)", mergeable_ranks=BYTES, special_tokens={})
         # what no alternative of the pattern matches, tiktoken drops in silence: `\S+` loses spaces
         if lost := [char for char in characters if not single.encode_ordinary(char)]:
-            raise TokenizerError(
-                f"{name}: the split pattern loses text ({lost[0]!r} for one); it must match every character, whatever "
-                "comes after it, for example by ending in |\\s+|."
-            )
+            right = "it must match every character, whatever comes after it, for example by ending in |\\s+|."
+            raise TokenizerError(f"{name}: the split pattern loses text ({lost[0]!r} for one); {right}")
 
     @cached_property
     def canary_sha256(self) -> str:
@@ -117,17 +115,13 @@ class Tokenizer:
         """Ids of `text`; a special token spelled in it stays text. Raises TokenizerError if the pattern gives up."""
         text = self.normalized(text)
         try:
-            if len(text) < LONG:
-                return self.encoding.encode_ordinary(text)
-            with quiet_rust():
+            with quiet_rust() if len(text) >= LONG else nullcontext():
                 return self.encoding.encode_ordinary(text)
         except BaseException as error:  # tiktoken's regex engine panics, for example on 1,000,000 spaces
             if type(error).__name__ != "PanicException":
                 raise
-            raise TokenizerError(
-                f"{self.name}: the split pattern gives up on a text of {len(text):,} characters (a very long run of "
-                "white space?); shorten it"
-            ) from None
+            what = f"a text of {len(text):,} characters (a very long run of white space?); shorten it"
+            raise TokenizerError(f"{self.name}: the split pattern gives up on {what}") from None
 
     def encode_batch(self, texts: list[str]) -> Ids:
         """Ids of all texts, one text at a time: what faster encoders are held to. Raises TokenizerError."""
@@ -199,31 +193,26 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, pattern: str = SPLIT_
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise TokenizerError(f"--vocab-size {vocab_size} is too small: 256 bytes and 9 special tokens need {smallest}")
-    trainer = rustbpe.Tokenizer()
+    trainer, num_ranks = rustbpe.Tokenizer(), vocab_size - len(SPECIAL_TOKENS)
     try:
         with quiet_rust():
-            trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+            trainer.train_from_iterator(texts, num_ranks, pattern=pattern)
     except BaseException as error:  # a panic of the pattern, on 1,000,000 spaces for one, is no Exception
         is_panic = type(error).__name__ == "PanicException"
         if isinstance(error, ChatdataError) or not (is_panic or isinstance(error, (ValueError, OverflowError))):
             raise
         raise TokenizerError(f"training failed: {first_line(error)}") from None
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) < vocab_size - len(SPECIAL_TOKENS):
-        raise TokenizerError(
-            f"the training text yields only {len(ranks)} of the {vocab_size - len(SPECIAL_TOKENS)} tokens requested; "
-            "give more text or a smaller --vocab-size"
-        )
+    if len(ranks) < num_ranks:
+        found = f"only {len(ranks)} of the {num_ranks} tokens requested"
+        raise TokenizerError(f"the training text yields {found}; give more text or a smaller --vocab-size")
     return Tokenizer(ranks, pattern, append_special_tokens(ranks), "trained")
 
 
 def _check_vocabulary(ranks: Mapping[bytes, int], special_ids: Mapping[str, int], name: str) -> None:
     ids = [*ranks.values(), *special_ids.values()]
-    unfit = [token_id for token_id in ids if type(token_id) is not int or not 0 <= token_id < MAX_VOCAB]
-    if unfit:
-        raise TokenizerError(
-            f"{name}: id {shown(unfit[-1])} does not fit; ids must be integers in 0 … {MAX_VOCAB - 1:,}"
-        )
+    if unfit := [shown(i) for i in ids if type(i) is not int or not 0 <= i < MAX_VOCAB]:
+        raise TokenizerError(f"{name}: id {unfit[-1]} does not fit; ids must be integers in 0 … {MAX_VOCAB - 1:,}")
     if sum(len(token) ** 2 for token in ranks) > MAX_SQUARES:
         longest = max(map(len, ranks))
         raise TokenizerError(f"{name}: its tokens are too long, up to {longest:,} bytes; at most a few may have 1,000")

@@ -112,7 +112,5 @@ def _difference(text: str, got: np.ndarray, right: np.ndarray, tokenizer: Tokeni
     at = len(tokenizer.decode(right[:num_same].tolist()))
     excerpt = "…" * (at > 20) + text[max(at - 20, 0) : at + 20] + "…" * (at + 20 < len(text))
     near = slice(num_same, num_same + 5)
-    return (
-        f"the text {excerpt!r}: from id {num_same} on {got[near].tolist()} instead of {right[near].tolist()}; "
-        "use tiktoken"
-    )
+    ids = f"{got[near].tolist()} instead of {right[near].tolist()}"
+    return f"the text {excerpt!r}: from id {num_same} on {ids}; use tiktoken"

@@ -35,10 +35,8 @@ def load_tokenizer(path: str | Path, *, native: bool = True) -> Tokenizer:
         found = [candidate for candidate in candidates if candidate.is_file()]
         if not found:
             hint = "; vocab.json and merges.txt do not say how to split text: save it with transformers' AutoTokenizer"
-            raise TokenizerError(
-                f"{path}: no tokenizer.json, tokenizer/tokenizer.json or tokenizer.pkl in this folder"
-                + hint * (path / "merges.txt").is_file()
-            )
+            absent = "no tokenizer.json, tokenizer/tokenizer.json or tokenizer.pkl in this folder"
+            raise TokenizerError(f"{path}: {absent}{hint if (path / 'merges.txt').is_file() else ''}")
         path = found[0]
     if not path.is_file():
         raise TokenizerError(f"{path}: no such tokenizer file or folder")
@@ -112,10 +110,8 @@ def _compare_with_tokenizers(tokenizer: Tokenizer, contents: str) -> None:
     texts = canary_texts()
     for text, encoded in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
         if encoded.ids != (ids := tokenizer.encode_ordinary(text)):
-            raise TokenizerError(
-                f"{tokenizer.name}: tiktoken and tokenizers differ on the text {text[:60]!r}: "
-                f"{ids[:8]} and {encoded.ids[:8]}; it cannot be used"
-            )
+            found = f"{text[:60]!r}: {ids[:8]} and {encoded.ids[:8]}; it cannot be used"
+            raise TokenizerError(f"{tokenizer.name}: tiktoken and tokenizers differ on the text {found}")
 
 
 def read_json(path: Path) -> Tokenizer:
@@ -197,10 +193,8 @@ def _split_pattern(pre_tokenizer: Any) -> str:
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
         ]:
             return (r"\p{N}|" if individual else r"\p{N}+|") + _BETWEEN_NUMERALS
-    raise ValueError(
-        f"its pre-tokenizer ({', '.join(step['type'] for step in steps)}) is not ByteLevel, Digits then ByteLevel, or "
-        "Split (by a Regex, Isolated) then ByteLevel, without add_prefix_space"
-    )
+    known = "ByteLevel, Digits then ByteLevel, or Split (by a Regex, Isolated) then ByteLevel, without add_prefix_space"
+    raise ValueError(f"its pre-tokenizer ({', '.join(step['type'] for step in steps)}) is not {known}")
 
 
 def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
@@ -212,10 +206,8 @@ def read_tiktoken(path: Path, pattern: str | None = None) -> Tokenizer:
     if pattern is None:
         pattern_file = path.with_suffix(".pattern")
         if not pattern_file.is_file():
-            raise TokenizerError(
-                f"{path}: a .tiktoken file does not hold its split pattern; put the pattern in {pattern_file.name} "
-                "next to it or use `chatdata tokenizer import --pattern`"
-            )
+            way_out = f"put the pattern in {pattern_file.name} next to it or use `chatdata tokenizer import --pattern`"
+            raise TokenizerError(f"{path}: a .tiktoken file does not hold its split pattern; {way_out}")
         try:
             pattern = pattern_file.read_text(encoding="utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:

@@ -56,10 +56,8 @@ def ranks_of_merges(vocab: Mapping[str, int], merges: Sequence[Pair], ignore_mer
             raise ValueError(f"the merges, and tiktoken, which merges by id, do not both make the token {token!r}")
         if token in made:
             if made[token] < before[1]:
-                raise ValueError(
-                    f"the merge that makes {token!r} is out of id order: {before[0]!r} has a lower id and is merged "
-                    "later; tiktoken merges in id order"
-                )
+                why = f"{before[0]!r} has a lower id and is merged later; tiktoken merges in id order"
+                raise ValueError(f"the merge that makes {token!r} is out of id order: {why}")
             before = token, made[token]
     return ranks
 

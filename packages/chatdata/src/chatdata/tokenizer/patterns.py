@@ -163,8 +163,6 @@ def _quantified(part: _Part, token: re.Match[str], target: Target) -> _Part:
 
 
 def _refuse(pattern: str, at: int) -> re.Match[str]:
-    shown = repr(pattern[at : at + 12]).replace(r"\\", "\\")
-    raise ValueError(
-        f"the split pattern has {shown} at character {at + 1}, which tiktoken and tokenizers may read differently "
-        "(docs/format.md says what both read the same way)"
-    )
+    found = repr(pattern[at : at + 12]).replace(r"\\", "\\")
+    doubt = "which tiktoken and tokenizers may read differently (docs/format.md says what both read the same way)"
+    raise ValueError(f"the split pattern has {found} at character {at + 1}, {doubt}")
