@@ -7,6 +7,7 @@ then names the line: what json takes is what is accepted.
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BufferedReader, BytesIO
 from itertools import islice
 from typing import Any, NamedTuple
@@ -129,13 +130,13 @@ def _parse_lines(kept: list[bytes]) -> list[Any]:
     values: list[Any] = []
     for start in range(0, len(kept), LINES_PER_CHECK):
         lines = kept[start : start + LINES_PER_CHECK]
-        try:
+        with suppress(msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
             parsed = list(map(_decode, lines))
             # a key that comes twice leaves fewer strings in the values than there are in the text
-            is_whole = _strings_in_text(msgspec.json.encode(parsed)) == _strings_in_text(b"".join(lines))
-        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
-            is_whole = False
-        values += parsed if is_whole else map(_parse_line, lines)
+            if _strings_in_text(msgspec.json.encode(parsed)) == _strings_in_text(b"".join(lines)):
+                values += parsed
+                continue
+        values += map(_parse_line, lines)
     return values
 
 
