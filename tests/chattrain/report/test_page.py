@@ -112,7 +112,7 @@ def test_what_is_missing_is_said(run: Path, build: Path, tmp_path: Path) -> None
     record = json.loads((old / "run.json").read_text())
     (old / "run.json").write_text(json.dumps({**record, "data": str(tmp_path / "gone"), "machine": {}}))
     facts, text = report(old, out)
-    assert "no tasks, documents or texts, because the build is missing: " in facts["missing"][0] in text
+    assert "no tasks, documents or texts: " in facts["missing"][0] in text
     assert "loss" in {key for part in facts["points"] for key in part} and facts["summary"] is None
     assert "not recorded by the chattrain that began this run" in text and "Its documents are unknown" in text
     with pytest.raises(ChatdataError, match="gone"):

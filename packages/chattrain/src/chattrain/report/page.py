@@ -64,8 +64,7 @@ def run_numbers(run: Path, data: str | None, progress: Progress) -> dict[str, An
             missing.append(f"{what}: {first_line(error)}")
 
     saved = attempt("no checkpoint", lambda: read_checkpoint(run))
-    without = "no tasks, documents or texts, because the build is missing"
-    plan = plan_again(record, data) if data else attempt(without, lambda: plan_again(record))
+    plan = plan_again(record, data) if data else attempt("no tasks, documents or texts", lambda: plan_again(record))
     sums = plan and attempt("no losses of tasks and documents", lambda: sum_losses(run, plan))
     entries = read_log(run) if log.is_file() else []
     train = [entry for entry in entries if isinstance(entry, TrainEntry)]
