@@ -227,9 +227,7 @@ def _parse_entry(table: dict[str, Any], recipe: RecipeTable, tasks: Mapping[str,
     if name not in tasks:
         raise RecipeError(f'{here}, key "task": unknown task "{name}"{nearest(name, list(tasks))}')
     task, stage = tasks[name], recipe.stage
-    options: list[Any] = [
-        (key, option.type) if option.required else (key, option.type, None) for key, option in task.options.items()
-    ]
+    options: list[Any] = [(key, o.type, *(() if o.required else (None,))) for key, o in task.options.items()]
     keys: type[EntryTable] = defstruct("Entry", options, bases=(EntryTable,), kw_only=True)  # type: ignore[assignment]
     read = convert(table, keys, here, RecipeError)
     idle = ("path", "repo", "revision", "val_share") if task.generate else ("repo", "revision", "subset", "split")

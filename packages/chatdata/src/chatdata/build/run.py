@@ -134,11 +134,10 @@ def build(
                 )
 
         # write the manifest and the report
-        sources = [source.describe() for source in plan.sources]
+        manifest = _manifest(plan, splits, growing / "tokenizer", dropping)
         forget_readers()  # no row is read from here on
         seconds["total"] = time.perf_counter() - started
         report |= _run_facts(seconds, splits)
-        manifest = _manifest(plan, sources, splits, growing / "tokenizer", dropping)
         if findings:
             write_json(growing / "firewall.json", listing(findings, manifest["build_id"]))
         write_json(growing / "report.json", report | {"build_id": manifest["build_id"]})
@@ -165,10 +164,11 @@ def _show_rows(plan: BuildPlan, units: list[Unit], cached: Container[str], progr
     return on_rows
 
 
-def _manifest(
-    plan: BuildPlan, sources: list[Any], splits: dict[str, Any], tokenizer_folder: Path, dropping: dict[str, Any]
-) -> dict[str, Any]:
-    """dropping: what decided which documents the firewall dropped. A report of them changes no byte."""
+def _manifest(plan: BuildPlan, splits: dict[str, Any], folder: Path, dropping: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a build. folder: of the tokenizer's files.
+
+    dropping: what decided which documents the firewall dropped. A report of them changes no byte.
+    """
     tokenizer = plan.tokenizer
     manifest = {
         "format": FORMAT,
@@ -176,9 +176,9 @@ def _manifest(
         "stage": plan.recipe.stage,
         "chat_format": plan.chat_format,
         "recipe": plan.recipe.resolved() | {"limit": plan.limit} | dropping,
-        "sources": sources,
+        "sources": [source.describe() for source in plan.sources],
         "tokenizer": {
-            "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer_folder.iterdir()},
+            "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()},
             **{key: getattr(tokenizer, key) for key in ("canary_sha256", "vocab_size", "special_ids")},
         },
         "dtype": tokenizer.dtype.str,

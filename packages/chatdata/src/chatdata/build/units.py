@@ -192,16 +192,14 @@ def _render_native(
         try:
             batch = render(pieces)
         except ChatdataError:
-            pieces = _encodable(encoder, tokenizer, source, rows[done : done + len(pieces)], pieces)
+            pieces = _kept(encoder, tokenizer, source, rows[done : done + len(pieces)], pieces)
             batch = render(pieces)
         checked["texts"] += len(pieces.texts)
         yield batch, bool(batch.untrained_turns.any() or (pieces.codes & UNTRAINED).any())
         done += len(pieces)
 
 
-def _encodable(
-    encoder: encoders.Encoder, tokenizer: Tokenizer, source: Source, rows: np.ndarray, pieces: Pieces
-) -> Pieces:
+def _kept(encoder: encoders.Encoder, tokenizer: Tokenizer, source: Source, rows: np.ndarray, pieces: Pieces) -> Pieces:
     """The pieces with the rows dropped whose texts the tokenizer gives up on.
 
     Raises the error of the first row whose texts cannot be encoded on their own, with its place, if it is another error

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from chatdata.check.verify import hash_problems
-from chatdata.document import Document
+from chatdata.document import INDEX_COUNTS, Document
 from chatdata.errors import FormatError, printable
 from chatdata.progress import no_progress
 from chatdata.shards.read import Build, Split
@@ -26,10 +26,7 @@ MAX_ALIGNED = 500  # items of a list; aligning takes quadratic time, and `epochs
 TOTALS = ("documents", "tokens", "supervised")
 _KEY = ["task", "row", "entry"]
 _SHOWN = ["name", *_KEY]
-_COMPARED = (
-    *("task", "row", "entry", "task_position", "num_turns"),
-    *("num_tool_calls", "untrained_turns", "original_tokens", "truncated", "spans"),
-)
+_COMPARED = (*_KEY, "task_position", *INDEX_COUNTS, "truncated", "spans")
 
 
 def diff_builds(a: Build, b: Build) -> dict[str, Any]:
@@ -100,7 +97,7 @@ def _diff_documents(a: Split, b: Split) -> dict[str, Any]:
     first place where the equal documents come in another order, or None. changed: `same_length` of them have as many
     tokens in both (all of them, if only the mask changed).
     """
-    columns = ["doc", "name", *_COMPARED, "digest", "num_tokens"]
+    columns = ["doc", "name", *_COMPARED, "digest"]
     one, two = (split.named_index.select(columns).with_columns(pl.col("task").cast(pl.String)) for split in (a, b))
     pairs, rest_a, rest_b = _pair_equal(one, two)
     changed = rest_a.join(rest_b, on=_KEY, how="inner", suffix="_b").unique("doc", keep="first", maintain_order=True)
@@ -125,11 +122,9 @@ def _pair_equal(one: pl.DataFrame, two: pl.DataFrame) -> tuple[pl.DataFrame, pl.
     what is left of both."""
     pairs = []
     for key in (["digest", *_KEY], ["digest"]):
-        numbered = [
-            index.select(["doc", *key]).with_columns(copy=pl.col("doc").cum_count().over(key)) for index in (one, two)
-        ]
-        joined = numbered[0].join(numbered[1], on=[*key, "copy"], how="inner", suffix="_b")
-        pairs.append(joined.select(pl.col("doc").alias("doc_a"), "doc_b"))
+        copy = pl.col("doc").cum_count().over(key).alias("copy")
+        left, right = (index.select("doc", *key, copy) for index in (one, two))
+        pairs.append(left.join(right, on=[*key, "copy"], suffix="_b").select("doc_b", doc_a="doc"))
         one = one.join(pairs[-1], left_on="doc", right_on="doc_a", how="anti")
         two = two.join(pairs[-1], left_on="doc", right_on="doc_b", how="anti")
     return pl.concat(pairs).sort("doc_a").cast(pl.UInt32), one, two
@@ -255,7 +250,7 @@ def _document_lines(name: str, found: dict[str, Any]) -> list[str]:
         where = f"{row['name']} row {row['row']} (a document {row['doc_a']}, b document {row['doc_b']})"
         lines.append(f"    {where}{only}: {row['first']} from position {row['position']:,} on")
         for side in "ab":
-            text = printable(row[side]["text"]).replace("\n", "\\n").replace("\t", "\\t")
+            text = printable(row[side]["text"], keep="")
             lines.append(f"      {side}: {row[side]['num_tokens']:,} tokens, … {text} …")
     for side in "ab":
         only = found[f"only_{side}"]

@@ -65,8 +65,8 @@ def verify_semantic(
     plan = plan_of_build(build, locations, tasks, recipe)
     problems = source_problems(build, plan)
     chosen: list[_Chosen] = []
-    for name, entries in plan.splits.items():
-        found, wrong = _check_order(build[name], entries, plan.recipe, share)
+    for name in plan.splits:
+        found, wrong = _check_order(build[name], plan, share)
         chosen += found
         problems += wrong
     rendering = list(_check_rendering(plan, chosen, progress))
@@ -108,12 +108,11 @@ def recipe_of_build(manifest: dict[str, Any], tasks: Mapping[str, Task], given: 
         except RecipeError:
             if given:
                 raise
-    table: dict[str, Any] = {key: wanted[key] for key in RULES if wanted.get(key) is not None}
+    table: dict[str, Any] = {key: wanted[key] for key in (*RULES, "shuffle") if wanted.get(key) is not None}
     for split in manifest["splits"]:
         # the rows that val_share gives to val are no entry of a recipe
         entries = [entry for entry in wanted[split] if split == "train" or "val_share" not in entry]
         table |= {split: [_entry_table(entry, tasks) for entry in entries]} if entries else {}
-    table["shuffle"] = {split: wanted["shuffle"][split] for split in manifest["splits"] if split in wanted["shuffle"]}
     return _same_recipe(manifest, parse_recipe(table, "the build's recipe", Path("recipe.toml"), tasks))
 
 
@@ -164,19 +163,17 @@ def source_problems(build: Build, plan: BuildPlan) -> list[str]:
     return problems
 
 
-def _check_order(
-    split: Split, entries: list[PlannedEntry], recipe: Recipe, share: float
-) -> tuple[list[_Chosen], list[str]]:
+def _check_order(split: Split, plan: BuildPlan, share: float) -> tuple[list[_Chosen], list[str]]:
     """The documents to render again, and where (row, position, entry) of the index is not the recipe's mixture.
 
     A place is a number in the concatenation of all entries' positions: `rows` and `entry` are by place.
     """
-    folder = split.build.path / split.name
+    folder, entries = split.build.path / split.name, plan.splits[split.name]
     index = {name: split.index[name].to_numpy().astype(np.int64) for name in ("row", "task_position", "entry")}
     counts = [len(planned.taken) for planned in entries]
     rows = np.concatenate([_rows_of(planned) for planned in entries])
     entry = np.repeat(np.arange(len(entries)), counts)
-    order = mixture_order(counts, recipe.seed, recipe.shuffle[split.name])
+    order = mixture_order(counts, plan.recipe.seed, plan.recipe.shuffle[split.name])
     keys = np.concatenate([planned.task_positions for planned in entries]) + (entry << 32)  # ascending
     sought = index["task_position"] + (index["entry"] << 32)
     places = np.searchsorted(keys, sought)
@@ -242,35 +239,37 @@ def _check_rendering(plan: BuildPlan, chosen: list[_Chosen], progress: Progress)
         wanted = np.zeros(max(r.stop for r in ranges) if source.make_row else source.num_rows, dtype=bool)
         wanted[list(of_row)] = True
         for done, (row, raw) in enumerate(source.read(wanted), start=1):
-            rendered: Document | None = None
-            counts: Mapping[str, int] = {}
             try:
-                rendered, counts = _render_row(source, raw, plan)
+                expected, facts = _render_row(source, raw, plan)
             except ChatdataError as error:
                 if source.reading.invalid == "error":
                     yield f"{source.where(row)}: cannot be rendered: {error}"
                     continue
+                expected, facts = None, {}
             for document in of_row[row]:
-                yield from _compare(document, rendered, counts, plan.recipe, source.where(row))
+                yield from _compare(document, expected, facts, source.where(row))
             progress(source.name, done, len(of_row), "rows", part=True)
 
 
-def _render_row(source: Source, raw: Any, plan: BuildPlan) -> tuple[Document, Mapping[str, int]]:
-    """A row rendered again, and counts that the index has of it."""
+def _render_row(source: Source, raw: Any, plan: BuildPlan) -> tuple[Document | None, dict[str, Any]]:
+    """A row rendered again, None if the recipe's policies drop it; and what the index has of it (RECORDED)."""
     if plan.model_format:
-        return render_row(plan.model_format, source, raw)[:2]
-    converted = call_task(source.task, source.task.to_conversation, raw)
-    if source.task.kind == "text":
-        document = render.render_text(plan.tokenizer, converted)
+        document, counts, _ = render_row(plan.model_format, source, raw)
     else:
-        document = render.render_conversation(plan.tokenizer, converted, source.reading)
-    special_ids = plan.tokenizer.special_ids
-    starts = [special_ids[token] for token in (NANOCHAT.user.opening, NANOCHAT.assistant_start)]
-    return document, {
-        "num_turns": int(np.isin(document.tokens, starts).sum()),
-        "num_tool_calls": sum(span.role == PYTHON for span in document.spans),
-        "untrained_turns": int(np.sum(document.mask[document.tokens == special_ids[NANOCHAT.assistant_end]] == 0)),
-    }
+        converted = call_task(source.task, source.task.to_conversation, raw)
+        if source.task.kind == "text":
+            document = render.render_text(plan.tokenizer, converted)
+        else:
+            document = render.render_conversation(plan.tokenizer, converted, source.reading)
+        user, start, end = (
+            document.tokens == plan.tokenizer.special_ids[token]
+            for token in (NANOCHAT.user.opening, NANOCHAT.assistant_start, NANOCHAT.assistant_end)
+        )
+        counts = Counter(num_turns=int((user | start).sum()), untrained_turns=int((document.mask[end] == 0).sum()))
+        counts["num_tool_calls"] = sum(span.role == PYTHON for span in document.spans)
+    expected = _after_policies(document, plan.recipe)
+    spans = [] if expected is None else [span._asdict() for span in expected.spans]
+    return expected, {**counts, "original_tokens": len(document), "spans": spans}
 
 
 def _after_policies(document: Document, recipe: Recipe) -> Document | None:
@@ -284,10 +283,7 @@ def _after_policies(document: Document, recipe: Recipe) -> Document | None:
     return None if document.num_supervised == 0 and recipe.zero_supervised != "keep" else document
 
 
-def _compare(
-    chosen: _Chosen, original: Document | None, counts: Mapping[str, int], recipe: Recipe, where: str
-) -> Iterator[str]:
-    expected = _after_policies(original, recipe) if original is not None else None
+def _compare(chosen: _Chosen, expected: Document | None, facts: Mapping[str, Any], where: str) -> Iterator[str]:
     folder = chosen.split.build.path / chosen.split.name
     if chosen.doc is None:
         # what the firewall dropped depends on the scored sets it found then: only its number is checked
@@ -295,7 +291,7 @@ def _compare(
             yield f"{folder}: {where} was dropped, but the recipe's policies keep it"
         return
     here = f"{folder}: document {chosen.doc} ({where})"
-    if original is None or expected is None:
+    if expected is None:
         yield f"{here}: the recipe's policies drop it"
         return
     found = chosen.split[chosen.doc]
@@ -307,8 +303,6 @@ def _compare(
         if len(differs):
             i = differs[0]
             yield f"{here}: {what} at position {i:,} is {one[i]}, but rendered again {other[i]}"
-    facts: dict[str, Any] = {**dict.fromkeys(RECORDED, 0), **counts, "original_tokens": len(original)}
-    facts["spans"] = [span._asdict() for span in expected.spans]
     for name in RECORDED:
         if chosen.recorded[name] != facts[name]:
             yield f"{here}: {name} is {chosen.recorded[name]} in the index, but rendered again {facts[name]}"

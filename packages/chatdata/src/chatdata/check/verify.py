@@ -16,7 +16,6 @@ import numpy as np
 from chatdata.disk import file_sha256
 from chatdata.errors import ChatdataError, FormatError
 from chatdata.progress import Progress, no_progress
-from chatdata.recipe import NATIVE
 from chatdata.render.contract import Finding, Rules, check_documents
 from chatdata.render.spans import WHOLE_DOCUMENT
 from chatdata.shards.index import index_arrays, read_index
@@ -84,8 +83,7 @@ def _tokenizer_problems(build: Build) -> list[str]:
 def rules_of(manifest: dict[str, Any]) -> Rules:
     """The rules that a manifest sets for its documents."""
     tokenizer, recipe = manifest["tokenizer"], manifest["recipe"]
-    policies = {key: recipe[key] for key in ("max_tokens", "overflow", "zero_supervised")}
-    policies["chat_format"] = recipe.get("chat_format", NATIVE)
+    policies = {key: recipe[key] for key in ("max_tokens", "overflow", "zero_supervised", "chat_format")}
     return Rules(tokenizer["special_ids"], tokenizer["vocab_size"], manifest["stage"], **policies)
 
 

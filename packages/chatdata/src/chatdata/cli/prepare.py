@@ -1,7 +1,7 @@
 """Commands that make what a build reads: `chatdata tokenizer train | import | show`, `chatdata identity`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -9,9 +9,6 @@ from chatdata.cli.command import FILE, Group, command, json_option, tell, tokeni
 from chatdata.disk import check_free
 from chatdata.errors import PersonaError, UsageError
 from chatdata.progress import say
-
-if TYPE_CHECKING:
-    from chatdata.tokenizer.bpe import Tokenizer
 
 
 @click.group(cls=Group)
@@ -88,7 +85,7 @@ def show(path: Path, text: str | None, as_json: bool) -> None:
     tell(facts, [f"{key:14} {value}" for key, value in words.items()], as_json)
 
 
-def _save(loaded: "Tokenizer", out: Path) -> None:
+def _save(loaded: Any, out: Path) -> None:
     from chatdata.look.console import shard_dtype
     from chatdata.tokenizer.files import save_tokenizer
 

@@ -91,16 +91,13 @@ def word_table(tokenizer: Tokenizer) -> WordTable:
 
 def _hashes(letters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Hash of each of the words that follow each other in `letters` (uint8); 0 for an empty one."""
-    hashes, ends = np.zeros(len(lengths), dtype=np.uint64), np.cumsum(lengths)
-    for first in range(0, len(lengths), CHUNK_TOKENS):  # in reused memory: all at once took twice as long
-        filled = first + np.flatnonzero(lengths[first : first + CHUNK_TOKENS])
-        if len(filled):
-            counts = lengths[filled]
-            begin = int(ends[filled[0]] - counts[0])
-            starts = ends[filled] - counts - begin
-            chunk = letters[begin : ends[filled[-1]]]
-            places = (np.arange(len(chunk)) - np.repeat(starts, counts)) & (MAX_WORD_BYTES - 1)
-            hashes[filled] = np.add.reduceat(chunk * _POWERS[places], starts)
+    hashes, ends, filled = np.zeros(len(lengths), dtype=np.uint64), np.cumsum(lengths), np.flatnonzero(lengths)
+    for first in range(0, len(filled), CHUNK_TOKENS):  # in reused memory: all at once took twice as long
+        part = filled[first : first + CHUNK_TOKENS]
+        begins = ends[part] - lengths[part]
+        chunk, starts = letters[begins[0] : ends[part[-1]]], begins - begins[0]
+        places = (np.arange(len(chunk)) - np.repeat(starts, lengths[part])) & (MAX_WORD_BYTES - 1)
+        hashes[part] = np.add.reduceat(chunk * _POWERS[places], starts)
     return hashes
 
 
@@ -230,13 +227,11 @@ def _words(table: WordTable, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray
     in_several = ~begins  # tokens of words that have several: from the second on the powers continue
     in_several[:-1] |= ~begins[1:]
     several = np.flatnonzero(in_several)
-    if len(several):
-        num_bytes = table.num_bytes[tokens[places[several]]]
-        before = np.cumsum(num_bytes) - num_bytes
-        before -= np.maximum.accumulate(np.where(begins[several], before, 0))
-        hashes[several] *= _POWERS[before & (MAX_WORD_BYTES - 1)]
-        hashes = np.add.reduceat(hashes, starts)
-    return hashes, places[starts]
+    num_bytes = table.num_bytes[tokens[places[several]]]
+    before = np.cumsum(num_bytes) - num_bytes
+    before -= np.maximum.accumulate(np.where(begins[several], before, 0))
+    hashes[several] *= _POWERS[before & (MAX_WORD_BYTES - 1)]
+    return np.add.reduceat(hashes, starts), places[starts]
 
 
 def _texts_of(ngrams: Ngrams, documents: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from msgspec import Struct
 
 from chatdata.conversation import parse_conversation
 from chatdata.disk import shown
@@ -41,8 +41,7 @@ class ScoredItem(NamedTuple):
         return max(self.parts, key=lambda part: len(part.split()))
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(Struct, frozen=True):
     """All items, an index over their `key_text`, a build's tokenizer and the words of its tokens.
 
     checked: scored set or file → its source; not_checked: scored set → why; cpu_s: what reading and indexing took.
@@ -111,12 +110,11 @@ def _scored_items(
                 with hub.nothing_fetched():
                     source = resolve(scored_entry(task, name), task, locations)
                 items += _items_of(task, name, source)
+                checked[name] = source
             except MissingSource:
                 not_checked[name] = "dataset not found locally"
             except ChatdataError as error:
                 not_checked[name] = str(error)
-            else:
-                checked[name] = source
     return items, checked, not_checked
 
 

@@ -154,11 +154,10 @@ def _find_words(
         candidates[document] |= share == 1
     for source, row_map in row_maps.items():
         rows = (row_map.document_of >= 0) & candidates[row_map.document_of]
-        if rows.any():
-            for row, raw in source.read(rows):
-                word = call_task(source.task, word_of(source.task), raw)
-                for item in words.get(normalise(word), ()):
-                    yield Hit(int(row_map.document_of[row]), item, "word", 1.0)
+        for row, raw in source.read(rows):
+            word = call_task(source.task, word_of(source.task), raw)
+            for item in words.get(normalise(word), ()):
+                yield Hit(int(row_map.document_of[row]), item, "word", 1.0)
 
 
 def _places(documents: set[int], row_maps: Mapping[Source, RowMap]) -> dict[int, dict[str, Any]]:

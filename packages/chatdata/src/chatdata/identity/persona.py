@@ -75,16 +75,14 @@ def load_persona(path: Path) -> Persona:
 def parse_persona(table: dict[str, Any], shown: str) -> Persona:
     """The persona of a TOML table. shown: the file's name in messages. Raises PersonaError."""
     read = convert(table, PersonaTable, shown, PersonaError)
-    facts = tuple(
-        Fact((), (f,)) if isinstance(f, str) else Fact(_texts(f.question), _texts(f.answer)) for f in read.facts
-    )
+    facts = [Fact((), (f,)) if isinstance(f, str) else Fact(_texts(f.question), _texts(f.answer)) for f in read.facts]
     told = [text for fact in facts for text in fact.questions or fact.answers]
     for key, texts in (("languages", read.languages), ("facts", told)):
         folded = [text.casefold() for text in texts]
         for i, text in enumerate(texts):
             if folded[i] in folded[:i]:
                 raise PersonaError(f'{shown}, key "{key}": "{text}" is there twice; leave one out')
-    return Persona(read.name, read.description, read.maker, read.licence, read.languages, facts)
+    return Persona(read.name, read.description, read.maker, read.licence, read.languages, tuple(facts))
 
 
 def _texts(phrasings: str | tuple[str, ...]) -> tuple[str, ...]:
