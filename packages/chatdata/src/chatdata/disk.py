@@ -69,12 +69,13 @@ def check_replaceable(out: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write to a hidden name next to `path`, sync, rename. Raises OSError."""
+    """Write to a hidden name next to `path`, sync, rename. Raises OSError, always with a name."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        partial.write_bytes(data)
-        sync(partial)
-        partial.replace(path)
+        with naming(path):
+            partial.write_bytes(data)
+            sync(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chatdata.conversation import Conversation
-from chatdata.disk import check_file, decode, naming, write_whole
+from chatdata.disk import check_file, decode, write_whole
 from chatdata.errors import BuildError, PersonaError, UsageError
 from chatdata.identity.persona import SENTENCE_ENDS, Persona
 from chatdata.tasks.task import one_turn
@@ -109,8 +109,7 @@ def check_target(out: Path, force: bool) -> None:
 def write_conversations(conversations: Iterable[Conversation], out: Path) -> None:
     """Write JSONL, one conversation per line as a list of messages, whole or not at all."""
     lines = (json.dumps(conversation["messages"], ensure_ascii=False) + "\n" for conversation in conversations)
-    with naming(out):
-        write_whole(out, "".join(lines).encode())
+    write_whole(out, "".join(lines).encode())
 
 
 @lru_cache(maxsize=1)

@@ -153,7 +153,6 @@ def _put_in_order(out: Path, scored: Sequence[ScoredTask], draws: int) -> None:
             lines[place[item["task"], item["item"], item["draw"]]] = line
     in_order = b"".join(lines[number] + b"\n" for number in sorted(lines))
     if paths != [out / ITEMS_NAME] or paths[0].read_bytes() != in_order:
-        with naming(out / ITEMS_NAME):
-            write_whole(out / ITEMS_NAME, in_order)
+        write_whole(out / ITEMS_NAME, in_order)
     for path in out.glob("items-*.jsonl"):
         path.unlink()

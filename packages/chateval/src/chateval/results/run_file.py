@@ -126,8 +126,7 @@ def _hashes(source: Source) -> list[str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data, whole or not at all."""
-    with naming(path):
-        write_whole(path, json_bytes(value))
+    write_whole(path, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:

@@ -100,9 +100,8 @@ def lock_run(out: Path, resume: bool = False) -> Iterator[None]:
 
 
 def write_run(out: Path, record: RunRecord) -> None:
-    with naming(out / RUN_NAME):
-        text = json.dumps(msgspec.to_builtins(record), indent=1, sort_keys=True) + "\n"
-        write_whole(out / RUN_NAME, text.encode())
+    text = json.dumps(msgspec.to_builtins(record), indent=1, sort_keys=True) + "\n"
+    write_whole(out / RUN_NAME, text.encode())
 
 
 def read_run(run: Path) -> RunRecord:

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from chatdata.disk import check_file, naming, write_whole
+from chatdata.disk import check_file, write_whole
 from chatdata.errors import UsageError
 from chatdata.tokenizer.bpe import Tokenizer
 
@@ -94,8 +94,7 @@ def write_page(out: Path, room: str, charts: Mapping[str, dict[str, Any]], **val
         hashes=" ".join(f"'sha256-{digest}'" for digest in digests),
         **values,
     )
-    with naming(out):
-        write_whole(out, page.encode("utf-8"))
+    write_whole(out, page.encode("utf-8"))
     return len(page.encode("utf-8"))
 
 
