@@ -178,8 +178,7 @@ def writes_to(folder: Path, full: str, unusable: str = "") -> Iterator[None]:
             raise BuildError(f"{folder}: no space left on the disk{full}") from None
         if is_usable:
             raise
-        reason = (error.strerror or str(error)).lower()
-        raise BuildError(f"{folder}: cannot be written ({reason}){unusable}") from None
+        raise BuildError(f"{folder}: cannot be written ({(error.strerror or str(error)).lower()}){unusable}") from None
 
 
 def decode(
@@ -247,8 +246,7 @@ def shown(value: Any) -> str:
 
 def _explain(value: Any, type: Any, problem: str) -> tuple[str, str]:
     """(place, text) of the innermost part of `value` that is wrong. problem: what msgspec says about `value`."""
-    inner = next(_inside(value, type, problem), None)
-    if inner is not None:
+    if inner := next(_inside(value, type, problem), None):
         return inner
     if get_origin(type) is Literal and isinstance(value, str):
         return "", shown(value) + nearest(value, get_args(type))

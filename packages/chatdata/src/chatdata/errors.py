@@ -91,8 +91,7 @@ def first_line(error: object) -> str:
 
 def general(reason: str) -> str:
     """A reason without what differs from row to row: numbers, texts in single quotes, and advice after a semicolon."""
-    alike = re.sub(r"(?<!\w)('[^']*')|\d+", lambda found: "'…'" if found[1] else "N", reason)
-    return alike.partition("; ")[0]
+    return re.sub(r"(?<!\w)('[^']*')|\d+", lambda found: "'…'" if found[1] else "N", reason).partition("; ")[0]
 
 
 def kind_of(value: object) -> str:

@@ -184,8 +184,7 @@ def push(folder: Path, manifest: dict[str, Any], address: str, card: str, progre
     _check_hashes(folder, dict(zip(sizes, found.values(), strict=True)), folder, "pushed")
     with requests_to(f"{place.name}: ", place.repo, place.revision, "cannot be uploaded to"):
         removed = (_push_to_hub if place.repo else _push_to_store)(place, folder, sizes, card, progress)
-    facts = {"address": place.name, "build_id": manifest["build_id"], "removed": removed}
-    return facts | {"bytes": sum(sizes.values())}
+    return {"address": place.name, "build_id": manifest["build_id"], "removed": removed, "bytes": sum(sizes.values())}
 
 
 def _push_to_hub(place: Place, folder: Path, sizes: dict[str, int], card: str, progress: Progress) -> list[str]:

@@ -87,8 +87,7 @@ def index_arrays(table: pa.Table) -> dict[str, np.ndarray]:
     columns = {name: values_of(table[name]) for name in plain}
     task = table["task"].unify_dictionaries().combine_chunks()
     columns["task"] = np.array(task.dictionary.to_pylist(), dtype=object)[values_of(task.indices)]
-    digests = to_numpy(table["digest"].combine_chunks(), np.dtype("V16"))
-    columns["digest"] = digests.view(np.uint8).reshape(-1, 16)
+    columns["digest"] = to_numpy(table["digest"].combine_chunks(), np.dtype("V16")).view(np.uint8).reshape(-1, 16)
     spans = table["spans"].combine_chunks()
     columns["num_spans"] = np.diff(values_of(spans.offsets)).astype(np.int64)
     for key, values in zip(Span._fields, spans.flatten().flatten(), strict=True):

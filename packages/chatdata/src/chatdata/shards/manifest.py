@@ -251,11 +251,9 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> tuple[list[str], dict
     """
     root, files = os.path.realpath(folder), list(build_files(folder, manifest))
     paths = [*(file for _, file, _ in files), *(folder / name for name in ("tokenizer", *manifest["splits"]))]
-    outside = [path for path in paths if not Path(os.path.realpath(path)).is_relative_to(root)]
-    if outside:
+    if outside := [path for path in paths if not Path(os.path.realpath(path)).is_relative_to(root)]:
         return [f"{path}: a link out of the build" for path in outside], {}
-    checked = ((file, file_problem(file, record, hashed=kind not in LARGE_KINDS)) for kind, file, record in files)
-    wrong = {file: problem for file, problem in checked if problem}
+    wrong = {f: problem for kind, f, record in files if (problem := file_problem(f, record, kind not in LARGE_KINDS))}
     problems, readable = [f"{file}: {problem}" for file, problem in wrong.items()], dict[str, list[int]]()
     for name, split in manifest["splits"].items():
         readable[name] = []

@@ -22,13 +22,15 @@ from chatdata.tokenizer.bpe import Tokenizer
 
 MAX_SHARD_TOKENS = 2**27  # 256 MiB of uint16 tokens: few files, and a shard still copies in seconds
 MAX_LISTED_CALLS = 1_000  # mismatches listed in report.json, 100 bytes each; all of them are counted
+Chunks = Iterator[tuple[np.ndarray, np.ndarray]]  # ids, mask
+Columns = dict[str, np.ndarray]  # as plan.rows_in_order gives them
 INDEX_ROWS = 1 << 17  # in a row group of the index: its spans take about 30 MB while they are gathered
 
 
 def write_split(
     folder: Path,
     entries: list[PlannedEntry],
-    rows: dict[str, np.ndarray],
+    rows: Columns,
     documents: RenderedDocuments,
     contaminated: np.ndarray,
     tokenizer: Tokenizer,
@@ -37,7 +39,7 @@ def write_split(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write a split into the new `folder`; return its part of the manifest, and of the report's `tool_calls`.
 
-    rows: columns as plan.rows_in_order gives them. contaminated: int64 [n], numbers of documents to leave out.
+    contaminated: int64 [n], numbers of documents to leave out.
     threads: the files of a shard are written side by side.
     Raises BuildError if the policies leave no document.
     """
@@ -66,18 +68,14 @@ def write_split(
     return {"documents": len(rows["document"]), "entries": ledger, "shards": shards, **totals}, tool_calls
 
 
-def _shown(
-    chunks: Iterator[tuple[np.ndarray, np.ndarray]], progress: Progress, name: str, done: int, total: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _shown(chunks: Chunks, progress: Progress, name: str, done: int, total: int) -> Chunks:
     for tokens, mask in chunks:
         yield tokens, mask
         done += len(tokens)
         progress(name, done, total, "tokens")
 
 
-def _tool_calls(
-    entries: list[PlannedEntry], rows: dict[str, np.ndarray], documents: RenderedDocuments
-) -> dict[str, Any]:
+def _tool_calls(entries: list[PlannedEntry], rows: Columns, documents: RenderedDocuments) -> dict[str, Any]:
     """How the recorded outputs of tool calls compare with the calculator's: counts per entry with any, and a list.
 
     `calls` leaves out those of other tools, which the ledger counts.
@@ -91,8 +89,8 @@ def _tool_calls(
         num_calls -= documents.tallied(of_entry).get("other_tools", 0)
         if num_calls:
             kinds = Counter(found.kind for i, found in mismatches if rows["entry"][i] == number)
-            named = {"task": planned.entry.task, "name": planned.entry.name}
-            counts[str(number)] = {**named, "calls": num_calls, **kinds}
+            entry = planned.entry
+            counts[str(number)] = {"task": entry.task, "name": entry.name, "calls": num_calls, **kinds}
     listed = [
         {"entry": int(rows["entry"][i]), "row": int(rows["row"][i]), **found._asdict()}
         for i, found in mismatches[:MAX_LISTED_CALLS]
@@ -101,7 +99,7 @@ def _tool_calls(
 
 
 def _ledger(
-    entries: list[PlannedEntry], rows: dict[str, np.ndarray], documents: RenderedDocuments, drop_reasons: np.ndarray
+    entries: list[PlannedEntry], rows: Columns, documents: RenderedDocuments, drop_reasons: np.ndarray
 ) -> list[dict[str, Any]]:
     """Per entry: rows read, documents, tokens, supervised, truncated, tokens lost, dropped by reason, tallies."""
     ledger = []
@@ -133,7 +131,7 @@ def _ledger(
 def write_shard(
     folder: Path,
     number: int,
-    chunks: Iterator[tuple[np.ndarray, np.ndarray]],
+    chunks: Chunks,
     lengths: np.ndarray,
     index: Iterable[pa.Table],
     dtype: np.dtype,

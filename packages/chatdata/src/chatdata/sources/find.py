@@ -168,8 +168,7 @@ def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
     if "*" in path.name:  # only * is a wildcard, only in the name, and as in a shell not for a dot at its start
         found = sorted(path.parent.glob(escape(path.name).replace("[*]", "*")))
         files = [file for file in found if path.name[0] == "." or file.name[0] != "."]
-    wrong = next((file for file in files if not file.is_file()), None if files else path)
-    if wrong is not None:
+    if wrong := next((file for file in files if not file.is_file()), None if files else path):
         make = MAKE_IDENTITY if task.name == "identity" else ""
         instead = f"{path} takes files only" if wrong != path else f"name a file, or {path}/*.jsonl"
         raise MissingSource(f"{wrong}: a folder; {instead}{make}" if wrong.is_dir() else f"{wrong}: no such file{make}")

@@ -46,8 +46,7 @@ def jsonl_segments(lines: BufferedReader) -> list[Segment]:
         if offset - begin >= SEGMENT_BYTES:
             segments.append(Segment(num_rows, offset - begin, begin, begin_line, "line"))
             num_rows, begin, begin_line = 0, offset, number
-    last = Segment(num_rows, offset - begin, begin, begin_line, "line")
-    return [*segments, last] if num_rows else segments
+    return [*segments, Segment(num_rows, offset - begin, begin, begin_line, "line")] if num_rows else segments
 
 
 def array_segments(file: BufferedReader, name: str) -> list[Segment] | None:

@@ -81,17 +81,14 @@ class Source:
 
         Text that is not UTF-8 raises SourceError; with `invalid = "drop"` that is the row's value.
         """
-        if isinstance(raw, list):
-            found = raw
-        else:
-            try:
-                found = raw.to_pylist()
-            except UnicodeDecodeError:
-                if self.reading.invalid == "error":
-                    raise SourceError(f"{self.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
-                if len(raw) == 1:
-                    return [SourceError("text that is not UTF-8")]
-                return [row for i in range(len(raw)) for row in self.rows_of(rows[i : i + 1], raw.slice(i, 1))]
+        try:
+            found = raw if isinstance(raw, list) else raw.to_pylist()
+        except UnicodeDecodeError:
+            if self.reading.invalid == "error":
+                raise SourceError(f"{self.where(int(rows[0]))} … {rows[-1]}: text that is not UTF-8") from None
+            if len(raw) == 1:
+                return [SourceError("text that is not UTF-8")]
+            return [row for i in range(len(raw)) for row in self.rows_of(rows[i : i + 1], raw[i : i + 1])]
         from_arrow = self.dataset is not None or not isinstance(raw, list)
         return without_nulls(found) if from_arrow and self.task.rows_are_conversations else found
 

@@ -49,14 +49,11 @@ def program(row: dict[str, Any], text: str) -> str:
 def answer_code(text: str, name: str) -> str:
     """The first fenced block of Python that defines `name`; else the first one; all of the text if there is none."""
     text = text.replace("\r\n", "\n")
-    python: list[str] = []
-    other: list[str] = []
-    at = 0
+    python, other, at = list[str](), list[str](), 0
     while opening := _OPENING.search(text, at):
         at = opening.end()
         if fence := opening["fence"] or opening["inner"]:
-            ends = (token for token in _CODE.finditer(text, at) if (token["fence"] or "").startswith(fence))
-            end = next(ends, None)
+            end = next((token for token in _CODE.finditer(text, at) if (token["fence"] or "").startswith(fence)), None)
             code = text[at : end.start()] if end else text[at:].rstrip().removesuffix(fence)
             words = (opening["info"] or "").lower().strip(" \t{}.:").split()
             (python if not words or words[0].startswith("py") else other).append(code.strip())

@@ -7,16 +7,16 @@ https://huggingface.co/datasets/HuggingFaceTB/smol-smoltalk (Apache-2.0). A row:
      "source": "smol-magpie-ultra-short"}
 """
 
-from chatdata.tasks.conversations import to_conversation
-from chatdata.tasks.task import Task
+from dataclasses import replace
 
-TASK = Task(
+from chatdata.tasks import conversations
+
+TASK = replace(
+    conversations.TASK,
     name="smoltalk",
     summary="general conversations for small models",
     licence="Apache-2.0",
     hub="HuggingFaceTB/smol-smoltalk",
     splits={"": {"train": 460_341, "test": 24_229}},
     permuted=True,
-    to_conversation=to_conversation,
-    rows_are_conversations=True,
 )

@@ -79,7 +79,6 @@ def split_words(words: Sequence[str], path: Path, split: str, holdout: bool) -> 
         return list(words)
     test_words = _test_words(path, path.stat().st_ctime_ns)
     choose = filter if split == "test" else filterfalse  # C loops: 0.02 s, a comprehension takes 0.13
-    kept = list(choose(test_words.__contains__, words))
-    if not kept:
+    if not (kept := list(choose(test_words.__contains__, words))):
         raise SourceError(f"the word list has no {split} word: with holdout = true one word in ten is a test word")
     return kept

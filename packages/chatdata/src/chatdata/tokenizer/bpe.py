@@ -73,7 +73,7 @@ class Tokenizer:
         self.num_bytes_appended = 0  # single bytes that the tokenizer.json had no token for
         self.ranks = dict(ranks)
         self.pattern = pattern
-        self.special_ids = dict(special_ids)
+        self.special_ids = dict(sorted(special_ids.items(), key=itemgetter(1)))
         self.missing_special_tokens = [token for token in SPECIAL_TOKENS if token not in special_ids]
         self.vocab_size = max(*ranks.values(), *special_ids.values()) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= MAX_UINT16_VOCAB else "<u4")
@@ -219,6 +219,5 @@ def _check_vocabulary(ranks: Mapping[bytes, int], special_ids: Mapping[str, int]
     if len(set(ids)) != len(ids):
         values, counts = np.unique(ids, return_counts=True)
         raise TokenizerError(f"{name}: id {int(values[counts > 1][0])} is used twice")
-    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if absent:
+    if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise TokenizerError(f"{name}: {len(absent)} of the 256 single bytes have no token (first: 0x{absent[0]:02x})")

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,7 @@ def load_tokenizer(path: str | Path, *, native: bool = True) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         candidates = [path / "tokenizer.json", path / "tokenizer" / "tokenizer.json", path / "tokenizer.pkl"]
-        found = [candidate for candidate in candidates if candidate.is_file()]
-        if not found:
+        if not (found := [candidate for candidate in candidates if candidate.is_file()]):
             hint = "; vocab.json and merges.txt do not say how to split text: save it with transformers' AutoTokenizer"
             absent = "no tokenizer.json, tokenizer/tokenizer.json or tokenizer.pkl in this folder"
             raise TokenizerError(f"{path}: {absent}{hint if (path / 'merges.txt').is_file() else ''}")
@@ -87,7 +85,7 @@ def _contents(tokenizer: Tokenizer) -> dict[str, Any]:
     """What goes into tokenizer.json: `tokenizers` gives the tokenizer's ids for every text that it does not refuse."""
     contents: dict[str, Any] = json.loads(Path(__file__).with_name("blank_tokenizer.json").read_text(encoding="utf-8"))
     off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = sorted(tokenizer.special_ids.items(), key=itemgetter(1))
+    special = tokenizer.special_ids.items()  # in the order of their ids
     contents["added_tokens"] = [{"id": token_id, "content": name, **off, "special": True} for name, token_id in special]
     contents["normalizer"] = {"type": "NFC"} if tokenizer.nfc else None
     contents["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = tokenizer.pattern_of_tokenizers

@@ -81,8 +81,7 @@ def _read(pattern: str, target: Target) -> list[_Part]:
     """The alternatives of a pattern."""
     tokens, at = [], 0
     while at < len(pattern):
-        token = _TOKEN.match(pattern, at)
-        tokens.append(token or _refuse(pattern, at))
+        tokens.append(_TOKEN.match(pattern, at) or _refuse(pattern, at))
         at = tokens[-1].end()
     tokens.reverse()
     alternatives = _alternatives(tokens, target, 0)

@@ -42,12 +42,8 @@ def read_pickle(path: Path) -> Tokenizer:
         _check_sizes(data)
         state = vars(_EncodingUnpickler(io.BytesIO(data)).load())
         ranks, pattern, special_ids = state["mergeable_ranks"], state["pat_str"], state["special_tokens"]
-        plain = (
-            isinstance(pattern, str)
-            and all(type(token) is bytes and type(rank) is int for token, rank in ranks.items())
-            and all(type(token) is str and type(rank) is int for token, rank in special_ids.items())
-        )
-        if not plain:
+        parts = ([pattern], str), (ranks, bytes), (ranks.values(), int), (special_ids, str), (special_ids.values(), int)
+        if not all(set(map(type, part)) <= {kind} for part, kind in parts):
             raise TypeError("ranks or special tokens of another type")
     except TokenizerError as error:
         raise error.at(str(path)) from None
