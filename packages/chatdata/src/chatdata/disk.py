@@ -31,6 +31,7 @@ from msgspec.inspect import is_struct_type
 from chatdata.errors import BuildError, UsageError, nearest
 
 T = TypeVar("T")
+Failure = Callable[[str], Exception]  # what is raised, from its message
 MAX_SHOWN = 60  # characters of a wrong value in a message
 MAX_TOML, MAX_KEY_PARTS = 4_000_000, 100  # characters; parts of a dotted key
 _TOML_TEXTS = re.compile(  # strings of several lines, strings, comments
@@ -181,9 +182,7 @@ def writes_to(folder: Path, full: str, unusable: str = "") -> Iterator[None]:
         raise BuildError(f"{folder}: cannot be written ({(error.strerror or str(error)).lower()}){unusable}") from None
 
 
-def decode(
-    data: bytes, type: type[T], where: str, error: Callable[[str], Exception], kind: Literal["json", "toml"] = "json"
-) -> T:
+def decode(data: bytes, type: type[T], where: str, error: Failure, kind: Literal["json", "toml"] = "json") -> T:
     """Bytes of JSON or TOML as a `type`. Raises `error`, with `where` (a file, or a file and line) in front."""
     try:
         value = _read_toml(data.decode("utf-8-sig")) if kind == "toml" else msgspec.json.decode(data)
@@ -204,7 +203,7 @@ def _read_toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def json_lines(path: Path, error: Callable[[str], Exception], remedy: str = "") -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, error: Failure, remedy: str = "") -> Iterator[tuple[str, Any]]:
     """(file and line, plain data, also NaN) of each line of JSON, but not one that a kill cut off. Raises `error`."""
     *lines, _unfinished = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -216,7 +215,7 @@ def json_lines(path: Path, error: Callable[[str], Exception], remedy: str = "") 
         yield where, value
 
 
-def convert(value: Any, type: type[T], where: str, error: Callable[[str], Exception]) -> T:
+def convert(value: Any, type: type[T], where: str, error: Failure) -> T:
     """Plain data, as JSON and TOML have it, as a `type`. Raises `error`, with `where` in front."""
     try:
         return msgspec.convert(value, type)

@@ -54,8 +54,7 @@ def ranges_of(policy: MaskPolicy, spans: Iterable[DocumentSpans]) -> Ranges:
     role = _REASONING if policy == "no-reasoning" else _PYTHON
     find = last_messages if policy == "last-turn" else partial(parts_of, role)
     parts = [find(*piece) for piece in spans]
-    starts, stops = (np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*parts, strict=True))
-    return Ranges(starts, stops)
+    return Ranges(*(np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*parts, strict=True)))
 
 
 def select(policy: MaskPolicy, stored: np.ndarray, inside: np.ndarray) -> np.ndarray:

@@ -54,14 +54,13 @@ def write_split(
         raise BuildError(f"{folder.name}: the recipe's policies drop all {len(reasons):,} documents; {why}")
     tool_calls = _tool_calls(entries, rows, documents)
     folder.mkdir()
-    names = [planned.entry.task for planned in entries]
     lengths, shards = documents.num_tokens[rows["document"]].astype(np.int64), []
     for number, (first, last) in enumerate(blocks_of(lengths, MAX_SHARD_TOKENS)):
         chosen = rows["document"][first:last]
         done, total = int(lengths[:first].sum()), int(lengths.sum())
         chunks = _shown(documents.chunks(chosen), progress, f"write {folder.name}", done, total)
         columns = {key: values[first:last] for key, values in rows.items()}
-        index = documents.index_tables(chosen, first, columns, names, INDEX_ROWS)
+        index = documents.index_tables(chosen, first, columns, [planned.entry.task for planned in entries], INDEX_ROWS)
         dtype, vocab_size = tokenizer.dtype, tokenizer.vocab_size
         shards.append(write_shard(folder, number, chunks, lengths[first:last], index, dtype, vocab_size, threads))
     totals = {key: sum(shard[key] for shard in shards) for key in ("tokens", "supervised")}

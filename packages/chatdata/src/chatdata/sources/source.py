@@ -64,9 +64,7 @@ class Source:
         """(rows, bytes) of consecutive runs of rows that can be read on their own, `num_rows` in all."""
         if self.dataset is None and self.task.generate is None:
             return [(segment.num_rows, segment.num_bytes) for file in self.files for segment in file.segments]
-        row_bytes = GENERATED_ROW_BYTES
-        if self.dataset is not None:
-            row_bytes = max(1, self.dataset.data.nbytes // len(self.dataset))
+        row_bytes = max(1, self.dataset.data.nbytes // len(self.dataset)) if self.dataset else GENERATED_ROW_BYTES
         lengths = [min(ROWS_PER_SEGMENT, num_rows - first) for first in range(0, num_rows, ROWS_PER_SEGMENT)]
         return [(length, length * row_bytes) for length in lengths]
 

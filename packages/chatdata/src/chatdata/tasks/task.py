@@ -136,12 +136,11 @@ def call_task(task: Task, function: Callable[..., Any], row: Any, *arguments: An
         raise row
     try:
         return function(row, *arguments)
-    except KeyError as error:
-        raise TaskError(f'the row does not fit task "{task.name}": no key "{error.args[0]}"') from error
     except ChatdataError:
         raise
     except Exception as error:
-        raise TaskError(f'the row does not fit task "{task.name}": {type(error).__name__} {error}') from error
+        reason = f'no key "{error.args[0]}"' if isinstance(error, KeyError) else f"{type(error).__name__} {error}"
+        raise TaskError(f'the row does not fit task "{task.name}": {reason}') from error
 
 
 def load_tasks(task_files: tuple[Path, ...] = ()) -> dict[str, Task]:

@@ -64,7 +64,7 @@ class Tokenizer:
     def __init__(
         self, ranks: Mapping[bytes, int], pattern: str, special_ids: Mapping[str, int], name: str, nfc: bool = False
     ) -> None:
-        import tiktoken
+        from tiktoken import Encoding
 
         _check_vocabulary(ranks, special_ids, name)
         self.name = name
@@ -83,12 +83,10 @@ class Tokenizer:
         except ValueError as error:
             raise TokenizerError(f"{name}: {error}") from None
         try:
-            self.encoding = tiktoken.Encoding(
-                name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
-            )
+            self.encoding = Encoding(name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids)
         except ValueError as error:
             raise TokenizerError(f"{name}: the split pattern does not compile: {first_line(error)}") from None
-        single = tiktoken.Encoding(name, pat_str=alternatives or "(?!)", mergeable_ranks=BYTES, special_tokens={})
+        single = Encoding(name, pat_str=alternatives or "(?!)", mergeable_ranks=BYTES, special_tokens={})
         # what no alternative of the pattern matches, tiktoken drops in silence: `\S+` loses spaces
         if lost := [char for char in characters if not single.encode_ordinary(char)]:
             right = "it must match every character, whatever comes after it, for example by ending in |\\s+|."

@@ -14,8 +14,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 
@@ -171,8 +170,7 @@ def _through_tiktoken(
 def _rank_file(tokenizer: Tokenizer) -> Iterator[str]:
     """A .tiktoken file of the merges, numbered 0, 1, 2, … in the order of their ids: both libraries want no holes."""
     tokens = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
-    lines = [b"%b %d\n" % (base64.b64encode(token), number) for number, token in enumerate(tokens)]
-    with TemporaryDirectory(prefix="chatdata-") as folder:
-        path = Path(folder) / "ranks.tiktoken"
-        path.write_bytes(b"".join(lines))
-        yield str(path)
+    with NamedTemporaryFile(prefix="chatdata-", suffix=".tiktoken") as file:
+        file.writelines(b"%b %d\n" % (base64.b64encode(token), number) for number, token in enumerate(tokens))
+        file.flush()
+        yield file.name

@@ -9,7 +9,7 @@ from typing import Any
 from chatdata.errors import TokenizerError
 from chatdata.tokenizer.bpe import Tokenizer, append_special_tokens
 from chatdata.tokenizer.encoders import canary_texts
-from chatdata.tokenizer.folder import FolderTokenizer
+from chatdata.tokenizer.folder import FILES, FolderTokenizer
 from chatdata.tokenizer.merges import TO_BYTE, TO_CHAR, ranks_of_merges
 from chatdata.tokenizer.patterns import to_tiktoken
 from chatdata.tokenizer.pickled import read_pickle
@@ -68,17 +68,12 @@ def _files(tokenizer: Tokenizer) -> dict[str, str]:
     contents = json.dumps(_contents(tokenizer), ensure_ascii=False, separators=(",", ":"))
     if not tokenizer.is_as_saved:
         _compare_with_tokenizers(tokenizer, contents)
-    is_native = not tokenizer.missing_special_tokens
-    named = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "pad_token": "<|assistant_end|>"}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **(named if is_native else {}),
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    files = {"tokenizer.json": contents, "tokenizer_config.json": json.dumps(config, indent=1) + "\n"}
-    template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-    return files | ({"chat_template.jinja": template} if is_native else {})
+    shipped = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in FILES[1:]}
+    if not tokenizer.missing_special_tokens:
+        return {"tokenizer.json": contents, **shipped}
+    config = json.loads(shipped["tokenizer_config.json"])
+    plain = {key: value for key, value in config.items() if key not in ("bos_token", "eos_token", "pad_token")}
+    return {"tokenizer.json": contents, "tokenizer_config.json": json.dumps(plain, indent=1) + "\n"}
 
 
 def _contents(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -144,13 +144,9 @@ def _quantified(part: _Part, token: re.Match[str], target: Target) -> _Part:
     is_possessive_count = kind == "+" and count[0] == "{"
     is_again = is_possessive_count and target == "tiktoken"
     too_often = count != "?" and part.times * (most if high or not comma else 1) > MAX_TIMES
-    if (
-        part.may_be_empty
-        or most < max(least, 1)
-        or too_often
-        or (kind == "?" and not comma)
-        or (is_again and (least == 0 or (comma and not high)))
-    ):
+    is_lazy_number = kind == "?" and not comma
+    is_open_again = is_again and (least == 0 or (comma and not high))
+    if part.may_be_empty or most < max(least, 1) or too_often or is_lazy_number or is_open_again:
         _refuse(token.string, token.start("count"))
     text = part.text + count + kind
     if is_possessive_count:
