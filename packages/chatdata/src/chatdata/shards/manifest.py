@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -199,14 +200,11 @@ def contradictions(manifest: dict[str, Any]) -> Iterator[str]:
             expected |= {"entry": i, "rows": entry["documents"] + sum(entry["dropped"].values())}
             found += [(f"{at}.entries[{i}].{key}", entry[key], value) for key, value in expected.items()]
         found.append((f"{at}.entries", len(split["entries"]), len(asked)))
-        for key in ("documents", "tokens", "supervised"):
-            sums = [sum(part[key] for part in split[parts]) for parts in ("shards", "entries")]
-            found += [(f"{at}.{key}", split[key], total) for total in sums]
-        found += [
-            (f"{at}.shards[{i}].files.{kind}.file", shard["files"][kind]["file"], FILE_NAMES[kind].format(i))
-            for i, shard in enumerate(split["shards"])
-            for kind in FILE_KINDS
-        ]
+        for key, parts in product(("documents", "tokens", "supervised"), ("shards", "entries")):
+            found.append((f"{at}.{key}", split[key], sum(part[key] for part in split[parts])))
+        for (i, shard), kind in product(enumerate(split["shards"]), FILE_KINDS):
+            file = shard["files"][kind]["file"]
+            found.append((f"{at}.shards[{i}].files.{kind}.file", file, FILE_NAMES[kind].format(i)))
     for key, value, expected in found:
         if value != expected:
             yield f'key "{key}": {shown(value)}, but expected {shown(expected)}'

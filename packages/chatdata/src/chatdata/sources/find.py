@@ -157,10 +157,9 @@ def _fetch_command(repo: str, revision: str | None, pattern: str) -> str:
 def _snapshot(repo: str, pattern: str, entry: Entry, looked: str, remedy: str) -> tuple[Path, str]:
     try:
         return hub.snapshot(repo, pattern, entry.revision)
-    except MissingSource as error:
-        raise MissingSource(f"{looked}{error}{remedy}") from error.__cause__
-    except SourceError as error:  # the Hub has no such thing: no command would download it
-        raise MissingSource(f"{looked}{error}") from None
+    except SourceError as error:  # no command would download what the Hub has not
+        way_out = remedy if isinstance(error, MissingSource) else ""
+        raise MissingSource(f"{looked}{error}{way_out}") from error.__cause__
 
 
 def _local_source(path: Path, label: str, entry: Entry, task: Task) -> Source:
