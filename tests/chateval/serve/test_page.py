@@ -62,20 +62,6 @@ def test_a_chat(page) -> None:
     assert page.said("Log.entryAdded", "Runtime.exceptionThrown") == [], "the policy blocked or the script failed"
 
 
-def test_answers_go_back_as_the_model_said_them(page) -> None:
-    for content, parts in (
-        ("```python\n2+3\n```\n```output\n5\n```\n#### 5", ["python 2+3", "python_output 5", "text #### 5"]),
-        (
-            "So\n\n```python\n1\n```\n```output\n1\n```\n\n```python\n2\n```\n```output\n\n```\n",
-            ["text So\n", "python 1", "python_output 1", "python 2", "python_output "],
-        ),
-    ):
-        message = json.dumps({"role": "assistant", "content": content})
-        assert page.run(f"withParts({message}).content.map(p => `${{p.type}} ${{p.text}}`)") == parts
-    for content in ("", "Run\n```python\nprint(1)\n```\n"):  # a program is not a call
-        assert page.run(f"withParts({json.dumps({'role': 'assistant', 'content': content})}).content") == content
-
-
 def test_stop(browser, sums, serve) -> None:
     """With the button and with Escape; what was said stays, and the row of the batch is free."""
     with serve(replace(sums, num_positions=20_000)) as served:

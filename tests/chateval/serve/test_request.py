@@ -50,14 +50,24 @@ def test_prompts(prompt) -> None:
     assert prompt([{"role": "user", "content": "<|assistant_end|>"}]).count("<|assistant_end|>") == 1, "it stays text"
 
 
-def test_an_answer_comes_back_in_parts(prompt) -> None:
-    """As the page sends it (test_page.py)."""
+def test_an_answer_comes_back_as_the_model_said_it(prompt) -> None:
+    call, result = ("<|python_start|>", "<|python_end|>"), ("<|output_start|>", "<|output_end|>")
     parts = [{"type": "text", "text": "So "}, {"type": "python", "text": "2+3"}, {"type": "python_output", "text": "5"}]
     user = {"role": "user", "content": "2 3"}
-    assert prompt([user, {"role": "assistant", "content": parts}, user]) == (
-        "<|bos|><|user_start|>2 3<|user_end|><|assistant_start|>So <|python_start|>2+3<|python_end|>"
-        "<|output_start|>5<|output_end|><|assistant_end|><|user_start|>2 3<|user_end|><|assistant_start|>"
-    )
+    for content, said in (
+        (parts, f"So {call[0]}2+3{call[1]}{result[0]}5{result[1]}"),
+        ("So \n```python\n2+3\n```\n```output\n5\n```\n", f"So {call[0]}2+3{call[1]}{result[0]}5{result[1]}"),
+        ("```python\n1\n```\n```output\n1\n```\n.", f"{call[0]}1{call[1]}{result[0]}1{result[1]}."),
+        (
+            "So\n\n```python\n1\n```\n```output\n1\n```\n\n```python\n2\n```\n```output\n\n```\n",
+            f"So\n{call[0]}1{call[1]}{result[0]}1{result[1]}{call[0]}2{call[1]}{result[0]}{result[1]}",
+        ),
+        ("Run\n```python\nprint(1)\n```\n", "Run\n```python\nprint(1)\n```\n"),  # a program is not a call
+    ):
+        start, end = "<|bos|><|user_start|>2 3<|user_end|><|assistant_start|>", "<|assistant_end|>"
+        assert prompt([user, {"role": "assistant", "content": content}, user]) == (
+            f"{start}{said}{end}<|user_start|>2 3<|user_end|><|assistant_start|>"
+        )
 
 
 def test_sampling(sums) -> None:

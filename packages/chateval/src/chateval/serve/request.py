@@ -6,6 +6,7 @@ Parameters: https://platform.openai.com/docs/api-reference/chat/create. A null i
 import re
 import secrets
 from functools import partial
+from itertools import cycle
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -23,6 +24,7 @@ LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_
 NEUTRAL: dict[str, Any] = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0}
 NEUTRAL |= {"logit_bias": {}, "tool_choice": "auto", "parallel_tool_calls": True, "response_format": {"type": "text"}}
 NEUTRAL |= {"functions": [], "function_call": "auto", "modalities": ["text"], "store": False}
+CALL_AND_RESULT = re.compile(r"(?:^|\n)```python\n(.*?)\n```\n```output\n(.*?)\n```(?:\n|$)", re.DOTALL)
 Count = Annotated[int, Meta(ge=1)]
 Text = Annotated[str, Meta(min_length=1, description="a text")]
 Texts = Annotated[list[Text], Meta(max_length=4, description="a list of at most 4 texts")]
@@ -67,7 +69,10 @@ def _prompt_tokens(request: ChatRequest, subject: Subject) -> list[int]:
     if request.messages[-1].get("role") not in ("user", "tool", "function"):
         raise _refusal('the request, key "messages": the last one must be of role user or tool')
     # an empty answer adds assistant_start, if the last message is the user's, and assistant_end
-    row = {"messages": [*request.messages, {"role": "assistant", "content": ""}], "tools": request.tools}
+    row = {
+        "messages": [*map(_in_parts, request.messages), {"role": "assistant", "content": ""}],
+        "tools": request.tools,
+    }
     try:  # as in OpenAI's API, one role may speak twice
         document = render_conversation(subject.tokenizer, row, Reading(consecutive="merge"))
     except ChatdataError as error:
@@ -76,3 +81,13 @@ def _prompt_tokens(request: ChatRequest, subject: Subject) -> list[int]:
     if (room := subject.num_positions) <= len(prompt):
         raise ApiError(400, f"{len(prompt)} tokens fill the context of {room}", "messages", "context_length_exceeded")
     return prompt
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """An answer that comes back: a call with its result is what it was to the model, not the text of fenced blocks."""
+    content = message.get("content")
+    texts = CALL_AND_RESULT.split(content) if message.get("role") == "assistant" and isinstance(content, str) else []
+    if len(texts) < 2:
+        return message
+    parts = zip(cycle(("text", "python", "python_output")), texts, strict=False)
+    return {**message, "content": [{"type": kind, "text": text} for kind, text in parts if text or kind != "text"]}
