@@ -102,9 +102,8 @@ class Entry(EntryKeys, frozen=True):
 
     @property
     def label(self) -> str:
-        if self.name not in ("", self.task):
-            return self.name
-        return " ".join(part for part in (self.task, self.subset, self.split) if part)
+        unnamed = self.name in ("", self.task)
+        return " ".join(part for part in (self.task, self.subset, self.split) if part) if unnamed else self.name
 
     def resolved(self) -> dict[str, Any]:
         """The entry as plain data for the manifest: files are named without the folders of this machine."""

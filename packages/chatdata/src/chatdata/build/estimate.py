@@ -59,9 +59,7 @@ def estimate(plan: BuildPlan, workers: int, encoder: str = "auto") -> dict[str, 
             num_kept += num_taken * float(kept.mean())
             cache_bytes += len(rows) * (float(documents.original_tokens.mean()) * token_bytes + CACHE_BYTES)
     forget_readers()
-    splits = {}
-    for split, entries in plan.splits.items():
-        splits[split] = [round(len(planned.taken) * kept_tokens[planned.source]) for planned in entries]
+    splits = {name: [round(len(e.taken) * kept_tokens[e.source]) for e in of] for name, of in plan.splits.items()}
     tokens = sum(map(sum, splits.values()))
     return {
         "tokens": tokens,

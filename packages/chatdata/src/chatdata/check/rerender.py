@@ -69,8 +69,7 @@ def verify_semantic(
         found, wrong = _check_order(build[name], plan, share)
         chosen += found
         problems += wrong
-    rendering = list(_check_rendering(plan, chosen, progress))
-    return problems + shortened(rendering, "differences from what is rendered again")
+    return problems + shortened([*_check_rendering(plan, chosen, progress)], "differences from what is rendered again")
 
 
 def plan_of_build(build: Build, locations: Locations, tasks: Mapping[str, Task], recipe: str | None) -> BuildPlan:
@@ -182,13 +181,9 @@ def _check_order(split: Split, plan: BuildPlan, share: float) -> tuple[list[_Cho
         return [], [f"{folder}: document {np.argmax(strange)} has a task position that its entry does not take"]
     mixed = np.empty(len(order), dtype=np.int64)  # place → its number in the mixture
     mixed[order] = np.arange(len(order))
-    problems = []
-    wrong = np.diff(mixed[places], prepend=-1) <= 0
-    if wrong.any():
-        problems.append(f"{folder}: document {np.argmax(wrong)} is not in the order of the recipe's mixture")
-    wrong = rows[places] != index["row"]
-    if wrong.any():
-        first = int(np.argmax(wrong))
+    unordered = np.flatnonzero(np.diff(mixed[places], prepend=-1) <= 0)[:1]  # the first one, if any
+    problems = [f"{folder}: document {first} is not in the order of the recipe's mixture" for first in unordered]
+    for first in np.flatnonzero(rows[places] != index["row"])[:1]:
         problems.append(
             f"{folder}: document {first} has row {index['row'][first]:,}, but task position "
             f"{index['task_position'][first]:,} of its entry is row {rows[places][first]:,}"
@@ -299,9 +294,7 @@ def _compare(chosen: _Chosen, expected: Document | None, facts: Mapping[str, Any
         yield f"{here}: {len(found):,} tokens, but rendered again {len(expected):,}"
     length = min(len(found), len(expected))
     for what, one, other in (("id", found.tokens, expected.tokens), ("mask", found.mask, expected.mask)):
-        differs = np.flatnonzero(one[:length] != other[:length])
-        if len(differs):
-            i = differs[0]
+        for i in np.flatnonzero(one[:length] != other[:length])[:1]:  # the first one, if any
             yield f"{here}: {what} at position {i:,} is {one[i]}, but rendered again {other[i]}"
     for name in RECORDED:
         if chosen.recorded[name] != facts[name]:

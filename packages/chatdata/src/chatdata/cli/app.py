@@ -53,8 +53,7 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
         say_json(listed)
         return
-    lines = grid("task", "source", "subset", "splits (rows)", "licence", "what")
-    lines.columns[-1].no_wrap = False
+    lines = grid("task", "source", "subset", "splits (rows)", "licence", "what", folded="what")
     for task in listed:
         first, last = (task["task"], task["source"]), (task["licence"], task["summary"])
         for subset, splits in task["splits"].items() or [("", {})]:

@@ -71,9 +71,7 @@ NO_TOKENIZER = (
 @click.option("--dry-run", is_flag=True, help="Only print the plan, and estimate tokens, bytes and seconds.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a build.")
 @json_option
-def build(
-    files: tuple[Path, ...], stage: str | None, recipe: str | None, dry_run: bool, as_json: bool, **given: Any
-) -> None:
+def build(files: tuple[Path, ...], stage: str | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Render a recipe, or your own FILEs, to token and mask shards.
 
     Examples:
@@ -90,7 +88,8 @@ def build(
     from chatdata.sources.find import Locations
     from chatdata.tasks.task import load_tasks
 
-    tasks, demo, tokenizer, limit = load_tasks(given["task_files"]), given["demo"], given["tokenizer"], given["limit"]
+    tasks = load_tasks(given["task_files"])
+    recipe, demo, tokenizer, limit = (given[key] for key in ("recipe", "demo", "tokenizer", "limit"))
     for key, flag in (("val_share", "--val"), ("write_recipe", "--write-recipe")):
         if given[key] is not None and not files:
             raise UsageError(f"{flag} is for FILEs: chatdata build chats.jsonl … {flag} {given[key]}")

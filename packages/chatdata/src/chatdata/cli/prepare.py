@@ -77,10 +77,9 @@ def show(path: Path, text: str | None, as_json: bool) -> None:
     loaded = tokenizer_of(path, native=False)
     facts: dict[str, Any] = {"vocab_size": loaded.vocab_size, "shards": shard_dtype(loaded.dtype.name)}
     facts |= {key: getattr(loaded, key) for key in ("pattern", "nfc", "special_ids", "canary_sha256")}
-    if text is not None:
-        facts["tokens"] = [[i, loaded.decode_token(i)] for i in loaded.encode_ordinary(text)]
     words = facts | {"special_ids": "  ".join(f"{name} {i}" for name, i in loaded.special_ids.items())}
     if text is not None:
+        facts["tokens"] = [[i, loaded.decode_token(i)] for i in loaded.encode_ordinary(text)]
         words["tokens"] = " ".join(f"{piece!r}:{i}" for i, piece in facts["tokens"])
     tell(facts, [f"{key:14} {value}" for key, value in words.items()], as_json)
 

@@ -12,8 +12,7 @@ A question in other words or another language is not found, nor an answer withou
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from itertools import groupby
-from operator import itemgetter
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,6 @@ from chatdata.render.documents import RenderedDocuments, RowMap
 from chatdata.sources.find import PlannedEntry
 from chatdata.sources.source import Source
 from chatdata.tasks.task import call_task
-from chatdata.tokenizer.bpe import Tokenizer
 
 MIN_WORDS, MIN_SHARE = 13, 0.5
 LOOK_SHARE = 0.6  # of the n-grams in the index, every fourth one: from here on the text itself is compared
@@ -80,14 +78,20 @@ def check(
 
 def _find(scored: Scored, store: RenderedDocuments, wanted: np.ndarray, threads: Executor) -> Iterator[Hit]:
     """Hits of questions among the `wanted` documents (bool)."""
-    candidates = _candidates(scored.table, scored.index, store, wanted, threads)
-    for document, found in groupby(candidates, key=itemgetter(0)):
-        text = _normalised(scored.tokenizer, store, document)
-        for item in (scored.items[number] for _, number, _ in found):
-            if _holds(text, item.parts):
-                yield Hit(document, item, "exact", 1.0)
-            elif (share := ngram_share(text, normalise(item.parts[0]))) >= MIN_SHARE:
-                yield Hit(document, item, "n-gram", round(share, 3))
+
+    @lru_cache(maxsize=1)  # candidates of one document follow each other
+    def text_of(document: int) -> str:
+        text = scored.tokenizer.decode(store.gather(np.array([document]))[0].tolist())
+        for name in scored.tokenizer.special_ids:
+            text = text.replace(name, " ")
+        return f" {normalise(text)} "
+
+    for document, number, _ in _candidates(scored.table, scored.index, store, wanted, threads):
+        text, item = text_of(document), scored.items[number]
+        if _holds(text, item.parts):
+            yield Hit(document, item, "exact", 1.0)
+        elif (share := ngram_share(text, normalise(item.parts[0]))) >= MIN_SHARE:
+            yield Hit(document, item, "n-gram", round(share, 3))
 
 
 def _candidates(
@@ -108,13 +112,6 @@ def _candidates(
     blocks = [(first, block) for first, block in store.blocks() if wanted[first : first + len(block.num_tokens)].any()]
     for columns in threads.map(find, blocks):  # NumPy's loops leave Python's lock alone
         yield from zip(*(column.tolist() for column in columns), strict=True)
-
-
-def _normalised(tokenizer: Tokenizer, store: RenderedDocuments, document: int) -> str:
-    text = tokenizer.decode(store.gather(np.array([document]))[0].tolist())
-    for name in tokenizer.special_ids:
-        text = text.replace(name, " ")
-    return f" {normalise(text)} "
 
 
 def _holds(text: str, parts: tuple[str, ...]) -> bool:

@@ -38,9 +38,8 @@ class _Deck(NamedTuple):
 
     language: str
     weight: int
-    opens: bool
     plain: tuple[Exchange, ...]
-    opened: tuple[Exchange, ...]
+    opened: tuple[Exchange, ...]  # none where the questions themselves open a conversation
 
 
 def largest_num_rows(persona: Persona) -> int:
@@ -61,7 +60,7 @@ def identity_conversations(persona: Persona, num_rows: int) -> list[Conversation
         )
     following: dict[str, list[int]] = {}
     for number, deck in enumerate(decks):
-        if deck.plain and not deck.opens:
+        if deck.opened:
             following.setdefault(deck.language, []).extend([number] * deck.weight)
     rows = []
     for row, (exchange, number) in zip(range(num_rows), first.items(), strict=False):
@@ -144,13 +143,13 @@ def _decks(persona: Persona) -> list[_Deck]:
         language = subject.get("language", "English")
         if "language" in subject and language not in spoken.values():
             continue
-        opens, openers = subject.get("opens", False), phrasings["openers"][language]
+        openers = [] if subject.get("opens") else phrasings["openers"][language]
         for group in groups[subject["each"]] if "each" in subject else [[{}]]:
             plain = _exchanges(subject, [common | values for values in group])
             if subject.get("each") != "facts":  # the persona's own answer replaces ours
                 plain = [exchange for exchange in plain if exchange.question.casefold() not in own_questions]
-            opened = () if opens else [Exchange(f"{opener} {q}", a) for opener in openers for q, a in plain]
-            decks.append(_Deck(language, subject.get("weight", 1), opens, tuple(plain), tuple(opened)))
+            opened = [Exchange(f"{opener} {q}", a) for opener in openers for q, a in plain]
+            decks.append(_Deck(language, subject.get("weight", 1), tuple(plain), tuple(opened)))
     return decks
 
 

@@ -26,11 +26,14 @@ def console() -> Console:
     return _Console(width=max(width, 132), highlight=False, soft_wrap=True)
 
 
-def grid(*columns: str, right: Container[str] = (), **options: Any) -> Table:
-    """An empty table without lines. right: columns that are aligned right. options: of rich's Table."""
+def grid(*columns: str, right: Container[str] = (), folded: str = "", **options: Any) -> Table:
+    """An empty table without lines. right: columns that are aligned right. folded: one of long texts.
+
+    options: of rich's Table.
+    """
     made = Table(box=None, pad_edge=False, header_style="bold", **options)
     for column in columns:
-        made.add_column(column, no_wrap=True, justify="right" if column in right else "left")
+        made.add_column(column, no_wrap=column != folded, justify="right" if column in right else "left")
     return made
 
 

@@ -65,8 +65,7 @@ def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> N
             say_json(row)
         return
     idx, token, *others = rows[0]
-    lines = grid(idx, token, *others, right=[idx, *others])
-    lines.columns[1].no_wrap = False  # a very long token folds rather than being cut
+    lines = grid(idx, token, *others, right=[idx, *others], folded=token)  # a very long token is not cut
     for row in rows:
         cells = ("·" if v is None else repr(v) if key == "token" else str(v) for key, v in row.items())
         lines.add_row(*map(escape, cells), style=SUPERVISED_STYLE if row["mask"] else "")
@@ -77,14 +76,12 @@ def show_tokens(document: Document, stages: tuple[str, ...], as_json: bool) -> N
     out.print(f"{len(document)} tokens, {document.num_supervised} supervised", style="dim")
 
 
-def show_documents(
-    path: Path, split: str, doc: int | None, task: str | None, stages: tuple[str, ...], as_json: bool
-) -> None:
-    """Print document `doc`, or the first ones of `task`, or the first ones of the split."""
+def show_documents(path: Path, split: str, stages: tuple[str, ...], as_json: bool, **chosen: Any) -> None:
+    """Print document `doc`, or the first ones of `task`, or the first ones of the split; `chosen` has both keys."""
     build = open_build(path)
     if split not in build.splits:
         raise UsageError(f'{path} has no split "{split}"; it has {", ".join(build.splits)}')
-    for i in _chosen(build[split], doc, task):
+    for i in _chosen(build[split], **chosen):
         document = build[split][i]
         row = build[split].named_index.row(i, named=True)
         if stages:
