@@ -172,10 +172,8 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
     if read.overflow != "keep" and read.max_tokens is None:
         raise RecipeError(f'{shown}: overflow = "{read.overflow}" needs max_tokens')
     if read.overflow == "keep" and read.max_tokens is not None:
-        raise RecipeError(
-            f'{shown}: max_tokens = {read.max_tokens} does nothing with overflow = "keep"; '
-            "choose truncate, drop or error"
-        )
+        advice = "choose truncate, drop or error"
+        raise RecipeError(f'{shown}: max_tokens = {read.max_tokens} does nothing with overflow = "keep"; {advice}')
     if read.stage == "base" and read.chat_format != NATIVE:
         raise RecipeError(f'{shown}: chat_format = "{read.chat_format}" is for conversations, not for stage base')
     splits: dict[str, tuple[Entry, ...]] = {}
@@ -197,10 +195,8 @@ def parse_recipe(table: dict[str, Any], shown: str, path: Path, tasks: Mapping[s
         entries += held_out if split == "val" else []
         without = sum(entry.share is None for entry in entries)
         if 0 < without < len(entries):
-            raise RecipeError(
-                f'{shown}: "share" is missing in {without} of {len(entries)} entries of {split}; '
-                "give all of them one, or none"
-            )
+            missing = f'"share" is missing in {without} of {len(entries)} entries of {split}'
+            raise RecipeError(f"{shown}: {missing}; give all of them one, or none")
         if entries:
             splits[split] = tuple(entries)
     if "val" in table.get("shuffle", {}) and "val" not in splits:

@@ -117,10 +117,8 @@ def _start_processes(renderer: Renderer, units: list[Unit], workers: int) -> Ite
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
         if isinstance(error, BrokenProcessPool):
-            raise BuildError(
-                "a worker was killed (out of memory?); what was rendered is kept: run the same command again, "
-                "with fewer --workers if memory is short"
-            ) from None
+            advice = "run the same command again, with fewer --workers if memory is short"
+            raise BuildError(f"a worker was killed (out of memory?); what was rendered is kept: {advice}") from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -150,10 +148,8 @@ def _start_ray(renderer: Renderer, units: list[Unit]) -> Iterator[Render]:
             unit = waiting.pop(done)
             rendered = ray.get(done)
             if not rendered.path.is_file():
-                raise BuildError(
-                    f"{rendered.path}: a Ray worker wrote it, but it is not here; CHATDATA_CACHE must name a folder "
-                    "that all machines share"
-                )
+                advice = "CHATDATA_CACHE must name a folder that all machines share"
+                raise BuildError(f"{rendered.path}: a Ray worker wrote it, but it is not here; {advice}")
             finished.append(rendered)
             on_rows(unit, unit.num_rows)
         return finished

@@ -88,7 +88,7 @@ def make_build_plan(
         else:
             num_rows = source.num_rows
         try:
-            taken = select(num_rows, entry.start, entry.stop, entry.rows, limit, entry.epochs)
+            taken = select(entry, num_rows, limit)
         except RecipeError as error:
             raise error.at(f"{entry.label} ({source.name})") from None
         splits[split].append(PlannedEntry(entry, task, source, taken, side))
@@ -103,38 +103,34 @@ def make_build_plan(
             raise RecipeError(f"{recipe.name}: {total:,} documents in {split}; at most {MAX_ROWS:,} fit a split")
         if total == 0:  # only val_share leaves a side empty
             num_rows = sum({p.source: p.source.num_rows for p in planned}.values())
-            other = "a larger" if split == "val" else "a smaller"
-            raise RecipeError(
-                f"{split} is empty: val_share = {planned[0].entry.val_share:g} gives it none of {num_rows:,} rows; "
-                f"choose {other} share, or give val files of its own in a recipe"
-            )
+            given, other = planned[0].entry.val_share, "a larger" if split == "val" else "a smaller"
+            advice = f"choose {other} share, or give val files of its own in a recipe"
+            raise RecipeError(f"{split} is empty: val_share = {given:g} gives it none of {num_rows:,} rows; {advice}")
     return BuildPlan(recipe, tokenizer, splits, tuple(found.values()), limit, tasks, locations)
 
 
-def select(
-    num_rows: int, start: int | None, stop: int | None, rows: int | None, limit: int | None, epochs: float = 1
-) -> range:
+def select(entry: Entry, num_rows: int, limit: int | None) -> range:
     """Task positions an entry takes: [start, stop) (negative counts from the end), the first `rows`, then `limit`;
     of n that are left the first floor(n * epochs), if epochs is below 1.
 
     Raises RecipeError for rows that do not exist: a mixture is never silently smaller than its recipe.
     """
-    low, high = start or 0, num_rows if stop is None else stop
+    low, high = entry.start or 0, num_rows if entry.stop is None else entry.stop
     low, high = (low + num_rows if low < 0 else low), (high + num_rows if high < 0 else high)
-    for key, bound, value in (("start", low, start), ("stop", high, stop)):
+    for key, bound, value in (("start", low, entry.start), ("stop", high, entry.stop)):
         if not 0 <= bound <= num_rows:
             raise RecipeError(f"{key} = {value} is outside the source's {num_rows:,} rows")
     if high <= low and num_rows:  # a divided source may have an empty side
-        raise RecipeError(f"start = {start}, stop = {stop} selects no rows of {num_rows:,}")
-    if rows is not None:
-        if rows > high - low:
-            raise RecipeError(f"rows = {rows:,}, but only {high - low:,} are there")
-        high = low + rows
+        raise RecipeError(f"start = {entry.start}, stop = {entry.stop} selects no rows of {num_rows:,}")
+    if entry.rows is not None:
+        if entry.rows > high - low:
+            raise RecipeError(f"rows = {entry.rows:,}, but only {high - low:,} are there")
+        high = low + entry.rows
     if limit is not None:
         high = min(high, low + limit)
-    part = math.floor(Fraction(str(epochs)) * (high - low))
+    part = math.floor(Fraction(str(entry.epochs)) * (high - low))
     if part == 0 and high > low:
-        raise RecipeError(f"epochs: {epochs:g} of {high - low:,} rows is less than one row")
+        raise RecipeError(f"epochs: {entry.epochs:g} of {high - low:,} rows is less than one row")
     return range(low, low + part)
 
 

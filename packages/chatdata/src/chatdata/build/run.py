@@ -109,8 +109,7 @@ def build(
         paths |= {unit.key: unit.path for unit in rendered}
         batches = [batch for unit in units for batch in read_unit(paths[unit.key], plan.tokenizer.dtype)]
         documents = RenderedDocuments(batches, plan.recipe, partial(place_of, row_maps))
-        if documents.truncated.any():
-            check_cut(documents, plan.recipe, plan.tokenizer)
+        check_cut(documents, plan.recipe, plan.tokenizer)
         seconds["render"] = time.perf_counter() - started
 
         # look for scored items

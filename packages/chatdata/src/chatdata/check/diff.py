@@ -45,11 +45,9 @@ def diff_builds(a: Build, b: Build) -> dict[str, Any]:
             raise FormatError(problem)
     parts_a, parts_b = _parts(one), _parts(two)
     found |= {name: _listed(parts_a[name], parts_b[name]) for name in parts_a}
-    found["splits"] = {
-        name: _diff_split(a, b, name)
-        for name in dict.fromkeys([*one["splits"], *two["splits"]])
-        if one["splits"].get(name) != two["splits"].get(name)
-    }
+    names = dict.fromkeys([*one["splits"], *two["splits"]])
+    differing = [name for name in names if one["splits"].get(name) != two["splits"].get(name)]
+    found["splits"] = {name: _diff_split(a, b, name) for name in differing}
     return found
 
 
@@ -241,10 +239,8 @@ def _document_lines(name: str, found: dict[str, Any]) -> list[str]:
         there = "; ".join(f"{side}: {_place(order[side])}" for side in "ab")
         lines.append(f"  in another order: {order['documents']:,} of the equal ones; first {there}")
     if changed["count"]:
-        lines.append(
-            f"  same row, other tokens or mask: {changed['count']:,}{_tasks(changed)}, "
-            f"{changed['same_length']:,} of them of the same length"
-        )
+        same_length = f"{changed['same_length']:,} of them of the same length"
+        lines.append(f"  same row, other tokens or mask: {changed['count']:,}{_tasks(changed)}, {same_length}")
     for row in changed["first"]:
         only = ", only the mask" if row["differs"] == "mask" else ""
         where = f"{row['name']} row {row['row']} (a document {row['doc_a']}, b document {row['doc_b']})"

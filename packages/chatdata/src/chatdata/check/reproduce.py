@@ -66,9 +66,8 @@ def _with_scored_sets(plan: BuildPlan, wanted: Mapping[str, list[str]], against:
             sets = {name: scored for name, scored in task.scoring.sets.items() if name in wanted}
             tasks[task.name] = replace(task, scoring=replace(task.scoring, sets=sets))
     found = read_scored(plan.splits["train"], tasks, plan.locations, plan.tokenizer, against).decided_by["scored"]
-    if missing := [name for name, hashes in wanted.items() if found.get(name) != hashes]:
-        raise MissingSource(
-            f"the build dropped rows that hold items of {', '.join(missing)}, which are not here or differ: "
-            "pass --data-dir with scored sets, --against with test items of your own"
-        )
+    if missing := ", ".join(name for name, hashes in wanted.items() if found.get(name) != hashes):
+        advice = "pass --data-dir with scored sets, --against with test items of your own"
+        dropped = f"the build dropped rows that hold items of {missing}"
+        raise MissingSource(f"{dropped}, which are not here or differ: {advice}")
     return plan._replace(tasks=tasks)

@@ -184,19 +184,15 @@ def _check_order(split: Split, plan: BuildPlan, share: float) -> tuple[list[_Cho
     unordered = np.flatnonzero(np.diff(mixed[places], prepend=-1) <= 0)[:1]  # the first one, if any
     problems = [f"{folder}: document {first} is not in the order of the recipe's mixture" for first in unordered]
     for first in np.flatnonzero(rows[places] != index["row"])[:1]:
-        problems.append(
-            f"{folder}: document {first} has row {index['row'][first]:,}, but task position "
-            f"{index['task_position'][first]:,} of its entry is row {rows[places][first]:,}"
-        )
+        expected = f"task position {index['task_position'][first]:,} of its entry is row {rows[places][first]:,}"
+        problems.append(f"{folder}: document {first} has row {index['row'][first]:,}, but {expected}")
     dropped = order[~np.isin(order, places)]
     ledger = split.build.manifest["splits"][split.name]["entries"]
     for number, count in enumerate(np.bincount(entry[dropped], minlength=len(entries)).tolist()):
         recorded = sum(ledger[number]["dropped"].values())
         if count != recorded:
-            problems.append(
-                f"{folder}: entry {number} ({ledger[number]['task']}) lacks {count:,} documents of the mixture, but "
-                f"the manifest says {recorded:,} were dropped"
-            )
+            lacking = f"entry {number} ({ledger[number]['task']}) lacks {count:,} documents of the mixture"
+            problems.append(f"{folder}: {lacking}, but the manifest says {recorded:,} were dropped")
     docs = choose(index["entry"], share)
     recorded = split.index[docs].select(RECORDED).rows(named=True)
     chosen = list(zip(docs.tolist(), places[docs].tolist(), recorded, strict=True))
@@ -256,10 +252,8 @@ def _render_row(source: Source, raw: Any, plan: BuildPlan) -> tuple[Document | N
             document = render.render_text(plan.tokenizer, converted)
         else:
             document = render.render_conversation(plan.tokenizer, converted, source.reading)
-        user, start, end = (
-            document.tokens == plan.tokenizer.special_ids[token]
-            for token in (NANOCHAT.user.opening, NANOCHAT.assistant_start, NANOCHAT.assistant_end)
-        )
+        delimiters = (NANOCHAT.user.opening, NANOCHAT.assistant_start, NANOCHAT.assistant_end)
+        user, start, end = (document.tokens == plan.tokenizer.special_ids[token] for token in delimiters)
         counts = Counter(num_turns=int((user | start).sum()), untrained_turns=int((document.mask[end] == 0).sum()))
         counts["num_tool_calls"] = sum(span.role == PYTHON for span in document.spans)
     expected = _after_policies(document, plan.recipe)

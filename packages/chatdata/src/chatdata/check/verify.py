@@ -108,12 +108,9 @@ def _split_problems(split: Split, sound: list[int], progress: Progress) -> list[
             _add_sums(sums, index)
         first, first_token = first + shard["documents"], first_token + shard["tokens"]
     for i, entry in enumerate(entries) if complete else ():
-        problems += [
-            f"{split.build.path / 'manifest.json'}: {split.name} entry {i} ({entry['task']}): {key} is "
-            f"{entry[key]:,}, but the index adds up to {int(values[i]):,}"
-            for key, values in sums.items()
-            if entry[key] != int(values[i])
-        ]
+        here = f"{split.build.path / 'manifest.json'}: {split.name} entry {i} ({entry['task']})"
+        wrong = {key: int(values[i]) for key, values in sums.items() if entry[key] != int(values[i])}
+        problems += [f"{here}: {key} is {entry[key]:,}, but the index adds up to {n:,}" for key, n in wrong.items()]
     return problems
 
 
@@ -147,11 +144,10 @@ def _add_sums(sums: dict[str, np.ndarray], index: dict[str, np.ndarray]) -> None
 
 def _described(finding: Finding, file: Path, split: str, first: int) -> list[str]:
     places = zip(finding.documents[:SHOWN_PER_KIND].tolist(), finding.positions[:SHOWN_PER_KIND].tolist(), strict=True)
-    lines = [
-        f"{file}: {finding.kind}: {split} document {first + document}"
-        + ("" if position == WHOLE_DOCUMENT else f", position {position:,}")
-        for document, position in places
-    ]
+    lines = []
+    for document, position in places:
+        at = "" if position == WHOLE_DOCUMENT else f", position {position:,}"
+        lines.append(f"{file}: {finding.kind}: {split} document {first + document}{at}")
     rest = len(finding.documents) - SHOWN_PER_KIND
     return [*lines, f"{file}: {finding.kind}: and {rest:,} more documents"] if rest > 0 else lines
 

@@ -39,17 +39,12 @@ def list_tasks(task_files: tuple[Path, ...], as_json: bool) -> None:
     from chatdata.look.console import console, grid
     from chatdata.tasks.task import load_tasks
 
-    listed: list[dict[str, Any]] = [
-        {
-            "task": task.name,
-            "source": task.hub
-            or ("generated" if task.generate else "path or repo" if task.name != "identity" else "path"),
-            "splits": {subset: dict(splits) for subset, splits in task.splits.items()},
-            "licence": task.licence,
-            "summary": task.summary,
-        }
-        for task in load_tasks(task_files).values()
-    ]
+    listed: list[dict[str, Any]] = []
+    for each in load_tasks(task_files).values():
+        source = each.hub or ("generated" if each.generate else "path or repo" if each.name != "identity" else "path")
+        splits = {subset: dict(of_subset) for subset, of_subset in each.splits.items()}
+        about = {"licence": each.licence, "summary": each.summary}
+        listed.append({"task": each.name, "source": source, "splits": splits, **about})
     if as_json:
         say_json(listed)
         return

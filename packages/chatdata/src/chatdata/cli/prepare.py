@@ -134,10 +134,8 @@ def identity_command(persona: Path, out: Path, num_rows: int, force: bool, as_js
         raise error.at(str(persona)) from None
     identity.write_conversations(conversations, out)
     facts = identity.identity_facts(loaded, conversations)
-    lines = [
-        f"{out}: {num_rows:,} conversations, {facts['answers']:,} answers, {facts['answers_with_name']:,} of them name "
-        f"{loaded.name}; {facts['facts_told']} of {facts['facts']} facts used"
-    ]
+    counts = "{rows:,} conversations, {answers:,} answers, {answers_with_name:,} of them name".format(**facts)
+    lines = [f"{out}: {counts} {loaded.name}; {facts['facts_told']} of {facts['facts']} facts used"]
     if facts["languages_only_named"]:
         named, known = ", ".join(facts["languages_only_named"]), ", ".join(identity.known_languages().values())
         lines.append(f"only named, because they have no phrasings: {named} (phrasings exist for {known})")

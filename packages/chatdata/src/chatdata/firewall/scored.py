@@ -32,7 +32,6 @@ class ScoredItem(NamedTuple):
     parts: tuple[str, ...]
     word: str | None
 
-    @property
     def key_text(self) -> str:
         """What is searched for: the question, or the item's longest part if the question is under NUM_WORDS words."""
         question = self.parts[0]
@@ -82,7 +81,7 @@ def read_scored(
         items += _own_items(source, [key.strip() for key in keys.split(",") if key.strip()])
         checked[source.name] = source
         against += [{"name": file.name, "keys": keys, "sha256": file.sha256} for file in source.files]
-    index, table = index_texts([item.key_text for item in items]), word_table(tokenizer)
+    index, table = index_texts([item.key_text() for item in items]), word_table(tokenizer)
     return Scored(items, index, tokenizer, table, checked, not_checked, against, time.thread_time() - started)
 
 

@@ -54,10 +54,8 @@ def identity_conversations(persona: Persona, num_rows: int) -> list[Conversation
     """
     decks, first = _dealt(persona)
     if num_rows > len(first):
-        raise PersonaError(
-            f"{num_rows:,} rows are more than the {len(first):,} different ones this persona gives; "
-            "ask for fewer, or add facts, or phrasings of their questions and answers"
-        )
+        wrong = f"{num_rows:,} rows are more than the {len(first):,} different ones this persona gives"
+        raise PersonaError(f"{wrong}; ask for fewer, or add facts, or phrasings of their questions and answers")
     following: dict[str, list[int]] = {}
     for number, deck in enumerate(decks):
         if deck.opened:
@@ -177,9 +175,7 @@ def _groups(persona: Persona, greetings: Mapping[str, str | None]) -> dict[str, 
         "greetings": [[{"language": language, "greeting": text or ""}] for language, text in greetings.items()],
         "sentences": [[{"sentence": fact.answers[0]}] for fact in persona.facts if not fact.questions],
         "facts": [
-            [{"question": question, "answer": answer} for question in fact.questions for answer in fact.answers]
-            for fact in persona.facts
-            if fact.questions
+            [{"question": q, "answer": a} for q in f.questions for a in f.answers] for f in persona.facts if f.questions
         ],
     }
 
@@ -192,13 +188,10 @@ def _others(key: str, names: Sequence[str], own: str) -> list[dict[str, Any]]:
 
 def _exchanges(subject: dict[str, Any], values: Sequence[Mapping[str, str | None]]) -> list[Exchange]:
     """Every question with every answer, once per entry of `values`; those that lack a value are left out."""
-    filled = [
-        Exchange(question, answer)
-        for given in values
-        for question in (_fill(text, given) for text in subject["questions"])
-        for answer in (_fill(text, given) for text in subject["answers"])
-        if question is not None and answer is not None
-    ]
+    filled = list[Exchange]()
+    for given in values:
+        questions, answers = ([_fill(text, given) for text in subject[key]] for key in ("questions", "answers"))
+        filled += [Exchange(q, a) for q in questions for a in answers if q is not None and a is not None]
     return list(dict.fromkeys(filled))
 
 

@@ -18,11 +18,9 @@ def show_plan(plan: BuildPlan, out: Path, forms: Mapping[Source, str], about: Ma
     """forms: of the rows of sources whose form was looked at. about: what `estimate` found, if asked for."""
     recipe, tokenizer = plan.recipe, plan.tokenizer
     length = "whole documents" if recipe.max_tokens is None else f"{recipe.overflow} at {recipe.max_tokens:,} tokens"
-    console().print(
-        f"{recipe.name} (stage {recipe.stage}) → {escape(str(out))}\n"
-        f"vocabulary: {tokenizer.vocab_size:,} tokens, shards {shard_dtype(tokenizer.dtype.name)} · length: {length} · "
-        f"without supervision: {recipe.zero_supervised} · seed {recipe.seed}"
-    )
+    vocabulary = f"vocabulary: {tokenizer.vocab_size:,} tokens, shards {shard_dtype(tokenizer.dtype.name)}"
+    rules = f"length: {length} · without supervision: {recipe.zero_supervised} · seed {recipe.seed}"
+    console().print(f"{recipe.name} (stage {recipe.stage}) → {escape(str(out))}\n{vocabulary} · {rules}")
     counts: Counter[tuple[str, ...]] = Counter()
     for split, entries in plan.splits.items():
         num_rows, shares = sum(len(planned.taken) for planned in entries), sum(p.entry.share or 0 for p in entries)
@@ -41,10 +39,9 @@ def show_plan(plan: BuildPlan, out: Path, forms: Mapping[Source, str], about: Ma
         lines.add_row(*map(escape, line))
     console().print(lines)
     if about:
-        console().print(
-            f"\nabout {about['tokens']:,} tokens, {megabytes(about['output_bytes'])} of output, "
-            f"{megabytes(about['cache_bytes'])} of cache, {about['seconds']:,.0f} s if nothing is cached"
-        )
+        sizes = f"{megabytes(about['output_bytes'])} of output, {megabytes(about['cache_bytes'])} of cache"
+        duration = f"{about['seconds']:,.0f} s if nothing is cached"
+        console().print(f"\nabout {about['tokens']:,} tokens, {sizes}, {duration}")
 
 
 def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> None:

@@ -119,11 +119,8 @@ def _num_split(offsets: np.ndarray, seq_len: int) -> int:
 
 def show_plan(numbers: dict[str, Any]) -> None:
     """Print what `plan_numbers` found: the plan at its T, what is left out, and the what-if table."""
-    console().print(
-        f"stage {numbers['stage']} (layout {numbers['stage_rows']}), {numbers['split']}: {numbers['documents']:,} "
-        f"documents, {numbers['tokens']:,} tokens · mask {numbers['mask']} · "
-        f"{numbers['batch_size']:,} × {numbers['seq_len']:,} positions a step"
-    )
+    data = "stage {stage} (layout {stage_rows}), {split}: {documents:,} documents, {tokens:,} tokens"
+    console().print((data + " · mask {mask} · {batch_size:,} × {seq_len:,} positions a step").format(**numbers))
     listed, left_out = [], []
     for layout, found in numbers["plans"].items():
         if "refused" in found:
