@@ -206,7 +206,6 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     for name, split in found["splits"].items():
         if split["only_in"]:
             lines += ["", f"{name}: only in {split['only_in']}"]
-            continue
         lines += _section(name, split["totals"] + split["entries"])
         lines += _document_lines(name, split["documents"]) if split["documents"] else []
     return lines

@@ -72,8 +72,7 @@ def hash_problems(build: Build, progress: Progress) -> list[str]:
 def _tokenizer_problems(build: Build) -> list[str]:
     recorded = build.manifest["tokenizer"]
     try:
-        tokenizer = build.tokenizer
-        found = {key: getattr(tokenizer, key) for key in ("vocab_size", "special_ids", "canary_sha256")}
+        found = {key: getattr(build.tokenizer, key) for key in ("vocab_size", "special_ids", "canary_sha256")}
     except (ChatdataError, OSError) as error:
         return [str(error)]
     wrong = [key for key, value in found.items() if value != recorded[key]]

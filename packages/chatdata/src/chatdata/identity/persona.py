@@ -22,11 +22,9 @@ from chatdata.disk import convert, decode
 from chatdata.errors import PersonaError
 
 SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "।")
-_ENDS = "".join(SENTENCE_ENDS)
+_ENDS = "[" + "".join(SENTENCE_ENDS) + r"""]["'”’»)]*\Z"""
 Line = Annotated[str, Meta(pattern=r"^\S(.*\S)?\Z", description="a line of text without space around it")]
-Sentence = Annotated[
-    str, Meta(pattern=rf"""(?s)^(?!\s).*[{_ENDS}]["'”’»)]*\Z""", description="a sentence with its full stop")
-]
+Sentence = Annotated[str, Meta(pattern=rf"(?s)^(?!\s).*{_ENDS}", description="a sentence with its full stop")]
 
 
 class Fact(Struct, frozen=True):

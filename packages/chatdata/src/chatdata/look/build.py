@@ -40,8 +40,7 @@ def show_plan(plan: BuildPlan, out: Path, forms: Mapping[Source, str], about: Ma
     console().print(lines)
     if about:
         sizes = f"{megabytes(about['output_bytes'])} of output, {megabytes(about['cache_bytes'])} of cache"
-        duration = f"{about['seconds']:,.0f} s if nothing is cached"
-        console().print(f"\nabout {about['tokens']:,} tokens, {sizes}, {duration}")
+        console().print(f"\nabout {about['tokens']:,} tokens, {sizes}, {about['seconds']:,.0f} s if nothing is cached")
 
 
 def show_result(manifest: dict[str, Any], report: dict[str, Any], out: Path) -> None:

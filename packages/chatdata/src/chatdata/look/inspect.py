@@ -89,9 +89,8 @@ def show_documents(path: Path, split: str, stages: tuple[str, ...], as_json: boo
         elif as_json:
             say_json(_facts(row) | {"text": document.text(), "mask": document.mask.tolist()})
         else:
-            facts = _facts(row)
-            facts.pop("name" if facts["name"] == facts["task"] else "", None)
-            line = " · ".join(f"{key} {value}" for key, value in facts.items())
+            facts = ((key, value) for key, value in _facts(row).items() if key != "name" or value != row["task"])
+            line = " · ".join(f"{key} {value}" for key, value in facts)
             console().print(f"[bold]{split} document {i}[/bold] · {escape(line)}")
             console().print(coloured(document), end="\n\n")
 

@@ -77,10 +77,9 @@ def what_if(
             if layout == "stream":
                 tail = split.mask(min(plan.num_steps * seq_len + 1, split.num_tokens), split.num_tokens, applied)
                 num_cut, lost = _num_split(split.offsets, seq_len), int(np.count_nonzero(tail))
-                dropped = lost
             else:
                 num_cut, lost = int(np.count_nonzero(too_long)), int((whole - kept).sum())
-                dropped = int(whole[too_long].sum())
+            dropped = lost if layout == "stream" else int(whole[too_long].sum())
             record = {"seq_len": seq_len, "rows": layout, "sequences": plan.num_steps, "documents_cut": num_cut}
             record |= {"supervised_lost": lost, "supervised_lost_if_dropped": dropped}
             record |= {"positions": positions, "padding": positions - input_tokens, "targets": targets}
