@@ -104,8 +104,7 @@ def coloured(document: Document) -> Text:
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    facts = {key: row[key] for key in FACTS}
-    return facts | ({"cut_from": row["original_tokens"]} if row["truncated"] else {})
+    return {key: row[key] for key in FACTS} | ({"cut_from": row["original_tokens"]} if row["truncated"] else {})
 
 
 def _chosen(split: Split, doc: int | None, task: str | None) -> list[int]:
