@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -190,6 +191,33 @@ def test_what_is_not_recorded_is_said(run: Path, tmp_path: Path) -> None:
         with pytest.raises(RunError, match=r"run/losses: has other reads than the run's plan: it is damaged, or of "):
             chattrain("losses", run)
     (tmp_path / "steps.bin").rename(run / "losses/steps.bin")
+
+
+def test_a_record_and_a_log_that_disagree(run: Path, tmp_path: Path) -> None:
+    log = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    lines = [number for number, line in enumerate(log) if json.loads(line).get("kind") != "val"]
+    reads, steps = (np.fromfile(run / "losses" / name, "<u4") for name in ("reads.bin", "steps.bin"))
+    loss = reads.copy()
+    loss[:1].view("<f4")[0] += 1
+    targets = reads.copy()
+    targets[1] += 1
+
+    def message(name: str, content: bytes) -> str:
+        damaged = shutil.copytree(run, tmp_path / "damaged", dirs_exist_ok=True)
+        (damaged / name).write_bytes(content)
+        with pytest.raises(RunError) as caught:
+            chattrain("losses", damaged)
+        return str(caught.value).removeprefix(f"{damaged}: ")
+
+    for changed in (loss, targets):
+        found = message("losses/reads.bin", changed.tobytes())
+        assert re.fullmatch(
+            r"step 0: the loss record has \S+ nats of \S+ targets, the log \S+ of \S+; one is damaged", found
+        )
+    found = message("losses/steps.bin", steps.tobytes()[:-3])
+    assert found == "the loss record lacks 1 steps of the log, the first is 3"
+    shorter = "".join(line for number, line in enumerate(log) if number != lines[1])
+    assert message("log.jsonl", shorter.encode()) == "the log lacks 1 of its steps, the first is 1"
 
 
 @pytest.mark.parametrize("at_once", [1, 1024])

@@ -126,7 +126,7 @@ def trace(run_folder: Path, step: int, data: str | None, as_json: bool) -> None:
 @click.option("--data", metavar="BUILD", help="The build, if it has moved: its folder, or an address.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) -> None:
-    """Show what each task cost over time and the documents with the highest mean loss; or write all recorded losses.
+    """Show what each task cost over time and the hardest documents; or write all recorded losses.
 
     Examples:
       chattrain losses runs/sft
@@ -135,18 +135,22 @@ def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) 
     import pyarrow.parquet as pq
 
     from chatdata.look.console import table
-    from chattrain.run.losses import THIRDS, loss_table, sum_losses, summarise
-    from chattrain.run.telemetry import read_run
+    from chattrain.errors import RunError
+    from chattrain.run.losses import THIRDS, contradictions, loss_table, sum_losses, summarise
+    from chattrain.run.telemetry import read_log, read_run
     from chattrain.run.trace import plan_again
 
     plan = plan_again(read_run(run_folder), data)
+    sums = sum_losses(run_folder, plan)
+    if wrong := contradictions(read_log(run_folder), sums):
+        raise RunError(f"{run_folder}: {wrong[0]}")
     if out:
         check_file(out)
         record = loss_table(run_folder, plan)
         pq.write_table(record, out, compression="zstd")
         tell({"out": str(out), "losses": len(record)}, [f"{out}: {len(record):,} losses"], as_json)
         return
-    found = summarise(sum_losses(run_folder, plan))
+    found = summarise(sums)
     if as_json:
         say_json(found)
         return
@@ -155,7 +159,7 @@ def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) 
     thirds = {name: ["–" if x is None else f"{x:.4f}" for x in of.values()] for name, of in found["tasks"].items()}
     table(title, ("task", *THIRDS), [[name, *row] for name, row in thirds.items()])
     rows = [[f"{v:.4f}" if isinstance(v, float) else v for v in each.values()] for each in found["hardest"]]
-    table("documents with the highest mean loss", [*found["hardest"][0]] if rows else [], rows)
+    table("hardest documents: most above the mean of their steps", [*found["hardest"][0]] if rows else [], rows)
 
 
 @cli.command()

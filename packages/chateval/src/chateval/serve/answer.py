@@ -42,17 +42,22 @@ class Answer:
         self.prompt, self.tokenizer, self.stops = prompt, tokenizer, [stop] if isinstance(stop, str) else stop
         self.names = {token: name for name, token in tokenizer.special_ids.items()}
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.held, self.is_empty, self.is_stopped = "", True, False
+        self.held, self.is_empty, self.is_call, self.is_stopped = "", True, False, False
         self.end: Completion | ApiError | None = None
         self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue[str | None]()
         self.watcher = asyncio.create_task(self._watch(receive))
 
-    def add(self, token: int) -> bool:
-        """Whether no more tokens are wanted, because of a stop string or because it is over."""
+    def add(self, token: int, forced: bool) -> bool:
+        """Whether no more tokens are wanted, because of a stop string or because it is over.
+
+        forced: by the calculator. A result that the model makes up keeps the names of its special tokens.
+        """
         name = self.names.get(token)
         text = self.decoder.decode(self.tokenizer.token_bytes.get(token, b""), final=name is not None)
         if name is not None:
-            text += FENCES.get(name, name).removeprefix("\n" if self.is_empty and not text else "")
+            is_fence = forced or name == CALL.opening or (name == CALL.closing and self.is_call)
+            self.is_call = name == CALL.opening
+            text += (FENCES[name] if is_fence else name).removeprefix("\n" if self.is_empty and not text else "")
         self._give(text)
         return self.is_stopped or self.end is not None
 

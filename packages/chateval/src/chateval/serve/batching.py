@@ -42,7 +42,7 @@ class Batcher:
         def on_token(number: int, token: int, forced: bool) -> bool:
             if self.is_stopping():
                 raise ApiError(503, "the server has been stopped")
-            return batch[number].add(token)
+            return batch[number].add(token, forced)
 
         try:
             for number, completion in generate(self.subject, [answer.prompt for answer in batch], on_token):

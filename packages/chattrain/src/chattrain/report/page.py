@@ -24,7 +24,7 @@ from chattrain.errors import ChattrainError
 from chattrain.model import parameter_shapes
 from chattrain.reads import reads_of_step
 from chattrain.report.replay import Wanted, replay, within_reach
-from chattrain.run.losses import LossSums, means, sum_losses, summarise
+from chattrain.run.losses import LossSums, contradictions, means, sum_losses, summarise
 from chattrain.run.telemetry import LOG_NAME, TrainEntry, ValEntry, read_log, read_run
 from chattrain.run.trace import plan_again, step_documents
 
@@ -63,16 +63,19 @@ def run_numbers(run: Path, data: str | None, progress: Progress) -> dict[str, An
         except (ChatdataError, ChattrainError, OSError, RuntimeError) as error:
             missing.append(f"{what}: {first_line(error)}")
 
-    saved = attempt("no checkpoint", lambda: read_checkpoint(run))
+    kept = kept_checkpoints(run)
+    saved = attempt("no size of the model", lambda: read_checkpoint(run)) if kept else None
     plan = plan_again(record, data) if data else attempt("no tasks, documents or texts", lambda: plan_again(record))
     sums = plan and attempt("no losses of tasks and documents", lambda: sum_losses(run, plan))
-    entries = read_log(run) if log.is_file() else []
+    entries = read_log(run)
     train = [entry for entry in entries if isinstance(entry, TrainEntry)]
+    missing += contradictions(entries, sums) if sums else []
     numbers: dict[str, Any] = {
         "run": msgspec.to_builtins(record),
         "missing": missing,
-        "kept": [*kept_checkpoints(run)],
+        "kept": [*kept],
         "model": saved and vars(saved.config),
+        "uniform": saved and math.log(saved.config.vocab_size),
         "parameters": saved and sum(map(math.prod, parameter_shapes(saved.config).values())),
         "build": plan and {"path": str(plan.split.build.path), "stage": plan.split.build.manifest["stage"]},
         "entries": plan and summed(plan.split.build.manifest["splits"][plan.split.name]["entries"]),
@@ -85,7 +88,7 @@ def run_numbers(run: Path, data: str | None, progress: Progress) -> dict[str, An
         "rows": parts_of(train, sums, MAX_ROWS),
         "validations": [msgspec.to_builtins(entry) for entry in entries if isinstance(entry, ValEntry)],
         "tasks": sums.tasks if sums else [],
-        "summary": sums and summarise(sums, by="above"),
+        "summary": sums and summarise(sums),
         "jumps": jumps_of(train),
     }
     if plan and sums:
@@ -148,8 +151,10 @@ def wanted_reads(run: Path, plan: TrainingPlan, numbers: dict[str, Any]) -> list
     hardest = [found["doc"] for found in numbers["summary"]["hardest"][:MAX_REPLAYED]]
     reach, nearest = within_reach(run, numbers["done"]), dict[int, Wanted]()
     for step in sorted(reach, key=lambda step: (step - reach[step], -step)):
-        document = reads_of_step(plan, step).document
-        for read in np.flatnonzero(np.isin(document, hardest)).tolist():
+        reads = reads_of_step(plan, step)
+        document, lengths = reads.document, reads.stop - reads.start
+        found = np.flatnonzero(np.isin(document, hardest))
+        for read in found[np.argsort(-lengths[found], kind="stable")].tolist():
             nearest.setdefault(document[read], (step, read, "one of the hardest documents"))
     return wanted + [nearest[doc] for doc in hardest if doc in nearest]
 

@@ -8,11 +8,12 @@ before the entry of their step, and a checkpoint syncs both files, so a killed r
 reads that no step counts.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from chatdata.disk import naming
 from chatdata.packing.epoch import TrainingPlan
 from chattrain.errors import RunError
 from chattrain.reads import reads_of_step
+from chattrain.run.telemetry import Entry, TrainEntry
 
 FOLDER, READS_NAME, STEPS_NAME = "losses", "reads.bin", "steps.bin"
 READ = np.dtype([("loss", "<f4"), ("targets", "<u4")])
@@ -143,11 +145,31 @@ def sum_losses(out: Path, plan: TrainingPlan) -> LossSums:
     return LossSums(tasks, task_of_document, rows, by_task, by_document, not_finite)
 
 
-def summarise(sums: LossSums, by: Literal["mean", "above"] = "mean") -> dict[str, Any]:
-    """Nats per target of each task in the first, middle and last third of the steps, and the documents with most `by`.
+def contradictions(log: Sequence[Entry], sums: LossSums) -> list[str]:
+    """How the record of a run and its log disagree: at most a line for each way. The log is compared from the first
+    recorded step on, because an earlier chattrain recorded nothing."""
+    train = [entry for entry in log if isinstance(entry, TrainEntry)]
+    by_step, steps, found = sums.by_task.sum(axis=2), [entry.step for entry in train], []
+    if missing := sorted({*range(steps[-1] + 1 if steps else 0)} - {*steps}):
+        found.append(f"the log lacks {len(missing):,} of its steps, the first is {missing[0]:,}")
+    if lacking := [step for step in steps if step >= by_step.shape[1]]:
+        found.append(f"the loss record lacks {len(lacking):,} steps of the log, the first is {lacking[0]:,}")
+    first = int(np.argmax(by_step[1] > 0))
+    for entry in train:
+        if first <= entry.step < by_step.shape[1] and math.isfinite(entry.loss):
+            loss, targets = by_step[:, entry.step]
+            if targets != entry.targets or abs(loss - entry.loss * targets) > 1e-4 * abs(loss):
+                at = f"step {entry.step:,}: the loss record has {loss:.6g} nats of {targets:,.0f} targets"
+                found.append(f"{at}, the log {entry.loss * entry.targets:.6g} of {entry.targets:,}; one is damaged")
+                break
+    return found
 
-    A document's `above` is how far it is above the mean of all targets of its steps, on average over its reads. Losses
-    that are not finite are counted and left out.
+
+def summarise(sums: LossSums) -> dict[str, Any]:
+    """Nats per target of each task in the first, middle and last third of the steps, and the hardest documents: those
+    most `above` the mean of all targets of their steps, on average over their reads.
+
+    Losses that are not finite are counted and left out.
     """
     first, last = int(np.argmax(sums.by_task[1].any(axis=1))), sums.by_task.shape[1] - 1
     third = 3 * (np.arange(first, last + 1) - first) // (last + 1 - first)
@@ -158,7 +180,9 @@ def summarise(sums: LossSums, by: Literal["mean", "above"] = "mean") -> dict[str
     columns = {"doc": documents, "name": pa.array(sums.tasks).take(pa.array(sums.task_of_document[documents]))}
     columns |= {"row": sums.row_of_document[documents], "reads": reads.astype(int), "loss": loss}
     columns |= {"targets": targets.astype(int), "above": above / reads, "mean": loss / targets}
-    hardest = pa.table(columns).sort_by([(by, "descending"), ("doc", "ascending")]).slice(0, MOST_SHOWN).to_pylist()
+    hardest = (
+        pa.table(columns).sort_by([("above", "descending"), ("doc", "ascending")]).slice(0, MOST_SHOWN).to_pylist()
+    )
     return {"steps": [first, last], "not_finite": sums.not_finite, "tasks": tasks, "hardest": hardest}
 
 

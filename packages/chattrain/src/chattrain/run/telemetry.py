@@ -124,7 +124,7 @@ def open_log(out: Path, start: int, tracker: str | None, is_first: bool) -> Iter
         yield lambda entry: None
         return
     path = out / LOG_NAME
-    known = read_log(out) if path.is_file() else []
+    known = read_log(out)
     # validation at step 0 is done again
     kept = [e for e in known if e.step < start or (isinstance(e, ValEntry) and 0 < e.step == start)]
     past = msgspec.to_builtins(kept)
@@ -144,12 +144,12 @@ def open_log(out: Path, start: int, tracker: str | None, is_first: bool) -> Iter
 
 
 def read_log(out: Path) -> list[Entry]:
-    """The entries of log.jsonl, without a last line that a killed run did not finish.
+    """The entries of log.jsonl, if there is one, without a last line that a killed run did not finish.
 
-    Raises RunError for a damaged line, OSError if there is no log.
+    Raises RunError for a damaged line.
     """
-    entries = []
-    for where, value in json_lines(out / LOG_NAME, RunError, ": damaged, remove the line"):
+    entries, path = [], out / LOG_NAME
+    for where, value in json_lines(path, RunError, ": damaged, remove the line") if path.is_file() else ():
         kind = ValEntry if isinstance(value, dict) and value.get("kind") == "val" else TrainEntry
         entries.append(convert(value, kind, where, RunError))
     return entries

@@ -14,7 +14,7 @@ from chattrain.errors import RunError
 from chattrain.nanochat.order import make_nanochat_plan
 from chattrain.reads import reads_of_step
 from chattrain.run.losses import READ, read_losses
-from chattrain.run.telemetry import LOG_NAME, RunRecord, TrainEntry, read_log, read_run
+from chattrain.run.telemetry import RunRecord, TrainEntry, read_log, read_run
 
 
 def plan_again(run: RunRecord, data: str | Path | None = None) -> TrainingPlan:
@@ -47,8 +47,7 @@ def trace_step(run: Path, step: int, data: str | Path | None = None) -> dict[str
     if not 0 <= step < num_steps:
         raise RunError(f"--step {step}: {run} has steps 0 … {num_steps - 1}")
     plan = plan_again(record, data)
-    log = read_log(run) if (run / LOG_NAME).is_file() else []
-    logged = next((entry for entry in log if isinstance(entry, TrainEntry) and entry.step == step), None)
+    logged = next((entry for entry in read_log(run) if isinstance(entry, TrainEntry) and entry.step == step), None)
     documents = step_documents(run, plan, step)
     return {"step": step, "split": plan.split.name, "log": msgspec.to_builtins(logged), "documents": documents}
 
