@@ -46,7 +46,7 @@ def watch(run: Path, settings: ScoringSettings, load: Load, once: bool = False) 
     of other settings) and what `load` and `score` raise.
     """
     out, tasks = settings.out, load_tasks(settings.task_files)
-    find_isolation_for(settings, tasks)  # what cannot be scored is said now, not when there is a checkpoint
+    find_isolation_for(settings, tasks)  # refuse what cannot be scored now, not when there is a checkpoint
     find_sets(settings.tasks, tasks, settings.data_dir, settings.words)
     while not once and not run.is_file() and not (run / RUN_NAME).is_file():
         say_once(f"{run}: no run there yet (Ctrl-C ends)")

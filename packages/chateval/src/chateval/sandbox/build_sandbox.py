@@ -20,7 +20,7 @@ from pathlib import Path
 
 RUNNER = Path(__file__).with_name("runner.py").read_text()  # read here: from the new root folder it cannot be
 PYTHON = "/python/bin/python3"
-NEW_ROOT = "/proc"  # the root folder while it is built: nothing of the host's that is bound lies here
+NEW_ROOT = "/proc"  # the root folder while it is built: none of the host's folders that are bound is in it
 
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MNT_DETACH = 2, 4, 4096, 16384, 2  # <sys/mount.h>
 READ_ONLY, NO_SUID, NO_DEV, RECURSIVE = 1, 2, 4, 0x8000  # MOUNT_ATTR_*, AT_RECURSIVE

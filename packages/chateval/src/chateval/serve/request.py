@@ -65,7 +65,7 @@ def _refusal(message: str) -> ApiError:
 
 
 def _prompt_tokens(request: ChatRequest, subject: Subject) -> list[int]:
-    """The conversation up to where the assistant goes on: after assistant_start, or after the result of a tool."""
+    """The conversation up to where the assistant continues: after assistant_start, or after the result of a tool."""
     if request.messages[-1].get("role") not in ("user", "tool", "function"):
         raise _refusal('the request, key "messages": the last one must be of role user or tool')
     # an empty answer adds assistant_start, if the last message is the user's, and assistant_end
