@@ -205,7 +205,7 @@ def import_everything() -> None:
         root = Path(importlib.import_module(package).__path__[0])
         for path in root.rglob("*.py"):
             parts = path.relative_to(root.parent).with_suffix("").parts
-            if parts[-1] not in ("__main__", "__init__", "probe"):
+            if parts[-1] not in ("__main__", "__init__", "probe", "runner"):
                 importlib.import_module(".".join(parts))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chatdata.build.plan import mixture_order, permutation, select, share_rows
 from chatdata.errors import RecipeError
-from chatdata.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from chatdata.recipe import Entry, Recipe, load_recipe, parse_recipe, shipped_recipes
 from chatdata.tasks import Option, Task, load_tasks
 
 TASKS = load_tasks()
@@ -203,21 +203,24 @@ def test_mixture_order_is_that_of_nanochat() -> None:
 
 
 def test_select() -> None:
-    assert select(10, None, None, None, None) == range(10)
-    assert select(10, None, -4, None, None) == range(6)
-    assert select(10, -4, None, None, 2) == range(6, 8)
-    assert select(10, 2, 8, 3, None) == range(2, 5)
-    assert select(10, None, None, 5, 99) == range(5)
-    assert select(10, 2, None, None, None, 0.3) == range(2, 4)
-    assert select(0, None, None, None, None) == range(0)
-    for arguments, message in [
-        ((10, None, 11, None, None), "stop = 11 is outside the source's 10 rows"),
-        ((10, -11, None, None, None), "start = -11 is outside the source's 10 rows"),
-        ((10, 5, 5, None, None), "start = 5, stop = 5 selects no rows of 10"),
-        ((10, 5, None, 6, None), "rows = 6, but only 5 are there"),
-    ]:
+    def taken(num_rows: int, limit: int | None = None, **keys: Any) -> range:
+        return select(Entry("smoltalk", **keys), num_rows, limit)
+
+    assert taken(10) == range(10)
+    assert taken(10, stop=-4) == range(6)
+    assert taken(10, start=-4, limit=2) == range(6, 8)
+    assert taken(10, start=2, stop=8, rows=3) == range(2, 5)
+    assert taken(10, rows=5, limit=99) == range(5)
+    assert taken(10, start=2, epochs=0.3) == range(2, 4)
+    assert taken(0) == range(0)
+    for keys, message in (
+        ({"stop": 11}, "stop = 11 is outside the source's 10 rows"),
+        ({"start": -11}, "start = -11 is outside the source's 10 rows"),
+        ({"start": 5, "stop": 5}, "start = 5, stop = 5 selects no rows of 10"),
+        ({"start": 5, "rows": 6}, "rows = 6, but only 5 are there"),
+    ):
         with pytest.raises(RecipeError, match=message):
-            select(*arguments)
+            taken(10, **keys)
 
 
 def test_a_file_in_the_way_does_not_become_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
