@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 import vl_convert
 
 from chatdata.errors import ChatdataError, UsageError
@@ -130,6 +131,16 @@ def test_what_is_missing_is_said(run: Path, build: Path, tmp_path: Path) -> None
     assert "not finished, 1 of 24 steps; the log was last written on 20" in text and "There is one validation" in text
     (old / "log.jsonl").unlink()
     assert "there is no log" in report(old, out, str(build))[1]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_run_of_a_gpu_is_not_replayed_on_a_cpu(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    record = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(record | {"machine": record["machine"] | {"device": "cuda"}}))
+    facts, _ = report(other, tmp_path / "other.html")
+    assert facts["replays"] is None and facts["missing"][-1].startswith("no losses of tokens: device 'cuda' is not ava")
 
 
 @pytest.mark.usefixtures("quick")

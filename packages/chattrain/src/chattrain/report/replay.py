@@ -46,7 +46,7 @@ def replay(
     how many `reads` compared with the record, how many of these are `unequal`, and by how much of the record at most.
     """
     reach, ends, shown, differences = within_reach(run, len(recorded_steps(run))), time.monotonic() + MAX_S, [], []
-    device = find_device("cpu" if record.machine.get("device", "cpu") == "cpu" else None)
+    device = find_device(record.machine.get("device"))  # a step of a GPU could take a CPU hours
     size = record.machine.get("device_batch_size") or plan.device_batch_size
     settings = RunSettings(record.data, run, record.recipe.init, compile=False)
     for first in dict.fromkeys(reach[step] for step, *_ in wanted if step in reach):
