@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from chatdata.disk import (
     cache_folder,
+    check_file,
     check_replaceable,
     convert,
     decode,
@@ -248,3 +249,23 @@ def test_many_keys_are_compared_at_once() -> None:
     many = "".join(f'"{number}": 0, ' for number in range(100_000))
     with pytest.raises(FormatError, match=r'key "99999" twice in one object$'):
         decode(f'{{{many}"99999": 0}}'.encode(), dict, "f.json", FormatError)
+
+
+def test_a_file_that_may_be_written(tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("mine")
+    (tmp_path / "page.html").write_text("<!doctype html>")
+    (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+    (tmp_path / "dangling.html").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("page.html", "new.html"):
+        check_file(tmp_path / name, b"<!doc", "a page")
+    for name, message in (
+        ("", "is a folder"),
+        ("nowhere/new.html", "there is no folder"),
+        ("fifo", "is a link or a device"),
+        ("link.html", "is a link or a device"),
+        ("dangling.html", "is a link or a device"),
+        ("other.txt", "is a file that is not a page"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_file(tmp_path / name, b"<!doc", "a page")

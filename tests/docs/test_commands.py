@@ -296,8 +296,8 @@ HEAD = """# All commands
 `just commands` writes this page from `--help`, which also has examples. `--debug` shows the traceback of an error.
 [faq.md](faq.md) has errors and exit codes.
 
-Tab completes commands and options after this line in `~/.bashrc` (`zsh_source` for zsh, `fish_source` for fish; likewise
-`_CHATTRAIN_COMPLETE` and `_CHATEVAL_COMPLETE`):
+Tab completes commands and options after this line in `~/.bashrc` (`zsh_source` for zsh, `fish_source` for fish;
+`_CHATTRAIN_COMPLETE` and `_CHATEVAL_COMPLETE` are the same for the others):
 
 ```bash
 eval "$(_CHATDATA_COMPLETE=bash_source chatdata)"

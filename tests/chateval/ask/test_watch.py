@@ -283,14 +283,16 @@ def test_a_damaged_checkpoint_is_named(chateval, run, save, words, tmp_path) -> 
     state = (checkpoint / "state.json").read_bytes()
     (checkpoint / "state.json").write_bytes(state[:10])
     result = chateval(*command)
-    assert result.returncode == 1 and result.stderr.startswith(f"Error: {checkpoint}: ")
+    assert result.returncode == 1 and result.stderr.startswith(f"Error: {checkpoint}/state.json: ")
     (checkpoint / "state.json").write_bytes(state)
-    with (checkpoint / "model.safetensors").open("r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"abcd")
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(whole[:-4] + b"abcd")
     result = chateval(*command)
     copy = tmp_path / "scores/step-00000010/checkpoint/model.safetensors"
     assert result.returncode == 1 and result.stderr.startswith(f"Error: {copy}: SHA-256 differs from state.json's")
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").write_bytes(whole)  # repaired: another file than the copy's
+    assert chateval(*command).returncode == 0
 
 
 def test_once_needs_a_run(chateval, tmp_path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 import vl_convert
@@ -20,6 +21,7 @@ from chatdata.errors import ChatdataError, UsageError
 from chatdata.progress import no_progress
 from chattrain.errors import RunError
 from chattrain.report.page import jumps_of, parts_of, write_report
+from chattrain.run.losses import READ
 from chattrain.run.telemetry import TrainEntry
 
 
@@ -131,6 +133,17 @@ def test_what_is_missing_is_said(run: Path, build: Path, tmp_path: Path) -> None
     assert "not finished, 1 of 24 steps; the log was last written on 20" in text and "There is one validation" in text
     (old / "log.jsonl").unlink()
     assert "there is no log" in report(old, out, str(build))[1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_losses_that_were_not_finite_but_are_when_replayed(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    reads = np.fromfile(other / "losses/reads.bin", READ)
+    reads["loss"] = np.nan
+    reads.tofile(other / "losses/reads.bin")
+    (other / "log.jsonl").write_text(re.sub('"loss": [^,]+', '"loss": NaN', (other / "log.jsonl").read_text()))
+    facts, text = report(other, tmp_path / "other.html")
+    assert facts["replays"]["reads"] == facts["replays"]["unequal"] > 0 and "are close to the record" in text
 
 
 @pytest.mark.usefixtures("quick")

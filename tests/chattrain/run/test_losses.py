@@ -218,6 +218,12 @@ def test_a_record_and_a_log_that_disagree(run: Path, tmp_path: Path) -> None:
     assert found == "the loss record lacks 1 steps of the log, the first is 3"
     shorter = "".join(line for number, line in enumerate(log) if number != lines[1])
     assert message("log.jsonl", shorter.encode()) == "the log lacks 1 of its steps, the first is 1"
+    assert message("log.jsonl", b"").startswith("the log lacks ")
+    assert message("log.jsonl", "".join([*log, log[lines[1]]]).encode()) == "the log has step 1 twice"
+    not_finite = "".join(re.sub('"loss": [^,]+', '"loss": NaN', line) for line in log)
+    assert message("log.jsonl", not_finite.encode()).startswith("step 0: the loss record has ")
+    with pytest.raises(UsageError, match=r"log.jsonl is a file that is not Parquet"):
+        chattrain("losses", run, "--out", run / "log.jsonl")
 
 
 @pytest.mark.parametrize("at_once", [1, 1024])

@@ -44,10 +44,15 @@ _NOUNS: dict[Any, str] = {str: "a string", int: "an integer", float: "a number",
 _NOUNS |= {NoneType: "null", list: "a list", tuple: "a list"}
 
 
-def check_file(out: Path) -> None:
-    """Raise UsageError if `out` is a folder, or if its folder does not exist."""
+def check_file(out: Path, start: bytes = b"", kind: str = "") -> None:
+    """Raise UsageError if `out` is a folder, a link, a device or in no folder, or a file that is not of the `kind`
+    whose bytes begin with `start`."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; name a file")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise UsageError(f"--out {out} is a link or a device, which would be replaced; choose another name")
+    if out.exists() and not start.startswith(out.read_bytes()[: len(start)]):
+        raise UsageError(f"--out {out} is a file that is not {kind}; choose another name")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}")
 

@@ -145,7 +145,7 @@ def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) 
     if wrong := contradictions(read_log(run_folder), sums):
         raise RunError(f"{run_folder}: {wrong[0]}")
     if out:
-        check_file(out)
+        check_file(out, b"PAR1", "Parquet")
         record = loss_table(run_folder, plan)
         pq.write_table(record, out, compression="zstd")
         tell({"out": str(out), "losses": len(record)}, [f"{out}: {len(record):,} losses"], as_json)

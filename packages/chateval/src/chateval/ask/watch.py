@@ -8,7 +8,6 @@ D/run.json                   the run's: scores of another run are refused
 After a kill the same call continues: a copy gets its name when it is whole.
 """
 
-import json
 import os
 import shutil
 import time
@@ -18,6 +17,9 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+from msgspec import Struct
+
+from chatdata.disk import decode
 from chatdata.progress import say, shown_progress
 from chatdata.tasks.task import load_tasks
 from chateval.ask.questions import find_sets
@@ -27,11 +29,19 @@ from chateval.errors import ResultsError
 from chateval.results.figures import Results
 from chateval.results.report import write_report, write_steps
 from chattrain.checkpoint import TOKENIZER_FILES, WEIGHTS, checkpoint_name, kept_checkpoints
+from chattrain.errors import ChattrainError
 from chattrain.run.start import Ranks
 from chattrain.run.telemetry import RUN_NAME, lock_run, read_run, write_run
 
 NEEDED = {"state.json", WEIGHTS, *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}  # not the optimizer
 POLL_S = 1.0
+
+
+class Listed(Struct):
+    """Of a checkpoint's state.json."""
+
+    files: dict[str, str]
+
 
 Load = Callable[[Path], Subject]
 say_once = cache(partial(say, error=True))  # a line that was said is not said again
@@ -85,7 +95,8 @@ def _collect(run: Path, out: Path) -> list[Path]:
 
 def _copy(out: Path, checkpoint: Path) -> None:
     """Hard links where possible: chattrain never writes to a file of a checkpoint again, it only removes it."""
-    listed = json.loads((checkpoint / "state.json").read_bytes())["files"]
+    state = checkpoint / "state.json"
+    listed = decode(state.read_bytes(), Listed, str(state), ResultsError).files
     half = out / ".copy"
     shutil.rmtree(half, ignore_errors=True)
     (half / "checkpoint/tokenizer").mkdir(parents=True)
@@ -100,7 +111,11 @@ def _copy(out: Path, checkpoint: Path) -> None:
 def _score(copy: Path, run: Path, settings: ScoringSettings, load: Load) -> Results:
     """Score a copy, draw its scores with the others, and remove it. New checkpoints are copied between two batches."""
     folder, out = copy.parent, settings.out
-    subject = replace(load(copy), label=str(run / "checkpoints" / folder.name))
+    try:
+        subject = replace(load(copy), label=str(run / "checkpoints" / folder.name))
+    except ChattrainError:
+        shutil.rmtree(folder)  # it is copied again, when the run's own has been repaired or deleted
+        raise
     like = min([*out.glob(f"step-*/{RUN_NAME}"), folder / RUN_NAME]).parent
     with shown_progress() as progress:
 

@@ -62,10 +62,12 @@ def replay(
             result = train_step(learner, record.recipe, plan, step)
             recorded = read_losses(run, plan, step.number, step.number + 1)[2]["loss"]
             again = result.reads[0, : len(recorded)].astype(recorded.dtype)
-            differences.append(np.abs(again - recorded) / np.maximum(np.abs(recorded), np.finfo(np.float32).tiny))
+            same = (again == recorded) | (np.isnan(again) & np.isnan(recorded))
+            change = np.abs(again - recorded) / np.maximum(np.abs(recorded), np.finfo(np.float32).tiny)
+            differences.append(np.where(same, 0, np.nan_to_num(change, nan=np.inf)))
             for read, why in [(read, why) for number, read, why in wanted if number == step.number]:
                 shown.append(tokens_of(run, plan, step, result, read) | {"why": why})
-    found = np.nan_to_num(np.concatenate([np.zeros(0), *differences]))  # of a skipped step both may be NaN
+    found = np.concatenate([np.zeros(0), *differences])
     late = sorted({step for step, *_ in wanted if step in reach} - {one["step"] for one in shown})
     facts = {"shown": shown, "late": late, "far": sorted({step for step, *_ in wanted if step not in reach})}
     facts |= {"steps": len(differences), "reads": len(found), "unequal": int(np.count_nonzero(found))}

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,15 +151,19 @@ def contradictions(log: Sequence[Entry], sums: LossSums) -> list[str]:
     recorded step on, because an earlier chattrain recorded nothing."""
     train = [entry for entry in log if isinstance(entry, TrainEntry)]
     by_step, steps, found = sums.by_task.sum(axis=2), [entry.step for entry in train], []
-    if missing := sorted({*range(steps[-1] + 1 if steps else 0)} - {*steps}):
+    # the record of a run at work is a step ahead
+    if missing := sorted({*range(max([by_step.shape[1] - 1, *(step + 1 for step in steps)]))} - {*steps}):
         found.append(f"the log lacks {len(missing):,} of its steps, the first is {missing[0]:,}")
     if lacking := [step for step in steps if step >= by_step.shape[1]]:
         found.append(f"the loss record lacks {len(lacking):,} steps of the log, the first is {lacking[0]:,}")
+    if twice := [step for step, after in pairwise(sorted(steps)) if step == after]:
+        found.append(f"the log has step {twice[0]:,} twice")
     first = int(np.argmax(by_step[1] > 0))
     for entry in train:
-        if first <= entry.step < by_step.shape[1] and math.isfinite(entry.loss):
-            loss, targets = by_step[:, entry.step]
-            if targets != entry.targets or abs(loss - entry.loss * targets) > 1e-4 * abs(loss):
+        if first <= entry.step < by_step.shape[1]:
+            loss, targets = by_step[:, entry.step]  # of what is finite
+            right = abs(loss - entry.loss * targets) <= 1e-4 * abs(loss) and targets == entry.targets
+            if not (right if math.isfinite(entry.loss) else targets < entry.targets):
                 at = f"step {entry.step:,}: the loss record has {loss:.6g} nats of {targets:,.0f} targets"
                 found.append(f"{at}, the log {entry.loss * entry.targets:.6g} of {entry.targets:,}; one is damaged")
                 break

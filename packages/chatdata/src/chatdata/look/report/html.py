@@ -42,9 +42,7 @@ def check_report(out: Path) -> None:
         import vl_convert  # noqa: F401
     except ImportError:
         raise UsageError(MISSING) from None
-    check_file(out)
-    if out.is_file() and not START.startswith(out.read_bytes()[: len(START)]):
-        raise UsageError(f"--out {out} is a file that is not a report; choose another name")
+    check_file(out, START, "a report")
 
 
 def chart(
