@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chatdata.errors import TaskError
@@ -194,6 +194,7 @@ PARTS = [
 
 @settings(max_examples=600, deadline=None)
 @given(st.lists(st.sampled_from(PARTS), max_size=9).map("".join))
+@example(f'{BODY}\n"""```\n{BODY}\n"""')
 def test_whatever_passes_by_nanochats_rule_passes(text: str) -> None:
     if passes(program_of_nanochat(AREA, text)):
         assert passes(humaneval.program(AREA, text))

@@ -6,7 +6,9 @@ https://huggingface.co/datasets/openai/openai_humaneval (MIT). A row:
      "canonical_solution": "    return 2 * x\\n", "test": "def check(candidate):\\n    assert candidate(2) == 4\\n"}
 """
 
+import ast
 import re
+import warnings
 from typing import Any
 
 from chatdata.tasks.task import ScoredSet, Scoring, Task, one_turn
@@ -49,6 +51,8 @@ def program(row: dict[str, Any], text: str) -> str:
 def answer_code(text: str, name: str) -> str:
     """The first fenced block of Python that defines `name`; else the first one; all of the text if there is none."""
     text = text.replace("\r\n", "\n")
+    if not _OF_NANOCHAT.search(text) and _is_program(text, name):
+        return text.strip()  # a fence in it is in a string
     python, other, at = list[str](), list[str](), 0
     while opening := _OPENING.search(text, at):
         at = opening.end()
@@ -67,6 +71,15 @@ def answer_code(text: str, name: str) -> str:
     names = rf"^\s*(?:async\s+)?(?:def|class)\s+{word}\b|^{word}\s*(?::.*)?=(?!=)|\bimport\b.*\b{word}\b"
     defines = re.compile(names, re.MULTILINE)
     return next((code for code in candidates if defines.search(code)), candidates[0]).strip()
+
+
+def _is_program(text: str, name: str) -> bool:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes such as "\\d"
+            body = ast.parse(text.strip()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return any(getattr(node, "name", None) == name for node in body)
 
 
 TASK = Task(
