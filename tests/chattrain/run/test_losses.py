@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -224,6 +225,23 @@ def test_a_record_and_a_log_that_disagree(run: Path, tmp_path: Path) -> None:
     assert message("log.jsonl", not_finite.encode()).startswith("step 0: the loss record has ")
     with pytest.raises(UsageError, match=r"log.jsonl is a file that is not Parquet"):
         chattrain("losses", run, "--out", run / "log.jsonl")
+
+
+def test_the_record_of_a_run_at_work_grows(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two steps are done after the log was read: they are in the record, not in the log."""
+    early = shutil.copytree(run, tmp_path / "early")
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    ends = np.fromfile(run / "losses/steps.bin", "<u8")
+    train = [number for number, line in enumerate(lines) if json.loads(line).get("kind") != "val"]
+    (early / "log.jsonl").write_text("".join(lines[: train[2]]))
+    ends[:2].tofile(early / "losses/steps.bin")
+
+    def then(out: Path, plan: TrainingPlan) -> Any:
+        ends.tofile(out / "losses/steps.bin")
+        return sum_losses(out, plan)
+
+    monkeypatch.setattr(record, "sum_losses", then)
+    assert json.loads(chattrain("losses", early, "--json"))["steps"] == [0, 3]
 
 
 @pytest.mark.parametrize("at_once", [1, 1024])

@@ -17,6 +17,17 @@ from chattrain.run.settings import RunSettings, settings_options
 cli = program("chattrain", "Train small chat models on chatdata builds: streamed by stage policy, exact, resumable.")
 
 
+def run_argument(command: Any) -> Any:
+    """Adds RUN, --data and --json, which all commands about a run have."""
+    for add in (
+        click.option("--json", "as_json", is_flag=True, help="Print as JSON."),
+        click.option("--data", metavar="BUILD", help="The build, if it has moved: its folder, or an address."),
+        click.argument("run_folder", metavar="RUN", type=FILE),
+    ):
+        command = add(command)
+    return command
+
+
 @cli.command()
 @settings_options
 @expect_option
@@ -93,10 +104,8 @@ def _echo_plan(counts: dict[str, Any], num_steps: int, stage: str) -> None:
 
 
 @cli.command()
-@click.argument("run_folder", metavar="RUN", type=FILE)
 @click.option("--step", type=int, required=True, help="The first step is 0.")
-@click.option("--data", metavar="BUILD", help="The build, if it has moved: its folder, or an address.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@run_argument
 def trace(run_folder: Path, step: int, data: str | None, as_json: bool) -> None:
     """Show which documents were in a step of a run, what each cost, and their text.
 
@@ -121,10 +130,8 @@ def trace(run_folder: Path, step: int, data: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run_folder", metavar="RUN", type=FILE)
 @click.option("--out", type=FILE, help="Parquet file to write: step, doc, task, name, row, loss, targets.")
-@click.option("--data", metavar="BUILD", help="The build, if it has moved: its folder, or an address.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@run_argument
 def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) -> None:
     """Show what each task cost over time and the hardest documents; or write all recorded losses.
 
@@ -136,16 +143,18 @@ def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) 
 
     from chatdata.look.console import table
     from chattrain.errors import RunError
-    from chattrain.run.losses import THIRDS, contradictions, loss_table, sum_losses, summarise
+    from chattrain.run.losses import THIRDS, contradictions, loss_table, recorded_steps, sum_losses, summarise
     from chattrain.run.telemetry import read_log, read_run
     from chattrain.run.trace import plan_again
 
-    plan = plan_again(read_run(run_folder), data)
-    sums = sum_losses(run_folder, plan)
-    if wrong := contradictions(read_log(run_folder), sums):
-        raise RunError(f"{run_folder}: {wrong[0]}")
     if out:
         check_file(out, b"PAR1", "Parquet")
+    plan = plan_again(read_run(run_folder), data)
+    num_recorded, log = len(recorded_steps(run_folder)), read_log(run_folder)  # in this order, and the record last
+    sums = sum_losses(run_folder, plan)
+    if wrong := contradictions(log, sums, num_recorded):
+        raise RunError(f"{run_folder}: {wrong[0]}")
+    if out:
         record = loss_table(run_folder, plan)
         pq.write_table(record, out, compression="zstd")
         tell({"out": str(out), "losses": len(record)}, [f"{out}: {len(record):,} losses"], as_json)
@@ -163,10 +172,8 @@ def losses(run_folder: Path, out: Path | None, data: str | None, as_json: bool) 
 
 
 @cli.command()
-@click.argument("run_folder", metavar="RUN", type=FILE)
 @click.option("--out", type=FILE, help="File to write (default: RUN-report.html).")
-@click.option("--data", metavar="BUILD", help="The build, if it has moved: its folder, or an address.")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the report as JSON.")
+@run_argument
 def report(run_folder: Path, out: Path | None, data: str | None, as_json: bool) -> None:
     """Write an HTML page that shows how a run went.
 

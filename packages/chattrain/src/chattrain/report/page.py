@@ -24,7 +24,7 @@ from chattrain.errors import ChattrainError
 from chattrain.model import parameter_shapes
 from chattrain.reads import reads_of_step
 from chattrain.report.replay import Wanted, replay, within_reach
-from chattrain.run.losses import LossSums, contradictions, means, sum_losses, summarise
+from chattrain.run.losses import LossSums, contradictions, means, recorded_steps, sum_losses, summarise
 from chattrain.run.telemetry import LOG_NAME, TrainEntry, ValEntry, read_log, read_run
 from chattrain.run.trace import plan_again, step_documents
 
@@ -66,10 +66,10 @@ def run_numbers(run: Path, data: str | None, progress: Progress) -> dict[str, An
     kept = kept_checkpoints(run)
     saved = attempt("no size of the model", lambda: read_checkpoint(run)) if kept else None
     plan = plan_again(record, data) if data else attempt("no tasks, documents or texts", lambda: plan_again(record))
+    num_recorded, entries = len(recorded_steps(run)), read_log(run)  # in this order, and the record last
     sums = plan and attempt("no losses of tasks and documents", lambda: sum_losses(run, plan))
-    entries = read_log(run)
     train = [entry for entry in entries if isinstance(entry, TrainEntry)]
-    missing += contradictions(entries, sums) if sums else []
+    missing += contradictions(entries, sums, num_recorded) if sums else []
     numbers: dict[str, Any] = {
         "run": msgspec.to_builtins(record),
         "missing": missing,

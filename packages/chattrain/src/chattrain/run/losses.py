@@ -146,13 +146,16 @@ def sum_losses(out: Path, plan: TrainingPlan) -> LossSums:
     return LossSums(tasks, task_of_document, rows, by_task, by_document, not_finite)
 
 
-def contradictions(log: Sequence[Entry], sums: LossSums) -> list[str]:
+def contradictions(log: Sequence[Entry], sums: LossSums, num_recorded: int) -> list[str]:
     """How the record of a run and its log disagree: at most a line for each way. The log is compared from the first
-    recorded step on, because an earlier chattrain recorded nothing."""
+    recorded step on, because an earlier chattrain recorded nothing.
+
+    num_recorded: steps in the record before the log was read. A run may be at work: `log` then has all of them but the
+    last, and `sums`, read after it, all that `log` has.
+    """
     train = [entry for entry in log if isinstance(entry, TrainEntry)]
     by_step, steps, found = sums.by_task.sum(axis=2), [entry.step for entry in train], []
-    # the record of a run at work is a step ahead
-    if missing := sorted({*range(max([by_step.shape[1] - 1, *(step + 1 for step in steps)]))} - {*steps}):
+    if missing := sorted({*range(max([num_recorded - 1, *(step + 1 for step in steps)]))} - {*steps}):
         found.append(f"the log lacks {len(missing):,} of its steps, the first is {missing[0]:,}")
     if lacking := [step for step in steps if step >= by_step.shape[1]]:
         found.append(f"the loss record lacks {len(lacking):,} steps of the log, the first is {lacking[0]:,}")
